@@ -1,0 +1,42 @@
+# make quickstart: a small mixture-of-experts model learns by reinforcement, on this machine, without a GPU.
+# make test:       every test that needs no GPU.
+# Each sets up .venv on its first call (Python 3.12; uv is fetched into .tools when it is not on PATH).
+
+UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup quickstart test lint format lock clean
+
+setup: $(READY)
+
+quickstart: $(READY)
+	$(BIN)/sameroute train configs/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml requirements.lock
+	@command -v $(UV) >/dev/null || { python3 -m venv .tools && .tools/bin/pip install --quiet uv; }
+	@test -x $(BIN)/python || $(UV) venv --quiet --python 3.12 .venv
+	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet -r requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet --no-deps -e .
+	@touch $(READY)
+
+# The exact set of packages that CI tests; run it after a change of the dependencies.
+lock:
+	@command -v $(UV) >/dev/null || { python3 -m venv .tools && .tools/bin/pip install --quiet uv; }
+	$(UV) pip compile --quiet --python-version 3.12 --extra dev --no-header --no-annotate --no-emit-index-url \
+	    -o requirements.lock pyproject.toml
+
+clean:
+	rm -rf .venv .tools runs

@@ -1,0 +1,107 @@
+"""What the trainer is told: the layout of its ranks, its precision, its memory, its optimizer. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def num_experts(hf: dict[str, Any]) -> int:
+    """Routed experts a layer of a Hugging Face config, under whichever name its family uses; 0: a dense model."""
+    return next((hf[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if hf.get(k)), 0)
+
+
+class ParallelConfig(_Frozen):
+    """How the trainer's ranks divide the model and the batch. data parallel = ranks / (tensor * pipeline * context)."""
+
+    ranks: int = Field(1, ge=1, description="trainer processes; one a GPU where there are GPUs")
+    tensor: int = Field(1, ge=1, description="tensor-parallel ranks")
+    sequence: bool = Field(False, description="sequence parallelism among the tensor-parallel ranks")
+    pipeline: int = Field(1, ge=1, description="pipeline stages")
+    virtual_pipeline: int | None = Field(None, ge=2, description="model chunks a pipeline stage (interleaved)")
+    context: int = Field(1, ge=1, description="context-parallel ranks")
+    expert: int = Field(1, ge=1, description="expert-parallel ranks")
+    expert_tensor: int | None = Field(None, ge=1, description="tensor-parallel ranks inside an expert; null: `tensor`")
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks of the dense layers."""
+        return self.ranks // (self.tensor * self.pipeline * self.context)
+
+    @model_validator(mode="after")
+    def _sizes(self):
+        dense = self.tensor * self.pipeline * self.context
+        if self.ranks % dense:
+            raise ValueError(
+                f"{self.ranks} trainer ranks do not divide into tensor {self.tensor} x pipeline {self.pipeline} x "
+                f"context {self.context} = {dense}; set parallel.ranks to a multiple of {dense} or shrink one of them"
+            )
+        expert_tensor = self.expert_tensor or self.tensor
+        expert = expert_tensor * self.expert * self.pipeline
+        if self.ranks % expert:
+            raise ValueError(
+                f"{self.ranks} trainer ranks do not divide into expert_tensor {expert_tensor} x expert {self.expert} x "
+                f"pipeline {self.pipeline} = {expert}; set parallel.ranks to a multiple of {expert}, or "
+                "parallel.expert_tensor=1"
+            )
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence parallelism needs tensor parallelism; set parallel.sequence=false")
+        if self.virtual_pipeline and self.pipeline == 1:
+            raise ValueError("virtual_pipeline needs pipeline > 1; leave parallel.virtual_pipeline out")
+        return self
+
+    def check_model(self, hf: dict[str, Any]) -> None:
+        """Raise ValueError where a model (its Hugging Face config) does not divide into this layout."""
+        experts = num_experts(hf)
+
+        def divides(what: str, size: int, by: int, field: str) -> None:
+            if size % by:
+                raise ValueError(f"the model's {size} {what} do not divide among {field}={by}; use a divisor of {size}")
+
+        divides("attention heads", hf["num_attention_heads"], self.tensor, "parallel.tensor")
+        divides("key-value heads", hf["num_key_value_heads"], self.tensor, "parallel.tensor")
+        chunks = self.pipeline * (self.virtual_pipeline or 1)
+        divides("layers", hf["num_hidden_layers"], chunks, "parallel.pipeline x parallel.virtual_pipeline")
+        if experts:
+            divides("experts", experts, self.expert, "parallel.expert")
+            if self.tensor > 1 and not self.sequence:
+                raise ValueError(
+                    "Megatron-Core trains a mixture of experts under tensor parallelism only with sequence "
+                    "parallelism; set parallel.sequence=true"
+                )
+        elif self.expert > 1:
+            raise ValueError("the model has no experts; set parallel.expert=1")
+
+
+class OptimizerConfig(_Frozen):
+    """Adam on Megatron's distributed optimizer."""
+
+    lr: float = Field(1e-6, gt=0, description="learning rate")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps over which the rate rises linearly from 0")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="largest L2 norm of the whole gradient; 0: no limit")
+
+
+class TrainerConfig(_Frozen):
+    """Memory, precision and kernels of the trainer."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="weights and activations; the optimizer is fp32"
+    )
+    router_dtype: Literal["fp32", "fp64"] = Field("fp32", description="router logits and softmax")
+    router_fusion: bool = Field(False, description="Transformer Engine's fused router; it bypasses replay")
+    micro_batch_tokens: int = Field(
+        8192, ge=1, description="most tokens of one packed micro-batch, over all context ranks"
+    )
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activations recomputed in backward")
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="further fields of Megatron-Core's TransformerConfig"
+    )

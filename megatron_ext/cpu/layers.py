@@ -1,0 +1,33 @@
+"""Linear layers and norms without Transformer Engine, under Transformer Engine's parameter names.
+
+Its spec fuses a layer's norm into the linear that follows, so the norm's weight is called
+`linear_qkv.layer_norm_weight`. With the same names here, one weight map and one checkpoint format serve both.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with Megatron's constructor. Megatron's own torch wrapper refuses sequence parallelism; this
+    one marks its weight, so that its gradient is summed over the tensor-parallel ranks."""
+
+    def __init__(self, config, hidden_size, eps=1e-6, **_):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm, then a column-parallel linear: `weight` and `layer_norm_weight`."""
+
+    def __init__(self, input_size, output_size, *, config, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, input_, *args, **kwargs):
+        return super().forward(F.rms_norm(input_, input_.shape[-1:], self.layer_norm_weight, self.eps), *args, **kwargs)

@@ -1,0 +1,118 @@
+"""Functions inside Megatron-Core 0.19.2 that do not run, or crawl, without a GPU. Each names its symptom."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+
+def install() -> None:
+    """Import Megatron-Core without compiling anything, then patch it."""
+    # megatron.core.jit wraps its fused helpers in torch.compile at import: minutes of inductor for a few adds.
+    compile_ = torch.compile
+    torch.compile = lambda f=None, **kw: f if f is not None else (lambda g: g)  # type: ignore[assignment]
+    try:
+        import megatron.core
+        import megatron.core.models.gpt.gpt_layer_specs
+        import megatron.core.optimizer  # noqa: F401
+    finally:
+        torch.compile = compile_
+    _random_state()
+    _uneven_collectives()
+    _split_sizes_as_lists()
+    _packed_rope()
+    from megatron_ext.cpu import adam
+
+    adam.install()
+
+
+def _random_state() -> None:
+    """`tensor_parallel.random` reads CUDA generators through private functions; the CPU has one generator."""
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    generator = torch.random.default_generator
+    mcore_random._get_cuda_rng_state = lambda *a, **k: generator.get_state()
+    mcore_random._set_cuda_rng_state = lambda state, *a, **k: generator.set_state(state)
+    # It warns on every fork that the CPU's state changed, which is the point here.
+    logging.getLogger(mcore_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )
+
+
+def _uneven_collectives() -> None:
+    """gloo has no all-gather or reduce-scatter of uneven sizes (RuntimeError); all-to-all does the same."""
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(x, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(x, group, None, use_global_buffer)
+        world, sizes = group.size(), [int(n) for n in output_split_sizes]
+        out = x.new_empty((sum(sizes), *x.shape[1:]))
+        dist.all_to_all_single(out, torch.cat([x.contiguous()] * world), sizes, [x.shape[0]] * world, group=group)
+        return out
+
+    def reduce_scatter(x, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(x, group, None, use_global_buffer)
+        world, sizes = group.size(), [int(n) for n in input_split_sizes]
+        mine = sizes[group.rank()]
+        out = x.new_empty((world * mine, *x.shape[1:]))
+        dist.all_to_all_single(out, x.contiguous(), [mine] * world, sizes, group=group)
+        return out.view(world, mine, *x.shape[1:]).sum(0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter
+
+
+def _split_sizes_as_lists() -> None:
+    """all_to_all_single takes its split sizes as lists; without a GPU the dispatcher leaves them CPU tensors."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_host(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _packed_rope() -> None:
+    """The unfused rotary embedding of packed sequences loops over them in Python, twice a layer: at 256 short
+    sequences that is more time than the layer's matrix products. The same values, from one gather of the angles."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_ext.layout import zigzag_positions
+
+    def apply(
+        t,
+        cu_seqlens,
+        freqs,
+        rotary_interleaved=False,
+        mla_rotary_interleaved=False,
+        mscale=1.0,
+        cp_group=None,
+        multi_latent_attention=None,
+    ):
+        if cp_group is None:
+            raise ValueError("cp_group must be provided for packed rotary embeddings")
+        if multi_latent_attention is not None:
+            mla_rotary_interleaved = multi_latent_attention
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        offsets = cu_seqlens[:-1].tolist() if freqs.size(0) == int(cu_seqlens[-1]) else [0] * len(lengths)
+        positions = torch.cat(
+            [
+                zigzag_positions(n, cp_group.size(), cp_group.rank()) + offset
+                for n, offset in zip(lengths, offsets, strict=True)
+            ]
+        )
+        return rope_utils._apply_rotary_pos_emb_bshd(
+            t.unsqueeze(1),
+            freqs[positions],
+            rotary_interleaved=rotary_interleaved,
+            mla_rotary_interleaved=mla_rotary_interleaved,
+            mscale=mscale,
+        ).squeeze(1)
+
+    rope_utils._apply_rotary_pos_emb_thd = apply

@@ -1,0 +1,136 @@
+"""All ranks' shards into a stream of Hugging Face tensors, in buckets of bounded size.
+
+One pipeline stage after another: its ranks gather a bucket of flattened shards over tensor, expert-tensor and expert
+parallelism (one collective each), the bucket goes to the other stages, and every rank cuts it into Hugging Face
+tensors. So rank 0 sees the whole model without ever holding more of it than a bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ext.hf.params import dims_of, local_parameters
+from megatron_ext.hf.tables import Match
+from megatron_ext.mcore import GPTModel, parallel_state
+from megatron_ext.model import ModelShape
+
+Bucket = list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One parameter of a pipeline stage, as the other stages know it."""
+
+    match: Match
+    shape: tuple[int, ...]
+
+
+class HFExporter:
+    """Streams the model of all ranks. Every rank must walk the stream to its end."""
+
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        hf: dict[str, Any],
+        shape: ModelShape,
+        *,
+        bucket_bytes: int = 1 << 28,
+    ):
+        """bucket_bytes: most bytes of one bucket's whole tensors; a larger tensor has a bucket of its own."""
+        self.shape, self.dims, self.bucket_bytes = shape, dims_of(hf, shape), bucket_bytes
+        self.parameters = local_parameters(chunks, shape)
+        self.dtype, self.device = self.parameters[0][1].dtype, self.parameters[0][1].device
+        mine = [_Item(match, tuple(p.shape)) for _, p, match in self.parameters]
+        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        self.stages: list[Any] = [None] * self.pp_group.size()
+        dist.all_gather_object(self.stages, mine, group=self.pp_group)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        return self.stream()
+
+    @torch.no_grad()
+    def stream(self) -> Iterator[Bucket]:
+        """Buckets of (name, tensor on the training device, in the training dtype), each name exactly once.
+
+        With tied embeddings there is no LM head."""
+        for stage, items in enumerate(self.stages):
+            own = [p for _, p, _ in self.parameters] if stage == self.pp_group.rank() else [None] * len(items)
+            for expert in (False, True):
+                pairs = [(i, p) for i, p in zip(items, own, strict=True) if i.match.row.expert == expert]
+                for bucket in self._buckets(pairs, self._ways(expert)):
+                    shards = self._gather(bucket, expert, stage)
+                    yield from self._merge([item for item, _ in bucket], shards)
+
+    @staticmethod
+    def _ways(expert: bool) -> int:
+        """Over how many ranks the shards of one bucket are spread."""
+        if not expert:
+            return parallel_state.get_tensor_model_parallel_world_size()
+        return (
+            parallel_state.get_expert_tensor_parallel_world_size()
+            * parallel_state.get_expert_model_parallel_world_size()
+        )
+
+    def _buckets(self, pairs: list, ways: int) -> Iterator[list]:
+        """Consecutive parameters whose whole tensors fit a bucket."""
+        bucket: list = []
+        size = 0
+        for item, parameter in pairs:
+            nbytes = math.prod(item.shape) * ways * self.dtype.itemsize
+            if bucket and size + nbytes > self.bucket_bytes:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((item, parameter))
+            size += nbytes
+        if bucket:
+            yield bucket
+
+    def _gather(self, bucket: list, expert: bool, stage: int) -> Tensor:
+        """[expert ranks, tensor ranks, elements of one rank's part of the bucket], on every rank."""
+        if bucket[0][1] is not None:
+            flat = torch.cat([p.detach().reshape(-1) for _, p in bucket])
+            if expert:
+                flat = _all_gather(flat, parallel_state.get_expert_tensor_parallel_group())
+                flat = _all_gather(flat, parallel_state.get_expert_model_parallel_group())
+            else:
+                flat = _all_gather(flat, parallel_state.get_tensor_model_parallel_group())
+        else:
+            elements = sum(math.prod(item.shape) for item, _ in bucket) * self._ways(expert)
+            flat = torch.empty(elements, dtype=self.dtype, device=self.device)
+        if self.pp_group.size() > 1:
+            dist.broadcast(flat, dist.get_global_rank(self.pp_group, stage), group=self.pp_group)
+        experts = parallel_state.get_expert_model_parallel_world_size() if expert else 1
+        return flat.view(experts, self._ways(expert) // experts, -1)
+
+    def _merge(self, items: list[_Item], flat: Tensor) -> Iterator[Bucket]:
+        """Cut gathered shards into whole tensors under their Hugging Face names: one bucket, or none."""
+        experts_here = self.shape.num_experts // flat.shape[0]
+        out: Bucket = []
+        offset = 0
+        for item in items:
+            n, match = math.prod(item.shape), item.match
+            for rank in range(flat.shape[0]):
+                shards = [part[offset : offset + n].view(item.shape) for part in flat[rank]]
+                names = match.hf_names
+                if match.expert is not None:  # the item carries the expert of the rank that described it
+                    names = match.row.hf_names(match.layer, match.expert % experts_here + rank * experts_here)
+                if not (self.shape.tied_embeddings and match.row.megatron == "output_layer.weight"):
+                    out += zip(names, match.row.transform.merge(shards, self.dims), strict=True)
+            offset += n
+        if out:
+            yield out
+
+
+def _all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if group.size() == 1:
+        return flat
+    out = flat.new_empty(group.size() * flat.numel())
+    dist.all_gather_into_tensor(out, flat, group=group)
+    return out

@@ -1,0 +1,65 @@
+"""This rank's parameters under global names: layers and experts counted over the whole model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_ext.hf.tables import Match, match_parameters
+from megatron_ext.hf.transforms import Dims
+from megatron_ext.mcore import GPTModel, parallel_state
+from megatron_ext.model import ModelShape
+
+
+def dims_of(hf: dict[str, Any], shape: ModelShape) -> Dims:
+    """The sizes that joined tensors are cut by, of a Hugging Face config."""
+    heads = hf["num_attention_heads"]
+    return Dims(
+        heads=heads,
+        kv_heads=hf["num_key_value_heads"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.padded_vocab_size,
+    )
+
+
+def local_parameters(chunks: Sequence[GPTModel], shape: ModelShape) -> list[tuple[str, torch.nn.Parameter, Match]]:
+    """(global name, parameter, its table row) of every parameter that this rank holds, in module order.
+
+    Raises KeyError where a parameter has no row.
+    """
+    experts_here = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    first_expert = experts_here * parallel_state.get_expert_model_parallel_rank()
+    named: list[tuple[str, torch.nn.Parameter]] = []
+    for chunk in chunks:
+        layers = chunk.decoder.layers
+
+        def layer_name(found: re.Match[str], layers=layers) -> str:
+            return f"decoder.layers.{layers[int(found[1])].layer_number - 1}."
+
+        for name, parameter in chunk.named_parameters():
+            name = re.sub(r"^decoder\.layers\.(\d+)\.", layer_name, name)
+            name = re.sub(
+                r"(\.experts\.linear_fc\d\.weight)(\d+)$",
+                lambda m: f"{m[1]}{first_expert + int(m[2])}",
+                name,
+            )
+            named.append((name, parameter))
+    matches = match_parameters(shape.family, [n for n, _ in named], tied_embeddings=shape.tied_embeddings)
+    return [(name, parameter, matches[name]) for name, parameter in named]
+
+
+def shard_position(match: Match) -> tuple[int, int]:
+    """(rank, size) of the group whose ranks hold the tensor-parallel shards of a parameter."""
+    if match.row.expert:
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )

@@ -1,0 +1,220 @@
+"""Where every token lies: the one place that packs, pads and slices tokens, scalars and routes.
+
+A sample of P prompt and N response tokens enters the model as its first P + N - 1 tokens; the label of each is the
+token that follows, so a route row exists for every input token and the log-probs of the response are the last N.
+
+    samples -> micro-batches (balanced, same number on every data-parallel rank)
+            -> packed sequence (padded for context and sequence parallelism)
+            -> this context-parallel rank's zigzag slice -> this sequence-parallel rank's slice
+            -> and back: log-probs of the slice -> [samples, tokens] matrices of responses
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence as the trainer sees it.
+
+    tokens:        [P + N] int32.
+    prompt_length: P, at least 1.
+    values:        per-response-token arrays [N] float32 or numbers, by name (rollout_logprobs, advantage, ...);
+                   the trainer hands them to the loss as [samples, tokens] and [samples] tensors.
+    routes:        [P + N - 1, layers, topk] unsigned or signed integers, or None.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int
+    values: dict[str, np.ndarray | float] = field(default_factory=dict)
+    routes: np.ndarray | None = None
+
+    def __post_init__(self):
+        if not 1 <= self.prompt_length < len(self.tokens):
+            raise ValueError(
+                f"a sample needs a prompt and a response: {len(self.tokens)} tokens, {self.prompt_length} of prompt"
+            )
+        if self.routes is not None and len(self.routes) != self.input_length:
+            raise ValueError(f"{len(self.routes)} route rows for {self.input_length} input tokens")
+        for name, value in self.values.items():
+            if isinstance(value, np.ndarray) and value.shape != (self.response_length,):
+                raise ValueError(f"{name} has shape {value.shape} for a response of {self.response_length} tokens")
+
+    @property
+    def input_length(self) -> int:
+        """Tokens that the model reads: all but the last."""
+        return len(self.tokens) - 1
+
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> torch.Tensor:
+    """Positions of an n-token sequence that a context-parallel rank holds: chunks r and 2*cp-1-r of 2*cp, so that
+    causal attention costs every rank the same. [length / cp_size] int64."""
+    if cp_size == 1:
+        return torch.arange(length)
+    if length % (2 * cp_size):
+        raise ValueError(f"a sequence of {length} tokens does not divide into {2 * cp_size} zigzag chunks")
+    chunks = torch.arange(length).view(2 * cp_size, -1)
+    return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], *, token_budget: int, dp_size: int, multiple_of: int = 1, at_least: int = 1
+) -> list[list[list[int]]]:
+    """Deal samples into micro-batches of about equal tokens.
+
+    lengths:     input tokens of each sample.
+    token_budget: most tokens in one micro-batch; a longer sample has a micro-batch of its own.
+    dp_size:     data-parallel ranks; each gets the same number of micro-batches (some may be empty: the ranks meet in
+                 collectives, so none may run fewer).
+    multiple_of: the number of micro-batches a rank runs is a multiple of this (interleaved pipelines demand it).
+    at_least:    and not fewer than this.
+
+    Returns [dp_size][micro-batches][samples]: indices into `lengths`, each exactly once. The same everywhere for the
+    same arguments, so that ranks need not agree on it by message.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be positive, not {token_budget}")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    per_rank = max(at_least, math.ceil(sum(lengths) / token_budget / dp_size))
+    while True:
+        per_rank = math.ceil(per_rank / multiple_of) * multiple_of
+        bins: list[list[int]] = [[] for _ in range(per_rank * dp_size)]
+        loads = [0] * len(bins)
+        for i in order:
+            b = min(range(len(bins)), key=lambda b: (loads[b], b))
+            bins[b].append(i)
+            loads[b] += lengths[i]
+        if all(load <= token_budget or len(b) == 1 for load, b in zip(loads, bins, strict=True)):
+            break
+        per_rank += 1
+    bins = [sorted(b) for b in bins]
+    return [bins[rank::dp_size] for rank in range(dp_size)]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The packed sequence of one micro-batch, and this rank's part of it.
+
+    lengths: input tokens of each sample. At least one sample.
+    sequence_parallel_size: 1 where sequence parallelism is off, else the tensor-parallel size.
+    """
+
+    lengths: tuple[int, ...]
+    cp_size: int = 1
+    cp_rank: int = 0
+    sequence_parallel_size: int = 1
+    sequence_parallel_rank: int = 0
+
+    @cached_property
+    def padded_lengths(self) -> tuple[int, ...]:
+        """Each sequence padded to whole zigzag chunks; the last further, so that the pack divides among the ranks."""
+        unit = 2 * self.cp_size if self.cp_size > 1 else 1
+        padded = [math.ceil(n / unit) * unit for n in self.lengths]
+        whole = math.lcm(unit, self.cp_size * self.sequence_parallel_size)
+        padded[-1] += -sum(padded) % whole
+        return tuple(padded)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each sequence begins in the packed sequence."""
+        return tuple(int(s) for s in np.cumsum((0, *self.padded_lengths))[:-1])
+
+    @property
+    def total(self) -> int:
+        """Tokens of the packed sequence, padding included."""
+        return sum(self.padded_lengths)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """[sequences + 1] int32, cumulative padded lengths over all context-parallel ranks."""
+        return torch.tensor((*self.starts, self.total), dtype=torch.int32)
+
+    @cached_property
+    def is_token(self) -> torch.Tensor:
+        """[total] bool: a real token, not padding."""
+        out = torch.zeros(self.total, dtype=torch.bool)
+        for start, n in zip(self.starts, self.lengths, strict=True):
+            out[start : start + n] = True
+        return out
+
+    def _local_of(self, cp_rank: int) -> torch.Tensor:
+        return torch.cat(
+            [
+                start + zigzag_positions(n, self.cp_size, cp_rank)
+                for start, n in zip(self.starts, self.padded_lengths, strict=True)
+            ]
+        )
+
+    @cached_property
+    def local(self) -> torch.Tensor:
+        """[total / cp] int64: which places of the packed sequence this context-parallel rank holds, in its order."""
+        return self._local_of(self.cp_rank)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[total] int64: position within its own sequence."""
+        return torch.cat([torch.arange(n) for n in self.padded_lengths])
+
+    def pack(self, rows: Sequence[np.ndarray], fill: int | float = 0) -> torch.Tensor:
+        """One array a sample, [length, ...], into [total, ...], padding filled."""
+        first = rows[0]
+        out = np.full((self.total, *first.shape[1:]), fill, first.dtype)
+        for start, n, row in zip(self.starts, self.lengths, rows, strict=True):
+            if len(row) != n:
+                raise ValueError(f"a row of {len(row)} for a sequence of {n} tokens")
+            out[start : start + n] = row
+        return torch.from_numpy(out)
+
+    def slice_context(self, packed: torch.Tensor) -> torch.Tensor:
+        """[total, ...] -> this context-parallel rank's [total / cp, ...]."""
+        return packed[self.local]
+
+    def slice_sequence(self, packed: torch.Tensor) -> torch.Tensor:
+        """[total, ...] -> what this rank's router sees, [total / cp / sp, ...]."""
+        return self.slice_context(packed).chunk(self.sequence_parallel_size)[self.sequence_parallel_rank]
+
+    def merge_context(self, parts: torch.Tensor) -> torch.Tensor:
+        """[cp, total / cp] in rank order -> [total] in packed order."""
+        if self.cp_size == 1:
+            return parts[0]
+        order = torch.cat([self._local_of(r) for r in range(self.cp_size)])
+        return parts.reshape(-1)[torch.argsort(order).to(parts.device)]
+
+    def responses(self, packed: torch.Tensor, response_lengths: Sequence[int]) -> torch.Tensor:
+        """[total] per-input-token values -> [samples, longest response], the last N inputs of each sequence,
+        right-padded with zeros."""
+        index = torch.zeros(len(self.lengths), max(response_lengths), dtype=torch.int64)
+        mask = torch.zeros(index.shape, dtype=torch.bool)
+        for row, (start, n, response) in enumerate(zip(self.starts, self.lengths, response_lengths, strict=True)):
+            index[row, :response] = torch.arange(start + n - response, start + n)
+            mask[row, :response] = True
+        return packed[index.to(packed.device)].masked_fill(~mask.to(packed.device), 0.0)
+
+
+def response_mask(response_lengths: Sequence[int]) -> torch.Tensor:
+    """[samples, longest response] bool."""
+    return torch.arange(max(response_lengths)) < torch.tensor(response_lengths)[:, None]
+
+
+def pad_values(samples: Sequence[Sample], name: str) -> torch.Tensor:
+    """`values[name]` of each sample: arrays to [samples, longest response] float32 (zeros behind), numbers to
+    [samples]."""
+    values = [s.values[name] for s in samples]
+    if not isinstance(values[0], np.ndarray):
+        return torch.tensor(values, dtype=torch.float32)
+    out = np.zeros((len(samples), max(s.response_length for s in samples)), np.float32)
+    for row, value in zip(out, values, strict=True):
+        assert isinstance(value, np.ndarray)
+        row[: len(value)] = value
+    return torch.from_numpy(out)

@@ -1,0 +1,220 @@
+"""A Hugging Face config becomes Megatron-Core model chunks.
+
+config.json -> TransformerConfig -> layer spec (Transformer Engine's, or the same shape in plain torch) -> GPTModel
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_ext import cpu
+from megatron_ext.config import ParallelConfig, TrainerConfig, num_experts
+from megatron_ext.mcore import (
+    GPTModel,
+    IdentityOp,
+    TransformerConfig,
+    get_gpt_decoder_block_spec,
+    parallel_state,
+)
+
+FAMILIES = ("qwen3_moe", "qwen3")
+
+
+class UnsupportedModel(ValueError):
+    """The Hugging Face model is of a family, or has a feature, that is not built here."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the rest of the package must know of a model.
+
+    vocab_size:        tokens of the Hugging Face model.
+    padded_vocab_size: rows of the embedding here, a multiple of the tensor-parallel size.
+    topk:              experts a token; 0 for a dense model.
+    """
+
+    family: str
+    num_layers: int
+    num_experts: int
+    topk: int
+    vocab_size: int
+    padded_vocab_size: int
+    tied_embeddings: bool
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model directory. FileNotFoundError says what is missing."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is no Hugging Face model directory: it has no config.json")
+    return json.loads(file.read_text())
+
+
+def model_shape(hf: dict[str, Any], tensor_parallel: int = 1) -> ModelShape:
+    """The shape of a supported model. Raises UnsupportedModel with the reason."""
+    family = hf.get("model_type", "?")
+    if family not in FAMILIES:
+        raise UnsupportedModel(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if hf.get("attention_bias"):
+        raise UnsupportedModel(f"{family} with attention_bias=true is not built here")
+    if hf.get("use_sliding_window"):
+        raise UnsupportedModel(f"{family} with use_sliding_window=true is not built here")
+    if (_rope(hf).get("rope_type") or "default") != "default":
+        raise UnsupportedModel(f"rope_type {_rope(hf)['rope_type']!r} is not built here; only the default is")
+    moe = family == "qwen3_moe"
+    if moe and (hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers")):
+        raise UnsupportedModel("qwen3_moe with dense layers among the sparse ones is not built here")
+    vocab = hf["vocab_size"]
+    return ModelShape(
+        family=family,
+        num_layers=hf["num_hidden_layers"],
+        num_experts=num_experts(hf) if moe else 0,
+        topk=hf["num_experts_per_tok"] if moe else 0,
+        vocab_size=vocab,
+        padded_vocab_size=math.ceil(vocab / tensor_parallel) * tensor_parallel,
+        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+    )
+
+
+def _rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 nests the rotary settings; earlier files hold them flat."""
+    nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    return {"rope_theta": hf.get("rope_theta", 10000.0), **nested}
+
+
+def transformer_config(
+    hf: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, *, replay: bool
+) -> TransformerConfig:
+    """Megatron-Core's config for a Hugging Face config. `replay` gives each router its RouterReplay."""
+    shape, on_cpu = model_shape(hf), cpu.needed()
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[trainer.dtype]
+    fields: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": hf["hidden_size"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "num_query_groups": hf["num_key_value_heads"],
+        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "qk_layernorm": True,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf["rms_norm_eps"],
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": trainer.dtype == "bfloat16",
+        "variable_seq_lengths": True,  # packed micro-batches differ in length
+        "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths; checked for dense too
+        "calculate_per_token_loss": True,  # the three-tuple loss; the two-tuple form is multiplied by the CP size
+        "use_cpu_initialization": on_cpu,
+        # batch_p2p_comm with interleaved stages and no overlap gives wrong gradients, silently (0.19.2)
+        "batch_p2p_comm": parallel.virtual_pipeline is None,
+        "overlap_p2p_comm": parallel.virtual_pipeline is not None,
+        "deallocate_pipeline_outputs": True,
+        "persist_layer_norm": not on_cpu,
+        "bias_activation_fusion": not on_cpu,
+        "bias_dropout_fusion": not on_cpu,
+        "masked_softmax_fusion": not on_cpu,
+        "apply_rope_fusion": not on_cpu,
+        "gradient_accumulation_fusion": False,  # needs apex
+        "attention_softmax_in_fp32": True,
+    }
+    if shape.num_experts:
+        fields |= {
+            "num_moe_experts": shape.num_experts,
+            "moe_router_topk": shape.topk,
+            "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+            "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),  # normalising over the top k: softmax after
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+            "moe_router_dtype": trainer.router_dtype,
+            "moe_router_fusion": trainer.router_fusion,
+            "moe_grouped_gemm": True,
+            "moe_permute_fusion": not on_cpu,
+            "moe_enable_routing_replay": replay,
+        }
+    if trainer.recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif trainer.recompute == "selective":
+        modules = ["moe"] if shape.num_experts else ["mlp"]
+        fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
+    return TransformerConfig(**(fields | trainer.extra))
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None):
+    """Transformer Engine's block spec on a GPU; without one, plain torch under the same parameter names."""
+    if not cpu.needed():
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
+        )
+    from megatron_ext.attention import SDPACoreAttention
+    from megatron_ext.cpu.experts import EXPERTS
+    from megatron_ext.cpu.layers import LayerNormColumnParallelLinear, RMSNorm
+
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs or []:
+        parts = layer.submodules
+        parts.sharded_state_dict_keys_map = {}
+        parts.input_layernorm = IdentityOp  # fused into linear_qkv
+        attention = parts.self_attention.submodules
+        attention.linear_qkv = LayerNormColumnParallelLinear
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.core_attention = SDPACoreAttention
+        mlp = parts.mlp.keywords if isinstance(parts.mlp, functools.partial) else vars(parts.mlp)
+        if hasattr(mlp["submodules"], "experts"):
+            parts.pre_mlp_layernorm = RMSNorm
+            experts, submodules = EXPERTS
+            mlp["submodules"].experts = functools.partial(experts, submodules=submodules)
+        else:
+            parts.pre_mlp_layernorm = IdentityOp  # fused into linear_fc1
+            mlp["submodules"].linear_fc1 = LayerNormColumnParallelLinear
+    return spec
+
+
+def build_model(
+    hf: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, *, replay: bool
+) -> tuple[TransformerConfig, list[GPTModel]]:
+    """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups must exist.
+
+    Raises UnsupportedModel, or ValueError where the model does not divide into the layout.
+    """
+    parallel.check_model(hf)
+    shape = model_shape(hf, parallel.tensor)
+    config = transformer_config(hf, parallel, trainer, replay=replay)
+    chunks = []
+    for chunk in range(parallel.virtual_pipeline or 1):
+        stage = chunk if parallel.virtual_pipeline else None
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, stage),
+            vocab_size=shape.padded_vocab_size,
+            max_sequence_length=hf["max_position_embeddings"],
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=_rope(hf)["rope_theta"],
+            vp_stage=stage,
+        )
+        chunks.append(model if cpu.needed() else model.cuda())
+    return config, chunks

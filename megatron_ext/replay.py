@@ -1,0 +1,137 @@
+"""Router replay: each router selects the experts that the rollout engine selected, and keeps its own gate weights.
+
+Megatron-Core's RouterReplay holds, per router, the indices to replay. Here each router gets one that also knows which
+rows are missing (those tokens route natively, and are counted) and how often the native selection would have agreed.
+Only the selection is replayed: the gate weights come from the live scores, so the router still learns.
+
+State is set per model chunk, right before its forward, and never outlives `replaying`:
+    forward    REPLAY_FORWARD with the micro-batch's routes
+    backward   REPLAY_BACKWARD from a hook on the output's gradient; recomputed forwards pop the routes in order
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ext.mcore import GPTModel, RouterReplay, RouterReplayAction
+
+
+class LayerReplay(RouterReplay):
+    """Megatron-Core's per-router replay, with missing rows and counters.
+
+    counts: [3] int64: tokens replayed, of these with the same native expert set, tokens that fell back.
+    """
+
+    def __init__(self):
+        super().__init__()
+        RouterReplay.global_router_replay_instances.remove(self)  # that list mixes models and chunks
+        self.counted: Tensor | None = None
+        self.counts = torch.zeros(3, dtype=torch.int64)
+        self.observe = False
+
+    def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+        """(scores of the selection, selection), both [tokens, topk], as the action says."""
+        assert default_compute_topk is not None
+        replaying = self.router_replay_action in (RouterReplayAction.REPLAY_FORWARD, RouterReplayAction.REPLAY_BACKWARD)
+        if not replaying:
+            return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
+        if self.router_replay_action == RouterReplayAction.REPLAY_FORWARD:
+            target = self.target_topk_idx
+        else:
+            target = self.replay_backward_list.pop(0)
+        if target is None or target.shape != (len(scores), topk):
+            shape = None if target is None else tuple(target.shape)
+            raise RuntimeError(
+                f"layer {self.layer_number}: routes of shape {shape} to replay for {len(scores)} tokens, top {topk}"
+            )
+        # A missing row is -1 in its first place, so that it travels with the indices through recomputation.
+        missing = target[:, 0] < 0
+        _, native = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
+        selection = torch.where(missing[:, None], native, target)
+        if self.observe:
+            self._count(selection, native, missing)
+        return scores.gather(1, selection), selection
+
+    def _count(self, selection: Tensor, native: Tensor, missing: Tensor) -> None:
+        assert self.counted is not None
+        same = (selection.sort(-1).values == native.sort(-1).values).all(-1)
+        replayed = self.counted & ~missing
+        counts = [replayed.sum(), (replayed & same).sum(), (self.counted & missing).sum()]
+        self.counts += torch.stack(counts).to(self.counts)
+
+
+class ChunkReplay:
+    """The replay of one model chunk's routers."""
+
+    def __init__(self, chunk: GPTModel):
+        self.layers: list[tuple[int, LayerReplay]] = []
+        for layer in chunk.decoder.layers:
+            router = getattr(layer.mlp, "router", None)
+            if router is not None and router.router_replay is not None:
+                if router.config.moe_router_fusion:
+                    raise ValueError("moe_router_fusion returns before replay is consulted; turn one of them off")
+                RouterReplay.global_router_replay_instances.remove(router.router_replay)
+                router.router_replay = LayerReplay()
+                router.router_replay.layer_number = layer.layer_number
+                self.layers.append((layer.layer_number - 1, router.router_replay))
+
+    def set(self, routes: Tensor, counted: Tensor, *, observe: bool, recompute: bool) -> None:
+        """Arm the routers for the next forward of this chunk.
+
+        routes:    [tokens, layers of the whole model, topk] integers, this rank's tokens; -1 where a row is missing.
+        counted:   [tokens] bool, real tokens.
+        observe:   count agreement during this forward.
+        recompute: keep the routes for a forward that backward will repeat.
+        """
+        for layer, replay in self.layers:
+            indices = routes[:, layer].to(torch.int64)
+            replay.target_topk_idx = indices
+            if recompute:
+                replay.replay_backward_list.append(indices)
+            replay.counted, replay.observe = counted, observe
+            replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+
+    def switch_in_backward(self, output: Tensor) -> None:
+        """From the moment the gradient of `output` arrives, recomputed forwards pop the queued routes."""
+
+        def switch(_grad: Tensor) -> None:
+            for _, replay in self.layers:
+                replay.observe = False
+                replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+
+        if output.requires_grad:
+            output.register_hook(switch)
+
+    def clear(self) -> None:
+        """Leave nothing behind."""
+        for _, replay in self.layers:
+            replay.clear_indices()
+            replay.clear_router_replay_action()
+            replay.counted, replay.observe = None, False
+
+    def take_counts(self) -> dict[int, Tensor]:
+        """Counters by global layer since the last call."""
+        out = {}
+        for layer, replay in self.layers:
+            out[layer], replay.counts = replay.counts, torch.zeros_like(replay.counts)
+        return out
+
+
+@contextlib.contextmanager
+def replaying(chunks: Sequence[ChunkReplay]) -> Iterator[None]:
+    """Within, chunks may be armed; on leaving, whatever happened, no router holds routes or an action.
+
+    Raises RuntimeError where recomputation left queued routes unused: then some forward ran with the wrong ones.
+    """
+    try:
+        yield
+        left = sum(len(replay.replay_backward_list) for chunk in chunks for _, replay in chunk.layers)
+        if left:
+            raise RuntimeError(f"{left} queued routes were not consumed by recomputation")
+    finally:
+        for chunk in chunks:
+            chunk.clear()
