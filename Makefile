@@ -28,7 +28,7 @@ format: $(READY)
 $(READY): pyproject.toml requirements.lock
 	@command -v $(UV) >/dev/null || { python3 -m venv .tools && .tools/bin/pip install --quiet uv; }
 	@test -x $(BIN)/python || $(UV) venv --quiet --python 3.12 .venv
-	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet -r requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet --compile-bytecode -r requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet --no-deps -e .
 	@touch $(READY)
 

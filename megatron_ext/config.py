@@ -6,14 +6,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_ext.hf.config import num_experts
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def num_experts(hf: dict[str, Any]) -> int:
-    """Routed experts a layer of a Hugging Face config, under whichever name its family uses; 0: a dense model."""
-    return next((hf[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if hf.get(k)), 0)
 
 
 class ParallelConfig(_Frozen):

@@ -6,17 +6,14 @@ config.json -> TransformerConfig -> layer spec (Transformer Engine's, or the sam
 from __future__ import annotations
 
 import functools
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from megatron_ext import cpu
-from megatron_ext.config import ParallelConfig, TrainerConfig, num_experts
+from megatron_ext.config import ParallelConfig, TrainerConfig
+from megatron_ext.hf.config import model_shape, rope_settings
 from megatron_ext.mcore import (
     GPTModel,
     IdentityOp,
@@ -24,70 +21,6 @@ from megatron_ext.mcore import (
     get_gpt_decoder_block_spec,
     parallel_state,
 )
-
-FAMILIES = ("qwen3_moe", "qwen3")
-
-
-class UnsupportedModel(ValueError):
-    """The Hugging Face model is of a family, or has a feature, that is not built here."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the rest of the package must know of a model.
-
-    vocab_size:        tokens of the Hugging Face model.
-    padded_vocab_size: rows of the embedding here, a multiple of the tensor-parallel size.
-    topk:              experts a token; 0 for a dense model.
-    """
-
-    family: str
-    num_layers: int
-    num_experts: int
-    topk: int
-    vocab_size: int
-    padded_vocab_size: int
-    tied_embeddings: bool
-
-
-def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model directory. FileNotFoundError says what is missing."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is no Hugging Face model directory: it has no config.json")
-    return json.loads(file.read_text())
-
-
-def model_shape(hf: dict[str, Any], tensor_parallel: int = 1) -> ModelShape:
-    """The shape of a supported model. Raises UnsupportedModel with the reason."""
-    family = hf.get("model_type", "?")
-    if family not in FAMILIES:
-        raise UnsupportedModel(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    if hf.get("attention_bias"):
-        raise UnsupportedModel(f"{family} with attention_bias=true is not built here")
-    if hf.get("use_sliding_window"):
-        raise UnsupportedModel(f"{family} with use_sliding_window=true is not built here")
-    if (_rope(hf).get("rope_type") or "default") != "default":
-        raise UnsupportedModel(f"rope_type {_rope(hf)['rope_type']!r} is not built here; only the default is")
-    moe = family == "qwen3_moe"
-    if moe and (hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers")):
-        raise UnsupportedModel("qwen3_moe with dense layers among the sparse ones is not built here")
-    vocab = hf["vocab_size"]
-    return ModelShape(
-        family=family,
-        num_layers=hf["num_hidden_layers"],
-        num_experts=num_experts(hf) if moe else 0,
-        topk=hf["num_experts_per_tok"] if moe else 0,
-        vocab_size=vocab,
-        padded_vocab_size=math.ceil(vocab / tensor_parallel) * tensor_parallel,
-        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-    )
-
-
-def _rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 nests the rotary settings; earlier files hold them flat."""
-    nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    return {"rope_theta": hf.get("rope_theta", 10000.0), **nested}
 
 
 def transformer_config(
@@ -213,7 +146,7 @@ def build_model(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=_rope(hf)["rope_theta"],
+            rotary_base=rope_settings(hf)["rope_theta"],
             vp_stage=stage,
         )
         chunks.append(model if cpu.needed() else model.cuda())

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-Metrics = dict[str, tuple[float, float]]
-"""name -> (sum, weight). Sums and weights add up over micro-batches and ranks; a weight of zero leaves a sum."""
+Kind = Literal["mean", "sum", "max"]
+Metrics = dict[str, tuple[float, float, Kind]]
+"""name -> (total, count, kind), so that a metric reduces exactly over micro-batches and ranks: a mean is the sum of
+totals over the sum of counts, a sum the sum of totals, a max the largest total."""
+
+
+def add_metrics(into: Metrics, share: Metrics) -> None:
+    """Add a micro-batch's, or a rank's, share."""
+    for name, (total, count, kind) in share.items():
+        before = into.get(name)
+        if before is None:
+            into[name] = (total, count, kind)
+        elif kind == "max":
+            into[name] = (max(before[0], total), before[1] + count, kind)
+        else:
+            into[name] = (before[0] + total, before[1] + count, kind)
 
 
 @dataclass(frozen=True)
@@ -59,13 +74,15 @@ def merge_logprobs(parts: Sequence[LogprobPart], count: int) -> tuple[list[np.nd
 
 
 def merge_update(parts: Sequence[UpdatePart]) -> dict[str, float]:
-    """Join the parts of all ranks into metrics: a name with a weight becomes a mean, one without stays a sum."""
-    sums: Metrics = {}
+    """Join the parts of all ranks into one number a metric. A mean over nothing is left out."""
+    metrics: Metrics = {}
     for part in parts:
-        for name, (total, weight) in part.metrics.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + total, before[1] + weight)
-    out = {name: total / weight if weight else total for name, (total, weight) in sums.items()}
+        add_metrics(metrics, part.metrics)
+    out = {
+        name: total / count if kind == "mean" else total
+        for name, (total, count, kind) in metrics.items()
+        if kind != "mean" or count
+    }
     return out | {
         "train/grad_norm": parts[0].grad_norm,
         "train/lr": parts[0].lr,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ext import cpu, parallel
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.hf.config import model_shape, read_hf_config
 from megatron_ext.hf.export import Bucket, HFExporter
 from megatron_ext.hf.load import load_hf
 from megatron_ext.layout import Sample, TokenLayout, pad_values, plan_micro_batches, response_mask
@@ -33,8 +34,8 @@ from megatron_ext.mcore import (
     parallel_state,
 )
 from megatron_ext.mcore import OptimizerConfig as McoreOptimizerConfig
-from megatron_ext.model import build_model, model_shape, read_hf_config
-from megatron_ext.parts import LogprobPart, Metrics, UpdatePart
+from megatron_ext.model import build_model
+from megatron_ext.parts import LogprobPart, Metrics, UpdatePart, add_metrics
 from megatron_ext.replay import ChunkReplay, replaying
 
 
@@ -125,8 +126,13 @@ class Trainer:
             DistributedDataParallel(config=self.mcore_config, ddp_config=ddp, module=c, disable_bucketing=i > 0)
             for i, c in enumerate(chunks)
         ]
-        self.optimizer_config = optimizer
-        bf16 = config.dtype == "bfloat16"
+        self.restart_optimizer(optimizer)
+        self.exporter = HFExporter(self.chunks, self.hf, self.shape)
+        self.device = torch.device("cpu") if cpu.needed() else torch.device("cuda", torch.cuda.current_device())
+
+    def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """Begin a phase of training: these settings, no moments, the step count at 0."""
+        self.optimizer_config, self.steps = optimizer, 0
         self.optimizer = get_megatron_optimizer(
             McoreOptimizerConfig(
                 optimizer="adam",
@@ -136,7 +142,7 @@ class Trainer:
                 adam_beta2=optimizer.beta2,
                 adam_eps=optimizer.eps,
                 clip_grad=optimizer.clip_grad,
-                bf16=bf16,
+                bf16=self.config.dtype == "bfloat16",
                 params_dtype=self.mcore_config.params_dtype,
                 use_distributed_optimizer=True,
             ),
@@ -144,9 +150,6 @@ class Trainer:
         )
         self.mcore_config.finalize_model_grads_func = finalize_model_grads
         self.mcore_config.grad_scale_func = self.optimizer.scale_loss
-        self.steps = 0
-        self.exporter = HFExporter(self.chunks, self.hf, self.shape)
-        self.device = torch.device("cpu") if cpu.needed() else torch.device("cuda", torch.cuda.current_device())
 
     def logprobs(self, samples: Sequence[Sample]) -> LogprobPart:
         """log pi(token) and entropy of every response token under the current weights, without gradient.
@@ -175,10 +178,9 @@ class Trainer:
         tokens = sum(out.logprobs[i].size for i in out.logprobs)
         return LogprobPart(out.logprobs, out.entropy, routing, tokens)
 
-    def update(self, samples: Sequence[Sample], loss: LossFunction, *, lr: float | None = None) -> UpdatePart:
+    def update(self, samples: Sequence[Sample], loss: LossFunction) -> UpdatePart:
         """One optimizer step on all samples: forward, backward, reduction, clipping, Adam.
 
-        lr: this step's rate; by default the configured one, after its warm-up.
         A gradient that is not finite leaves the weights as they are: `skipped`.
         """
         for model in self.models:
@@ -194,14 +196,12 @@ class Trainer:
             mask = response_mask([s.response_length for s in batch.samples]).to(self.device)
             value, measured = loss(LossBatch(logprobs, entropy.detach(), mask, values, batch.indices))
             if parallel.is_reporter():
-                for name, (total, weight) in {"loss/objective": (float(value.detach()), 0.0), **measured}.items():
-                    before = metrics.get(name, (0.0, 0.0))
-                    metrics[name] = (before[0] + total, before[1] + weight)
+                add_metrics(metrics, {"loss/objective": (float(value.detach()), 0.0, "sum")} | measured)
             return value, {}
 
         with replaying(self.replays):
             self._run(samples, share, forward_only=False)
-        rate = self._set_rate(lr)
+        rate = self._set_rate()
         done, norm, _ = self.optimizer.step()
         self.steps += 1
         return UpdatePart(metrics, float(norm or 0.0), rate, not done)
@@ -210,9 +210,9 @@ class Trainer:
         """The weights under Hugging Face names, a bucket at a time. Every rank must walk it to the end."""
         return self.exporter.stream()
 
-    def _set_rate(self, lr: float | None) -> float:
-        warmup = self.optimizer_config.warmup_steps
-        rate = (self.optimizer_config.lr if lr is None else lr) * min(1.0, (self.steps + 1) / (warmup + 1))
+    def _set_rate(self) -> float:
+        config = self.optimizer_config
+        rate = config.lr * min(1.0, (self.steps + 1) / (config.warmup_steps + 1))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -307,6 +307,11 @@ class Trainer:
                 continue
             if sample.routes.shape[1:] != width:
                 raise ValueError(f"routes of shape {sample.routes.shape} for {width[0]} layers, top {width[1]}")
+            if width[1] > 1:
+                ordered = np.sort(sample.routes, -1)
+                repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+                if repeated.size:
+                    raise ValueError(f"a route names expert {repeated[0]} twice for one token")
             rows.append(sample.routes.astype(np.int16))
         return layout.slice_sequence(layout.pack(rows, fill=-1))
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.params import dims_of, local_parameters
 from megatron_ext.hf.tables import Match
 from megatron_ext.mcore import GPTModel, parallel_state
-from megatron_ext.model import ModelShape
 
 Bucket = list[tuple[str, Tensor]]
 

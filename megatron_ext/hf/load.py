@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.params import dims_of, local_parameters, shard_position
 from megatron_ext.mcore import GPTModel
-from megatron_ext.model import ModelShape
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.tables import Match, match_parameters
 from megatron_ext.hf.transforms import Dims
 from megatron_ext.mcore import GPTModel, parallel_state
-from megatron_ext.model import ModelShape
 
 
 def dims_of(hf: dict[str, Any], shape: ModelShape) -> Dims:

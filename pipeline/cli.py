@@ -1,0 +1,76 @@
+"""The command `sameroute`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="sameroute", description="Reinforcement learning for mixture-of-experts language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="run a configuration: supervised steps, then reinforcement learning")
+    train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of single fields")
+    objectives = commands.add_parser("objectives", help="the table of objectives, or one with its equation")
+    objectives.add_argument("name", nargs="?", help="a preset of the table")
+    options = parser.parse_args(arguments)
+    return {"train": _train, "objectives": _objectives}[options.command](options)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from pipeline.config import ConfigError, load_config
+
+    try:
+        config = load_config(options.config, options.overrides)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+
+    from pipeline.controller import DisagreementError, train
+    from pipeline.observe.run_dir import RunDirectoryError
+    from pipeline.rollout.server import ServerError
+    from pipeline.weights import WeightTransferError
+    from pipeline.workers import TrainerError
+
+    signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
+    try:
+        path = train(config)
+    except RunDirectoryError as error:
+        return _fail(str(error), 2)
+    except (ServerError, TrainerError, WeightTransferError, DisagreementError) as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    print(f"run directory: {path}")
+    return 0
+
+
+def _objectives(options: argparse.Namespace) -> int:
+    from pipeline.objectives.describe import describe, describe_all
+
+    if options.name is None:
+        print(describe_all())
+        return 0
+    try:
+        print(describe(options.name))
+    except KeyError as error:
+        return _fail(str(error.args[0]), 2)
+    return 0
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sameroute: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""The whole configuration: YAML into small frozen models, fields overridden as `a.b=c`, checked before anything starts.
+
+Classes stand beside what they configure; this file composes them and holds the checks that span several.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.hf.config import model_shape, read_hf_config
+from pipeline.data.prompts import DataConfig
+from pipeline.data.tiny_model import TinyModelConfig
+from pipeline.objectives import ObjectiveConfig, resolve
+from pipeline.rollout.server import ServerConfig
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run; the message says what to write instead."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(_Frozen):
+    """Where a run leaves its files, and what makes it repeatable."""
+
+    directory: Path = Field(Path("runs/run"), description="run directory, made by the run")
+    overwrite: bool = Field(False, description="delete a run that is already there")
+    seed: int = Field(0, ge=0, description="of weights, prompts and sampling")
+    rollouts_shown: int = Field(4, ge=0, description="sampled rollouts written in readable form, each step")
+
+
+class ModelConfig(_Frozen):
+    """The model: a Hugging Face directory, or a tiny one made on the spot."""
+
+    path: Path | None = Field(None, description="Hugging Face model directory")
+    tiny: TinyModelConfig | None = Field(None, description="make a random Qwen3 or Qwen3-MoE of this shape instead")
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError(
+                "give exactly one of model.path (a Hugging Face directory) and model.tiny (made on the spot)"
+            )
+        return self
+
+
+class RolloutConfig(_Frozen):
+    """What is sampled each step."""
+
+    prompts_per_step: int = Field(32, ge=1, description="prompts, each a group")
+    samples_per_prompt: int = Field(8, ge=1, description="rollouts in a group (G)")
+    max_new_tokens: int = Field(1024, ge=1, description="longest response, tokens")
+    temperature: float = Field(1.0, gt=0, description="of sampling and of every log-prob")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, description="-1: all")
+    timeout_s: float = Field(600.0, gt=0, description="one request that takes longer fails the run")
+
+
+class TrainConfig(OptimizerConfig):
+    """The RL loop and its optimizer."""
+
+    steps: int = Field(100, ge=0, description="RL steps; 0 ends after the supervised steps")
+    mini_batches: int = Field(1, ge=1, description="optimizer steps on the rollouts of one step")
+
+
+class SupervisedConfig(OptimizerConfig):
+    """Supervised steps on the task's own answers, before the first rollout."""
+
+    steps: int = Field(0, ge=0, description="0: none")
+    batch_size: int = Field(128, ge=1, description="sequences a step")
+    lr: float = Field(1e-5, gt=0, description="learning rate")
+
+
+class ChecksConfig(_Frozen):
+    """What stops a run."""
+
+    max_abs_logprob: float | None = Field(
+        None,
+        gt=0,
+        description="largest mean |log pi_o - log mu| of a step, nats; beyond it trainer and server hold different "
+        "models. null: 1e-3 in float32, 0.1 in bfloat16",
+    )
+
+
+class ClusterConfig(_Frozen):
+    """Where Ray runs."""
+
+    address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")
+    object_store_gb: float = Field(0.5, gt=0.08, description="shared memory of a Ray started here, GB")
+    call_timeout_s: float = Field(
+        1800.0, gt=0, description="one call to the trainer ranks that takes longer fails the run"
+    )
+    cpu_threads: int | None = Field(None, ge=1, description="torch threads a trainer rank; null: cores / ranks")
+
+
+class Config(_Frozen):
+    """Everything. `device` is one for both engines."""
+
+    run: RunConfig = Field(default_factory=RunConfig)  # pyright: ignore[reportArgumentType]
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
+    server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]
+    replay: Literal["none", "r3"] = Field("r3", description="r3: the trainer takes the rollout engine's routes")
+    supervised: SupervisedConfig = Field(default_factory=SupervisedConfig)  # pyright: ignore[reportArgumentType]
+    train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
+    checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.replay != "none" and self.trainer.router_fusion:
+            raise ValueError(
+                "the fused router returns before replay is consulted; set trainer.router_fusion=false or replay=none"
+            )
+        if self.rollout.prompts_per_step % self.train.mini_batches:
+            raise ValueError(
+                f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "
+                "change rollout.prompts_per_step or train.mini_batches"
+            )
+        if self.rollout.top_p < 1.0 or self.rollout.top_k != -1:
+            raise ValueError(
+                "the trainer's log-probs are over the whole vocabulary, so top-p and top-k would make the policies "
+                "differ; set rollout.top_p=1 and rollout.top_k=-1"
+            )
+        if self.rollout.samples_per_prompt == 1 and resolve(self.objective).composition.advantage != "gae":
+            raise ValueError(
+                "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2"
+            )
+        if self.rollout.max_new_tokens >= self.server.context_length:
+            raise ValueError(
+                f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
+                f"server.context_length={self.server.context_length}; raise the second"
+            )
+        if self.model.tiny is not None:
+            self.parallel.check_model(self.model.tiny.hf_config())
+        return self
+
+    @property
+    def logprob_bound(self) -> float:
+        """Nats; see ChecksConfig.max_abs_logprob."""
+        return self.checks.max_abs_logprob or {"float32": 1e-3, "bfloat16": 0.1}[self.trainer.dtype]
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply overrides of the form `a.b=c` (c is YAML), validate.
+
+    Raises ConfigError: file missing, not YAML, unknown key, wrong type, or settings that do not go together.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no config file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    if config.model.path is not None:
+        try:
+            hf = read_hf_config(config.model.path)
+            model_shape(hf)
+            config.parallel.check_model(hf)
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"model.path: {error}") from error
+    return config
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override reads section.field=value, not {override!r}")
+    node = tree
+    *sections, last = key.split(".")
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {section} is a value, not a section")
+    node[last] = yaml.safe_load(value)
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a mistake; unknown keys name the ones that exist."""
+    lines = []
+    for mistake in error.errors():
+        where = ".".join(str(part) for part in mistake["loc"])
+        if mistake["type"] == "extra_forbidden":
+            known = _fields_at(mistake["loc"][:-1])
+            lines.append(f"{where}: there is no such key" + (f"; there are {', '.join(known)}" if known else ""))
+        else:
+            lines.append(
+                f"{where}: {mistake['msg'].removeprefix('Value error, ')}"
+                if where
+                else mistake["msg"].removeprefix("Value error, ")
+            )
+    return "\n".join(lines)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return sorted(getattr(model, "model_fields", {}))

@@ -1,0 +1,222 @@
+"""Trainer ranks as Ray actors: one process a rank, its log in the run directory, calls that end when a rank dies."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.parts import LogprobPart, UpdatePart, merge_logprobs, merge_update
+from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+
+if TYPE_CHECKING:
+    from megatron_ext.layout import Sample
+
+POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
+
+
+class TrainerError(RuntimeError):
+    """A trainer rank failed or died; the message names it and its log."""
+
+
+class TrainerRank:
+    """One rank. Runs inside a Ray actor; nothing of Megatron is imported before `build`."""
+
+    def __init__(self, rank: int, log_path: str, threads: int):
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sys.stdout.flush(), sys.stderr.flush()
+        os.dup2(log, 1), os.dup2(log, 2)
+        self.rank, self.threads = rank, threads
+        self.samples: list[Sample] = []
+        self.sender = None
+
+    def meeting_point(self) -> str:
+        """Where the ranks meet: an address and a free port of this rank's machine."""
+        import socket
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def build(
+        self,
+        meeting_point: str,
+        model_path: str,
+        parallel_config: ParallelConfig,
+        trainer: TrainerConfig,
+        optimizer: OptimizerConfig,
+        *,
+        replay: bool,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        """Join the world, build the model, load its weights."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        from megatron_ext import parallel
+        from megatron_ext.trainer import Trainer
+
+        parallel.initialize(parallel_config, rank=self.rank, init_method=meeting_point, seed=seed)
+        self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, replay=replay, temperature=temperature)
+
+    def load(self, samples: list[Sample]) -> None:
+        """Keep the samples that `logprobs` and `update_policy` work on."""
+        self.samples = samples
+
+    def logprobs(self) -> LogprobPart:
+        """Log-probs of the loaded samples."""
+        return self.trainer.logprobs(self.samples)
+
+    def update_policy(
+        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+    ) -> UpdatePart:
+        """One optimizer step on some of the loaded samples. values: sample index -> what the loss reads of it."""
+        from dataclasses import replace
+
+        from pipeline.losses import objective_loss
+
+        chosen = [replace(self.samples[i], values=v) for i, v in values.items()]
+        return self.trainer.update(chosen, objective_loss(resolve(objective), denominators))
+
+    def update_supervised(self, samples: list[Sample]) -> UpdatePart:
+        """One optimizer step on the likelihood of the samples' responses."""
+        from pipeline.losses import supervised_loss
+
+        return self.trainer.update(samples, supervised_loss(sum(s.response_length for s in samples)))
+
+    def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """A new phase of training begins: its own settings, no moments of the last."""
+        self.trainer.restart_optimizer(optimizer)
+
+    def connect(self, urls: list[str], backend: str) -> None:
+        """Rank 0 joins the weight-transfer group of the servers."""
+        if self.rank == 0:
+            from pipeline.weights import WeightSender
+
+            self.sender = WeightSender(urls, backend=backend)
+            self.sender.connect()
+
+    def send_weights(self, version: int) -> None:
+        """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
+        if self.sender is not None:
+            self.sender.send(self.trainer.export(), version)
+        else:
+            for _ in self.trainer.export():
+                pass
+
+    def save_hf(self, directory: str) -> None:
+        """Write the weights as one Hugging Face safetensors file. Rank 0 writes."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for bucket in self.trainer.export():
+            if self.rank == 0:
+                tensors |= {name: tensor.detach().clone().contiguous().cpu() for name, tensor in bucket}
+        if self.rank == 0:
+            save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+
+    def close(self) -> None:
+        """Leave the groups."""
+        if self.sender is not None:
+            self.sender.close()
+
+
+class TrainerGroup:
+    """All ranks. Start it, build it, call it; every call returns merged answers or raises TrainerError."""
+
+    def __init__(
+        self,
+        parallel: ParallelConfig,
+        *,
+        gpus: bool,
+        log_directory: Path,
+        threads: int,
+        timeout_s: float,
+        watch: Callable[[], None] = lambda: None,
+    ):
+        """Actors start at once and in the background. Ray must be up.
+
+        timeout_s: of one call. watch: called every second while a call waits; raises to end it.
+        """
+        self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
+        actor = ray.remote(num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0, max_restarts=0)(TrainerRank)
+        self.ranks = [actor.remote(r, str(self.log_path(r)), threads) for r in range(parallel.ranks)]
+
+    def log_path(self, rank: int) -> Path:
+        return self.log_directory / f"trainer_rank{rank}.log"
+
+    def build(self, model_path: Path, *args: Any, **kwargs: Any) -> None:
+        """Make the process groups and the model on every rank (see TrainerRank.build)."""
+        (meeting_point,) = self._wait([self.ranks[0].meeting_point.remote()], "meeting_point")
+        self.call("build", meeting_point, str(model_path), self.parallel, *args, **kwargs)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """`method` on every rank, together. Answers in rank order."""
+        return self._wait([getattr(r, method).remote(*args, **kwargs) for r in self.ranks], method)
+
+    def load(self, samples: Sequence[Sample]) -> None:
+        """Hand the samples to every rank, through the object store once."""
+        self.call("load", ray.put(list(samples)))
+        self._loaded = len(samples)
+
+    def logprobs(self) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+        """Log-probs and entropies [N] of every loaded sample, and routing counts [layers, 3]; see merge_logprobs."""
+        return merge_logprobs(self.call("logprobs"), self._loaded)
+
+    def update_policy(
+        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+    ) -> dict[str, float]:
+        """One optimizer step; metrics."""
+        return merge_update(self.call("update_policy", objective, denominators, ray.put(values)))
+
+    def update_supervised(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One supervised step; metrics."""
+        return merge_update(self.call("update_supervised", ray.put(list(samples))))
+
+    def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """A new phase of training begins: its own settings, no moments of the last."""
+        self.call("restart_optimizer", optimizer)
+
+    def send_weights(self, version: int) -> None:
+        """The current weights to every connected server, under this version."""
+        self.call("send_weights", version)
+
+    def _wait(self, answers: list[Any], method: str) -> list[Any]:
+        """Wait for all, but not longer than for the first failure."""
+        deadline, pending, results = time.monotonic() + self.timeout_s, list(answers), {}
+        while pending:
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+            # A rank that died leaves the others waiting in a collective: look at what failed first.
+            for answer in done:
+                try:
+                    results[answer] = ray.get(answer)
+                except (RayTaskError, RayActorError) as error:
+                    raise TrainerError(self._explain(answers.index(answer), method, error)) from error
+            self.watch()
+            if pending and time.monotonic() > deadline:
+                waiting = [answers.index(p) for p in pending]
+                raise TrainerError(f"trainer ranks {waiting} did not finish {method} in {self.timeout_s:g} s")
+        return [results[a] for a in answers]
+
+    def _explain(self, rank: int, method: str, error: Exception) -> str:
+        log = self.log_path(rank)
+        if isinstance(error, RayActorError):
+            return f"trainer rank {rank} died during {method}; its log: {log}"
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return f"trainer rank {rank} failed during {method}: {type(cause).__name__}: {cause} (log: {log})"
+
+    def stop(self) -> None:
+        """End every rank. Never raises for a rank that is already gone."""
+        for rank in self.ranks:
+            ray.kill(rank)

@@ -1,0 +1,168 @@
+"""Replayed routes: the routers take exactly what was given, and nothing stays behind."""
+
+import numpy as np
+import pytest
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from tests.megatron_ext.jobs import EXPERTS, LAYERS, SAMPLES, TOPK, make_samples, weighted_likelihood
+from tests.megatron_ext.ranks import run_ranks
+
+LAYOUTS = [
+    {},
+    {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+    {"ranks": 4, "tensor": 2, "sequence": True, "context": 2},
+]
+
+
+def trainer(model: str, config: ParallelConfig, **settings):
+    from megatron_ext.trainer import Trainer
+
+    settings = {"micro_batch_tokens": 60} | settings
+    return Trainer(model, config, TrainerConfig(**settings), OptimizerConfig(lr=1e-3), replay=True)
+
+
+def selections(config: ParallelConfig, model: str, recompute: str):
+    """Every (token rows, selection) that any router of this rank made, by layer, forward and recomputed."""
+    from megatron_ext.mcore import RouterReplayAction
+    from megatron_ext.replay import LayerReplay
+
+    it = trainer(model, config, recompute=recompute)
+    seen: dict[int, list[np.ndarray]] = {}
+    original = LayerReplay.get_replay_topk
+
+    def recording(self, scores, *args, **kwargs):
+        backward = self.router_replay_action == RouterReplayAction.REPLAY_BACKWARD
+        given = self.replay_backward_list[0] if backward else self.target_topk_idx
+        probs, selection = original(self, scores, *args, **kwargs)
+        seen.setdefault(self.layer_number - 1, []).append(selection[given[:, 0] >= 0].numpy())
+        return probs, selection
+
+    LayerReplay.get_replay_topk = recording  # pyright: ignore[reportAttributeAccessIssue]
+    it.update(make_samples(routes=True), weighted_likelihood)
+    return {layer: np.concatenate(parts) for layer, parts in seen.items()}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_routers_select_exactly_the_given_experts(tiny_model_dir, layout, recompute):
+    answers = run_ranks(selections, ParallelConfig(**layout), str(tiny_model_dir), recompute)
+    given = np.concatenate([s.routes for s in make_samples(routes=True) if s.routes is not None])
+    forwards = 2 if recompute == "full" else 1
+    for layer in range(LAYERS):
+        selected = np.concatenate([a[layer] for a in answers if layer in a])
+        expected = np.concatenate([given[:, layer]] * forwards)
+        assert sorted(map(tuple, selected)) == sorted(map(tuple, expected))
+
+
+def test_missing_routes_are_native_and_counted(tiny_model_dir):
+    from tests.megatron_ext.jobs import outcome
+
+    settings = TrainerConfig(micro_batch_tokens=60)
+    everyone = tuple(range(SAMPLES))
+    native = outcome(ParallelConfig(), tiny_model_dir, settings, make_samples(routes=False), False)
+    missing = outcome(
+        ParallelConfig(), tiny_model_dir, settings, make_samples(routes=True, without_routes=everyone), True
+    )
+    assert np.array_equal(missing.before, native.before)
+    tokens = sum(s.input_length for s in make_samples(routes=True))
+    assert missing.routing.tolist() == [[0, 0, tokens]] * LAYERS
+
+    some = make_samples(routes=True, without_routes=(0, 5))
+    lost = sum(s.input_length for s in some if s.routes is None)
+    partly = outcome(ParallelConfig(), tiny_model_dir, settings, some, True)
+    assert partly.routing[:, 0].tolist() == [tokens - lost] * LAYERS
+    assert partly.routing[:, 2].tolist() == [lost] * LAYERS
+
+
+def native_routes(config: ParallelConfig, model: str):
+    """Routes that the model itself would take, and the counters when they are replayed."""
+    from dataclasses import replace
+
+    from megatron_ext.replay import LayerReplay
+
+    it = trainer(model, config, micro_batch_tokens=10_000)
+    chosen: dict[int, np.ndarray] = {}
+    original = LayerReplay.get_replay_topk
+
+    def recording(self, scores, *args, **kwargs):
+        probs, selection = original(self, scores, *args, **kwargs)
+        chosen[self.layer_number - 1] = selection.numpy()
+        return probs, selection
+
+    LayerReplay.get_replay_topk = recording  # pyright: ignore[reportAttributeAccessIssue]
+    plain = make_samples(routes=False)
+    first = it.logprobs(plain)
+    LayerReplay.get_replay_topk = original
+    rows = np.stack([chosen[layer] for layer in range(LAYERS)], 1).astype(np.uint8)
+    cuts = np.cumsum([s.input_length for s in plain])[:-1]
+    routed = [replace(s, routes=r) for s, r in zip(plain, np.split(rows, cuts), strict=True)]
+    second = it.logprobs(routed)
+    shifted = [replace(s, routes=np.roll(s.routes, 1, 0)) for s in routed]
+    swapped = [replace(s, routes=s.routes[:, ::-1].copy()) for s in routed]
+    return first, second, it.logprobs(shifted), it.logprobs(swapped)
+
+
+def test_replaying_native_routes_changes_nothing_and_wrong_ones_do(tiny_model_dir):
+    ((first, second, shifted, swapped),) = run_ranks(native_routes, ParallelConfig(), str(tiny_model_dir))
+    for i in range(SAMPLES):
+        assert np.array_equal(first.logprobs[i], second.logprobs[i])
+    assert all(replayed == agreed > 0 == fallen for replayed, agreed, fallen in second.routing.values())
+    for wrong in (shifted, swapped):
+        assert max(np.abs(first.logprobs[i] - wrong.logprobs[i]).max() for i in range(SAMPLES)) > 1e-2
+        assert all(agreed < replayed for replayed, agreed, _ in wrong.routing.values())
+
+
+def router_gradients(config: ParallelConfig, model: str):
+    it = trainer(model, config)
+    before = [layer.mlp.router.weight.detach().clone() for layer in it.chunks[0].decoder.layers]
+    it.update(make_samples(routes=True), weighted_likelihood)
+    after = [layer.mlp.router.weight.detach() for layer in it.chunks[0].decoder.layers]
+    queues = [len(r.replay_backward_list) for c in it.replays for _, r in c.layers]
+    actions = [r.router_replay_action for c in it.replays for _, r in c.layers]
+    return [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)], queues, actions
+
+
+def test_routers_still_learn_and_no_state_is_left(tiny_model_dir):
+    ((moved, queues, actions),) = run_ranks(router_gradients, ParallelConfig(), str(tiny_model_dir))
+    assert all(m > 1e-4 for m in moved)
+    assert queues == [0] * LAYERS
+    assert actions == [None] * LAYERS
+
+
+def wrong_shapes(config: ParallelConfig, model: str):
+    from dataclasses import replace
+
+    it = trainer(model, config)
+    samples = make_samples(routes=True)
+    messages = []
+    for routes in (
+        np.zeros((samples[0].input_length, LAYERS - 1, TOPK), np.uint8),
+        np.full((samples[0].input_length, LAYERS, TOPK), EXPERTS - 1, np.uint8),
+    ):
+        try:
+            it.logprobs([replace(samples[0], routes=routes)])
+        except ValueError as error:
+            messages.append(str(error))
+    queues = [r.target_topk_idx for c in it.replays for _, r in c.layers]
+    return messages, queues
+
+
+def test_routes_of_another_model_are_refused(tiny_model_dir):
+    ((messages, queues),) = run_ranks(wrong_shapes, ParallelConfig(), str(tiny_model_dir))
+    assert len(messages) == 2
+    assert "for 4 layers, top 2" in messages[0]
+    assert "expert 7 twice" in messages[1]
+    assert queues == [None] * LAYERS
+
+
+def fused_router(config: ParallelConfig, model: str):
+    try:
+        trainer(model, config, router_fusion=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_fused_router_is_refused(tiny_model_dir):
+    (message,) = run_ranks(fused_router, ParallelConfig(), str(tiny_model_dir))
+    assert "fus" in message

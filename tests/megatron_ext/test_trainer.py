@@ -1,0 +1,129 @@
+"""The trainer on real Megatron-Core: equal to transformers on one rank, equal to one rank on every layout."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from tests.megatron_ext.jobs import SAMPLES, Outcome, make_samples, outcome
+from tests.megatron_ext.ranks import run_ranks
+
+TRAINER = TrainerConfig(micro_batch_tokens=100)
+LAYOUTS = {
+    "data 2": {"ranks": 2},
+    "expert 2": {"ranks": 2, "expert": 2},
+    "tensor 2": {"ranks": 2, "tensor": 2, "sequence": True},
+    "pipeline 2": {"ranks": 2, "pipeline": 2},
+    "pipeline 2, two chunks each": {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "context 2": {"ranks": 2, "context": 2},
+    "pipeline 2, expert 2": {"ranks": 4, "pipeline": 2, "expert": 2},
+    "tensor 2, expert 2, expert tensor 1": {
+        "ranks": 4, "tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1, "context": 2,
+    },
+    "all at once": {"ranks": 8, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "context": 2},
+}  # fmt: skip
+
+
+@functools.cache
+def one_rank(model: str, replay: bool = True) -> Outcome:
+    return outcome(ParallelConfig(), model, TRAINER, make_samples(routes=replay), replay)
+
+
+def transformers_logprobs(model: str, samples) -> np.ndarray:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    out = []
+    for sample in samples:
+        ids = torch.from_numpy(sample.tokens.astype(np.int64))
+        with torch.no_grad():
+            scores = torch.log_softmax(reference(ids[None]).logits[0].double(), -1)
+        out.append(scores[:-1].gather(1, ids[1:, None])[sample.prompt_length - 1 :, 0].numpy())
+    return np.concatenate(out)
+
+
+def test_logprobs_of_packed_samples_equal_transformers(tiny_model_dir):
+    expected = transformers_logprobs(tiny_model_dir, make_samples(routes=False))
+    assert np.abs(one_rank(str(tiny_model_dir), replay=False).before - expected).max() < 1e-5
+
+
+def test_logprobs_of_a_dense_model_equal_transformers(tiny_dense_model_dir):
+    samples = make_samples(routes=False)
+    dense = outcome(ParallelConfig(), tiny_dense_model_dir, TRAINER, samples, False)
+    assert np.abs(dense.before - transformers_logprobs(tiny_dense_model_dir, samples)).max() < 1e-5
+    split = outcome(
+        ParallelConfig(ranks=4, tensor=2, sequence=True, pipeline=2), tiny_dense_model_dir, TRAINER, samples, False
+    )
+    assert np.abs(split.after - dense.after).max() < 1e-4
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_loss_gradient_norm_logprobs_and_weights_equal_one_rank(tiny_model_dir, layout, recompute):
+    reference = one_rank(str(tiny_model_dir))
+    trainer = TRAINER.model_copy(update={"recompute": recompute})
+    result = outcome(ParallelConfig(**layout), tiny_model_dir, trainer, make_samples(routes=True), True)
+    assert np.abs(result.before - reference.before).max() < 1e-5
+    assert result.update["loss/objective"] == pytest.approx(reference.update["loss/objective"], rel=1e-5)
+    assert result.update["train/grad_norm"] == pytest.approx(reference.update["train/grad_norm"], rel=1e-5)
+    assert np.array_equal(result.routing * reference.routing[:, :1], reference.routing * result.routing[:, :1])
+    assert result.weights.keys() == reference.weights.keys()
+    for name, weight in reference.weights.items():
+        # one Adam step moves a weight by the learning rate, 1e-3, in the sign of its gradient
+        assert np.abs(result.weights[name] - weight).max() < 1e-4, name
+
+
+@pytest.mark.parametrize("tokens", [8, 60, 10_000])
+def test_the_size_of_micro_batches_does_not_matter(tiny_model_dir, tokens):
+    reference = one_rank(str(tiny_model_dir))
+    trainer = TRAINER.model_copy(update={"micro_batch_tokens": tokens})
+    result = outcome(ParallelConfig(ranks=2), tiny_model_dir, trainer, make_samples(routes=True), True)
+    assert result.update["loss/objective"] == pytest.approx(reference.update["loss/objective"], rel=1e-5)
+    assert result.update["train/grad_norm"] == pytest.approx(reference.update["train/grad_norm"], rel=1e-5)
+    for name in ("length", "sequences", "longest"):
+        assert result.update[name] == pytest.approx(reference.update[name])
+    assert result.update["sequences"] == SAMPLES
+
+
+def test_an_update_moves_logprobs_towards_the_loss(tiny_model_dir):
+    result = one_rank(str(tiny_model_dir))
+    weights = np.concatenate([np.full(s.response_length, s.values["weight"]) for s in make_samples(routes=True)])
+    assert ((result.after - result.before) * weights).sum() > 0
+
+
+def warmed_up(config: ParallelConfig, model: str):
+    from megatron_ext.trainer import Trainer
+    from tests.megatron_ext.jobs import weighted_likelihood
+
+    it = Trainer(model, config, TRAINER, OptimizerConfig(lr=0.3, warmup_steps=2), replay=False)
+    samples = make_samples(routes=False)
+    rates = [it.update(samples, weighted_likelihood).lr for _ in range(4)]
+    it.restart_optimizer(OptimizerConfig(lr=0.1))
+    return rates, it.update(samples, weighted_likelihood).lr
+
+
+def test_the_learning_rate_warms_up_and_a_restart_forgets(tiny_model_dir):
+    ((rates, after),) = run_ranks(warmed_up, ParallelConfig(), str(tiny_model_dir))
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    assert after == pytest.approx(0.1)
+
+
+def in_bfloat16(config: ParallelConfig, model: str):
+    from megatron_ext.trainer import Trainer
+    from tests.megatron_ext.jobs import weighted_likelihood
+
+    it = Trainer(model, config, TrainerConfig(dtype="bfloat16"), OptimizerConfig(lr=1e-3), replay=True)
+    samples = make_samples(routes=True)
+    update = it.update(samples, weighted_likelihood)
+    return it.logprobs(samples), update, {str(p.dtype) for c in it.chunks for p in c.parameters()}
+
+
+def test_bfloat16_trains_with_an_fp32_optimizer(tiny_model_dir):
+    ((part, update, dtypes),) = run_ranks(in_bfloat16, ParallelConfig(), str(tiny_model_dir))
+    assert dtypes == {"torch.bfloat16"}
+    assert update.grad_norm > 0
+    after = one_rank(str(tiny_model_dir)).after
+    mine = np.concatenate([part.logprobs[i] for i in range(SAMPLES)])
+    assert np.abs(mine - after).mean() < 0.1
