@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -49,37 +50,34 @@ class _Bucket:
     mask: torch.Tensor | None
 
 
-def _plan(lengths: list[int], cp_size: int, cp_rank: int) -> tuple[list[_Bucket], torch.Tensor]:
+def _plan(lengths: list[int], cp_size: int, cp_rank: int, device: torch.device) -> tuple[list[_Bucket], torch.Tensor]:
     """Buckets of a packed sequence, and where each local token's output lies among the buckets' outputs."""
     local_total = sum(lengths) // cp_size
-    starts = [0]
-    for n in lengths:
-        starts.append(starts[-1] + n // cp_size)
+    starts = np.cumsum([0, *(n // cp_size for n in lengths)])
     members: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
-        if n:
-            members.setdefault(n.bit_length(), []).append(i)
-    buckets, back, base = [], torch.empty(local_total, dtype=torch.int64), 0
+        members.setdefault(n.bit_length(), []).append(i)
+    buckets, back, base = [], np.empty(local_total, np.int64), 0
     for group in members.values():
         longest = max(lengths[i] for i in group)
         queries = longest // cp_size
-        query = torch.zeros(len(group), queries, dtype=torch.int64)
-        key = torch.zeros(len(group), longest, dtype=torch.int64)
-        mask = torch.zeros(len(group), 1, queries, longest, dtype=torch.bool) if cp_size > 1 else None
+        query = np.zeros((len(group), queries), np.int64)
+        key = np.zeros((len(group), longest), np.int64)
+        position = np.zeros((len(group), queries), np.int64)
         for row, i in enumerate(group):
-            n, start = lengths[i], starts[i]
-            mine = torch.arange(start, start + n // cp_size)
-            query[row, : len(mine)] = mine
-            back[mine] = base + row * queries + torch.arange(len(mine))
+            part = lengths[i] // cp_size
+            mine = np.arange(starts[i], starts[i] + part)
+            query[row, :part] = mine
+            position[row, :part] = zigzag_positions(lengths[i], cp_size, cp_rank)
+            back[mine] = np.arange(base + row * queries, base + row * queries + part)
             for rank in range(cp_size):
-                key[row, zigzag_positions(n, cp_size, rank)] = rank * local_total + mine
-            if mask is not None:
-                position = torch.zeros(queries, dtype=torch.int64)
-                position[: len(mine)] = zigzag_positions(n, cp_size, cp_rank)
-                mask[row, 0] = position[:, None] >= torch.arange(longest)[None]
-        buckets.append(_Bucket(query, key, mask))
-        base += query.numel()
-    return buckets, back
+                key[row, zigzag_positions(lengths[i], cp_size, rank)] = rank * local_total + mine
+        mask = None
+        if cp_size > 1:
+            mask = torch.from_numpy(position[:, None, :, None] >= np.arange(longest)).to(device)
+        buckets.append(_Bucket(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), mask))
+        base += query.size
+    return buckets, torch.from_numpy(back).to(device)
 
 
 class SDPACoreAttention(MegatronModule):
@@ -138,7 +136,7 @@ class SDPACoreAttention(MegatronModule):
         plan = getattr(params, "sdpa_plan", None)
         if plan is None:  # one plan serves every layer of the micro-batch, forward and recomputed
             cu = params.cu_seqlens_q_padded if params.cu_seqlens_q_padded is not None else params.cu_seqlens_q
-            plan = params.sdpa_plan = _plan((cu[1:] - cu[:-1]).tolist(), self.cp.size(), self.cp.rank())
+            plan = params.sdpa_plan = _plan((cu[1:] - cu[:-1]).tolist(), self.cp.size(), self.cp.rank(), q.device)
         buckets, back = plan
         if self.cp.size() > 1:
             k, v = _GatherRanks.apply(torch.cat([k, v], -1), self.cp).split([k.shape[-1], v.shape[-1]], -1)  # type: ignore[union-attr]

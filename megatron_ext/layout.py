@@ -57,15 +57,15 @@ class Sample:
         return len(self.tokens) - self.prompt_length
 
 
-def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> torch.Tensor:
+def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> np.ndarray:
     """Positions of an n-token sequence that a context-parallel rank holds: chunks r and 2*cp-1-r of 2*cp, so that
     causal attention costs every rank the same. [length / cp_size] int64."""
     if cp_size == 1:
-        return torch.arange(length)
+        return np.arange(length)
     if length % (2 * cp_size):
         raise ValueError(f"a sequence of {length} tokens does not divide into {2 * cp_size} zigzag chunks")
-    chunks = torch.arange(length).view(2 * cp_size, -1)
-    return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+    chunks = np.arange(length).reshape(2 * cp_size, -1)
+    return np.concatenate([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
 
 
 def plan_micro_batches(
@@ -149,12 +149,11 @@ class TokenLayout:
         return out
 
     def _local_of(self, cp_rank: int) -> torch.Tensor:
-        return torch.cat(
-            [
-                start + zigzag_positions(n, self.cp_size, cp_rank)
-                for start, n in zip(self.starts, self.padded_lengths, strict=True)
-            ]
-        )
+        positions = [
+            start + zigzag_positions(n, self.cp_size, cp_rank)
+            for start, n in zip(self.starts, self.padded_lengths, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(positions))
 
     @cached_property
     def local(self) -> torch.Tensor:
@@ -164,7 +163,7 @@ class TokenLayout:
     @cached_property
     def positions(self) -> torch.Tensor:
         """[total] int64: position within its own sequence."""
-        return torch.cat([torch.arange(n) for n in self.padded_lengths])
+        return torch.from_numpy(np.concatenate([np.arange(n) for n in self.padded_lengths]))
 
     def pack(self, rows: Sequence[np.ndarray], fill: int | float = 0) -> torch.Tensor:
         """One array a sample, [length, ...], into [total, ...], padding filled."""
@@ -194,12 +193,12 @@ class TokenLayout:
     def responses(self, packed: torch.Tensor, response_lengths: Sequence[int]) -> torch.Tensor:
         """[total] per-input-token values -> [samples, longest response], the last N inputs of each sequence,
         right-padded with zeros."""
-        index = torch.zeros(len(self.lengths), max(response_lengths), dtype=torch.int64)
-        mask = torch.zeros(index.shape, dtype=torch.bool)
-        for row, (start, n, response) in enumerate(zip(self.starts, self.lengths, response_lengths, strict=True)):
-            index[row, :response] = torch.arange(start + n - response, start + n)
-            mask[row, :response] = True
-        return packed[index.to(packed.device)].masked_fill(~mask.to(packed.device), 0.0)
+        index = np.zeros((len(self.lengths), max(response_lengths)), np.int64)
+        ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
+        for row, end, response in zip(index, ends, response_lengths, strict=True):
+            row[:response] = np.arange(end - response, end)
+        mask = response_mask(response_lengths).to(packed.device)
+        return packed[torch.from_numpy(index).to(packed.device)].masked_fill(~mask, 0.0)
 
 
 def response_mask(response_lengths: Sequence[int]) -> torch.Tensor:

@@ -31,18 +31,21 @@ def _train(options: argparse.Namespace) -> int:
     except ConfigError as error:
         return _fail(str(error), 2)
 
-    from pipeline.controller import DisagreementError, train
+    from pipeline.controller import DisagreementError
+    from pipeline.data.prompts import DataError
     from pipeline.observe.run_dir import RunDirectoryError
+    from pipeline.rewards import RewardError
     from pipeline.rollout.server import ServerError
+    from pipeline.session import train
     from pipeline.weights import WeightTransferError
     from pipeline.workers import TrainerError
 
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
         path = train(config)
-    except RunDirectoryError as error:
+    except (RunDirectoryError, DataError) as error:
         return _fail(str(error), 2)
-    except (ServerError, TrainerError, WeightTransferError, DisagreementError) as error:
+    except (ServerError, TrainerError, RewardError, WeightTransferError, DisagreementError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

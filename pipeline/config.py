@@ -134,7 +134,15 @@ class Config(_Frozen):
                 "the trainer's log-probs are over the whole vocabulary, so top-p and top-k would make the policies "
                 "differ; set rollout.top_p=1 and rollout.top_k=-1"
             )
-        if self.rollout.samples_per_prompt == 1 and resolve(self.objective).composition.advantage != "gae":
+        objective = resolve(self.objective)
+        if objective.needs_critic:
+            raise ValueError(
+                f"objective {objective.name} estimates advantages with a critic, and no critic is trained here; set "
+                "objective.advantage to group_mean, group_std, leave_one_out or batch_std"
+            )
+        if objective.needs_reference:
+            raise ValueError("no reference model is held here; leave objective.kl out")
+        if self.rollout.samples_per_prompt == 1:
             raise ValueError(
                 "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2"
             )

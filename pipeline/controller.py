@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import ray
 import torch
 
-from megatron_ext.hf.config import model_shape, read_hf_config
 from megatron_ext.layout import Sample
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
 from pipeline.objectives import Denominators, mismatch_metrics, resolve
-from pipeline.observe.console import Console
-from pipeline.observe.run_dir import RunDirectory
 from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
-from pipeline.rollout.sampler import sample
-from pipeline.rollout.server import ServerError, SGLangServer
+from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Group, Rollout
 from pipeline.workers import TrainerGroup
 
@@ -55,7 +48,6 @@ class Loop:
     source: PromptSource
     client: SGLangClient
     trainers: TrainerGroup
-    run: RunDirectory
     version: int = 0
 
     def __post_init__(self):
@@ -67,13 +59,13 @@ class Loop:
             stop_token_ids=self.source.stop_token_ids,
         )
 
-    def step(self, number: int) -> dict[str, float]:
-        """One RL step; its metrics."""
+    def step(self, number: int) -> tuple[dict[str, float], list[Group]]:
+        """One RL step; its metrics and what was sampled."""
         timer, rollout = Timer(), self.config.rollout
         with timer("step"):
             with timer("rollout"):
                 prompts = self.source.take(rollout.prompts_per_step)
-                groups = sample(self.client, prompts, rollout.samples_per_prompt, self.sampling)
+                groups = sample_groups_sync(self.client, prompts, rollout.samples_per_prompt, self.sampling)
             with timer("reward"):
                 groups = grade(groups, self.source.tokenizer, self.source.reward)
             rollouts = [r for g in groups for r in g.rollouts]
@@ -86,22 +78,17 @@ class Loop:
             sampled_under = self.version
             with timer("sync"):
                 self.sync()
-        self.run.write_rollouts(number, groups)
         tokens = sum(len(r) for r in rollouts)
-        return (
-            metrics
-            | group_metrics(groups, rollouts)
-            | routing_metrics(routing)
-            | {
-                "step": number,
-                "weights/version": sampled_under,
-                "policy/entropy": float(np.concatenate(entropy).mean()),
-                "throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"],
-                "throughput/train_tokens_per_s": sum(len(r.prompt_ids) + len(r) for r in rollouts)
-                / timer.seconds["train"],
-            }
-            | {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
-        )
+        metrics |= group_metrics(groups, rollouts) | routing_metrics(routing)
+        metrics |= {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
+        metrics |= {
+            "step": number,
+            "weights/version": sampled_under,
+            "policy/entropy": float(np.concatenate(entropy).mean()),
+            "throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"],
+            "throughput/train_tokens_per_s": sum(len(r.prompt_ids) + len(r) for r in rollouts) / timer.seconds["train"],
+        }
+        return metrics, groups
 
     def sync(self) -> None:
         """The trainer's weights to the server, under the next version."""
@@ -121,9 +108,9 @@ class Loop:
         if not metrics["mismatch/abs_logprob"] <= self.config.logprob_bound:
             raise DisagreementError(
                 f"under weights {self.version} the log-probs of trainer and server differ by "
-                f"{metrics['mismatch/abs_logprob']:.2e} nats on average (largest {metrics['mismatch/max_abs_logprob']:.2e}), "
-                f"the bound is {self.config.logprob_bound:.0e}: the weight transfer failed, or the engines compute "
-                "different models; checks.max_abs_logprob sets the bound"
+                f"{metrics['mismatch/abs_logprob']:.2e} nats on average (largest "
+                f"{metrics['mismatch/max_abs_logprob']:.2e}), the bound is {self.config.logprob_bound:.0e}: the weight "
+                "transfer failed, or the engines compute different models; checks.max_abs_logprob sets the bound"
             )
         return metrics
 
@@ -155,117 +142,18 @@ class Loop:
         return {name: float(np.mean([p[name] for p in parts if name in p])) for name in set().union(*parts)}
 
     def probe(self) -> None:
-        """Sample a little under the newest weights and compare: the check that `step` makes, after the last transfer."""
-        groups = sample(self.client, self.source.take(4), 1, self.sampling)
+        """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
+        groups = sample_groups_sync(self.client, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
         self.trainers.load([to_sample(r) for r in rollouts])
         self.compare(rollouts, self.trainers.logprobs()[0])
 
 
-def train(config: Config) -> Path:
-    """Run the whole configuration; returns the run directory. Whatever happens, nothing is left running.
-
-    Raises ConfigError before anything starts; ServerError, TrainerError, WeightTransferError or DisagreementError after.
-    """
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.ExitStack() as stack:
-        run = stack.enter_context(RunDirectory.create(config))
-        model_path = prepare_model(config, run.path / "model")
-        shape = model_shape(read_hf_config(model_path))
-        source = PromptSource(config.data, model_path, seed=config.run.seed)
-        server = SGLangServer(
-            config.server,
-            model_path,
-            run.logs / "sglang.log",
-            device=device,
-            dtype=config.trainer.dtype,
-            seed=config.run.seed,
-            return_routed_experts=config.replay == "r3" and shape.num_experts > 0,
-        )
-        stack.callback(server.stop)
-        server.start()  # it loads while Ray and the trainer do
-        trainers = stack.enter_context(trainer_group(config, device, run.logs, server))
-        trainers.build(
-            model_path,
-            config.trainer,
-            config.supervised,
-            replay=config.replay == "r3",
-            temperature=config.rollout.temperature,
-            seed=config.run.seed,
-        )
-        console = stack.enter_context(Console(config.train.steps))
-        supervised(config, source, trainers, console)
-        server.wait_ready()
-        client = SGLangClient(
-            server.url,
-            vocab_size=shape.vocab_size,
-            num_layers=shape.num_layers,
-            topk=shape.topk,
-            num_experts=shape.num_experts,
-            routes=server.return_routed_experts,
-            timeout_s=config.rollout.timeout_s,
-            log_path=server.log_path,
-        )
-        loop = Loop(config, source, client, trainers, run)
-        trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo")
-        trainers.restart_optimizer(config.train)
-        if config.supervised.steps:
-            loop.sync()
-        for number in range(1, config.train.steps + 1):
-            metrics = loop.step(number)
-            run.record(metrics)
-            console.step(metrics)
-        loop.probe()
-        trainers.call("save_hf", str(run.hf_directory(model_path)))
-        trainers.call("close")
-        run.finish()
-    return run.path
-
-
-def supervised(config: Config, source: PromptSource, trainers: TrainerGroup, console: Console) -> None:
-    """Supervised steps on the task's own answers, through the same trainer."""
-    steps = config.supervised.steps
-    for number in range(1, steps + 1):
+def supervise(config: Config, source: PromptSource, trainers: TrainerGroup) -> Iterator[float]:
+    """Supervised steps on the task's own answers, through the same trainer; yields each step's loss, nats a token."""
+    for _ in range(config.supervised.steps):
         pairs = source.take_supervised(config.supervised.batch_size)
-        metrics = trainers.update_supervised([Sample(p.tokens, p.prompt_length) for p in pairs])
-        console.supervised(number, steps, metrics["loss/nll"])
-
-
-@contextlib.contextmanager
-def trainer_group(config: Config, device: str, logs: Path, server: SGLangServer) -> Iterator[TrainerGroup]:
-    """Ray up (or joined), one actor a trainer rank; all gone on leaving."""
-    ranks, cores = config.parallel.ranks, os.cpu_count() or 1
-
-    def watch() -> None:
-        if not server.alive():
-            raise ServerError(f"the SGLang server died\n{server.log_tail()}")
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if config.cluster.address is None:
-        ray.init(
-            num_cpus=ranks + 1,
-            include_dashboard=False,
-            object_store_memory=int(config.cluster.object_store_gb * 1e9),
-            logging_level="error",
-            log_to_driver=False,
-        )
-    else:
-        ray.init(address=config.cluster.address, logging_level="error", log_to_driver=False)
-    try:
-        group = TrainerGroup(
-            config.parallel,
-            gpus=device == "cuda",
-            log_directory=logs,
-            threads=config.cluster.cpu_threads or max(1, cores // ranks),
-            timeout_s=config.cluster.call_timeout_s,
-            watch=watch,
-        )
-        try:
-            yield group
-        finally:
-            group.stop()
-    finally:
-        ray.shutdown()
+        yield trainers.update_supervised([Sample(p.tokens, p.prompt_length) for p in pairs])["loss/nll"]
 
 
 def to_sample(rollout: Rollout) -> Sample:

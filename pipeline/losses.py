@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def objective_loss(objective: Objective, denominators: Denominators) -> LossFunction:
-    """An objective on samples whose values hold rollout_logprobs and proximal_logprobs [N], advantage (number or [N])."""
+    """An objective on samples with values rollout_logprobs and proximal_logprobs [N], advantage (number or [N])."""
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
         out = objective.loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -99,14 +100,13 @@ def _packed_rope() -> None:
             raise ValueError("cp_group must be provided for packed rotary embeddings")
         if multi_latent_attention is not None:
             mla_rotary_interleaved = multi_latent_attention
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-        offsets = cu_seqlens[:-1].tolist() if freqs.size(0) == int(cu_seqlens[-1]) else [0] * len(lengths)
-        positions = torch.cat(
-            [
-                zigzag_positions(n, cp_group.size(), cp_group.rank()) + offset
-                for n, offset in zip(lengths, offsets, strict=True)
-            ]
-        )
+        positions = getattr(cu_seqlens, "rope_positions", None)
+        if positions is None:  # the same for every layer of a micro-batch
+            lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+            parts = [zigzag_positions(n, cp_group.size(), cp_group.rank()) for n in lengths]
+            if freqs.size(0) == int(cu_seqlens[-1]):  # angles of the whole pack, not of one sequence
+                parts = [p + start for p, start in zip(parts, cu_seqlens[:-1].tolist(), strict=True)]
+            positions = cu_seqlens.rope_positions = torch.from_numpy(np.concatenate(parts))
         return rope_utils._apply_rotary_pos_emb_bshd(
             t.unsqueeze(1),
             freqs[positions],

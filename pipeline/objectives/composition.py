@@ -1,0 +1,249 @@
+"""The cells an objective is composed of, and which of them go together.
+
+advantage x ratio level x surrogate x corrections x reduction (+ KL, critic, entropy)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.objectives.reduce import Reduction
+
+Advantage = Literal["group_mean", "group_std", "leave_one_out", "batch_std", "gae"]
+RatioLevel = Literal["token", "sequence", "sequence_token"]
+Surrogate = Literal["reinforce", "clip", "dual_clip", "stop_gradient_clip", "soft_gate", "mask", "log_space_clip"]
+CorrectionKind = Literal[
+    "token_is",
+    "token_tis",
+    "token_mis",
+    "icepop",
+    "sequence_is",
+    "sequence_tis",
+    "sequence_mis",
+    "geometric_is",
+    "geometric_tis",
+    "geometric_mask",
+    "opsm",
+]
+Policy = Literal["proximal", "current"]
+
+# Where no bound is written. TIS 2 and MIS 2: "Your efficient RL framework secretly brings you off-policy RL training"
+# and its sequels; IcePop [.5, 5]: 2510.18855; geometric mask 1 +- 1e-3: verl's rollout-correction presets.
+CORRECTION_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "token_is": (None, None),
+    "token_tis": (None, 2.0),
+    "token_mis": (None, 2.0),
+    "icepop": (0.5, 5.0),
+    "sequence_is": (None, None),
+    "sequence_tis": (None, 2.0),
+    "sequence_mis": (None, 2.0),
+    "geometric_is": (None, None),
+    "geometric_tis": (None, 2.0),
+    "geometric_mask": (0.999, 1.001),
+    "opsm": (None, 1e-4),
+}
+MASKS_ONLY = ("geometric_mask", "opsm")
+"""Corrections that keep or drop a sequence and weigh nothing."""
+
+
+class CorrectionConfig(BaseModel):
+    """One correction for the discrepancy between trainer and rollout engine; a factor of 1 when there is none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: CorrectionKind = Field(
+        description="token_*: w_t per token; sequence_*: W = prod w_t; geometric_*: W^(1/N); *_is: the weight itself; "
+        "*_tis: min(weight, high); *_mis, icepop: the weight where low <= weight <= high, else 0; geometric_mask: 1 "
+        "inside the bounds, else 0; opsm: 0 where A < 0 and mean log(mu / numerator) > high, else 1"
+    )
+    low: float | None = Field(default=None, ge=0, description="lower bound of the weight; none where not given")
+    high: float | None = Field(default=None, gt=0, description="upper bound of the weight (opsm: nats per token)")
+    numerator: Policy | None = Field(
+        default=None,
+        description="the policy over mu: proximal (discrepancy alone; clip on pi/pi_o, correct with pi_o/mu) or "
+        "current (discrepancy and staleness in one weight). Default: proximal, and current for opsm",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: object) -> object:
+        if not isinstance(data, dict) or data.get("kind") not in CORRECTION_BOUNDS:
+            return data
+        low, high = CORRECTION_BOUNDS[data["kind"]]
+        given = {key: value for key, value in data.items() if value is not None}
+        return {"low": low, "high": high, "numerator": "current" if data["kind"] == "opsm" else "proximal"} | given
+
+    @model_validator(mode="after")
+    def _check(self) -> CorrectionConfig:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"correction {self.kind}: low {self.low} is above high {self.high}; swap them")
+        if self.kind.endswith("_is") and (self.low is not None or self.high is not None):
+            raise ValueError(
+                f"correction {self.kind} is the whole weight and has no bounds; "
+                f"write kind: {self.kind.replace('_is', '_tis')} to truncate it"
+            )
+        if (self.kind.endswith("_tis") or self.kind == "opsm") and self.low is not None:
+            raise ValueError(f"correction {self.kind} has an upper bound only; leave low out")
+        return self
+
+    @property
+    def per_token(self) -> bool:
+        return self.kind.startswith("token_") or self.kind == "icepop"
+
+
+class KLConfig(BaseModel):
+    """A penalty on KL(pi || pi_ref), estimated on the sampled tokens; l = log pi_ref - log pi."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    estimator: Literal["k1", "k2", "k3", "unbiased_k3"] = Field(
+        default="k3",
+        description="k1 = -l; k2 = l^2/2; k3 = e^l - 1 - l; unbiased_k3 = (pi/mu) k3, gradient through pi/mu",
+    )
+    beta: float = Field(default=1e-3, ge=0, description="coefficient, reward units per nat")
+    place: Literal["loss", "reward"] = Field(
+        default="loss", description="loss: + beta * reduced estimator; reward: subtracted from the reward, no gradient"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> KLConfig:
+        if self.place == "reward" and self.estimator == "unbiased_k3":
+            raise ValueError(
+                "kl.estimator unbiased_k3 differs from k3 only through its gradient, and a reward has none; "
+                "write kl.place: loss, or kl.estimator: k3"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Every cell of an objective, filled.
+
+    advantage:     group_mean R - mean; group_std (R - mean)/(std + std_epsilon); leave_one_out; batch_std (the reward,
+                   whitened over the batch's tokens); gae.
+    ratio:         token r_t; sequence s; sequence_token s_t.
+    surrogate:     see surrogates.py. log_space_clip takes token ratios and gives one term per sequence: ratio sequence.
+    reduction:     see reduce.py.
+    clip_low/high: ratio bounds 1 - clip_low, 1 + clip_high; of the log-ratio for log_space_clip.
+    dual_clip:     upper bound of r where A < 0.
+    tau_positive/negative: temperature of the soft gate where A > 0 and elsewhere.
+    corrections:   factors on the term, multiplied.
+    kl:            penalty on the distance from a reference model.
+    whiten:        whiten the advantages over the batch's tokens as a last step.
+    gae_gamma/lambda, value_coefficient, value_clip: critic; value_clip is the largest move of a value in one update.
+    entropy_coefficient: bonus per nat of reduced token entropy.
+    dynamic_sampling: groups whose rewards are all equal are replaced before the update (DAPO).
+    overlong_fraction: length of the soft penalty's ramp as a fraction of the maximum length; 0 is no penalty (DAPO).
+    """
+
+    advantage: Advantage
+    ratio: RatioLevel
+    surrogate: Surrogate
+    reduction: Reduction
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None
+    tau_positive: float | None = None
+    tau_negative: float | None = None
+    corrections: tuple[CorrectionConfig, ...] = ()
+    kl: KLConfig | None = None
+    whiten: bool = False
+    std_epsilon: float = 1e-6
+    gae_gamma: float = 1.0
+    gae_lambda: float = 0.95
+    value_coefficient: float = 0.5
+    value_clip: float | None = 0.2
+    entropy_coefficient: float = 0.0
+    dynamic_sampling: bool = False
+    overlong_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def number(self, cell: str) -> float:
+        """A number that the surrogate needs; construction has checked that it is there."""
+        value = getattr(self, cell)
+        assert value is not None, cell
+        return value
+
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "reinforce": (),
+    "clip": ("clip_low", "clip_high"),
+    "dual_clip": ("clip_low", "clip_high", "dual_clip"),
+    "stop_gradient_clip": ("clip_high",),
+    "soft_gate": ("tau_positive", "tau_negative"),
+    "mask": ("clip_low", "clip_high"),
+    "log_space_clip": ("clip_low", "clip_high"),
+}
+"""Which numbers a surrogate reads. stop_gradient_clip reads clip_low too where there is one."""
+
+
+def _problem(cells: Composition) -> str | None:
+    """The sentence that says what does not go together and what to write instead, or None."""
+    for cell, allowed in (
+        ("advantage", Advantage),
+        ("ratio", RatioLevel),
+        ("surrogate", Surrogate),
+        ("reduction", Reduction),
+    ):
+        if getattr(cells, cell) not in get_args(allowed):
+            return f"{cell}: {getattr(cells, cell)!r} is unknown; write one of {', '.join(get_args(allowed))}"
+    for name in NEEDS[cells.surrogate]:
+        if getattr(cells, name) is None:
+            return f"surrogate: {cells.surrogate} needs {name}, and the preset has none; write {name} too"
+    if cells.clip_low is not None and cells.clip_low > 1 and cells.surrogate != "log_space_clip":
+        return f"clip_low: {cells.clip_low} puts the lower bound 1 - clip_low below 0; write at most 1"
+    if cells.dual_clip is not None and cells.dual_clip <= 1:
+        return f"dual_clip: {cells.dual_clip} bounds a ratio where A < 0; write a number above 1 (3 in its paper)"
+    if cells.surrogate == "log_space_clip" and cells.ratio != "sequence":
+        return (
+            "surrogate: log_space_clip makes one term per sequence from clipped token ratios; write ratio: sequence "
+            "with it, or surrogate: clip to clip each token's ratio on its own"
+        )
+    if cells.reduction == "sequence_mean" and cells.ratio != "sequence":
+        return (
+            "reduction: sequence_mean takes one term per sequence, and ratio: "
+            f"{cells.ratio} gives one per token; write reduction: sequence_mean_token_mean"
+        )
+    if cells.ratio == "sequence" and cells.advantage == "gae":
+        return (
+            "advantage: gae gives one advantage per token, and ratio: sequence has one term per sequence; write ratio: "
+            "sequence_token (the same ratio, token by token), or advantage: group_mean"
+        )
+    if cells.ratio == "sequence" and cells.advantage == "batch_std" and _reward_kl(cells):
+        return (
+            "advantage: batch_std with a KL in the reward gives one advantage per token, and ratio: sequence has one "
+            "term per sequence; write ratio: sequence_token, or kl.place: loss"
+        )
+    for correction in cells.corrections:
+        if cells.ratio != "token" and correction.per_token:
+            return (
+                f"correction: {correction.kind} weighs tokens, and ratio: {cells.ratio} weighs whole sequences; write "
+                "correction: {kind: geometric_tis} (the same mean over tokens as the ratio), a sequence_* kind, or "
+                "ratio: token"
+            )
+        if (
+            correction.numerator == "current"
+            and correction.kind not in MASKS_ONLY
+            and cells.surrogate not in ("reinforce", "mask")
+        ):
+            return (
+                f"correction: {correction.kind} with numerator: current puts pi/mu in front of a term that already "
+                "holds pi/pi_o; write numerator: proximal, or surrogate: reinforce or mask"
+            )
+    if sum(c.kind not in MASKS_ONLY for c in cells.corrections) > 1:
+        return (
+            "correction: more than one of them weighs the same pi_o/mu; keep one weight, and add only "
+            f"{' or '.join(MASKS_ONLY)} beside it"
+        )
+    return None
+
+
+def _reward_kl(cells: Composition) -> bool:
+    return cells.kl is not None and cells.kl.place == "reward"

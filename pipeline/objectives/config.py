@@ -1,0 +1,115 @@
+"""What a person writes under `objective:`, and the objective it means.
+
+objective: {preset: gspo}
+objective: {preset: grpo, reduction: token_mean, correction: {kind: token_tis, high: 2}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipeline.objectives.composition import (
+    NEEDS,
+    Advantage,
+    Composition,
+    CorrectionConfig,
+    KLConfig,
+    RatioLevel,
+    Surrogate,
+)
+from pipeline.objectives.objective import Objective
+from pipeline.objectives.presets import PRESETS
+from pipeline.objectives.reduce import Reduction
+
+
+class ObjectiveConfig(BaseModel):
+    """A preset, and any of its cells written over. A cell that is left out is the preset's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: str = Field(default="gspo", description="row of the table; `sameroute objectives` prints it")
+    advantage: Advantage | None = Field(default=None, description="how rewards become advantages")
+    ratio: RatioLevel | None = Field(default=None, description="token, sequence, or sequence_token (GSPO-token)")
+    surrogate: Surrogate | None = Field(default=None, description="the term whose gradient is taken")
+    reduction: Reduction | None = Field(default=None, description="how terms become a scalar")
+    clip_low: float | None = Field(default=None, ge=0, description="1 - clip_low is the lower bound of the ratio")
+    clip_high: float | None = Field(default=None, ge=0, description="1 + clip_high is the upper bound of the ratio")
+    dual_clip: float | None = Field(default=None, description="upper bound of the ratio where A < 0, above 1")
+    tau_positive: float | None = Field(default=None, gt=0, description="soft gate's temperature where A > 0")
+    tau_negative: float | None = Field(default=None, gt=0, description="soft gate's temperature where A <= 0")
+    correction: tuple[CorrectionConfig, ...] | None = Field(
+        default=None, description="for the discrepancy between engines: one, several (multiplied), or [] for none"
+    )
+    kl: KLConfig | None = Field(
+        default=None, description="penalty on the distance from a reference model; beta: 0 removes it"
+    )
+    whiten: bool | None = Field(
+        default=None, description="whiten the advantages over the batch's tokens, as a last step"
+    )
+    std_epsilon: float | None = Field(default=None, ge=0, description="added to a standard deviation, reward units")
+    gae_gamma: float | None = Field(default=None, ge=0, le=1, description="discount per token")
+    gae_lambda: float | None = Field(default=None, ge=0, le=1, description="lambda of GAE, per token")
+    value_coefficient: float | None = Field(default=None, ge=0, description="factor of the critic's loss")
+    value_clip: float | None = Field(
+        default=None, gt=0, description="largest move of a value in one update, reward units"
+    )
+    entropy_coefficient: float | None = Field(default=None, description="bonus, reward units per nat")
+    dynamic_sampling: bool | None = Field(default=None, description="replace groups whose rewards are all equal")
+    overlong_fraction: float | None = Field(
+        default=None, ge=0, le=1, description="ramp of the overlong penalty, fraction of the maximum length; 0 is none"
+    )
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return name
+
+    @field_validator("correction", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, dict | CorrectionConfig) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        self.composition()
+        return self
+
+    def composition(self) -> Composition:
+        """The preset's cells with the written ones over them. Raises ValueError where they do not go together."""
+        cells = PRESETS[self.preset].cells
+        written = {name: getattr(self, name) for name in self.model_fields_set if name != "preset"}
+        written = {name: value for name, value in written.items() if value is not None}
+        if "correction" in written:
+            written["corrections"] = written.pop("correction")
+        if "kl" in written and written["kl"].beta == 0:
+            written["kl"] = None
+        _check_clip(self, cells)
+        return dataclasses.replace(cells, **written)
+
+
+def _check_clip(config: ObjectiveConfig, cells: Composition) -> None:
+    """A clip belongs to its ratio: 3e-4 around a token's, or 0.2 around a mean of thousands, clips all or nothing."""
+    ratio = config.ratio or cells.ratio
+    surrogate = config.surrogate or cells.surrogate
+    moved = (ratio == "token") != (cells.ratio == "token") or (surrogate == "log_space_clip") != (
+        cells.surrogate == "log_space_clip"
+    )
+    missing = [name for name in ("clip_low", "clip_high") if getattr(config, name) is None]
+    if moved and missing and "clip_high" in NEEDS[surrogate]:
+        size = "0.2" if ratio == "token" else "3e-4"
+        raise ValueError(
+            f"ratio: {ratio} with surrogate: {surrogate} under preset {config.preset} would keep the clip of "
+            f"another kind of ratio ({cells.clip_low}, {cells.clip_high}); write {' and '.join(missing)} too, for example {size}"
+        )
+
+
+def resolve(config: ObjectiveConfig) -> Objective:
+    """The objective a config means. Its name is the preset's, with "*" where a cell was written over."""
+    composition = config.composition()
+    changed = composition != PRESETS[config.preset].cells
+    return Objective(config.preset + ("*" if changed else ""), composition)

@@ -1,0 +1,132 @@
+"""What an objective takes and gives back.
+
+Three policies stand behind every sampled token: `rollout` (mu, the engine that sampled it), `proximal` (pi_o, the
+trainer at the start of this update) and `current` (pi, the trainer now). Everything here is a padded matrix over the
+response tokens of whole sequences; `mask` says which entries are tokens, and what stands in the others is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """What the losses of one mini-batch are divided by, over all its micro-batches and all data-parallel ranks.
+
+    With these fixed, the losses of any partition of the mini-batch add up to the loss of the whole.
+
+    sequences:  sequences of the mini-batch, those with no token included.
+    tokens:     response tokens of the mini-batch.
+    max_length: response tokens; the constant of `token_sum_constant` (the longest response that may be sampled).
+    """
+
+    sequences: int
+    tokens: int
+    max_length: int
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.max_length < 1 or self.tokens < 0:
+            raise ValueError(f"a mini-batch has sequences >= 1, max_length >= 1 and tokens >= 0, got {self}")
+
+    @classmethod
+    def of(cls, mask: Tensor, max_length: int) -> Denominators:
+        """The denominators of the mini-batch whose whole mask [sequences, tokens] bool is here."""
+        return cls(sequences=mask.shape[0], tokens=int(mask.sum()), max_length=max_length)
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """A subset of a mini-batch: S whole sequences of at most T response tokens.
+
+    All floating tensors have one dtype (float32 or float64) and one device.
+
+    current_logprobs:   [S, T], log pi; the loss is differentiable in it.
+    proximal_logprobs:  [S, T], log pi_o.
+    rollout_logprobs:   [S, T], log mu at the sampling temperature. Read only where a correction asks for it.
+    advantages:         [S] or [S, T]; constant.
+    mask:               [S, T] bool, True on response tokens.
+    reference_logprobs: [S, T], log pi_ref; for a KL term in the loss.
+    entropy:            [S, T], entropy of pi at each position; for an entropy bonus; differentiable.
+    values:             [S, T], the critic now; differentiable.
+    proximal_values:    [S, T], the critic at the start of this update.
+    returns:            [S, T], what the critic regresses on (advantages + proximal_values).
+    """
+
+    current_logprobs: Tensor
+    proximal_logprobs: Tensor
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    reference_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+    proximal_values: Tensor | None = None
+    returns: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool or self.mask.dim() != 2:
+            raise ValueError(f"mask is [sequences, tokens] bool, got {list(self.mask.shape)} {self.mask.dtype}")
+        if self.advantages.shape not in (self.mask.shape[:1], self.mask.shape):
+            raise ValueError(
+                f"advantages are [sequences] or [sequences, tokens], got {list(self.advantages.shape)} "
+                f"for a mask {list(self.mask.shape)}"
+            )
+        for name in (
+            "current_logprobs",
+            "proximal_logprobs",
+            "rollout_logprobs",
+            "reference_logprobs",
+            "entropy",
+            "values",
+            "proximal_values",
+            "returns",
+        ):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != self.mask.shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, the mask is {list(self.mask.shape)}")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that reduces exactly over micro-batches and ranks.
+
+    total: scalar tensor.
+    count: scalar tensor; what `total` is divided by at the end, for "mean".
+    kind:  "mean" (add totals, add counts, divide), "sum" (add totals), "max" (largest total).
+    """
+
+    total: Tensor
+    count: Tensor
+    kind: Literal["mean", "sum", "max"] = "mean"
+
+    def value(self) -> float:
+        """The number. A mean over nothing is 0/0 and comes back as nan, which is what it is."""
+        return float(self.total / self.count) if self.kind == "mean" else float(self.total)
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """loss: scalar, this call's share of the mini-batch's loss (to be minimised). metrics: by name, detached."""
+
+    loss: Tensor
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+def merge_metrics(shares: Iterable[dict[str, Metric]]) -> dict[str, Metric]:
+    """The metrics of a mini-batch from those of its parts. A metric that only some parts have is merged over them."""
+    merged: dict[str, Metric] = {}
+    for share in shares:
+        for name, metric in share.items():
+            if name not in merged:
+                merged[name] = metric
+                continue
+            seen = merged[name]
+            total = torch.maximum(seen.total, metric.total) if seen.kind == "max" else seen.total + metric.total
+            merged[name] = Metric(total, seen.count + metric.count, seen.kind)
+    return merged

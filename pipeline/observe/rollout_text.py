@@ -1,0 +1,66 @@
+"""Sampled rollouts as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.types import Group, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LINE = 100  # characters of a table of tokens
+
+
+def pick(groups: Sequence[Group], count: int) -> list[tuple[Group, int]]:
+    """Up to `count` (group, rollout) positions: groups evenly spaced over the step, and only then second samples."""
+    if count < len(groups):
+        return [(groups[k * len(groups) // count], 0) for k in range(count)]
+    longest = max((len(g.rollouts) for g in groups), default=0)
+    return [(g, i) for i in range(longest) for g in groups if i < len(g.rollouts)][:count]
+
+
+def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prompt, response, reward, finish, weight versions, and every token with its log-prob (nats)."""
+    rollout = group.rollouts[position]
+    graded = len(group.rewards) == len(group.rollouts)
+    reward = f"{group.rewards[position]:.3f}" if graded else "not graded"
+    lines = [
+        f"=== prompt {group.prompt.index}, sample {position} of {len(group.rollouts)} ===",
+        f"reward    {reward}",
+        f"finish    {rollout.finish_reason} after {len(rollout)} tokens",
+        f"versions  {_versions(rollout.weight_versions)}",
+        f"log-prob  {_total(rollout)}",
+    ]
+    lines += [f"{key:<9} {value}" for key, value in group.prompt.metadata.items()]
+    response = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=False)
+    lines += ["--- prompt", group.prompt.text, "--- response", str(response), "--- tokens (log-prob, nats)"]
+    return "\n".join(lines + _tokens(rollout, tokenizer)) + "\n"
+
+
+def _total(rollout: Rollout) -> str:
+    if not len(rollout):
+        return "no tokens"
+    sum_, mean = float(rollout.rollout_logprobs.sum()), float(rollout.rollout_logprobs.mean())
+    return f"sum {sum_:.3f}, mean {mean:.3f} nats, under the rollout policy"
+
+
+def _versions(versions: np.ndarray) -> str:
+    """Runs of equal versions: "3 (tokens 0-5), 4 (tokens 6-9)"."""
+    starts = np.flatnonzero(np.r_[True, versions[1:] != versions[:-1]]) if len(versions) else []
+    ends = [*(int(s) - 1 for s in starts[1:]), len(versions) - 1]
+    return ", ".join(f"{versions[s]} (tokens {s}-{e})" for s, e in zip(starts, ends, strict=False)) or "none"
+
+
+def _tokens(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    lines, line = [], ""
+    for token, logprob in zip(rollout.response_ids.tolist(), rollout.rollout_logprobs.tolist(), strict=True):
+        cell = f"{tokenizer.decode([token])!r} {logprob:.3f}"
+        if line and len(line) + 2 + len(cell) > _LINE:
+            lines.append(line)
+            line = ""
+        line = f"{line}  {cell}" if line else cell
+    return [*lines, line] if line else lines

@@ -1,0 +1,153 @@
+"""Everything that a run needs is started here, and nothing of it is left when the block ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import ray
+import torch
+
+from megatron_ext.hf.config import model_shape, read_hf_config
+from pipeline.config import Config
+from pipeline.controller import Loop, supervise
+from pipeline.data.prompts import PromptSource
+from pipeline.data.tiny_model import make_tiny_model
+from pipeline.observe.console import Console
+from pipeline.observe.run_dir import RunDirectory
+from pipeline.rollout.client import SGLangClient
+from pipeline.rollout.server import ServerError, SGLangServer
+from pipeline.workers import TrainerGroup
+
+
+def train(config: Config) -> Path:
+    """Run the whole configuration; returns the run directory. Whatever happens, nothing is left running.
+
+    Raises what the CLI turns into a message: DataError, RewardError and RunDirectoryError before anything starts,
+    ServerError, TrainerError, WeightTransferError and DisagreementError after.
+    """
+    with RunDirectory.create(config) as run, Console(config.train.steps) as console:
+
+        def supervised(number: int, nll: float) -> None:
+            console.supervised(number, config.supervised.steps, nll)
+
+        with open_loop(config, run.path, run.logs, on_supervised=supervised) as (loop, model_path):
+            for number in range(1, config.train.steps + 1):
+                metrics, groups = loop.step(number)
+                run.record(metrics)
+                run.write_rollouts(number, groups, loop.source.tokenizer)
+                console.step(metrics)
+            if loop.version:
+                loop.probe()  # a step checks the transfer before it; this one checks the last
+            loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
+        run.finish()
+    return run.path
+
+
+@contextlib.contextmanager
+def open_loop(
+    config: Config, directory: Path, logs: Path, *, on_supervised: Callable[[int, float], None] = lambda *_: None
+) -> Iterator[tuple[Loop, Path]]:
+    """Server, Ray and trainer ranks up, supervised steps done, weights synchronised: a loop ready for its first step.
+
+    directory: where a tiny model is made. logs: existing folder for the logs of both engines.
+    on_supervised: called with each supervised step and its loss, nats a token.
+    Yields the loop and the model directory it started from.
+    """
+    device: Literal["cpu", "cuda"]
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    model_path = prepare_model(config, directory / "model")
+    shape = model_shape(read_hf_config(model_path))
+    source = PromptSource(config.data, model_path, seed=config.run.seed)
+    replay = config.replay == "r3" and shape.num_experts > 0
+    server = SGLangServer(
+        config.server,
+        model_path,
+        logs / "sglang.log",
+        device=device,
+        dtype=config.trainer.dtype,
+        seed=config.run.seed,
+        return_routed_experts=replay,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
+        server.start()  # it loads while Ray and the trainer do
+        trainers = stack.enter_context(trainer_group(config, device, logs, server))
+        trainers.build(
+            model_path,
+            config.trainer,
+            config.supervised,
+            replay=replay,
+            temperature=config.rollout.temperature,
+            seed=config.run.seed,
+        )
+        for number, nll in enumerate(supervise(config, source, trainers), start=1):
+            on_supervised(number, nll)
+        trainers.restart_optimizer(config.train)
+        server.wait_ready()
+        client = SGLangClient(
+            server.url,
+            vocab_size=shape.vocab_size,
+            num_layers=shape.num_layers,
+            topk=shape.topk,
+            num_experts=shape.num_experts,
+            routes=replay,
+            timeout_s=config.rollout.timeout_s,
+            log_path=server.log_path,
+        )
+        trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo")
+        loop = Loop(config, source, client, trainers)
+        if config.supervised.steps:
+            loop.sync()
+        yield loop, model_path
+        trainers.call("close")
+
+
+@contextlib.contextmanager
+def trainer_group(
+    config: Config, device: Literal["cpu", "cuda"], logs: Path, server: SGLangServer
+) -> Iterator[TrainerGroup]:
+    """Ray up (or joined), one actor a trainer rank; all gone on leaving."""
+    ranks, cores = config.parallel.ranks, os.cpu_count() or 1
+
+    def watch() -> None:
+        if not server.alive():
+            raise ServerError(f"the SGLang server died\n{server.log_tail()}")
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.cluster.address is None:
+        ray.init(
+            num_cpus=ranks + 1,
+            include_dashboard=False,
+            object_store_memory=int(config.cluster.object_store_gb * 1e9),
+            logging_level="error",
+            log_to_driver=False,
+        )
+    else:
+        ray.init(address=config.cluster.address, logging_level="error", log_to_driver=False)
+    try:
+        group = TrainerGroup(
+            config.parallel,
+            gpus=device == "cuda",
+            log_directory=logs,
+            threads=config.cluster.cpu_threads or max(1, cores // ranks),
+            timeout_s=config.cluster.call_timeout_s,
+            watch=watch,
+        )
+        try:
+            yield group
+        finally:
+            group.stop()
+    finally:
+        ray.shutdown()
+
+
+def prepare_model(config: Config, directory: Path) -> Path:
+    """The Hugging Face directory to start from: the configured one, or a tiny one made at `directory`."""
+    if config.model.path is not None:
+        return config.model.path
+    assert config.model.tiny is not None
+    return make_tiny_model(directory, config.model.tiny, config.run.seed)

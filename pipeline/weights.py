@@ -1,0 +1,142 @@
+"""The trainer's weights to the running servers: trainer rank 0 and every server rank in one process group.
+
+    begin on every server; for each bucket: announce names, dtypes and shapes over HTTP, broadcast its bytes over the
+    group; end; flush the prefix cache (it belongs to the old weights); name the version.
+
+Weights travel under their Hugging Face names; the caller bounds the bytes of a bucket.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import requests
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from pipeline.rollout.control import SGLangControl
+from pipeline.rollout.server import ServerError
+
+Bucket = list[tuple[str, Tensor]]
+
+
+class WeightTransferError(RuntimeError):
+    """A server did not take the weights; the message names it."""
+
+
+class WeightSender:
+    """Sends weights to servers. Lives in trainer rank 0; `connect` once, then `send` as often as there are weights."""
+
+    def __init__(self, urls: list[str], *, backend: str, group: str = "sameroute_weights", timeout_s: float = 300.0):
+        """urls: of the servers. backend: "gloo" or "nccl". timeout_s: of one bucket, and of every HTTP call."""
+        self.controls = [SGLangControl(url, timeout_s=timeout_s) for url in urls]
+        self.backend, self.group, self.timeout_s = backend, group, timeout_s
+        self.threads = ThreadPoolExecutor(max_workers=len(urls))
+        self.process_group: Any = None
+
+    def connect(self) -> None:
+        """Make the group. Raises WeightTransferError where a server does not join in time."""
+        sizes = [int(self._guard(c, c.server_info)["tp_size"]) for c in self.controls]
+        host = self._own_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            port = probe.getsockname()[1]
+        world, offset, joins = 1 + sum(sizes), 1, []
+        for control, size in zip(self.controls, sizes, strict=True):
+            body = {
+                "master_address": host,
+                "master_port": port,
+                "rank_offset": offset,
+                "world_size": world,
+                "group_name": self.group,
+                "backend": self.backend,
+            }
+            joins.append(self._later(control, "/init_weights_update_group", body))
+            offset += size
+        timeout = timedelta(seconds=self.timeout_s)
+        try:
+            # The group stands beside the trainer's own default group, which dist.new_group cannot express.
+            store, _, _ = next(c10d.rendezvous(f"tcp://{host}:{port}", 0, world, timeout=timeout))
+            store.set_timeout(timeout)
+            self.process_group, _ = c10d._new_process_group_helper(
+                world,
+                0,
+                [],
+                c10d.Backend(self.backend),
+                c10d.PrefixStore(self.group, store),
+                group_name=self.group,  # pyright: ignore[reportArgumentType]
+                timeout=timeout,
+            )
+            c10d._world.pg_group_ranks[self.process_group] = {i: i for i in range(world)}
+        except (RuntimeError, ValueError) as error:
+            self._answers(joins)  # a server's own refusal says more than our time-out
+            raise WeightTransferError(f"the weight-transfer group was not made: {error}") from error
+        self._answers(joins)
+
+    def send(self, buckets: Iterable[Bucket], version: int) -> None:
+        """Replace the weights of every server and name them. No request may be running.
+
+        buckets: (Hugging Face name, tensor) lists. Raises WeightTransferError with the server and its reason; the
+        servers must not be used after that.
+        """
+        self._everywhere("/begin_weight_update", {})
+        for bucket in buckets:
+            body = {
+                "names": [name for name, _ in bucket],
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+                "shapes": [list(tensor.shape) for _, tensor in bucket],
+                "group_name": self.group,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            }
+            flat = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
+            announced = [self._later(c, "/update_weights_from_distributed", body) for c in self.controls]
+            try:
+                dist.broadcast(flat, src=0, group=self.process_group)
+            except RuntimeError as error:
+                self._answers(announced)
+                raise WeightTransferError(f"the broadcast of weights {version} failed: {error}") from error
+            self._answers(announced)
+        self._everywhere("/end_weight_update", {})
+        self._everywhere("/flush_cache", {})
+        self._everywhere("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    def close(self) -> None:
+        """Leave the group; servers that are gone are no error."""
+        if self.process_group is not None:
+            for control in self.controls:
+                if control.healthy():
+                    control.post("/destroy_weights_update_group", {"group_name": self.group})
+            dist.destroy_process_group(self.process_group)
+            self.process_group = None
+        self.threads.shutdown(wait=False)
+
+    def _everywhere(self, path: str, body: dict[str, Any]) -> None:
+        self._answers([self._later(control, path, body) for control in self.controls])
+
+    def _later(self, control: SGLangControl, path: str, body: dict[str, Any]) -> Future[Any]:
+        return self.threads.submit(self._guard, control, lambda: control.post(path, body))
+
+    def _answers(self, futures: list[Future[Any]]) -> None:
+        for future in futures:
+            future.result()
+
+    @staticmethod
+    def _guard(control: SGLangControl, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except (ServerError, requests.RequestException) as error:
+            raise WeightTransferError(f"weight transfer to {control.url} failed: {error}") from error
+
+    def _own_address(self) -> str:
+        """The address of this machine that the servers can reach: the one that reaches the first server."""
+        host, _, port = self.controls[0].url.removeprefix("http://").partition(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))
+            return probe.getsockname()[0]

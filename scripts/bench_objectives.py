@@ -1,0 +1,224 @@
+"""Loss plus backward of every preset against the plainest torch version of the same equation.
+
+    python scripts/bench_objectives.py [--device cuda] [--sequences 64] [--tokens 4096]
+
+Both run in one process, turn about, on the same tensors. The table gives the fastest of the repeats, in milliseconds, and
+the most memory that a call holds beyond its inputs (on a CPU from the profiler's allocation events, on a GPU from the
+allocator). The plain versions compute no metrics and check nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, resolve
+
+Loss = Callable[[LossInputs, Denominators], Tensor]
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    return torch.minimum(ratio * advantages, torch.clamp(ratio, 1 - low, 1 + high) * advantages)
+
+
+def _token_ratio(x: LossInputs) -> Tensor:
+    return torch.exp(x.current_logprobs - x.proximal_logprobs)
+
+
+def _sequence_ratio(x: LossInputs) -> Tensor:
+    log_ratio = (x.current_logprobs - x.proximal_logprobs) * x.mask
+    return torch.exp(log_ratio.sum(-1) / x.mask.sum(-1))
+
+
+def _token_mean(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
+    return -(term * x.mask).sum() / d.tokens
+
+
+def _sequence_token_mean(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
+    return -((term * x.mask).sum(-1) / x.mask.sum(-1)).sum() / d.sequences
+
+
+def _sequence_token_sum(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
+    return -(term * x.mask).sum() / d.sequences
+
+
+def plain_reinforce(x: LossInputs, d: Denominators) -> Tensor:
+    rho = torch.exp(x.current_logprobs - x.rollout_logprobs).detach()
+    return _sequence_token_sum(rho * x.advantages[:, None] * x.current_logprobs, x, d)
+
+
+def plain_ppo(x: LossInputs, d: Denominators) -> Tensor:
+    policy = _token_mean(_clipped(_token_ratio(x), x.advantages, 0.2, 0.2), x, d)
+    clipped = x.proximal_values + torch.clamp(x.values - x.proximal_values, -0.2, 0.2)
+    squared = torch.maximum((x.values - x.returns) ** 2, (clipped - x.returns) ** 2)
+    return policy - 0.5 * _token_mean(0.5 * squared, x, d)
+
+
+def plain_reinforce_plus_plus(x: LossInputs, d: Denominators) -> Tensor:
+    return _token_mean(_clipped(_token_ratio(x), x.advantages, 0.2, 0.2), x, d)
+
+
+def plain_grpo(x: LossInputs, d: Denominators) -> Tensor:
+    return _sequence_token_mean(_clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.2), x, d)
+
+
+def plain_dr_grpo(x: LossInputs, d: Denominators) -> Tensor:
+    term = _clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.2)
+    return -(term * x.mask).sum() / (d.sequences * d.max_length)
+
+
+def plain_dapo(x: LossInputs, d: Denominators) -> Tensor:
+    return _token_mean(_clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.28), x, d)
+
+
+def plain_gspo(x: LossInputs, d: Denominators) -> Tensor:
+    return -_clipped(_sequence_ratio(x), x.advantages, 3e-4, 4e-4).sum() / d.sequences
+
+
+def plain_gspo_token(x: LossInputs, d: Denominators) -> Tensor:
+    ratio = _sequence_ratio(x).detach()[:, None] * torch.exp(x.current_logprobs - x.current_logprobs.detach())
+    return _sequence_token_mean(_clipped(ratio, x.advantages[:, None], 3e-4, 4e-4), x, d)
+
+
+def plain_dr_gspo(x: LossInputs, d: Denominators) -> Tensor:
+    return -(x.mask.sum(-1) * _clipped(_sequence_ratio(x), x.advantages, 3e-4, 4e-4)).sum() / d.sequences
+
+
+def plain_gmpo(x: LossInputs, d: Denominators) -> Tensor:
+    sign = x.advantages.sign()[:, None]
+    log_ratio = sign * (x.current_logprobs - x.proximal_logprobs)
+    clipped = sign * torch.minimum(log_ratio, torch.clamp(log_ratio, -0.4, 0.4))
+    ratio = torch.exp((clipped * x.mask).sum(-1) / x.mask.sum(-1))
+    return -(ratio * x.advantages).sum() / d.sequences
+
+
+def plain_cispo(x: LossInputs, d: Denominators) -> Tensor:
+    ratio = torch.clamp(_token_ratio(x), max=5.0).detach()
+    return _token_mean(ratio * x.advantages[:, None] * x.current_logprobs, x, d)
+
+
+def plain_sapo(x: LossInputs, d: Denominators) -> Tensor:
+    advantages = x.advantages[:, None]
+    tau = torch.where(advantages > 0, 1.0, 1.05)
+    return _sequence_token_mean(torch.sigmoid(tau * (_token_ratio(x) - 1)) * 4 / tau * advantages, x, d)
+
+
+def plain_minirl(x: LossInputs, d: Denominators) -> Tensor:
+    advantages = x.advantages[:, None]
+    ratio = _token_ratio(x).detach()
+    weight = torch.clamp(torch.exp(x.current_logprobs - x.rollout_logprobs), max=5.0).detach()
+    masked = ((advantages > 0) & (ratio > 1.27)) | ((advantages < 0) & (ratio < 0.8))
+    return _sequence_token_sum(~masked * weight * advantages * x.current_logprobs, x, d)
+
+
+def plain_areal_grpo(x: LossInputs, d: Denominators) -> Tensor:
+    weight = torch.exp(x.proximal_logprobs - x.rollout_logprobs)
+    term = _clipped(_token_ratio(x), x.advantages[:, None], 0.4, 0.4)
+    return _token_mean(term * weight * (weight <= 5), x, d)
+
+
+def plain_areal_gspo(x: LossInputs, d: Denominators) -> Tensor:
+    return -(x.mask.sum(-1) * _clipped(_sequence_ratio(x), x.advantages, 0.4, 0.4)).sum() / d.tokens
+
+
+PLAIN: dict[str, Loss] = {name: globals()[f"plain_{'reinforce' if name == 'rloo' else name}"] for name in PRESETS}
+
+
+def inputs_for(name: str, sequences: int, tokens: int, device: str) -> tuple[LossInputs, Denominators]:
+    """A batch of the mismatch and staleness of a real run: log-ratios of about 0.02 and 0.1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(scale: float) -> Tensor:
+        return (scale * torch.randn(sequences, tokens, generator=generator)).to(device)
+
+    lengths = torch.randint(tokens // 4, tokens + 1, (sequences, 1), generator=generator)
+    mask = (torch.arange(tokens) < lengths).to(device)
+    rollout = -torch.rand(sequences, tokens, generator=generator).to(device)
+    proximal = rollout + noise(0.02)
+    per_token = name in ("ppo", "reinforce_plus_plus")
+    values = noise(1.0)
+    inputs = LossInputs(
+        current_logprobs=(proximal + noise(0.1)).requires_grad_(),
+        proximal_logprobs=proximal,
+        rollout_logprobs=rollout,
+        advantages=noise(1.0) if per_token else noise(1.0)[:, 0].contiguous(),
+        mask=mask,
+        values=(values + noise(0.1)).requires_grad_() if name == "ppo" else None,
+        proximal_values=values if name == "ppo" else None,
+        returns=noise(1.0) if name == "ppo" else None,
+    )
+    return inputs, Denominators.of(mask, tokens)
+
+
+def step(loss: Loss, inputs: LossInputs, denominators: Denominators) -> float:
+    """One loss and its gradient."""
+    leaves = [x for x in (inputs.current_logprobs, inputs.values) if x is not None]
+    value = loss(inputs, denominators)
+    torch.autograd.grad(value, leaves)
+    return float(value.detach())
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """The most bytes a call holds at once beyond what was there before it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    results = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    live = peak = 0
+    for event in events:
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--only", nargs="*", default=list(PRESETS))
+    args = parser.parse_args()
+    print(
+        f"{args.sequences} sequences x {args.tokens} tokens, float32, {args.device}, {torch.get_num_threads()} threads"
+    )
+    print(f"{'preset':22}{'ms':>8}{'plain ms':>10}{'ratio':>7}{'MiB':>8}{'plain MiB':>11}{'ratio':>7}")
+    for name in args.only:
+        compare(name, args)
+
+
+def compare(name: str, args: argparse.Namespace) -> None:
+    """One row of the table."""
+    objective = resolve(ObjectiveConfig(preset=name))
+    inputs, denominators = inputs_for(name, args.sequences, args.tokens, args.device)
+    losses: tuple[Loss, Loss] = (lambda x, d, o=objective: o.loss(x, d).loss, PLAIN[name])
+    values = [step(loss, inputs, denominators) for loss in losses]
+    if abs(values[0] - values[1]) > 1e-4 * max(1e-3, abs(values[1])):
+        raise SystemExit(f"{name}: {values[0]} against the plain {values[1]}: not the same equation")
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(args.repeats + 5):
+        for loss, taken in zip(losses, seconds, strict=True):
+            start = time.perf_counter()
+            step(loss, inputs, denominators)
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            if repeat >= 5:
+                taken.append(time.perf_counter() - start)
+    ours, plain = (1e3 * min(taken) for taken in seconds)
+    held = [peak_bytes(lambda loss=loss: step(loss, inputs, denominators), args.device) / 2**20 for loss in losses]
+    print(f"{name:22}{ours:8.2f}{plain:10.2f}{ours / plain:7.2f}{held[0]:8.1f}{held[1]:11.1f}{held[0] / held[1]:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

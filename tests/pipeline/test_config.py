@@ -1,0 +1,74 @@
+"""A configuration that cannot run is refused before anything starts, with a sentence that says what to change."""
+
+import pytest
+import yaml
+
+from pipeline.config import ConfigError, load_config
+
+QUICKSTART = "configs/quickstart.yaml"
+
+
+def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
+    config = load_config(QUICKSTART, ["train.lr=2e-6", "data.task.max_digits=5", "server.extra_args=[--a, b]"])
+    assert config.train.lr == 2e-6
+    assert config.data.task is not None
+    assert config.data.task.max_digits == 5
+    assert config.server.extra_args == ["--a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate=1e-6", r"train\.learning_rate: there is no such key; there are .*\blr\b"),
+        ("trian.lr=1e-6", r"trian: there is no such key; there are .*\btrain\b"),
+        ("train.lr=fast", r"train\.lr: .*number"),
+        ("train.lr", r"section\.field=value"),
+        ("train.lr.x=1", "lr is a value, not a section"),
+        ("train.mini_batches=5", "32 prompts do not divide into 5 mini-batches"),
+        ("trainer.router_fusion=true", "set trainer.router_fusion=false or replay=none"),
+        ("rollout.top_p=0.9", "set rollout.top_p=1"),
+        ("rollout.samples_per_prompt=1", "samples_per_prompt to at least 2"),
+        ("server.context_length=16", "raise the second"),
+        ("parallel.tensor=2", "1 trainer ranks do not divide into tensor 2"),
+        ("parallel={ranks: 2, tensor: 2}", "set parallel.sequence=true"),
+        ("parallel={ranks: 3, tensor: 2, sequence: true}", "set parallel.ranks to a multiple of 2"),
+        ("parallel={ranks: 3, pipeline: 3}", "4 layers do not divide among"),
+        ("parallel={ranks: 3, expert: 3}", "8 experts do not divide among parallel.expert=3"),
+        ("parallel={ranks: 4, tensor: 4, sequence: true}", "2 key-value heads do not divide among parallel.tensor=4"),
+        ("parallel={ranks: 2, expert: 2, tensor: 2, sequence: true}", r"parallel\.expert_tensor=1"),
+        ("parallel={ranks: 2, virtual_pipeline: 2}", "virtual_pipeline needs pipeline > 1"),
+        ("parallel.sequence=true", "set parallel.sequence=false"),
+        ("model.path=/nowhere", "exactly one of model.path"),
+        ("objective.preset=gpso", "gspo"),
+        ("objective.preset=ppo", "no critic"),
+        ("objective.correction={kind: token_tis, high: 2}", "sequence"),
+    ],
+)
+def test_a_mistake_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(QUICKSTART, [override])
+
+
+def test_a_model_directory_that_does_not_exist_or_is_not_supported_is_named(tmp_path):
+    overrides = ["model.tiny=null"]
+    with pytest.raises(ConfigError, match=r"model\.path: .* has no config\.json"):
+        load_config(QUICKSTART, [*overrides, f"model.path={tmp_path / 'none'}"])
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match="'mamba' is not supported; supported: qwen3_moe, qwen3"):
+        load_config(QUICKSTART, [*overrides, f"model.path={tmp_path}"])
+
+
+def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="there is no config file"):
+        load_config(tmp_path / "none.yaml")
+    for text, message in (("a: [", "is not YAML"), ("- 1", "must hold a mapping")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / "bad.yaml")
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
+    config = load_config(QUICKSTART)
+    file = tmp_path / "resolved.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(file) == config
