@@ -80,11 +80,30 @@ class OptimizerConfig(_Frozen):
 
     lr: float = Field(1e-6, gt=0, description="learning rate")
     warmup_steps: int = Field(0, ge=0, description="optimizer steps over which the rate rises linearly from 0")
+    decay_steps: int | None = Field(
+        None, ge=1, description="optimizer steps, warm-up included, until the rate has fallen linearly; null: constant"
+    )
+    final_lr_fraction: float = Field(0.1, ge=0, le=1, description="of `lr`, kept after `decay_steps`")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.98, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="largest L2 norm of the whole gradient; 0: no limit")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step 0, 1, ...: linear warm-up, then constant or linear decay."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / (self.warmup_steps + 1)
+        if self.decay_steps is None:
+            return self.lr
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.decay_steps - self.warmup_steps))
+        return self.lr * (1.0 - (1.0 - self.final_lr_fraction) * progress)
+
+    @model_validator(mode="after")
+    def _schedule(self):
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"decay_steps={self.decay_steps} must exceed warmup_steps={self.warmup_steps}")
+        return self
 
 
 class TrainerConfig(_Frozen):

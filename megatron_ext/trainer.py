@@ -211,8 +211,7 @@ class Trainer:
         return self.exporter.stream()
 
     def _set_rate(self) -> float:
-        config = self.optimizer_config
-        rate = config.lr * min(1.0, (self.steps + 1) / (config.warmup_steps + 1))
+        rate = self.optimizer_config.rate(self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate

@@ -118,6 +118,7 @@ def trainer_group(
             raise ServerError(f"the SGLang server died\n{server.log_tail()}")
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     if config.cluster.address is None:
         ray.init(
             num_cpus=ranks + 1,

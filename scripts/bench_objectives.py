@@ -2,9 +2,9 @@
 
     python scripts/bench_objectives.py [--device cuda] [--sequences 64] [--tokens 4096]
 
-Both run in one process, turn about, on the same tensors. The table gives the fastest of the repeats, in milliseconds, and
-the most memory that a call holds beyond its inputs (on a CPU from the profiler's allocation events, on a GPU from the
-allocator). The plain versions compute no metrics and check nothing.
+Both run in one process, turn about, on the same tensors. The table gives the fastest of the repeats, in milliseconds,
+and the most memory that a call holds beyond its inputs (on a CPU from the profiler's allocation events, on a GPU from
+the allocator). The plain versions compute no metrics and check nothing.
 """
 
 from __future__ import annotations
@@ -17,115 +17,9 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, resolve
+from pipeline.objectives.plain import PLAIN
 
 Loss = Callable[[LossInputs, Denominators], Tensor]
-
-
-def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    return torch.minimum(ratio * advantages, torch.clamp(ratio, 1 - low, 1 + high) * advantages)
-
-
-def _token_ratio(x: LossInputs) -> Tensor:
-    return torch.exp(x.current_logprobs - x.proximal_logprobs)
-
-
-def _sequence_ratio(x: LossInputs) -> Tensor:
-    log_ratio = (x.current_logprobs - x.proximal_logprobs) * x.mask
-    return torch.exp(log_ratio.sum(-1) / x.mask.sum(-1))
-
-
-def _token_mean(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
-    return -(term * x.mask).sum() / d.tokens
-
-
-def _sequence_token_mean(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
-    return -((term * x.mask).sum(-1) / x.mask.sum(-1)).sum() / d.sequences
-
-
-def _sequence_token_sum(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
-    return -(term * x.mask).sum() / d.sequences
-
-
-def plain_reinforce(x: LossInputs, d: Denominators) -> Tensor:
-    rho = torch.exp(x.current_logprobs - x.rollout_logprobs).detach()
-    return _sequence_token_sum(rho * x.advantages[:, None] * x.current_logprobs, x, d)
-
-
-def plain_ppo(x: LossInputs, d: Denominators) -> Tensor:
-    policy = _token_mean(_clipped(_token_ratio(x), x.advantages, 0.2, 0.2), x, d)
-    clipped = x.proximal_values + torch.clamp(x.values - x.proximal_values, -0.2, 0.2)
-    squared = torch.maximum((x.values - x.returns) ** 2, (clipped - x.returns) ** 2)
-    return policy - 0.5 * _token_mean(0.5 * squared, x, d)
-
-
-def plain_reinforce_plus_plus(x: LossInputs, d: Denominators) -> Tensor:
-    return _token_mean(_clipped(_token_ratio(x), x.advantages, 0.2, 0.2), x, d)
-
-
-def plain_grpo(x: LossInputs, d: Denominators) -> Tensor:
-    return _sequence_token_mean(_clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.2), x, d)
-
-
-def plain_dr_grpo(x: LossInputs, d: Denominators) -> Tensor:
-    term = _clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.2)
-    return -(term * x.mask).sum() / (d.sequences * d.max_length)
-
-
-def plain_dapo(x: LossInputs, d: Denominators) -> Tensor:
-    return _token_mean(_clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.28), x, d)
-
-
-def plain_gspo(x: LossInputs, d: Denominators) -> Tensor:
-    return -_clipped(_sequence_ratio(x), x.advantages, 3e-4, 4e-4).sum() / d.sequences
-
-
-def plain_gspo_token(x: LossInputs, d: Denominators) -> Tensor:
-    ratio = _sequence_ratio(x).detach()[:, None] * torch.exp(x.current_logprobs - x.current_logprobs.detach())
-    return _sequence_token_mean(_clipped(ratio, x.advantages[:, None], 3e-4, 4e-4), x, d)
-
-
-def plain_dr_gspo(x: LossInputs, d: Denominators) -> Tensor:
-    return -(x.mask.sum(-1) * _clipped(_sequence_ratio(x), x.advantages, 3e-4, 4e-4)).sum() / d.sequences
-
-
-def plain_gmpo(x: LossInputs, d: Denominators) -> Tensor:
-    sign = x.advantages.sign()[:, None]
-    log_ratio = sign * (x.current_logprobs - x.proximal_logprobs)
-    clipped = sign * torch.minimum(log_ratio, torch.clamp(log_ratio, -0.4, 0.4))
-    ratio = torch.exp((clipped * x.mask).sum(-1) / x.mask.sum(-1))
-    return -(ratio * x.advantages).sum() / d.sequences
-
-
-def plain_cispo(x: LossInputs, d: Denominators) -> Tensor:
-    ratio = torch.clamp(_token_ratio(x), max=5.0).detach()
-    return _token_mean(ratio * x.advantages[:, None] * x.current_logprobs, x, d)
-
-
-def plain_sapo(x: LossInputs, d: Denominators) -> Tensor:
-    advantages = x.advantages[:, None]
-    tau = torch.where(advantages > 0, 1.0, 1.05)
-    return _sequence_token_mean(torch.sigmoid(tau * (_token_ratio(x) - 1)) * 4 / tau * advantages, x, d)
-
-
-def plain_minirl(x: LossInputs, d: Denominators) -> Tensor:
-    advantages = x.advantages[:, None]
-    ratio = _token_ratio(x).detach()
-    weight = torch.clamp(torch.exp(x.current_logprobs - x.rollout_logprobs), max=5.0).detach()
-    masked = ((advantages > 0) & (ratio > 1.27)) | ((advantages < 0) & (ratio < 0.8))
-    return _sequence_token_sum(~masked * weight * advantages * x.current_logprobs, x, d)
-
-
-def plain_areal_grpo(x: LossInputs, d: Denominators) -> Tensor:
-    weight = torch.exp(x.proximal_logprobs - x.rollout_logprobs)
-    term = _clipped(_token_ratio(x), x.advantages[:, None], 0.4, 0.4)
-    return _token_mean(term * weight * (weight <= 5), x, d)
-
-
-def plain_areal_gspo(x: LossInputs, d: Denominators) -> Tensor:
-    return -(x.mask.sum(-1) * _clipped(_sequence_ratio(x), x.advantages, 0.4, 0.4)).sum() / d.tokens
-
-
-PLAIN: dict[str, Loss] = {name: globals()[f"plain_{'reinforce' if name == 'rloo' else name}"] for name in PRESETS}
 
 
 def inputs_for(name: str, sequences: int, tokens: int, device: str) -> tuple[LossInputs, Denominators]:

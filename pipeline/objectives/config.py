@@ -104,7 +104,8 @@ def _check_clip(config: ObjectiveConfig, cells: Composition) -> None:
         size = "0.2" if ratio == "token" else "3e-4"
         raise ValueError(
             f"ratio: {ratio} with surrogate: {surrogate} under preset {config.preset} would keep the clip of "
-            f"another kind of ratio ({cells.clip_low}, {cells.clip_high}); write {' and '.join(missing)} too, for example {size}"
+            f"another kind of ratio ({cells.clip_low}, {cells.clip_high}); write {' and '.join(missing)} too, "
+            f"for example {size}"
         )
 
 

@@ -41,8 +41,8 @@ def correction_weight(
 
     log_ratio: [S, T], log of numerator/mu, 0 on padding. weights: [S, T], the mask in log_ratio's dtype.
     advantages: [S, 1] or [S, T]; read by opsm only: a bad answer that the policy has already moved away from.
-    Returns the factor, [S, T] or [S, 1], and how many weights of each sequence were truncated, masked or dropped, [S, 1]
-    (of its tokens for a [S, T] factor, else 0 or 1).
+    Returns the factor, [S, T] or [S, 1], and how many weights of each sequence were truncated, masked or dropped,
+    [S, 1] (of its tokens for a [S, T] factor, else 0 or 1).
     """
     kind = config.kind
     lengths = weights.sum(-1, keepdim=True)
@@ -58,7 +58,7 @@ def correction_weight(
         return kept, _count_cut(kept, weights, lengths)
     low = math.log(config.low) if config.low else -math.inf
     high = math.log(config.high) if config.high is not None else math.inf
-    if high == math.inf:
+    if high == math.inf and kind.startswith("sequence_"):
         check_finite(log_weight, f"{config.numerator}/rollout ({kind})")
     if kind.endswith("_is"):
         return log_weight.exp(), torch.zeros_like(lengths)

@@ -182,13 +182,12 @@ class Objective:
             metrics[f"correction/{correction.kind}_mean"] = _weighted_mean(weight, where)
             metrics[f"correction/{correction.kind}_cut"] = Metric(cut.sum(), counted(weight))
             factor = _times(weight, factor)
-        if term.value is not None:
-            value = _dot(_times(term.value, factor), weights)
-            return value, _times(_times(term.slope, factor), weights)
-        slope = _times(_times(term.slope, factor), weights)
-        value = _dot(slope, inputs.current_logprobs)
-        if not value.isfinite():
-            value = _dot(slope, ratios.masked(inputs.current_logprobs, mask, weights))
+        value = None if term.value is None else _dot(term.value.mul_(factor), weights)
+        slope = _times(_times(term.slope, factor) if _fits(factor, term.slope) else _times(factor, term.slope), weights)
+        if value is None:
+            value = _dot(slope, inputs.current_logprobs)
+            if not value.isfinite():
+                value = _dot(slope, ratios.masked(inputs.current_logprobs, mask, weights))
         return value, slope
 
     def _surrogate(
@@ -266,9 +265,14 @@ def _with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     return _WithGradient.apply(inputs, value, gradient)  # pyright: ignore[reportReturnType]
 
 
+def _fits(a: Tensor, b: Tensor) -> bool:
+    """Whether a broadcasts into b."""
+    return a.shape[1] <= b.shape[1]
+
+
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b, in a's memory where the product fits it."""
-    return a.mul_(b) if a.shape[1] >= b.shape[1] else a * b
+    """a * b, in a's memory where it fits."""
+    return a.mul_(b) if _fits(b, a) else a * b
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

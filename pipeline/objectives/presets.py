@@ -48,7 +48,8 @@ PRESETS: dict[str, Preset] = {
     "rloo": Preset(
         title="RLOO",
         paper="2402.14740 (leave-one-out: Kool et al. 2019)",
-        equation="sum_t sg[rho_t] A log pi_t, mean over sequences; A_i = R_i - mean of the others = G/(G-1) (R_i - mean)",
+        equation="sum_t sg[rho_t] A log pi_t, mean over sequences; A_i = R_i - mean of the others "
+        "= G/(G-1) (R_i - mean)",
         coefficient="rho_t A",
         breaks="as REINFORCE; a prompt with one sample has no others and is refused",
         cells=Composition(
@@ -109,7 +110,7 @@ PRESETS: dict[str, Preset] = {
         paper="2402.03300, eq. 3",
         equation="1/N sum_t min(r_t A, clip(r_t, 1-e, 1+e) A), mean over sequences; A = (R - mean)/(std + eps)",
         coefficient="r_t A / N",
-        breaks="1/N rewards long wrong answers and short right ones; the std pulls towards very easy and very hard prompts",
+        breaks="1/N makes right answers shorter and wrong ones longer; the std favours very easy and very hard prompts",
         cells=Composition(
             advantage="group_std",
             ratio="token",
@@ -120,6 +121,7 @@ PRESETS: dict[str, Preset] = {
         ),
         sources={
             "clip": "PPO's 0.2; the paper gives none",
+            "std_epsilon": "against 0/0; the paper has none",
             "kl": "the paper has k3 with beta 0.04 in the loss; off here; write kl: {estimator: k3, beta: 0.04}",
         },
     ),
@@ -238,8 +240,8 @@ PRESETS: dict[str, Preset] = {
             clip_high=4.0,
         ),
         sources={
-            "clip": "no lower bound: the paper; it gives no number for the upper one; a ratio of at most 5 is what TRL's recipe for "
-            "ScaleRL (2510.13786) uses"
+            "clip": "no lower bound: the paper; it gives no number for the upper one; a ratio of at most 5 is what "
+            "TRL's recipe for ScaleRL (2510.13786) uses"
         },
     ),
     "sapo": Preset(
@@ -261,8 +263,8 @@ PRESETS: dict[str, Preset] = {
     "minirl": Preset(
         title="MiniRL",
         paper="2512.01374",
-        equation="sum_t M_t sg[min(rho_t, 5)] A log pi_t, mean over sequences; M = 0 if A > 0 and r > 1+eh, or A < 0 and "
-        "r < 1-el; A = R - mean",
+        equation="sum_t M_t sg[min(rho_t, 5)] A log pi_t, mean over sequences; M = 0 if A > 0 and r > 1+eh, or A < 0 "
+        "and r < 1-el; A = R - mean",
         coefficient="M_t min(rho_t, 5) A",
         breaks="a first-order approximation: good while pi, pi_o and mu are close; variance grows with length",
         cells=Composition(
@@ -296,7 +298,8 @@ PRESETS: dict[str, Preset] = {
         sources={
             "clip": "eps_clip 0.4 of that file",
             "correction": "behav_imp_weight_cap 5 of that file",
-            "std_epsilon": "its NormConfig; its std divides by n - 1, which whitening over the batch undoes but for 1/(2 tokens)",
+            "std_epsilon": "its NormConfig; its std divides by n - 1, which whitening over the batch undoes but for a "
+            "factor 1 - 1/(2 tokens)",
         },
     ),
     "areal_gspo": Preset(
@@ -317,8 +320,8 @@ PRESETS: dict[str, Preset] = {
         ),
         sources={
             "clip": "eps_clip 0.4 of that file",
-            "correction": "that file also multiplies the mean over tokens of w_t 1[w_t <= 5]; left out: a token weight on a sequence "
-            "term; write correction: {kind: geometric_tis, high: 5} for its like",
+            "correction": "that file also multiplies by the mean over tokens of w_t 1[w_t <= 5]; left out: a token "
+            "weight on a sequence term; write correction: {kind: geometric_tis, high: 5} for its like",
             "std_epsilon": "its NormConfig",
         },
     ),

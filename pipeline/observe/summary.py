@@ -46,11 +46,13 @@ def write_summary(metrics_path: str | Path, png_path: str | Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = read_metrics(metrics_path)
     steps = _column(rows, "step")
     with pyplot.rc_context({"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 10}):
-        figure, (reward, mismatch, length) = pyplot.subplots(1, 3, figsize=(13.5, 3.9), layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        figure, (reward, mismatch, length) = pyplot.subplots(1, 3, figsize=(13.5, 3.9), layout=layout)
         _reward(reward, steps, rows)
         _mismatch(mismatch, steps, rows)
         _length(length, steps, rows)

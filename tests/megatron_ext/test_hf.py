@@ -32,8 +32,7 @@ def make(model: str, config: ParallelConfig):
 def exported(config: ParallelConfig, model: str, bucket_bytes: int):
     trainer = make(model, config)
     trainer.exporter.bucket_bytes = bucket_bytes
-    buckets = [[(name, tensor.numpy().copy()) for name, tensor in bucket] for bucket in trainer.export()]
-    return buckets
+    return [[(name, tensor.numpy().copy()) for name, tensor in bucket] for bucket in trainer.export()]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

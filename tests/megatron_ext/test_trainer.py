@@ -110,6 +110,13 @@ def test_the_learning_rate_warms_up_and_a_restart_forgets(tiny_model_dir):
     assert after == pytest.approx(0.1)
 
 
+def test_the_learning_rate_rises_then_falls_linearly():
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, decay_steps=6, final_lr_fraction=0.2)
+    assert [config.rate(step) for step in range(8)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    with pytest.raises(ValueError, match="must exceed warmup_steps=2"):
+        OptimizerConfig(warmup_steps=2, decay_steps=2)
+
+
 def in_bfloat16(config: ParallelConfig, model: str):
     from megatron_ext.trainer import Trainer
     from tests.megatron_ext.jobs import weighted_likelihood

@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.observe.run_dir import RunDirectory, RunDirectoryError
+
+METRICS = {"reward/mean": 0.5, "mismatch/k3": 1e-9, "mismatch/abs_logprob": 1e-6, "response/length_mean": 6.0}
+CONFIG = {"train": {"steps": 3}, "run": {"seed": 0}}
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_are_on_disk_as_soon_as_a_step_is_recorded(tmp_path):
+    with RunDirectory(tmp_path / "run", CONFIG) as run:
+        run.record({"step": 1, **METRICS})
+        run.record({"step": np.int64(2), **METRICS, "reward/mean": np.float32(0.25)})
+        rows = read(run.metrics_path)
+    assert rows == [{"step": 1, **METRICS}, {"step": 2, **METRICS, "reward/mean": 0.25}]
+    assert isinstance(rows[1]["step"], int)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == CONFIG
+    assert (tmp_path / "run" / "logs").is_dir()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_no_finite_number_is_refused_by_its_key_and_not_written(value, tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        with pytest.raises(ValueError, match="step 1: the metric 'mismatch/k3' is"):
+            run.record({"step": 1, **METRICS, "mismatch/k3": value})
+        assert run.metrics_path.read_text() == ""
+
+
+def test_a_step_needs_its_number(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run, pytest.raises(ValueError, match='need the key "step"'):
+        run.record(METRICS)
+
+
+def test_tensorboard_reads_every_metric_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunDirectory(tmp_path, CONFIG) as run:
+        for step, reward in ((1, 0.25), (2, 0.75)):
+            run.record({"step": step, **METRICS, "reward/mean": reward})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == sorted(METRICS)
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.75)]
+
+
+def test_finish_draws_the_summary_of_a_run_with_steps(tmp_path):
+    with RunDirectory(tmp_path / "a", CONFIG) as run:
+        run.record({"step": 1, **METRICS})
+        run.finish()
+    with RunDirectory(tmp_path / "b", CONFIG) as empty:
+        empty.finish()
+    assert (tmp_path / "a" / "summary.png").is_file()
+    assert not (tmp_path / "b" / "summary.png").exists()
+
+
+def test_another_run_is_refused_and_left_as_it_is(tmp_path):
+    with RunDirectory(tmp_path / "run", CONFIG) as run:
+        run.record({"step": 1, **METRICS})
+    with pytest.raises(RunDirectoryError, match=r"holds a run already; set run\.directory .*run\.overwrite=true"):
+        RunDirectory(tmp_path / "run", CONFIG)
+    assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_overwriting_deletes_the_run_that_was_there(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        run.record({"step": 1, **METRICS})
+        (run.logs / "sglang.log").write_text("old")
+    with RunDirectory(tmp_path, CONFIG, overwrite=True) as run:
+        assert run.metrics_path.read_text() == ""
+        assert list(run.logs.iterdir()) == []
+        assert list((tmp_path / "tensorboard").iterdir()) == []
+
+
+def test_overwriting_never_deletes_what_no_run_has_written(tmp_path):
+    with RunDirectory(tmp_path, CONFIG):
+        pass
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(RunDirectoryError, match=r"no run has written \(thesis\.tex\)"):
+        RunDirectory(tmp_path, CONFIG, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years"
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_names_of_a_run_without_its_config_are_not_taken_for_a_run(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"no run has written \(model\)"):
+        RunDirectory(tmp_path, CONFIG, overwrite=True)
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunDirectoryError, match="run is a file"):
+        RunDirectory(tmp_path / "run", CONFIG)
+
+
+def test_hf_directory_holds_everything_of_a_model_but_its_weights(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (model / name).write_text(name)
+    with RunDirectory(tmp_path / "run", CONFIG) as run:
+        hf = run.hf_directory(model)
+    assert sorted(p.name for p in hf.iterdir()) == ["config.json", "tokenizer.json"]
+    assert (hf / "config.json").read_text() == "config.json"
+
+
+def test_a_step_shows_as_many_rollouts_as_asked_for(tmp_path):
+    from pipeline.types import Group, Prompt, Rollout
+
+    class Digits:
+        def decode(self, ids, skip_special_tokens=True):
+            return "".join(map(str, ids))
+
+    rollout = Rollout(
+        np.zeros(1, np.int32), np.array([1, 2], np.int32), np.zeros(2, np.float32), None, np.zeros(2, np.int32), "stop"
+    )
+    groups = [Group(Prompt(np.zeros(1, np.int32), f"question {n}", index=n), (rollout,)) for n in range(4)]
+    with RunDirectory(tmp_path / "a", CONFIG, rollouts_shown=2) as run:
+        file = run.write_rollouts(12, groups, Digits())
+    assert file == tmp_path / "a" / "rollouts" / "step_000012.txt"
+    assert file.read_text().count("=== prompt") == 2
+    assert "question 2" in file.read_text()
+    with RunDirectory(tmp_path / "b", CONFIG, rollouts_shown=0) as run:
+        assert run.write_rollouts(1, groups, Digits()) is None

@@ -1,0 +1,108 @@
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
+from pipeline.rewards import RewardError, grade, register_reward, resolve_reward, response_text
+from pipeline.types import Group, Prompt, Rollout
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(write_character_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def rollout(tokenizer, text, finish_reason="stop"):
+    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
+    return Rollout(
+        prompt_ids=np.zeros(2, np.int32),
+        response_ids=ids,
+        rollout_logprobs=np.zeros(len(ids), np.float32),
+        routes=None,
+        weight_versions=np.zeros(len(ids), np.int32),
+        finish_reason=finish_reason,
+    )
+
+
+def group(tokenizer, *responses, answer="123"):
+    prompt = Prompt(np.zeros(2, np.int32), "<|user|>312<|assistant|>", {"answer": answer}, index=7)
+    return Group(prompt, tuple(rollout(tokenizer, *r) for r in responses))
+
+
+def test_exact_match_takes_the_answer_and_nothing_else(tokenizer):
+    responses = [
+        ("123<|eos|>",),
+        (" 123\n<|eos|>",),
+        ("132<|eos|>",),
+        ("1234<|eos|>",),
+        ("<|eos|>",),
+        ("123", "length"),
+        ("123", "abort"),
+        ("12<|user|>3<|eos|>",),
+        ("123<|eos|><|eos|>",),
+    ]
+    (graded,) = grade([group(tokenizer, *responses)], tokenizer, resolve_reward("exact_match"))
+    assert graded.rewards.dtype == np.float32
+    assert graded.rewards.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_grading_leaves_everything_else_as_it_was(tokenizer):
+    before = group(tokenizer, ("1<|eos|>",), ("2<|eos|>",))
+    (after,) = grade([before], tokenizer, lambda prompt, text, ids, finish: float(text))
+    assert after.prompt is before.prompt
+    assert after.rollouts is before.rollouts
+    assert after.rewards.tolist() == [1, 2]
+    assert len(before.rewards) == 0
+
+
+def test_a_verifier_sees_text_without_the_stop_token_and_ids_with_it(tokenizer):
+    seen = []
+
+    def verifier(prompt, text, ids, finish):
+        seen.append((text, len(ids), finish, prompt.index))
+        return True
+
+    grade([group(tokenizer, ("12<|eos|>",), ("12", "length"))], tokenizer, verifier)
+    assert seen == [("12", 3, "stop", 7), ("12", 2, "length", 7)]
+    assert response_text(rollout(tokenizer, "a<|pad|>b", "length"), tokenizer) == "a<|pad|>b"
+
+
+def test_a_verifier_that_raises_names_the_prompt_and_stops(tokenizer):
+    def verifier(prompt, text, ids, finish):
+        raise ZeroDivisionError("no such thing")
+
+    with pytest.raises(RewardError, match=r"prompt 7 .*312.*response '9'.*ZeroDivisionError: no such thing") as caught:
+        grade([group(tokenizer, ("9<|eos|>",))], tokenizer, verifier)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("value", [None, "1", float("nan"), float("inf"), [1.0]])
+def test_a_reward_that_is_no_finite_number_is_refused(value, tokenizer):
+    with pytest.raises(RewardError, match="no finite number, on prompt 7"):
+        grade([group(tokenizer, ("9<|eos|>",))], tokenizer, lambda *_: value)
+
+
+def test_a_users_function_is_found_by_its_dotted_path(tokenizer, monkeypatch):
+    module = types.ModuleType("my_rewards")
+    module.half = lambda prompt, text, ids, finish: 0.5
+    module.number = 3
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    assert resolve_reward("my_rewards:half") is module.half
+    with pytest.raises(RewardError, match="my_rewards has no function 'number'"):
+        resolve_reward("my_rewards:number")
+    with pytest.raises(RewardError, match="has no function 'whole'"):
+        resolve_reward("my_rewards:whole")
+    with pytest.raises(RewardError, match="cannot be imported: No module named 'nowhere_at_all'"):
+        resolve_reward("nowhere_at_all:half")
+
+
+def test_an_unknown_name_says_which_there_are():
+    with pytest.raises(RewardError, match=r"no verifier 'exact'; there are .*exact_match.*package\.module:function"):
+        resolve_reward("exact")
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(RewardError, match="already a verifier 'exact_match'"):
+        register_reward("exact_match")(lambda prompt, response_text, response_ids, finish_reason: 0.0)

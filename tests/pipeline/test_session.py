@@ -1,0 +1,267 @@
+"""The whole loop on both real engines, as a user runs it: what it leaves, and what happens when something dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.layout import Sample
+from megatron_ext.parts import merge_update
+from pipeline.config import load_config
+from pipeline.controller import DisagreementError, to_sample
+from pipeline.losses import objective_loss
+from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.session import open_loop
+from tests.megatron_ext.ranks import run_ranks
+
+QUICKSTART = "configs/quickstart.yaml"
+SMALL = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
+         "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4"]  # fmt: skip
+KEYS = {
+    "step", "reward/mean", "mismatch/k3", "mismatch/abs_logprob", "routing/replayed_fraction", "routing/agreement",
+    "loss/clip_fraction", "response/length_mean", "weights/version", "time/rollout_s", "time/train_s", "time/sync_s",
+    "time/step_s",
+}  # fmt: skip
+END_S = 60  # a run that cannot go on ends within this
+
+
+def marked_processes(mark: str) -> list[str]:
+    """Command lines of all processes whose environment carries the mark."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                if mark.encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # gone between the listing and the reading, or a kernel thread
+    return [f for f in found if f]
+
+
+class Command:
+    """`sameroute train` as a child process whose whole process tree can be found again."""
+
+    def __init__(self, folder: Path, *overrides: str, config: str = QUICKSTART):
+        self.mark, self.output, self.run = f"mark-{uuid.uuid4().hex}", folder / "output.txt", folder / "run"
+        command = [sys.executable, "-m", "pipeline.cli", "train", config, f"run.directory={self.run}", *overrides]
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"SAMEROUTE_MARK": self.mark}
+            )
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait_for(self, words: str, timeout_s: float = 200) -> None:
+        deadline = time.monotonic() + timeout_s
+        while words not in self.text():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.2)
+
+    def end(self, timeout_s: float = END_S) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            self.process.kill()
+
+    def orphans(self) -> list[str]:
+        """What is left ten seconds after the command ended, at most."""
+        deadline = time.monotonic() + 10
+        while (left := marked_processes(self.mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("session")
+    (folder / "logs").mkdir()
+    with open_loop(load_config(QUICKSTART, SMALL), folder, folder / "logs") as opened:
+        yield opened
+
+
+@pytest.fixture
+def loop(session):
+    return session[0]
+
+
+@pytest.mark.slow
+def test_engines_agree_to_1e_4_before_and_after_ten_updates_and_transfers(loop):
+    for number in range(1, 11):
+        metrics, groups = loop.step(number)
+        assert metrics.keys() >= KEYS
+        assert metrics["mismatch/max_abs_logprob"] < 1e-4
+        assert metrics["routing/replayed_fraction"] == 1.0
+        assert metrics["weights/version"] == number
+        assert metrics["train/grad_norm"] >= 0
+        assert len(groups) == 8
+        assert all(len(g.rollouts) == 4 == len(g.rewards) for g in groups)
+        assert all((r.weight_versions == number).all() for g in groups for r in g.rollouts)
+    assert loop.version == 11
+    loop.probe()
+
+
+def gspo_update(config: ParallelConfig, model: str, samples: list[Sample]):
+    """Runs on a rank: proximal log-probs of rollouts that another policy sampled, then one GSPO update."""
+    from megatron_ext.trainer import Trainer
+
+    trainer = Trainer(model, config, TrainerConfig(micro_batch_tokens=128), OptimizerConfig(lr=1e-3), replay=True)
+    advantages = np.random.default_rng(0).normal(size=len(samples))
+    values = [
+        {
+            "rollout_logprobs": s.values["rollout_logprobs"],
+            "proximal_logprobs": s.values["rollout_logprobs"],
+            "advantage": float(a),
+        }
+        for s, a in zip(samples, advantages, strict=True)
+    ]
+    tokens = sum(s.response_length for s in samples)
+    objective = resolve(ObjectiveConfig(preset="gspo", clip_low=0.02, clip_high=0.03))
+    loss = objective_loss(objective, Denominators(len(samples), tokens, max_length=16))
+    return trainer.update([replace(s, values=v) for s, v in zip(samples, values, strict=True)], loss)
+
+
+@pytest.mark.slow
+def test_the_same_rollouts_give_the_same_first_step_on_every_layout(session):
+    loop, model = session
+    _, groups = loop.step(11)
+    samples = [
+        replace(to_sample(r), values={"rollout_logprobs": r.rollout_logprobs}) for g in groups for r in g.rollouts
+    ]
+    layouts = [
+        {},
+        {"ranks": 2, "expert": 2},
+        {"ranks": 2, "tensor": 2, "sequence": True},
+        {"ranks": 2, "pipeline": 2},
+    ]
+    one, *others = [
+        merge_update(run_ranks(gspo_update, ParallelConfig(**layout), str(model), samples)) for layout in layouts
+    ]
+    assert one["train/grad_norm"] > 0
+    assert 0 < one["loss/clip_fraction"] < 1
+    for other in others:
+        assert other["loss/objective"] == pytest.approx(one["loss/objective"], rel=1e-4)
+        assert other["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4)
+        assert other["loss/clip_fraction"] == one["loss/clip_fraction"]
+
+
+@pytest.mark.slow
+def test_weights_that_did_not_arrive_stop_the_run(loop):
+    pairs = loop.source.take_supervised(16)
+    loop.trainers.update_supervised([Sample(p.tokens, p.prompt_length) for p in pairs])
+    with pytest.raises(DisagreementError, match=r"differ by .* the weight transfer failed, or"):
+        loop.probe()
+    loop.sync()
+    loop.probe()
+
+
+@pytest.mark.slow
+def test_tokens_of_an_older_version_stop_the_run(loop):
+    loop.version += 1
+    with pytest.raises(DisagreementError, match=r"sampled under weights \[\d+\], the trainer holds"):
+        loop.probe()
+    loop.version -= 1
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_files_and_no_process(tmp_path):
+    command = Command(tmp_path, *SMALL, "train.steps=3", "parallel={ranks: 2, expert: 2}")
+    assert command.end(240) == 0, command.text()
+    assert command.orphans() == []
+    rows = [json.loads(line) for line in (command.run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    assert all(r.keys() >= KEYS and r["mismatch/max_abs_logprob"] < 1e-4 for r in rows)
+    assert "step 3/3  reward" in command.text()
+    assert load_config(command.run / "config.yaml").train.steps == 3
+    assert (command.run / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert list((command.run / "tensorboard").glob("events.out.tfevents.*"))
+    assert {f.name for f in (command.run / "logs").iterdir()} == {
+        "sglang.log", "trainer_rank0.log", "trainer_rank1.log",
+    }  # fmt: skip
+    assert len(list((command.run / "rollouts").iterdir())) == 3
+
+    from transformers import AutoModelForCausalLM
+
+    start = AutoModelForCausalLM.from_pretrained(command.run / "model").state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(command.run / "hf").state_dict()
+    assert start.keys() == trained.keys()
+    assert max(float((start[k] - trained[k]).abs().max()) for k in start) > 1e-4
+
+    again = Command(tmp_path, *SMALL, "run.overwrite=false")
+    assert again.end() == 2
+    assert "holds a run already; set run.directory" in again.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "message"), [("sglang::scheduler", "SGLang server"), ("ray::TrainerRank", "trainer rank 0 died")]
+)
+def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(tmp_path, victim, message):
+    command = Command(tmp_path, *SMALL, "supervised.steps=0", "train.steps=100000")
+    command.wait_for("step 2/100000")
+    victims = [
+        int(folder.name)
+        for folder in Path("/proc").iterdir()
+        if folder.name.isdigit()
+        and victim.encode() in (folder / "cmdline").read_bytes()
+        and command.mark.encode() in (folder / "environ").read_bytes()
+    ]
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    assert command.end() == 1
+    assert message in command.text().splitlines()[-1] or message in command.text()
+    assert "Traceback" not in command.text()
+    assert command.orphans() == []
+
+
+@pytest.mark.slow
+def test_a_termination_request_ends_the_run_with_no_orphan(tmp_path):
+    command = Command(tmp_path, *SMALL, "supervised.steps=100000")
+    command.wait_for("supervised")
+    command.process.terminate()
+    assert command.end() == 130
+    assert "interrupted" in command.text()
+    assert command.orphans() == []
+
+
+def test_what_cannot_start_says_so_at_once(tmp_path):
+    import socket
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        cases = [
+            (["train.stepz=1"], "train.stepz: there is no such key"),
+            ([f"server.port={busy.getsockname()[1]}"], "cannot listen on 127.0.0.1"),
+            (["model.tiny=null", "model.path=/nowhere"], "/nowhere is no Hugging Face model directory"),
+            (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
+            (["data.reward=none.such"], "none.such"),
+        ]
+        commands = []
+        for number, (overrides, _) in enumerate(cases):
+            (tmp_path / str(number)).mkdir()
+            commands.append(Command(tmp_path / str(number), *overrides))
+        for command, (_, message) in zip(commands, cases, strict=True):
+            assert command.end() in (1, 2)
+            assert message in command.text()
+            assert "Traceback" not in command.text()
+            assert command.orphans() == []
+
+
+def test_padded_rows_keep_their_type():
+    from pipeline.controller import padded
+
+    assert padded([np.ones(2, bool), np.ones(1, bool)]).tolist() == [[True, True], [True, False]]
