@@ -32,23 +32,25 @@ class LogprobPart:
 
     logprobs: sample index -> [N] float32.  entropy: likewise.
     routing:  layer -> (tokens replayed, of these native selection agreed, tokens fallen back).
-    tokens:   input tokens that this rank's replica processed.
     """
 
     logprobs: dict[int, np.ndarray] = field(default_factory=dict)
     entropy: dict[int, np.ndarray] = field(default_factory=dict)
     routing: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class UpdatePart:
-    """One rank's answer to `Trainer.update`. grad_norm, lr and skipped are equal on all ranks."""
+    """One rank's answer to `Trainer.update`. grad_norm, lr and skipped are equal on all ranks.
+
+    seen: the log-probs, entropies and routing of the forward pass, under the weights before the step.
+    """
 
     metrics: Metrics
     grad_norm: float
     lr: float
     skipped: bool
+    seen: LogprobPart
 
 
 def merge_logprobs(parts: Sequence[LogprobPart], count: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:

@@ -31,7 +31,6 @@ class LayerReplay(RouterReplay):
         RouterReplay.global_router_replay_instances.remove(self)  # that list mixes models and chunks
         self.counted: Tensor | None = None
         self.counts = torch.zeros(3, dtype=torch.int64)
-        self.observe = False
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
         """(scores of the selection, selection), both [tokens, topk], as the action says."""
@@ -39,10 +38,8 @@ class LayerReplay(RouterReplay):
         replaying = self.router_replay_action in (RouterReplayAction.REPLAY_FORWARD, RouterReplayAction.REPLAY_BACKWARD)
         if not replaying:
             return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
-        if self.router_replay_action == RouterReplayAction.REPLAY_FORWARD:
-            target = self.target_topk_idx
-        else:
-            target = self.replay_backward_list.pop(0)
+        first = self.router_replay_action == RouterReplayAction.REPLAY_FORWARD
+        target = self.target_topk_idx if first else self.replay_backward_list.pop(0)
         if target is None or target.shape != (len(scores), topk):
             shape = None if target is None else tuple(target.shape)
             raise RuntimeError(
@@ -52,7 +49,7 @@ class LayerReplay(RouterReplay):
         missing = target[:, 0] < 0
         _, native = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
         selection = torch.where(missing[:, None], native, target)
-        if self.observe:
+        if first:
             self._count(selection, native, missing)
         return scores.gather(1, selection), selection
 
@@ -79,12 +76,11 @@ class ChunkReplay:
                 router.router_replay.layer_number = layer.layer_number
                 self.layers.append((layer.layer_number - 1, router.router_replay))
 
-    def set(self, routes: Tensor, counted: Tensor, *, observe: bool, recompute: bool) -> None:
+    def set(self, routes: Tensor, counted: Tensor, *, recompute: bool) -> None:
         """Arm the routers for the next forward of this chunk.
 
         routes:    [tokens, layers of the whole model, topk] integers, this rank's tokens; -1 where a row is missing.
         counted:   [tokens] bool, real tokens.
-        observe:   count agreement during this forward.
         recompute: keep the routes for a forward that backward will repeat.
         """
         for layer, replay in self.layers:
@@ -92,7 +88,7 @@ class ChunkReplay:
             replay.target_topk_idx = indices
             if recompute:
                 replay.replay_backward_list.append(indices)
-            replay.counted, replay.observe = counted, observe
+            replay.counted = counted
             replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
     def switch_in_backward(self, output: Tensor) -> None:
@@ -100,7 +96,6 @@ class ChunkReplay:
 
         def switch(_grad: Tensor) -> None:
             for _, replay in self.layers:
-                replay.observe = False
                 replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
 
         if output.requires_grad:
@@ -111,7 +106,7 @@ class ChunkReplay:
         for _, replay in self.layers:
             replay.clear_indices()
             replay.clear_router_replay_action()
-            replay.counted, replay.observe = None, False
+            replay.counted = None
 
     def take_counts(self) -> dict[int, Tensor]:
         """Counters by global layer since the last call."""

@@ -155,43 +155,35 @@ class Trainer:
         """log pi(token) and entropy of every response token under the current weights, without gradient.
 
         With replay on, samples with routes are routed by them, and agreement is counted."""
-        out = LogprobPart()
+        seen = LogprobPart()
 
         def collect(batch: _MicroBatch, output: Tensor):
-            if not batch.indices:
-                return output.new_zeros(()), {}
-            matrices = self._responses(batch, output)  # a collective where context parallelism splits sequences
-            if parallel.is_reporter():
-                responses = [s.response_length for s in batch.samples]
-                for target, matrix in zip((out.logprobs, out.entropy), matrices, strict=True):
-                    for row, n, index in zip(matrix.cpu().numpy(), responses, batch.indices, strict=True):
-                        target[index] = row[:n].copy()
+            if batch.indices:
+                self._collect(seen, batch, *self._responses(batch, output))
             return output.new_zeros(()), {}
 
         with torch.no_grad(), replaying(self.replays):
             self._run(samples, collect, forward_only=True)
-        routing = {
-            layer: (int(c[0]), int(c[1]), int(c[2]))
-            for replay in self.replays
-            for layer, c in replay.take_counts().items()
-        }
-        tokens = sum(out.logprobs[i].size for i in out.logprobs)
-        return LogprobPart(out.logprobs, out.entropy, routing, tokens)
+        self._take_counts(seen)
+        return seen
 
     def update(self, samples: Sequence[Sample], loss: LossFunction) -> UpdatePart:
         """One optimizer step on all samples: forward, backward, reduction, clipping, Adam.
 
+        The answer holds the log-probs that the loss saw, which are those of the weights before the step.
         A gradient that is not finite leaves the weights as they are: `skipped`.
         """
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics: Metrics = {}
+        seen = LogprobPart()
 
         def share(batch: _MicroBatch, output: Tensor):
             if not batch.indices:
                 return output.sum() * 0.0, {}
             logprobs, entropy = self._responses(batch, output)
+            self._collect(seen, batch, logprobs.detach(), entropy.detach())
             values = {name: pad_values(batch.samples, name).to(self.device) for name in batch.samples[0].values}
             mask = response_mask([s.response_length for s in batch.samples]).to(self.device)
             value, measured = loss(LossBatch(logprobs, entropy.detach(), mask, values, batch.indices))
@@ -201,14 +193,31 @@ class Trainer:
 
         with replaying(self.replays):
             self._run(samples, share, forward_only=False)
+        self._take_counts(seen)
         rate = self._set_rate()
         done, norm, _ = self.optimizer.step()
         self.steps += 1
-        return UpdatePart(metrics, float(norm or 0.0), rate, not done)
+        return UpdatePart(metrics, float(norm or 0.0), rate, not done, seen)
 
     def export(self) -> Iterator[Bucket]:
         """The weights under Hugging Face names, a bucket at a time. Every rank must walk it to the end."""
         return self.exporter.stream()
+
+    @staticmethod
+    def _collect(seen: LogprobPart, batch: _MicroBatch, logprobs: Tensor, entropy: Tensor) -> None:
+        """Add a micro-batch's [samples, tokens] matrices, where this rank speaks for its replica."""
+        if not parallel.is_reporter():
+            return
+        lengths = [s.response_length for s in batch.samples]
+        for rows, matrix in ((seen.logprobs, logprobs), (seen.entropy, entropy)):
+            for row, n, index in zip(matrix.cpu().numpy(), lengths, batch.indices, strict=True):
+                rows[index] = row[:n].copy()
+
+    def _take_counts(self, seen: LogprobPart) -> None:
+        """Move the routers' counters into an answer."""
+        for replay in self.replays:
+            for layer, (replayed, agreed, fallen) in replay.take_counts().items():
+                seen.routing[layer] = (int(replayed), int(agreed), int(fallen))
 
     def _set_rate(self) -> float:
         rate = self.optimizer_config.rate(self.steps)
@@ -236,7 +245,7 @@ class Trainer:
                 chunk = chunk.module
             replay = self.replays[chunk.vp_stage or 0] if self.replays else None
             if replay is not None and batch.routes is not None:
-                replay.set(batch.routes, batch.counted, observe=forward_only, recompute=recompute)
+                replay.set(batch.routes, batch.counted, recompute=recompute)
             output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
             if replay is not None and recompute:
                 replay.switch_in_backward(output)

@@ -43,7 +43,7 @@ def _train(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
         path = train(config)
-    except (RunDirectoryError, DataError) as error:
+    except (RunDirectoryError, DataError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (ServerError, TrainerError, RewardError, WeightTransferError, DisagreementError) as error:
         return _fail(str(error), 1)

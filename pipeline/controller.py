@@ -18,7 +18,7 @@ from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Group, Rollout
-from pipeline.workers import TrainerGroup
+from pipeline.workers import Logprobs, TrainerGroup
 
 
 class DisagreementError(RuntimeError):
@@ -70,21 +70,17 @@ class Loop:
                 groups = grade(groups, self.source.tokenizer, self.source.reward)
             rollouts = [r for g in groups for r in g.rollouts]
             with timer("train"):
-                with timer("logprob"):
-                    self.trainers.load([to_sample(r) for r in rollouts])
-                    proximal, entropy, routing = self.trainers.logprobs()
-                metrics = self.compare(rollouts, proximal)
-                metrics |= self.update(groups, rollouts, proximal)
+                self.trainers.load([to_sample(r) for r in rollouts])
+                metrics = self.update(groups, rollouts, timer)
             sampled_under = self.version
             with timer("sync"):
                 self.sync()
         tokens = sum(len(r) for r in rollouts)
-        metrics |= group_metrics(groups, rollouts) | routing_metrics(routing)
+        metrics |= group_metrics(groups, rollouts)
         metrics |= {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
         metrics |= {
             "step": number,
             "weights/version": sampled_under,
-            "policy/entropy": float(np.concatenate(entropy).mean()),
             "throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"],
             "throughput/train_tokens_per_s": sum(len(r.prompt_ids) + len(r) for r in rollouts) / timer.seconds["train"],
         }
@@ -95,11 +91,15 @@ class Loop:
         self.version += 1
         self.trainers.send_weights(self.version)
 
-    def compare(self, rollouts: Sequence[Rollout], proximal: Sequence[np.ndarray]) -> dict[str, float]:
-        """How far pi_o is from mu. Raises DisagreementError beyond `checks.max_abs_logprob`: every token was sampled
-        under the weights that the trainer still holds, so this is also the proof that the last transfer arrived."""
+    def compare(self, rollouts: Sequence[Rollout], proximal: Logprobs) -> dict[str, float]:
+        """How far pi_o is from mu, and how the routers would have chosen.
+
+        Every token was sampled under the weights that the trainer still holds, so this also proves that the last
+        transfer arrived. Raises DisagreementError beyond `checks.max_abs_logprob`.
+        """
+        logprobs, entropy, routing = proximal
         mask = padded([np.ones(len(r), bool) for r in rollouts])
-        metrics = mismatch_metrics(padded(proximal), padded([r.rollout_logprobs for r in rollouts]), mask)
+        metrics = mismatch_metrics(padded(logprobs), padded([r.rollout_logprobs for r in rollouts]), mask)
         versions = {int(v) for r in rollouts for v in r.weight_versions}
         if versions != {self.version}:
             raise DisagreementError(
@@ -112,41 +112,52 @@ class Loop:
                 f"{metrics['mismatch/max_abs_logprob']:.2e}), the bound is {self.config.logprob_bound:.0e}: the weight "
                 "transfer failed, or the engines compute different models; checks.max_abs_logprob sets the bound"
             )
-        return metrics
+        return metrics | routing_metrics(routing) | {"policy/entropy": float(np.concatenate(entropy).mean())}
 
-    def update(
-        self, groups: Sequence[Group], rollouts: Sequence[Rollout], proximal: Sequence[np.ndarray]
-    ) -> dict[str, float]:
-        """Advantages over the whole batch, then one optimizer step a mini-batch of whole groups."""
+    def update(self, groups: Sequence[Group], rollouts: Sequence[Rollout], timer: Timer) -> dict[str, float]:
+        """Advantages over the whole batch, then one optimizer step a mini-batch of whole groups.
+
+        With one mini-batch the policy of the update is the proximal one, so that no forward pass of its own is spent on
+        pi_o; the comparison with mu is then made after the step, and stops the run all the same.
+        """
+        count = self.config.train.mini_batches
         group_ids = np.repeat(np.arange(len(groups)), [len(g.rollouts) for g in groups])
         mask = torch.from_numpy(padded([np.ones(len(r), bool) for r in rollouts]))
         rewards = torch.from_numpy(np.concatenate([g.rewards for g in groups]).astype(np.float64))
         advantages = self.objective.advantages(rewards, torch.from_numpy(group_ids), mask).advantages.numpy()
-        parts: list[dict[str, float]] = []
-        for k in range(self.config.train.mini_batches):
-            chosen = np.flatnonzero(group_ids % self.config.train.mini_batches == k)
-            values = {
-                int(i): {
-                    "rollout_logprobs": rollouts[i].rollout_logprobs,
-                    "proximal_logprobs": proximal[i],
-                    "advantage": float(advantages[i]) if advantages.ndim == 1 else advantages[i, : len(rollouts[i])],
-                }
-                for i in chosen
-            }
+        values: list[dict[str, np.ndarray | float]] = [
+            {"rollout_logprobs": r.rollout_logprobs, "advantage": a if np.ndim(a) == 0 else a[: len(r)]}
+            for r, a in zip(rollouts, advantages, strict=True)
+        ]
+        metrics: dict[str, float] = {}
+        if count > 1:
+            with timer("logprob"):
+                proximal = self.trainers.logprobs()
+            metrics = self.compare(rollouts, proximal)
+            for value, logprobs in zip(values, proximal[0], strict=True):
+                value["proximal_logprobs"] = logprobs
+        parts = []
+        for k in range(count):
+            chosen = np.flatnonzero(group_ids % count == k)
             denominators = Denominators(
                 sequences=len(chosen),
                 tokens=sum(len(rollouts[i]) for i in chosen),
                 max_length=self.config.rollout.max_new_tokens,
             )
-            parts.append(self.trainers.update_policy(self.config.objective, denominators, values))
-        return {name: float(np.mean([p[name] for p in parts if name in p])) for name in set().union(*parts)}
+            part, seen = self.trainers.update_policy(
+                self.config.objective, denominators, {int(i): values[i] for i in chosen}
+            )
+            parts.append(part)
+            if count == 1:
+                metrics = self.compare(rollouts, seen)
+        return metrics | {n: float(np.mean([p[n] for p in parts if n in p])) for n in set().union(*parts)}
 
     def probe(self) -> None:
         """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
         groups = sample_groups_sync(self.client, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
         self.trainers.load([to_sample(r) for r in rollouts])
-        self.compare(rollouts, self.trainers.logprobs()[0])
+        self.compare(rollouts, self.trainers.logprobs())
 
 
 def supervise(config: Config, source: PromptSource, trainers: TrainerGroup) -> Iterator[float]:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 def objective_loss(objective: Objective, denominators: Denominators) -> LossFunction:
-    """An objective on samples with values rollout_logprobs and proximal_logprobs [N], advantage (number or [N])."""
+    """An objective on samples with the values rollout_logprobs [N], advantage (a number or [N]) and, unless the
+    weights are still those of the start of the update, so that current is proximal, proximal_logprobs [N]."""
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
         out = objective.loss(
             LossInputs(
                 current_logprobs=batch.current_logprobs,
-                proximal_logprobs=batch.values["proximal_logprobs"],
+                proximal_logprobs=batch.values.get("proximal_logprobs", batch.current_logprobs.detach()),
                 rollout_logprobs=batch.values["rollout_logprobs"],
                 advantages=batch.values["advantage"],
                 mask=batch.mask,

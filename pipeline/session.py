@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -117,6 +119,7 @@ def trainer_group(
         if not server.alive():
             raise ServerError(f"the SGLang server died\n{server.log_tail()}")
 
+    on_termination = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     if config.cluster.address is None:
@@ -129,6 +132,9 @@ def trainer_group(
         )
     else:
         ray.init(address=config.cluster.address, logging_level="error", log_to_driver=False)
+    # Ray takes SIGTERM over and aborts the process in the middle of its own clean-up (2.60); the caller's stays.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)
     try:
         group = TrainerGroup(
             config.parallel,

@@ -9,6 +9,7 @@ Weights travel under their Hugging Face names; the caller bounds the bytes of a 
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -19,11 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.rollout.control import SGLangControl
 from pipeline.rollout.server import ServerError
 
 Bucket = list[tuple[str, Tensor]]
+_POLL_S = 0.0005
 
 
 class WeightTransferError(RuntimeError):
@@ -39,6 +42,7 @@ class WeightSender:
         self.backend, self.group, self.timeout_s = backend, group, timeout_s
         self.threads = ThreadPoolExecutor(max_workers=len(urls))
         self.process_group: Any = None
+        self.broken = False
 
     def connect(self) -> None:
         """Make the group. Raises WeightTransferError where a server does not join in time."""
@@ -62,7 +66,7 @@ class WeightSender:
         timeout = timedelta(seconds=self.timeout_s)
         try:
             # The group stands beside the trainer's own default group, which dist.new_group cannot express.
-            store, _, _ = next(c10d.rendezvous(f"tcp://{host}:{port}", 0, world, timeout=timeout))
+            store, _, _ = next(rendezvous(f"tcp://{host}:{port}", 0, world, timeout=timeout))
             store.set_timeout(timeout)
             self.process_group, _ = c10d._new_process_group_helper(
                 world,
@@ -86,7 +90,9 @@ class WeightSender:
         servers must not be used after that.
         """
         self._everywhere("/begin_weight_update", {})
-        for bucket in buckets:
+        for unsorted in buckets:
+            # SGLang reads every tensor where the last one ends, and wants it aligned: widest types first.
+            bucket = sorted(unsorted, key=lambda item: -item[1].dtype.itemsize)
             body = {
                 "names": [name for name, _ in bucket],
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -97,15 +103,30 @@ class WeightSender:
             }
             flat = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
             announced = [self._later(c, "/update_weights_from_distributed", body) for c in self.controls]
-            try:
-                dist.broadcast(flat, src=0, group=self.process_group)
-            except RuntimeError as error:
-                self._answers(announced)
-                raise WeightTransferError(f"the broadcast of weights {version} failed: {error}") from error
+            self._broadcast(flat, announced)
             self._answers(announced)
         self._everywhere("/end_weight_update", {})
         self._everywhere("/flush_cache", {})
         self._everywhere("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    def _broadcast(self, flat: Tensor, announced: list[Future[Any]]) -> None:
+        """Broadcast and watch the servers meanwhile: one that refuses never takes part, and we would wait for it."""
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            work = dist.broadcast(flat, src=0, group=self.process_group, async_op=True)
+            assert work is not None
+            while not work.is_completed():
+                self._answers([answer for answer in announced if answer.done()])
+                if time.monotonic() > deadline:
+                    raise WeightTransferError(f"a bucket of {flat.numel()} bytes took more than {self.timeout_s:g} s")
+                time.sleep(_POLL_S)
+            work.wait()
+        except RuntimeError as error:
+            self.broken = True
+            if isinstance(error, WeightTransferError):
+                raise
+            self._answers(announced)  # a server's own words say more
+            raise WeightTransferError(f"the broadcast failed: {error}") from error
 
     def close(self) -> None:
         """Leave the group; servers that are gone are no error."""

@@ -20,6 +20,8 @@ from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 if TYPE_CHECKING:
     from megatron_ext.layout import Sample
 
+Logprobs = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]  # as merge_logprobs returns them
+
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 
 
@@ -170,15 +172,16 @@ class TrainerGroup:
         self.call("load", ray.put(list(samples)))
         self._loaded = len(samples)
 
-    def logprobs(self) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    def logprobs(self) -> Logprobs:
         """Log-probs and entropies [N] of every loaded sample, and routing counts [layers, 3]; see merge_logprobs."""
         return merge_logprobs(self.call("logprobs"), self._loaded)
 
     def update_policy(
         self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
-    ) -> dict[str, float]:
-        """One optimizer step; metrics."""
-        return merge_update(self.call("update_policy", objective, denominators, ray.put(values)))
+    ) -> tuple[dict[str, float], Logprobs]:
+        """One optimizer step. Returns metrics, and what `logprobs` would have said of these samples before it."""
+        parts = self.call("update_policy", objective, denominators, ray.put(values))
+        return merge_update(parts), merge_logprobs([p.seen for p in parts], len(values))
 
     def update_supervised(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One supervised step; metrics."""

@@ -26,9 +26,9 @@ SETTINGS = [
     "rollout.samples_per_prompt=8",
     "rollout.max_new_tokens=16",
     "trainer.micro_batch_tokens=2048",
-    "model.tiny={layers: 4, hidden: 64, heads: 4, kv_heads: 2, head_dim: 32, experts: 8, topk: 2, moe_intermediate: 64}",
+    "model.tiny={layers: 4, hidden: 64, experts: 8, topk: 2, moe_intermediate: 64}",
 ]
-PHASES = ("rollout", "reward", "logprob", "train", "sync", "step")
+PHASES = ("rollout", "reward", "train", "sync", "step")
 
 
 def main() -> None:
@@ -57,7 +57,6 @@ def main() -> None:
             f"{phase:8} median {median[phase]:.3f} s  min {low:.3f}  max {high:.3f}  "
             f"{median[phase] / median['step']:4.0%} of the step"
         )
-    print("logprob is part of train")
 
 
 if __name__ == "__main__":

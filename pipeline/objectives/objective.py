@@ -163,14 +163,8 @@ class Objective:
             )
         else:
             advantages = ratios.masked(advantages, mask, weights)
-        some = (lengths > 0).to(weights.dtype)
-
-        def counted(matrix: Tensor) -> Tensor:
-            """What a mean of the matrix is over: tokens for [S, T], sequences that have tokens for [S, 1]."""
-            return lengths.sum() if matrix.shape == weights.shape else some.sum()
-
         term = self._surrogate(inputs, weights, lengths, advantages, metrics)
-        metrics["loss/clip_fraction"] = Metric(term.cut.sum(), counted(term.slope))
+        metrics["loss/clip_fraction"] = Metric(term.cut.sum(), _count(term.slope, weights, lengths))
         factor = -advantages * token_weights(cells.reduction, lengths, denominators)
         for correction in cells.corrections:
             numerator = inputs.current_logprobs if correction.numerator == "current" else inputs.proximal_logprobs
@@ -178,12 +172,12 @@ class Objective:
             log_weight, _ = ratios.token_log_ratio(numerator, inputs.rollout_logprobs, mask, weights, name)
             weight, cut = correction_weight(correction, log_weight, weights, advantages)
             del log_weight
-            where = weights if weight.shape == weights.shape else some
-            metrics[f"correction/{correction.kind}_mean"] = _weighted_mean(weight, where)
-            metrics[f"correction/{correction.kind}_cut"] = Metric(cut.sum(), counted(weight))
+            metrics[f"correction/{correction.kind}_mean"] = _weighted_mean(weight, weights, lengths)
+            metrics[f"correction/{correction.kind}_cut"] = Metric(cut.sum(), _count(weight, weights, lengths))
             factor = _times(weight, factor)
         value = None if term.value is None else _dot(term.value.mul_(factor), weights)
-        slope = _times(_times(term.slope, factor) if _fits(factor, term.slope) else _times(factor, term.slope), weights)
+        larger, smaller = (term.slope, factor) if _fits(factor, term.slope) else (factor, term.slope)
+        slope = _times(_times(larger, smaller), weights)
         if value is None:
             value = _dot(slope, inputs.current_logprobs)
             if not value.isfinite():
@@ -209,12 +203,12 @@ class Objective:
             inputs.current_logprobs, inputs.proximal_logprobs, inputs.mask, weights, "current/proximal"
         )
         if cells.ratio == "token":
-            ratio, where = log_ratio.exp_(), weights
+            ratio = log_ratio.exp_()
         else:
             # s_t has the value of s and, by its own log pi, the slope of s; it differs in letting A vary by token.
             log_level = ratios.sequence_log_ratio(log_ratio, lengths)
-            ratio, where, largest = log_level.exp(), (lengths > 0).to(weights.dtype), ratios.largest(log_level)
-        metrics["ratio/mean"] = _weighted_mean(ratio, where)
+            ratio, largest = log_level.exp(), ratios.largest(log_level)
+        metrics["ratio/mean"] = _weighted_mean(ratio, weights, lengths)
         metrics["ratio/max_abs_log"] = Metric(largest, torch.ones_like(largest), "max")
         if kind == "log_space_clip":
             return surrogates.log_space_clip(log_ratio, lengths, advantages, number("clip_low"), number("clip_high"))
@@ -267,7 +261,7 @@ def _with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
 
 def _fits(a: Tensor, b: Tensor) -> bool:
     """Whether a broadcasts into b."""
-    return a.shape[1] <= b.shape[1]
+    return a.shape[1] in (1, b.shape[1])
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
@@ -282,9 +276,17 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b.sum(-1, keepdim=True)).sum() if a.shape[1] == 1 else (a.sum(-1, keepdim=True) * b).sum()
 
 
-def _weighted_mean(values: Tensor, weights: Tensor) -> Metric:
-    """Mean of values, [S, T] or [S, 1], under weights of the same shape; without memory of their size."""
-    return Metric(torch.dot(values.reshape(-1), weights.reshape(-1)), weights.sum())
+def _count(matrix: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
+    """What a mean of the matrix is over: tokens for [S, T], sequences that have tokens for [S, 1]."""
+    return lengths.sum() if matrix.shape == weights.shape else (lengths > 0).sum().to(lengths.dtype)
+
+
+def _weighted_mean(values: Tensor, weights: Tensor, lengths: Tensor) -> Metric:
+    """Mean over tokens of [S, T], or over the sequences that have tokens of [S, 1]; allocates nothing of their size."""
+    count = _count(values, weights, lengths)
+    if values.shape == weights.shape:
+        return Metric(torch.dot(values.reshape(-1), weights.reshape(-1)), count)
+    return Metric((values * (lengths > 0)).sum(), count)
 
 
 def _mean(values: Tensor, lengths: Tensor) -> Metric:

@@ -47,7 +47,9 @@ def reinforce(x: LossInputs, d: Denominators) -> Tensor:
 
 def ppo(x: LossInputs, d: Denominators) -> Tensor:
     policy = _token_mean(_clipped(_token_ratio(x), x.advantages, 0.2, 0.2), x, d)
-    assert x.values is not None and x.proximal_values is not None and x.returns is not None
+    assert x.values is not None
+    assert x.proximal_values is not None
+    assert x.returns is not None
     clipped = x.proximal_values + torch.clamp(x.values - x.proximal_values, -0.2, 0.2)
     squared = torch.maximum((x.values - x.returns) ** 2, (clipped - x.returns) ** 2)
     return policy - 0.5 * _token_mean(0.5 * squared, x, d)
@@ -101,7 +103,7 @@ def cispo(x: LossInputs, d: Denominators) -> Tensor:
 
 def sapo(x: LossInputs, d: Denominators) -> Tensor:
     advantages = x.advantages[:, None]
-    tau = torch.where(advantages > 0, 1.0, 1.05).to(advantages)
+    tau = torch.where(advantages > 0, torch.ones_like(advantages), torch.full_like(advantages, 1.05))
     return _sequence_token_mean(torch.sigmoid(tau * (_token_ratio(x) - 1)) * 4 / tau * advantages, x, d)
 
 

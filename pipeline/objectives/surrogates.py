@@ -14,7 +14,7 @@ The slope is written, not left to autograd: it is the table's c_t, it can be loo
 of a graph. Tests hold it against autograd of the plain equation and against finite differences.
 
 `advantages` [S, 1] or [S, T] are read for their sign only. Where A = 0 nothing is clipped, and the term and its
-gradient are 0. Ratios are finite here (ratios.py stops the others). A nan would pass through every function to the loss.
+gradient are 0. Ratios are finite here (ratios.py stops the others); a nan would pass through to the loss.
 Nothing here is differentiable, and no argument is changed.
 """
 

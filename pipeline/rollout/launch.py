@@ -18,6 +18,10 @@ from pipeline.rollout.processes import TOKEN_VARIABLE, remove_server
 
 _POLL_S = 0.5
 
+if __name__ in ("__main__", "__mp_main__"):  # also in the processes that SGLang spawns
+    # SGLang's debug dumper imports Megatron-Core where it finds it: 1 s, and it replaces torch's unpickling.
+    sys.modules["megatron"] = None  # pyright: ignore[reportArgumentType]
+
 
 def _end_with_parent(parent_pid: int) -> None:
     while os.getppid() == parent_pid:

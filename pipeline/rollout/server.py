@@ -55,7 +55,12 @@ class ServerConfig(BaseModel):
         None, gt=0, lt=1, description="share of GPU memory for weights and KV cache; null: SGLang's own choice"
     )
     attention_backend: str | None = Field(
-        None, description="SGLang's attention backend; null: SGLang's default on GPUs, the batched one on the CPU"
+        None,
+        description="SGLang's attention backend; null: SGLang's default on GPUs; on the CPU "
+        "the batched one for float32, else torch_native",
+    )
+    prefix_cache: bool | None = Field(
+        None, description="keep the KV cache of finished prompts; null: on GPUs only, where prefill costs more than it"
     )
     deterministic: bool = Field(
         False, description="batch-invariant kernels and seeded sampling; Sampling.seed needs it"
@@ -157,8 +162,11 @@ class SGLangServer:
             flags.append("--enable-return-routed-experts")
         if config.deterministic:
             flags.append("--enable-deterministic-inference")
+        if not (self.device == "cuda" if config.prefix_cache is None else config.prefix_cache):
+            flags.append("--disable-radix-cache")
         if self.device == "cpu":
-            arguments["--attention-backend"] = config.attention_backend or CPU_ATTENTION_BACKEND
+            batched = CPU_ATTENTION_BACKEND if self.dtype == "float32" else "torch_native"
+            arguments["--attention-backend"] = config.attention_backend or batched
             arguments["--max-total-tokens"] = config.max_total_tokens or _CPU_TOTAL_TOKENS
             arguments["--sampling-backend"] = "pytorch"
             # Nothing is compiled on the CPU, so there is nothing to warm up; overlap helps only a GPU.
@@ -178,6 +186,7 @@ class SGLangServer:
             environment["CUDA_VISIBLE_DEVICES"] = ""
             environment["OMP_NUM_THREADS"] = "1"  # small matrices: more threads are ten times slower
             environment["TORCHDYNAMO_DISABLE"] = "1"  # importing and compiling costs more than it brings
+            environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "pipeline.rollout.sglang_cpu.models"
             paths = [str(_STUBS), *filter(None, [environment.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
         return environment
@@ -196,6 +205,7 @@ class SGLangServer:
                 raise ServerError(f"the SGLang server ended with code {code} while starting\n{self.log_tail()}")
             if self._answers():
                 self._shared_memory = shared_memory_of(self._token)
+                self._freeze_garbage_collection()
                 return
             if _FATAL_LOG_LINE.search(self._log_text()):
                 raise ServerError(f"the SGLang server failed while starting\n{self.log_tail()}")
@@ -208,6 +218,14 @@ class SGLangServer:
             return requests.get(f"{self.url}/ready", timeout=5).status_code == 200
         except requests.RequestException:  # not listening yet
             return False
+
+    def _freeze_garbage_collection(self) -> None:
+        """Take what start-up made out of every later collection, which is 0.5 s of each in each process.
+
+        SGLang does it after its own warm-up; without one it tries before the port is open, and fails.
+        """
+        if self.device == "cpu":
+            requests.post(f"{self.url}/freeze_gc", timeout=60).raise_for_status()
 
     def alive(self) -> bool:
         """Whether the server's first process runs; SGLang ends it when a scheduler dies."""

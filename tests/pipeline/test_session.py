@@ -76,12 +76,34 @@ class Command:
         finally:
             self.process.kill()
 
+    def stop(self) -> None:
+        """Let nothing outlive a test, whatever it found."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.end()
+
     def orphans(self) -> list[str]:
         """What is left ten seconds after the command ended, at most."""
         deadline = time.monotonic() + 10
         while (left := marked_processes(self.mark)) and time.monotonic() < deadline:
             time.sleep(0.2)
         return left
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Starts commands in folders of their own; none outlives the test."""
+    started: list[Command] = []
+
+    def start(*overrides: str, folder: Path | None = None) -> Command:
+        folder = folder or tmp_path / str(len(started))
+        folder.mkdir(exist_ok=True)
+        started.append(Command(folder, *overrides))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
 
 
 @pytest.fixture(scope="module")
@@ -176,68 +198,68 @@ def test_tokens_of_an_older_version_stop_the_run(loop):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_files_and_no_process(tmp_path):
-    command = Command(tmp_path, *SMALL, "train.steps=3", "parallel={ranks: 2, expert: 2}")
-    assert command.end(240) == 0, command.text()
-    assert command.orphans() == []
-    rows = [json.loads(line) for line in (command.run / "metrics.jsonl").read_text().splitlines()]
+def test_a_run_leaves_its_files_and_no_process(command, tmp_path):
+    run = command(*SMALL, "train.steps=3", "parallel={ranks: 2, expert: 2}")
+    assert run.end(240) == 0, run.text()
+    assert run.orphans() == []
+    rows = [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert all(r.keys() >= KEYS and r["mismatch/max_abs_logprob"] < 1e-4 for r in rows)
-    assert "step 3/3  reward" in command.text()
-    assert load_config(command.run / "config.yaml").train.steps == 3
-    assert (command.run / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert list((command.run / "tensorboard").glob("events.out.tfevents.*"))
-    assert {f.name for f in (command.run / "logs").iterdir()} == {
+    assert "step 3/3  reward" in run.text()
+    assert load_config(run.run / "config.yaml").train.steps == 3
+    assert (run.run / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run.run / "tensorboard").glob("events.out.tfevents.*"))
+    assert {f.name for f in (run.run / "logs").iterdir()} == {
         "sglang.log", "trainer_rank0.log", "trainer_rank1.log",
     }  # fmt: skip
-    assert len(list((command.run / "rollouts").iterdir())) == 3
+    assert len(list((run.run / "rollouts").iterdir())) == 3
 
     from transformers import AutoModelForCausalLM
 
-    start = AutoModelForCausalLM.from_pretrained(command.run / "model").state_dict()
-    trained = AutoModelForCausalLM.from_pretrained(command.run / "hf").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(run.run / "model").state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(run.run / "hf").state_dict()
     assert start.keys() == trained.keys()
     assert max(float((start[k] - trained[k]).abs().max()) for k in start) > 1e-4
 
-    again = Command(tmp_path, *SMALL, "run.overwrite=false")
+    again = command(*SMALL, "run.overwrite=false", folder=tmp_path / "0")
     assert again.end() == 2
     assert "holds a run already; set run.directory" in again.text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("victim", "message"), [("sglang::scheduler", "SGLang server"), ("ray::TrainerRank", "trainer rank 0 died")]
+    ("victim", "message"), [("sglang::scheduler", "sglang.log"), ("ray::TrainerRank", "trainer rank 0 died")]
 )
-def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(tmp_path, victim, message):
-    command = Command(tmp_path, *SMALL, "supervised.steps=0", "train.steps=100000")
-    command.wait_for("step 2/100000")
+def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(command, victim, message):
+    run = command(*SMALL, "supervised.steps=0", "train.steps=9999")
+    run.wait_for("step    2/9999")
     victims = [
         int(folder.name)
         for folder in Path("/proc").iterdir()
         if folder.name.isdigit()
         and victim.encode() in (folder / "cmdline").read_bytes()
-        and command.mark.encode() in (folder / "environ").read_bytes()
+        and run.mark.encode() in (folder / "environ").read_bytes()
     ]
     assert victims
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    assert command.end() == 1
-    assert message in command.text().splitlines()[-1] or message in command.text()
-    assert "Traceback" not in command.text()
-    assert command.orphans() == []
+    assert run.end() == 1
+    assert message in run.text()
+    assert "Traceback" not in run.text()
+    assert run.orphans() == []
 
 
 @pytest.mark.slow
-def test_a_termination_request_ends_the_run_with_no_orphan(tmp_path):
-    command = Command(tmp_path, *SMALL, "supervised.steps=100000")
-    command.wait_for("supervised")
-    command.process.terminate()
-    assert command.end() == 130
-    assert "interrupted" in command.text()
-    assert command.orphans() == []
+def test_a_termination_request_ends_the_run_with_no_orphan(command):
+    run = command(*SMALL, "supervised.steps=100000")
+    run.wait_for("supervised")
+    run.process.terminate()
+    assert run.end() == 130
+    assert "interrupted" in run.text()
+    assert run.orphans() == []
 
 
-def test_what_cannot_start_says_so_at_once(tmp_path):
+def test_what_cannot_start_says_so_at_once(command):
     import socket
 
     with socket.socket() as busy:
@@ -250,15 +272,12 @@ def test_what_cannot_start_says_so_at_once(tmp_path):
             (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
             (["data.reward=none.such"], "none.such"),
         ]
-        commands = []
-        for number, (overrides, _) in enumerate(cases):
-            (tmp_path / str(number)).mkdir()
-            commands.append(Command(tmp_path / str(number), *overrides))
-        for command, (_, message) in zip(commands, cases, strict=True):
-            assert command.end() in (1, 2)
-            assert message in command.text()
-            assert "Traceback" not in command.text()
-            assert command.orphans() == []
+        runs = [command(*overrides) for overrides, _ in cases]
+        for run, (_, message) in zip(runs, cases, strict=True):
+            assert run.end() in (1, 2)
+            assert message in run.text()
+            assert "Traceback" not in run.text()
+            assert run.orphans() == []
 
 
 def test_padded_rows_keep_their_type():

@@ -1,24 +1,65 @@
-"""PLACEHOLDER v1"""
-def activate():
-    import os
+"""What SGLang 0.5.23 needs in each of its processes to run without a GPU. Its plugin loader calls `activate`.
+
+The entry point stands in pyproject.toml, so SGLang calls this wherever the project is installed: it does nothing
+unless the server was started for the CPU (`server.py` sets SGLANG_USE_CPU_ENGINE).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+from pipeline.rollout.server import CPU_ATTENTION_BACKEND
+
+
+def activate() -> None:
+    """Register the batched attention backend and make SGLang start on the CPU."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
-    import torch
-    if torch.cuda.is_available():
-        return
-    from sglang.srt.mem_cache.pool_host import common
-    def alloc_plain(dims, *, dtype, device, pin_memory, allocator, **kw):
-        return torch.empty(dims, dtype=dtype, device="cpu")
-    common.ALLOC_MEMORY_FUNCS["cpu"] = alloc_plain
+    # It comes with SGLang, serves GPUs only, and takes 2 s to import.
+    sys.modules["flashinfer"] = None  # pyright: ignore[reportArgumentType]
+
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    def fork(result, *a, **k):
-        import multiprocessing
-        multiprocessing.set_start_method("fork", force=True)
-    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", fork, HookType.AFTER)
-    from sglang.srt.server_args import add_attention_backend_choices
-    add_attention_backend_choices(["sameroute_cpu"])
+    from sglang.srt.server_args import add_attention_backend_choices, add_deterministic_attention_backend_choices
+
+    add_attention_backend_choices([CPU_ATTENTION_BACKEND])
+    add_deterministic_attention_backend_choices([CPU_ATTENTION_BACKEND, "torch_native"])
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _after_configuration, HookType.AFTER)
+
+
+def _after_configuration(result: Any, *args: Any, **kwargs: Any) -> None:
+    """Runs in the server's first process when it has imported everything and started nothing."""
+    # SGLang asks for "spawn", after which each process imports everything again, 15 s each. It must where CUDA has
+    # been initialised; here it need not.
+    multiprocessing.set_start_method("fork", force=True)
+
+    from sglang.srt import batch_invariant_ops
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
-    @register_attention_backend("sameroute_cpu")
-    def create(runner):
-        from pipeline.rollout.sglang_cpu.batched_attention import BatchedAttentionBackend
-        return BatchedAttentionBackend(runner)
+    from sglang.srt.mem_cache.pool_host import common
+
+    register_attention_backend(CPU_ATTENTION_BACKEND)(_create_attention_backend)
+    # The table of routes is page-locked for the GPU by cudaHostRegister; there is none.
+    common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate  # pyright: ignore[reportArgumentType]
+    # Deterministic inference replaces matrix products by Triton kernels; on the CPU they do not depend on the batch
+    # in a way that this could cure, and Triton is missing. What remains of the mode is the seed of each request.
+    batch_invariant_ops.enable_batch_invariant_mode = _no_batch_invariant_kernels
+
+
+def _allocate(dims: tuple[int, ...], *, dtype: Any, device: str, pin_memory: bool, allocator: Any, **_: Any) -> Any:
+    import torch
+
+    return torch.empty(dims, dtype=dtype, device="cpu")
+
+
+def _no_batch_invariant_kernels(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _create_attention_backend(runner: Any) -> Any:
+    from pipeline.rollout.sglang_cpu import patches
+    from pipeline.rollout.sglang_cpu.batched_attention import BatchedAttentionBackend
+
+    patches.install()
+    return BatchedAttentionBackend(runner)

@@ -1,0 +1,169 @@
+"""Loops over the rows of a decode step, compiled by numba (a dependency of SGLang). float32 only.
+
+At a hidden size of 64 a PyTorch operation costs more to start than to run, so each function here does in one pass
+what takes SGLang's torch fallbacks five to ten operations. They are compiled when this file is imported, and the
+result is kept in `__pycache__`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning.
+_FAST = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "cache": True}
+
+
+@njit("void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i4[:,::1], i8[::1], i8[::1], i8[::1], f4, f4[:,:,::1])", **_FAST)
+def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, positions, scale, output):
+    """Attention of single tokens over a paged KV cache: no gathering, no padding, no mask.
+
+    query, output:  [tokens of the batch, heads, dim].
+    caches:         [slots, kv heads, dim].
+    slot_table:     [requests, positions] slot of every position of every request.
+    tokens:         the tokens to compute; the others' output is left alone.
+    rows, positions: [tokens of the batch] row in the slot table, and position; keys 0 .. position are attended to.
+    """
+    kv_heads, dim = key_cache.shape[1], key_cache.shape[2]
+    group = query.shape[1] // kv_heads
+    longest = 0
+    for t in tokens:
+        longest = max(longest, positions[t] + 1)
+    weights = np.empty(longest, np.float32)
+    for t in tokens:
+        slots = slot_table[rows[t]]
+        length = positions[t] + 1
+        for head in range(kv_heads * group):
+            kv_head = head // group
+            largest = np.float32(-np.inf)
+            for j in range(length):
+                slot = slots[j]
+                score = np.float32(0)
+                for d in range(dim):
+                    score += query[t, head, d] * key_cache[slot, kv_head, d]
+                score *= scale
+                weights[j] = score
+                largest = max(largest, score)
+            total = np.float32(0)
+            for j in range(length):
+                weights[j] = np.exp(weights[j] - largest)
+                total += weights[j]
+            for d in range(dim):
+                output[t, head, d] = 0
+            for j in range(length):
+                slot = slots[j]
+                weight = weights[j] / total
+                for d in range(dim):
+                    output[t, head, d] += weight * value_cache[slot, kv_head, d]
+
+
+@njit("void(f4[:,::1], f4[::1], f4, f4[:,::1])", **_FAST)
+def rms_norm(x, weight, epsilon, output):
+    """output = x / sqrt(mean(x^2) + epsilon) * weight. x, output: [tokens, dim]."""
+    tokens, dim = x.shape
+    for t in range(tokens):
+        total = np.float32(0)
+        for d in range(dim):
+            total += x[t, d] * x[t, d]
+        factor = np.float32(1) / np.sqrt(total / np.float32(dim) + epsilon)
+        for d in range(dim):
+            output[t, d] = x[t, d] * factor * weight[d]
+
+
+@njit("void(f4[:,::1], f4[:,::1], f4[::1], f4, f4[:,::1], f4[:,::1])", **_FAST)
+def add_rms_norm(x, residual, weight, epsilon, output, new_residual):
+    """new_residual = x + residual; output = its RMS norm. All [tokens, dim]."""
+    tokens, dim = x.shape
+    for t in range(tokens):
+        total = np.float32(0)
+        for d in range(dim):
+            value = x[t, d] + residual[t, d]
+            new_residual[t, d] = value
+            total += value * value
+        factor = np.float32(1) / np.sqrt(total / np.float32(dim) + epsilon)
+        for d in range(dim):
+            output[t, d] = new_residual[t, d] * factor * weight[d]
+
+
+@njit("void(f4[:,::1], i8, i8, f4[::1], f4[::1], f4, f4[:,::1], i8[::1])", **_FAST)
+def norm_and_rotate(qkv, heads, kv_heads, query_weight, key_weight, epsilon, cos_sin, positions):
+    """RMS-normalise and rotate (halves, not pairs) every query and key head of `qkv`, in place.
+
+    qkv: [tokens, (heads + 2 kv_heads) * dim]; the values are left alone.
+    query_weight, key_weight: [dim]. cos_sin: [positions, dim], cosines first. positions: [tokens].
+    """
+    dim = query_weight.shape[0]
+    half = dim // 2
+    normed = np.empty(dim, np.float32)
+    for t in range(qkv.shape[0]):
+        position = positions[t]
+        for head in range(heads + kv_heads):
+            weight = query_weight if head < heads else key_weight
+            row = qkv[t, head * dim : (head + 1) * dim]
+            total = np.float32(0)
+            for d in range(dim):
+                total += row[d] * row[d]
+            factor = np.float32(1) / np.sqrt(total / np.float32(dim) + epsilon)
+            for d in range(dim):
+                normed[d] = row[d] * factor * weight[d]
+            for d in range(half):
+                cos, sin = cos_sin[position, d], cos_sin[position, half + d]
+                row[d] = normed[d] * cos - normed[half + d] * sin
+                row[half + d] = normed[half + d] * cos + normed[d] * sin
+
+
+@njit("void(i8[:,::1], i8[::1], i8[::1])", cache=True)
+def sort_by_expert(expert_ids, order, starts):
+    """Counting sort of the (token, choice) pairs by expert.
+
+    expert_ids: [tokens, topk]. order: [tokens * topk] flat pairs, expert by expert. starts: [experts + 1].
+    """
+    topk = expert_ids.shape[1]
+    starts[:] = 0
+    for t in range(expert_ids.shape[0]):
+        for k in range(topk):
+            starts[expert_ids[t, k] + 1] += 1
+    for e in range(starts.size - 1):
+        starts[e + 1] += starts[e]
+    fill = starts[:-1].copy()
+    for t in range(expert_ids.shape[0]):
+        for k in range(topk):
+            e = expert_ids[t, k]
+            order[fill[e]] = t * topk + k
+            fill[e] += 1
+
+
+@njit("void(f4[:,::1], i8[::1], f4[:,::1], f4[:,::1])", **_FAST)
+def combine_experts(expert_outputs, order, weights, output):
+    """output[t] = sum over k of weights[t, k] * the output of the k-th expert of token t.
+
+    expert_outputs: [tokens * topk, dim] in the order of `sort_by_expert`. weights: [tokens, topk].
+    """
+    topk, dim = weights.shape[1], output.shape[1]
+    output[:] = 0
+    for i in range(order.size):
+        t, k = order[i] // topk, order[i] % topk
+        weight = weights[t, k]
+        for d in range(dim):
+            output[t, d] += weight * expert_outputs[i, d]
+
+
+@njit("void(f4[:,::1], f8[::1], i4[::1])", cache=True)
+def sample_rows(probabilities, uniforms, tokens):
+    """Inverse of the cumulative distribution: the first token whose cumulative weight exceeds u * total.
+
+    probabilities: [rows, vocabulary], need not sum to one. uniforms: [rows] in [0, 1). tokens: [rows], the result.
+    A token of probability 0 is never drawn.
+    """
+    for i in range(probabilities.shape[0]):
+        total = 0.0
+        for probability in probabilities[i]:
+            total += probability
+        threshold = uniforms[i] * total
+        cumulative = 0.0
+        for token in range(probabilities.shape[1]):
+            if probabilities[i, token] > 0:
+                cumulative += probabilities[i, token]
+                tokens[i] = token
+                if cumulative > threshold:
+                    break

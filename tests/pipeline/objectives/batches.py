@@ -1,0 +1,213 @@
+"""Batches for the tests of the objectives: random ones, hypothesis strategies, and the table's c_t written once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, resolve
+
+PER_TOKEN_ADVANTAGES = ("ppo", "reinforce_plus_plus", "gspo_token")
+
+
+def make_batch(
+    name: str,
+    seed: int,
+    sequences: int = 5,
+    tokens: int = 7,
+    staleness: float = 0.3,
+    discrepancy: float = 0.1,
+    dtype: torch.dtype = torch.float64,
+) -> LossInputs:
+    """A batch whose log(pi/pi_o) and log(pi_o/mu) have these standard deviations; the first sequence is empty."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    lengths = torch.randint(1, tokens + 1, (sequences, 1), generator=generator)
+    lengths[0] = 0
+    mask = torch.arange(tokens) < lengths
+    rollout = -1 - normal(sequences, tokens).abs()
+    proximal = rollout + discrepancy * normal(sequences, tokens)
+    current = proximal + staleness * normal(sequences, tokens)
+    values = normal(sequences, tokens)
+    critic = resolve(ObjectiveConfig(preset=name)).needs_critic
+    return LossInputs(
+        current_logprobs=current.requires_grad_(),
+        proximal_logprobs=proximal,
+        rollout_logprobs=rollout,
+        advantages=normal(sequences, tokens) if name in PER_TOKEN_ADVANTAGES else normal(sequences),
+        mask=mask,
+        values=(values + 0.3 * normal(sequences, tokens)).requires_grad_() if critic else None,
+        proximal_values=values if critic else None,
+        returns=normal(sequences, tokens) if critic else None,
+    )
+
+
+def batches(name: str) -> st.SearchStrategy[LossInputs]:
+    """Batches of one preset: 1 to 6 sequences of 0 to 8 tokens, nearly on policy to far off it."""
+    return st.builds(
+        make_batch,
+        name=st.just(name),
+        seed=st.integers(0, 2**31),
+        sequences=st.integers(1, 6),
+        tokens=st.integers(1, 8),
+        staleness=st.sampled_from([1e-4, 0.05, 0.3, 1.5]),
+        discrepancy=st.sampled_from([0.0, 0.02, 0.5, 1.5]),
+    )
+
+
+def loss_and_gradients(name: str, inputs: LossInputs, denominators: Denominators) -> tuple[Tensor, list[Tensor]]:
+    leaves = [leaf for leaf in (inputs.current_logprobs, inputs.values) if leaf is not None]
+    loss = resolve(ObjectiveConfig(preset=name)).loss(inputs, denominators).loss
+    return loss.detach(), list(torch.autograd.grad(loss, leaves))
+
+
+def rows(inputs: LossInputs, index: Tensor | slice) -> LossInputs:
+    """Some sequences of a batch, as leaves of their own."""
+    chosen = {}
+    for field, value in vars(inputs).items():
+        if value is not None:
+            chosen[field] = value.detach()[index].requires_grad_(value.requires_grad)
+    return replace(inputs, **chosen)
+
+
+Potential = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(log r, log w, A [S, 1] or [S, T], mask as numbers, N) -> the function of log pi whose gradient is c_t, [S]."""
+
+
+def _token(term: Callable[[Tensor, Tensor, Tensor], Tensor], per_length: bool) -> Potential:
+    def potential(log_r: Tensor, log_w: Tensor, A: Tensor, mask: Tensor, N: Tensor) -> Tensor:
+        total = (term(log_r, log_w, A) * mask).sum(-1)
+        return total / N.clamp(min=1) if per_length else total
+
+    return potential
+
+
+def _sequence(low: float, high: float, times_length: bool) -> Potential:
+    def potential(log_r: Tensor, log_w: Tensor, A: Tensor, mask: Tensor, N: Tensor) -> Tensor:
+        s = ((log_r * mask).sum(-1) / N.clamp(min=1)).exp()
+        term = torch.minimum(s * A[:, 0], s.clamp(1 - low, 1 + high) * A[:, 0])
+        return term * N if times_length else term * (N > 0)
+
+    return potential
+
+
+def _clip(low: float, high: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda log_r, log_w, A: torch.minimum(log_r.exp() * A, log_r.exp().clamp(1 - low, 1 + high) * A)
+
+
+def _bounded_above(log_x: Tensor, bound: float) -> Tensor:
+    """The function whose derivative by log x is min(x, bound)."""
+    edge = torch.tensor(bound, dtype=log_x.dtype).log()
+    return torch.where(log_x < edge, log_x.exp(), bound * (1 + log_x - edge))
+
+
+def _mini_rl(log_r: Tensor, log_w: Tensor, A: Tensor) -> Tensor:
+    masked = ((A > 0) & (log_r.exp() > 1.27)) | ((A < 0) & (log_r.exp() < 0.8))
+    return ~masked * _bounded_above(log_r + log_w, 5.0) * A
+
+
+def _sapo(log_r: Tensor, log_w: Tensor, A: Tensor) -> Tensor:
+    tau = torch.where(A > 0, torch.ones_like(A), torch.full_like(A, 1.05))
+    return 4 / tau * torch.sigmoid(tau * (log_r.exp() - 1)) * A
+
+
+def _gmpo(log_r: Tensor, log_w: Tensor, A: Tensor, mask: Tensor, N: Tensor) -> Tensor:
+    kept = torch.where(A > 0, log_r.clamp(max=0.4), torch.where(A < 0, log_r.clamp(min=-0.4), log_r)) * mask
+    return A[:, 0] * (kept.sum(-1) / N.clamp(min=1)).exp() * (N > 0)
+
+
+
+
+POTENTIALS: dict[str, Potential] = {
+    "reinforce": _token(lambda log_r, log_w, A: (log_r + log_w).exp() * A, per_length=False),
+    "rloo": _token(lambda log_r, log_w, A: (log_r + log_w).exp() * A, per_length=False),
+    "reinforce_plus_plus": _token(_clip(0.2, 0.2), per_length=False),
+    "ppo": _token(_clip(0.2, 0.2), per_length=False),
+    "grpo": _token(_clip(0.2, 0.2), per_length=True),
+    "dr_grpo": _token(_clip(0.2, 0.2), per_length=False),
+    "dapo": _token(_clip(0.2, 0.28), per_length=False),
+    "gspo": _sequence(3e-4, 4e-4, times_length=False),
+    "dr_gspo": _sequence(3e-4, 4e-4, times_length=True),
+    "gmpo": _gmpo,
+    "cispo": _token(lambda log_r, log_w, A: _bounded_above(log_r, 5.0) * A, per_length=False),
+    "sapo": _token(_sapo, per_length=True),
+    "minirl": _token(_mini_rl, per_length=False),
+    "areal_grpo": _token(
+        lambda log_r, log_w, A: _clip(0.4, 0.4)(log_r, log_w, A) * log_w.exp() * (log_w.exp() <= 5), per_length=False
+    ),
+    "areal_gspo": _sequence(0.4, 0.4, times_length=True),
+}
+"""By preset, a function of log pi whose derivative is c_t: the term itself, or where the term stops gradients, the
+integral of its coefficient. gspo_token has none (its slopes at different tokens are not one function's)."""
+
+EDGES: dict[str, tuple[float, ...]] = {
+    "reinforce_plus_plus": (0.8, 1.2),
+    "ppo": (0.8, 1.2),
+    "grpo": (0.8, 1.2),
+    "dr_grpo": (0.8, 1.2),
+    "dapo": (0.8, 1.28),
+    "gspo": (1 - 3e-4, 1 + 4e-4),
+    "gspo_token": (1 - 3e-4, 1 + 4e-4),
+    "dr_gspo": (1 - 3e-4, 1 + 4e-4),
+    "gmpo": (0.6703200460356393, 1.4918246976412703),
+    "cispo": (5.0,),
+    "minirl": (0.8, 1.27),
+    "areal_grpo": (0.6, 1.4),
+    "areal_gspo": (0.6, 1.4),
+}
+"""Values of the ratio at which a preset's gradient jumps."""
+
+assert set(POTENTIALS) | {"gspo_token"} == set(PRESETS)
+
+
+def table_coefficients(name: str, inputs: LossInputs) -> Tensor:
+    """c_t [S, T] of every sequence by the table of objectives.md, from log-probs alone."""
+    log_r = (inputs.current_logprobs - inputs.proximal_logprobs).detach()
+    log_w = inputs.proximal_logprobs - inputs.rollout_logprobs
+    A = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
+    mask = inputs.mask.to(A)
+    N = mask.sum(-1, keepdim=True)
+    r, w, rho = log_r.exp(), log_w.exp(), (log_r + log_w).exp()
+    s = ((log_r * mask).sum(-1, keepdim=True) / N.clamp(min=1)).exp()
+
+    def inside(x: Tensor, low: float, high: float) -> Tensor:
+        return ~(((A > 0) & (x > high)) | ((A < 0) & (x < low)))
+
+    one_over_n = 1 / N.clamp(min=1)
+    if name in ("reinforce", "rloo"):
+        c = rho * A
+    elif name in ("ppo", "reinforce_plus_plus", "dr_grpo"):
+        c = inside(r, 0.8, 1.2) * r * A
+    elif name == "grpo":
+        c = inside(r, 0.8, 1.2) * r * A * one_over_n
+    elif name == "dapo":
+        c = inside(r, 0.8, 1.28) * r * A
+    elif name in ("gspo", "gspo_token"):
+        c = inside(s, 1 - 3e-4, 1 + 4e-4) * s * A * one_over_n
+    elif name == "dr_gspo":
+        c = inside(s, 1 - 3e-4, 1 + 4e-4) * s * A
+    elif name == "gmpo":
+        kept = torch.where(A > 0, log_r.clamp(max=0.4), torch.where(A < 0, log_r.clamp(min=-0.4), log_r))
+        clipped_s = ((kept * mask).sum(-1, keepdim=True) / N.clamp(min=1)).exp()
+        c = (kept == log_r) * clipped_s * A * one_over_n
+    elif name == "cispo":
+        c = r.clamp(max=5.0) * A
+    elif name == "sapo":
+        tau = torch.where(A > 0, torch.ones_like(A), torch.full_like(A, 1.05))
+        c = r * A * one_over_n / torch.cosh(tau * (r - 1) / 2) ** 2
+    elif name == "minirl":
+        c = inside(r, 0.8, 1.27) * rho.clamp(max=5.0) * A
+    elif name == "areal_grpo":
+        c = inside(r, 0.6, 1.4) * r * w * (w <= 5) * A
+    elif name == "areal_gspo":
+        c = inside(s, 0.6, 1.4) * s * A
+    else:
+        raise KeyError(name)
+    return c * mask
