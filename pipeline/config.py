@@ -97,7 +97,7 @@ class ClusterConfig(_Frozen):
     call_timeout_s: float = Field(
         1800.0, gt=0, description="one call to the trainer ranks that takes longer fails the run"
     )
-    cpu_threads: int | None = Field(None, ge=1, description="torch threads a trainer rank; null: cores / ranks")
+    cpu_threads: int = Field(1, ge=1, description="torch threads a trainer rank; small matrices lose by more")
 
 
 class Config(_Frozen):

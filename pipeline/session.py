@@ -113,7 +113,6 @@ def trainer_group(
     config: Config, device: Literal["cpu", "cuda"], logs: Path, server: SGLangServer
 ) -> Iterator[TrainerGroup]:
     """Ray up (or joined), one actor a trainer rank; all gone on leaving."""
-    ranks, cores = config.parallel.ranks, os.cpu_count() or 1
 
     def watch() -> None:
         if not server.alive():
@@ -124,7 +123,7 @@ def trainer_group(
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     if config.cluster.address is None:
         ray.init(
-            num_cpus=ranks + 1,
+            num_cpus=config.parallel.ranks + 1,
             include_dashboard=False,
             object_store_memory=int(config.cluster.object_store_gb * 1e9),
             logging_level="error",
@@ -140,7 +139,7 @@ def trainer_group(
             config.parallel,
             gpus=device == "cuda",
             log_directory=logs,
-            threads=config.cluster.cpu_threads or max(1, cores // ranks),
+            threads=config.cluster.cpu_threads,
             timeout_s=config.cluster.call_timeout_s,
             watch=watch,
         )

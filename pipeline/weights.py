@@ -27,6 +27,7 @@ from pipeline.rollout.server import ServerError
 
 Bucket = list[tuple[str, Tensor]]
 _POLL_S = 0.0005
+_LEAVE = "/destroy_weights_update_group"
 
 
 class WeightTransferError(RuntimeError):
@@ -42,7 +43,6 @@ class WeightSender:
         self.backend, self.group, self.timeout_s = backend, group, timeout_s
         self.threads = ThreadPoolExecutor(max_workers=len(urls))
         self.process_group: Any = None
-        self.broken = False
 
     def connect(self) -> None:
         """Make the group. Raises WeightTransferError where a server does not join in time."""
@@ -118,25 +118,29 @@ class WeightSender:
             while not work.is_completed():
                 self._answers([answer for answer in announced if answer.done()])
                 if time.monotonic() > deadline:
-                    raise WeightTransferError(f"a bucket of {flat.numel()} bytes took more than {self.timeout_s:g} s")
+                    slow = [c.url for c, a in zip(self.controls, announced, strict=True) if not a.done()]
+                    what = f"{flat.numel()} bytes in {self.timeout_s:g} s"
+                    raise WeightTransferError(f"{', '.join(slow)} did not take a bucket of {what}")
                 time.sleep(_POLL_S)
             work.wait()
+        except WeightTransferError:
+            raise
         except RuntimeError as error:
-            self.broken = True
-            if isinstance(error, WeightTransferError):
-                raise
             self._answers(announced)  # a server's own words say more
             raise WeightTransferError(f"the broadcast failed: {error}") from error
 
     def close(self) -> None:
-        """Leave the group; servers that are gone are no error."""
-        if self.process_group is not None:
-            for control in self.controls:
-                if control.healthy():
-                    control.post("/destroy_weights_update_group", {"group_name": self.group})
-            dist.destroy_process_group(self.process_group)
-            self.process_group = None
-        self.threads.shutdown(wait=False)
+        """Leave the group; servers that are gone are no error. Raises WeightTransferError for one that hangs."""
+        group, self.process_group = self.process_group, None
+        try:
+            if group is not None:
+                for control in self.controls:
+                    if control.healthy():
+                        self._guard(control, lambda c=control: c.post(_LEAVE, {"group_name": self.group}))
+        finally:
+            if group is not None:
+                dist.destroy_process_group(group)
+            self.threads.shutdown(wait=False)
 
     def _everywhere(self, path: str, body: dict[str, Any]) -> None:
         self._answers([self._later(control, path, body) for control in self.controls])

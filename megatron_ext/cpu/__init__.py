@@ -5,6 +5,7 @@ Everything that differs from the GPU stands in this package, in memory, each pat
 - `cuda.py`:     the names of `torch.cuda` that Megatron-Core calls while it builds and runs a model.
 - `patches.py`:  functions inside Megatron-Core.
 - `adam.py`:     an Adam laid out like Transformer Engine's FusedAdam.
+- `rope.py`:     the rotary embedding of packed sequences, without a loop over them.
 - `layers.py`:   linear layers and norms with the parameter names of Transformer Engine's.
 - `experts.py`:  grouped expert linears, likewise.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,10 +22,10 @@ def install() -> None:
     _random_state()
     _uneven_collectives()
     _split_sizes_as_lists()
-    _packed_rope()
-    from megatron_ext.cpu import adam
+    from megatron_ext.cpu import adam, rope
 
     adam.install()
+    rope.install()
 
 
 def _random_state() -> None:
@@ -77,42 +76,3 @@ def _split_sizes_as_lists() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
-
-
-def _packed_rope() -> None:
-    """The unfused rotary embedding of packed sequences loops over them in Python, twice a layer: at 256 short
-    sequences that is more time than the layer's matrix products. The same values, from one gather of the angles."""
-    from megatron.core.models.common.embeddings import rope_utils
-
-    from megatron_ext.layout import zigzag_positions
-
-    def apply(
-        t,
-        cu_seqlens,
-        freqs,
-        rotary_interleaved=False,
-        mla_rotary_interleaved=False,
-        mscale=1.0,
-        cp_group=None,
-        multi_latent_attention=None,
-    ):
-        if cp_group is None:
-            raise ValueError("cp_group must be provided for packed rotary embeddings")
-        if multi_latent_attention is not None:
-            mla_rotary_interleaved = multi_latent_attention
-        positions = getattr(cu_seqlens, "rope_positions", None)
-        if positions is None:  # the same for every layer of a micro-batch
-            lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-            parts = [zigzag_positions(n, cp_group.size(), cp_group.rank()) for n in lengths]
-            if freqs.size(0) == int(cu_seqlens[-1]):  # angles of the whole pack, not of one sequence
-                parts = [p + start for p, start in zip(parts, cu_seqlens[:-1].tolist(), strict=True)]
-            positions = cu_seqlens.rope_positions = torch.from_numpy(np.concatenate(parts))
-        return rope_utils._apply_rotary_pos_emb_bshd(
-            t.unsqueeze(1),
-            freqs[positions],
-            rotary_interleaved=rotary_interleaved,
-            mla_rotary_interleaved=mla_rotary_interleaved,
-            mscale=mscale,
-        ).squeeze(1)
-
-    rope_utils._apply_rotary_pos_emb_thd = apply

@@ -1,4 +1,4 @@
-"""Batches for the tests of the objectives: random ones, hypothesis strategies, and the table's c_t written once more."""
+"""Batches for the tests of the objectives: random ones, hypothesis strategies; and the table's c_t, once more."""
 
 from __future__ import annotations
 
@@ -121,8 +121,6 @@ def _sapo(log_r: Tensor, log_w: Tensor, A: Tensor) -> Tensor:
 def _gmpo(log_r: Tensor, log_w: Tensor, A: Tensor, mask: Tensor, N: Tensor) -> Tensor:
     kept = torch.where(A > 0, log_r.clamp(max=0.4), torch.where(A < 0, log_r.clamp(min=-0.4), log_r)) * mask
     return A[:, 0] * (kept.sum(-1) / N.clamp(min=1)).exp() * (N > 0)
-
-
 
 
 POTENTIALS: dict[str, Potential] = {

@@ -18,9 +18,7 @@ ALL = sorted(PRESETS)
 
 def _coefficients(config: ObjectiveConfig, x: LossInputs) -> torch.Tensor:
     critic = {
-        field: getattr(x, field)
-        for field in ("values", "proximal_values", "returns")
-        if getattr(x, field) is not None
+        field: getattr(x, field) for field in ("values", "proximal_values", "returns") if getattr(x, field) is not None
     }
     return coefficients(
         resolve(config),

@@ -88,9 +88,11 @@ def test_losses_gradients_and_metrics_of_any_partition_add_up(name: str, data: s
 @EXAMPLES
 @given(data=st.data())
 def test_the_gradient_is_the_finite_difference_of_the_objective(name: str, data: st.DataObject) -> None:
-    """Of the term itself, or where the term stops gradients, of the function that its coefficient is the derivative of."""
+    """Of the term itself, or where the term stops gradients, of the function whose derivative is its coefficient."""
     x = data.draw(batches(name))
-    critic = {field: getattr(x, field) for field in ("values", "proximal_values", "returns") if getattr(x, field) is not None}
+    critic = {
+        field: getattr(x, field) for field in ("values", "proximal_values", "returns") if getattr(x, field) is not None
+    }
     objective = resolve(ObjectiveConfig(preset=name))
     c = coefficients(
         objective, x.current_logprobs, x.proximal_logprobs, x.rollout_logprobs, x.advantages, x.mask, **critic

@@ -1,0 +1,79 @@
+"""Rotary embedding of packed sequences in one pass.
+
+Megatron-Core's unfused path (0.19.2) loops over the sequences of a pack in Python, twice a layer, and joins halves by
+copies: at 256 short sequences that is more time than the layer's matrix products. The values here are the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ext.layout import zigzag_positions
+
+
+class _Rotate(torch.autograd.Function):
+    """t [tokens, heads, d], cos and sin [tokens, 1, d / 2]: each pair (t_i, t_{i + d/2}) turned by its angle."""
+
+    @staticmethod
+    def forward(ctx, t, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(t, cos, sin)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out, half = torch.empty_like(t), t.shape[-1] // 2
+    low, high = t[..., :half], t[..., half:]
+    torch.mul(low, cos, out=out[..., :half]).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=out[..., half:]).addcmul_(low, sin)
+    return out
+
+
+def packed_positions(cu_seqlens: Tensor, angles: int, cp_size: int, cp_rank: int) -> Tensor:
+    """Which row of the angle table belongs to each local token. [tokens / cp] int64.
+
+    cu_seqlens: [sequences + 1], padded, over all context ranks. angles: rows of the table; where it has a row for
+    every token of the pack, each sequence begins at its own offset, else each begins at 0.
+    """
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    parts = [zigzag_positions(n, cp_size, cp_rank) for n in lengths]
+    if angles == int(cu_seqlens[-1]):
+        parts = [p + start for p, start in zip(parts, cu_seqlens[:-1].tolist(), strict=True)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def apply_packed(
+    t,
+    cu_seqlens,
+    freqs,
+    rotary_interleaved=False,
+    mla_rotary_interleaved=False,
+    mscale=1.0,
+    cp_group=None,
+    multi_latent_attention=None,
+):
+    """In place of `rope_utils._apply_rotary_pos_emb_thd`. t: [tokens, heads, d]; freqs: [angles, 1, 1, d]."""
+    if cp_group is None:
+        raise ValueError("cp_group must be provided for packed rotary embeddings")
+    if rotary_interleaved or mla_rotary_interleaved or multi_latent_attention or freqs.shape[-1] != t.shape[-1]:
+        raise NotImplementedError("packed rotary embedding on the CPU turns whole heads, halves not interleaved")
+    table = getattr(cu_seqlens, "rope_table", None)
+    if table is None:  # the same for every layer of a micro-batch
+        positions = packed_positions(cu_seqlens, freqs.size(0), cp_group.size(), cp_group.rank())
+        angles = freqs[positions, 0, :, : freqs.shape[-1] // 2]
+        table = cu_seqlens.rope_table = (angles.cos() * mscale, angles.sin() * mscale)
+    cos, sin = (part.to(t.dtype) for part in table)
+    return _Rotate.apply(t, cos, sin)
+
+
+def install() -> None:
+    """Put it in place."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    rope_utils._apply_rotary_pos_emb_thd = apply_packed

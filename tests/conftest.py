@@ -1,0 +1,71 @@
+"""One tiny model and one real SGLang server for the whole session; both start when a test first asks for them."""
+
+from __future__ import annotations
+
+import pytest
+
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "eos_token_id": 257,
+    "pad_token_id": 256,
+}
+
+
+def save_tiny_model(folder, seed):
+    """A random Qwen3-MoE in float32; returns the folder."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY)).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny_model"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model_dir, tmp_path_factory):
+    """A server that tests share: leave its weights, its version and its state as you found them."""
+    from pipeline.rollout.server import ServerConfig, SGLangServer
+
+    with SGLangServer(
+        ServerConfig(context_length=1024, startup_timeout_s=240),
+        tiny_model_dir,
+        tmp_path_factory.mktemp("server") / "sglang.log",
+        device="cpu",
+        dtype="float32",
+        seed=0,
+        return_routed_experts=True,
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    from pipeline.rollout.client import SGLangClient
+
+    return SGLangClient(
+        server.url,
+        vocab_size=TINY["vocab_size"],
+        num_layers=TINY["num_hidden_layers"],
+        topk=TINY["num_experts_per_tok"],
+        num_experts=TINY["num_experts"],
+        timeout_s=120,
+        log_path=server.log_path,
+    )

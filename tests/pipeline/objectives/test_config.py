@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.objectives import PRESETS, CorrectionConfig, Denominators, KLConfig, ObjectiveConfig, resolve
+
+from .batches import make_batch
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_without_overrides_is_its_row(name: str) -> None:
+    objective = resolve(ObjectiveConfig(preset=name))
+    assert objective.name == name
+    assert objective.composition == PRESETS[name].cells
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("advantage", "leave_one_out"),
+        ("reduction", "token_mean"),
+        ("clip_high", 0.28),
+        ("whiten", True),
+        ("std_epsilon", 1e-3),
+        ("entropy_coefficient", 0.01),
+        ("dynamic_sampling", True),
+        ("overlong_fraction", 0.1),
+    ],
+)
+def test_one_cell_written_over_changes_that_cell_only(field: str, value: object) -> None:
+    objective = resolve(ObjectiveConfig(preset="grpo", **{field: value}))
+    assert objective.composition == dataclasses.replace(PRESETS["grpo"].cells, **{field: value})
+    assert objective.name == "grpo*"
+
+
+def test_corrections_and_kl_are_read_from_mappings_as_yaml_gives_them() -> None:
+    config = ObjectiveConfig.model_validate(
+        {"preset": "grpo", "correction": {"kind": "token_tis", "high": 3}, "kl": {"estimator": "k2", "beta": 0.1}}
+    )
+    cells = resolve(config).composition
+    assert cells.corrections == (CorrectionConfig(kind="token_tis", high=3.0),)
+    assert cells.kl == KLConfig(estimator="k2", beta=0.1)
+    assert ObjectiveConfig.model_validate(config.model_dump()) == config
+
+
+def test_an_empty_list_takes_the_correction_away() -> None:
+    cells = resolve(ObjectiveConfig(preset="areal_grpo", correction=[])).composition  # pyright: ignore[reportArgumentType]
+    assert cells.corrections == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"preset": "gpro"}, "unknown preset 'gpro'; there are reinforce, rloo, "),
+        ({"preset": "gspo", "correction": {"kind": "token_tis"}}, "write correction: {kind: geometric_tis}"),
+        ({"preset": "gspo_token", "correction": {"kind": "icepop"}}, "a sequence_\\* kind, or ratio: token"),
+        ({"preset": "gspo", "ratio": "token"}, "write clip_low and clip_high too, for example 0.2"),
+        ({"preset": "grpo", "ratio": "sequence", "clip_low": 3e-4}, "write clip_high too, for example 3e-4"),
+        ({"preset": "gmpo", "surrogate": "clip"}, "write clip_low and clip_high too"),
+        ({"preset": "grpo", "reduction": "sequence_mean"}, "write reduction: sequence_mean_token_mean"),
+        ({"preset": "grpo", "surrogate": "soft_gate"}, "needs tau_positive, and the preset has none"),
+        ({"preset": "ppo", "surrogate": "dual_clip"}, "needs dual_clip"),
+        ({"preset": "ppo", "surrogate": "dual_clip", "dual_clip": 0.5}, "write a number above 1"),
+        ({"preset": "grpo", "surrogate": "log_space_clip", "clip_low": 0.4, "clip_high": 0.4}, "write ratio: sequence"),
+        ({"preset": "gspo", "advantage": "gae"}, "write ratio: sequence_token"),
+        (
+            {"preset": "gspo", "advantage": "batch_std", "kl": {"place": "reward"}},
+            "write ratio: sequence_token, or kl.place: loss",
+        ),
+        (
+            {"preset": "grpo", "correction": {"kind": "token_tis", "numerator": "current"}},
+            "write numerator: proximal, or surrogate: reinforce or mask",
+        ),
+        (
+            {"preset": "grpo", "correction": [{"kind": "token_tis"}, {"kind": "sequence_tis"}]},
+            "add only geometric_mask or opsm beside it",
+        ),
+        ({"preset": "grpo", "clip_low": 1.5}, "write at most 1"),
+        ({"preset": "grpo", "kl": {"estimator": "unbiased_k3", "place": "reward"}}, "write kl.place: loss"),
+        ({"preset": "grpo", "clip": 0.2}, "clip"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_write(config: dict, sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        ObjectiveConfig.model_validate(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "needs"),
+    [
+        ({"preset": "grpo"}, (False, False, False)),
+        ({"preset": "ppo"}, (False, False, True)),
+        ({"preset": "minirl"}, (True, False, False)),
+        ({"preset": "reinforce_plus_plus"}, (False, True, False)),
+        ({"preset": "grpo", "kl": {"estimator": "unbiased_k3"}}, (True, True, False)),
+        ({"preset": "gspo", "correction": {"kind": "opsm"}}, (True, False, False)),
+    ],
+)
+def test_an_objective_says_what_it_needs(config: dict, needs: tuple[bool, bool, bool]) -> None:
+    objective = resolve(ObjectiveConfig.model_validate(config))
+    assert (objective.needs_rollout_logprobs, objective.needs_reference, objective.needs_critic) == needs
+
+
+def test_a_term_per_sequence_refuses_advantages_per_token() -> None:
+    x = make_batch("ppo", 0)
+    with pytest.raises(ValueError, match="ratio: sequence_token"):
+        resolve(ObjectiveConfig(preset="gspo")).loss(x, Denominators.of(x.mask, 7))
+
+
+def test_sequence_token_takes_the_critics_advantages() -> None:
+    x = make_batch("ppo", 0, staleness=1e-4)
+    config = ObjectiveConfig(preset="gspo_token", advantage="gae")
+    out = resolve(config).loss(x, Denominators.of(x.mask, 7))
+    log_r = (x.current_logprobs - x.proximal_logprobs) * x.mask
+    n = x.mask.sum(-1, keepdim=True).clamp(min=1)
+    s = (log_r.sum(-1, keepdim=True) / n).exp()
+    token = s.detach() * (x.current_logprobs - x.current_logprobs.detach()).exp()
+    clipped = torch.minimum(token * x.advantages, token.clamp(1 - 3e-4, 1 + 4e-4) * x.advantages)
+    expected = torch.autograd.grad(-((clipped * x.mask).sum(-1) / n[:, 0]).mean(), x.current_logprobs)[0]
+    torch.testing.assert_close(torch.autograd.grad(out.loss, x.current_logprobs)[0], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_entropy_is_a_bonus_under_the_same_reduction() -> None:
+    x = make_batch("dapo", 0)
+    entropy = torch.rand(x.mask.shape, dtype=torch.float64).masked_fill(~x.mask, torch.nan).requires_grad_()
+    x = dataclasses.replace(x, entropy=entropy)
+    denominators = Denominators.of(x.mask, 7)
+    plain = resolve(ObjectiveConfig(preset="dapo")).loss(x, denominators)
+    out = resolve(ObjectiveConfig(preset="dapo", entropy_coefficient=0.01)).loss(x, denominators)
+    mean = entropy[x.mask].mean()
+    assert (plain.loss - out.loss).item() == pytest.approx(0.01 * mean.item(), rel=1e-10)
+    assert out.metrics["entropy"].value() == pytest.approx(mean.item())
+    gradient = torch.autograd.grad(out.loss, entropy)[0]
+    torch.testing.assert_close(gradient, -0.01 * x.mask.double() / x.mask.sum(), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=r"inputs\.entropy"):
+        resolve(ObjectiveConfig(preset="dapo", entropy_coefficient=0.01)).loss(
+            dataclasses.replace(x, entropy=None), denominators
+        )

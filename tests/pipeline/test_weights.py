@@ -1,0 +1,119 @@
+"""New weights over a gloo group into a running server: they arrive, they count, and what goes wrong is told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+import requests
+import torch
+from safetensors.torch import load_file
+
+from pipeline.rollout.client import Sampling
+from pipeline.weights import WeightSender, WeightTransferError
+from tests.conftest import save_tiny_model
+from tests.pipeline.rollout import reference
+
+SEQUENCE = np.random.default_rng(0).integers(0, 500, 60)
+
+
+def score(client):
+    async def run():
+        async with client:
+            return (await client.score(SEQUENCE))[0]
+
+    return asyncio.run(run())
+
+
+def buckets(weights, tensors_per_bucket=20):
+    items = list(weights.items())
+    return [items[i : i + tensors_per_bucket] for i in range(0, len(items), tensors_per_bucket)]
+
+
+@pytest.fixture
+def sender(server):
+    sender = WeightSender([server.url], backend="gloo", timeout_s=30)
+    sender.connect()
+    yield sender
+    sender.close()
+
+
+@pytest.fixture
+def original(tiny_model_dir, sender, client):
+    """The weights the server started with; they are back when the test ends."""
+    weights = load_file(tiny_model_dir / "model.safetensors")
+    yield weights
+    sender.send(buckets(weights), 0)
+    assert client.weight_version() == 0
+
+
+def test_a_transfer_gives_the_new_model_and_its_version_to_every_token(
+    client, sender, original, tiny_model_dir, tmp_path
+):
+    new_dir = save_tiny_model(tmp_path, seed=1)
+    old, new = (reference.logprobs(reference.load(folder), SEQUENCE) for folder in (tiny_model_dir, new_dir))
+    assert np.abs(old - new).max() > 0.1
+    assert np.abs(score(client) - old).max() < 1e-5
+    checksums = client.checksums()
+
+    sender.send(buckets(load_file(new_dir / "model.safetensors")), 3)
+
+    assert np.abs(score(client) - new).max() < 1e-5
+    assert client.checksums() != checksums
+    assert client.weight_version() == 3
+
+    async def sample():
+        async with client:
+            return await client.generate([1, 2, 3], 2, Sampling(4, 1.0, ignore_eos=True))
+
+    assert all((rollout.weight_versions == 3).all() for rollout in asyncio.run(sample()))
+
+    sender.send(buckets(original), 4)
+    assert client.checksums() == checksums
+
+
+def test_the_size_of_the_buckets_does_not_matter(client, sender, original):
+    doubled = {name: tensor * 2 for name, tensor in original.items()}
+    sender.send(buckets(doubled, 1000), 5)
+    one = client.checksums()
+    sender.send(buckets(original), 6)
+    assert client.checksums() != one
+    sender.send(buckets(doubled, 7), 7)
+    assert client.checksums() == one
+
+
+def test_a_bucket_may_mix_dtypes(client, sender, original):
+    """An odd count of bf16 before a float32 would leave the latter unaligned."""
+    before = client.checksums()
+    odd = ("model.layers.0.nonexistent.weight", torch.zeros(3, dtype=torch.bfloat16))
+    norm = ("model.norm.weight", original["model.norm.weight"] * 2)
+    sender.send([[odd, norm]], 8)
+    changed = [name for name, value in client.checksums()[0].items() if value != before[0][name]]
+    assert changed == ["model.norm.weight"]
+
+
+def test_a_wrong_shape_is_an_error_that_names_server_and_reason(client, server, sender, original):
+    with pytest.raises(WeightTransferError, match=rf"{server.url}.*(?s:.)*\[7\].*\[64\]"):
+        sender.send([[("model.norm.weight", torch.zeros(7))]], 9)
+    client.end_weight_update()
+
+
+def test_a_server_that_refuses_is_noticed_at_once_not_after_the_time_out(server, tiny_model_dir):
+    """It answers over HTTP and never joins the broadcast."""
+    lonely = WeightSender([server.url], backend="gloo", timeout_s=30)
+    lonely.connect()
+    requests.post(f"{server.url}/destroy_weights_update_group", json={"group_name": lonely.group}, timeout=30)
+    began = time.monotonic()
+    with pytest.raises(WeightTransferError, match=server.url):
+        lonely.send(buckets(load_file(tiny_model_dir / "model.safetensors")), 9)
+    assert time.monotonic() - began < 10
+    requests.post(f"{server.url}/end_weight_update", json={}, timeout=30)
+
+
+def test_a_server_that_is_not_there_fails_to_connect_in_time():
+    began = time.monotonic()
+    with pytest.raises(WeightTransferError, match=r"127\.0\.0\.1:9"):
+        WeightSender(["http://127.0.0.1:9"], backend="gloo", timeout_s=5).connect()
+    assert time.monotonic() - began < 10
