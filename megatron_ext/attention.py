@@ -139,7 +139,7 @@ class SDPACoreAttention(MegatronModule):
             plan = params.sdpa_plan = _plan((cu[1:] - cu[:-1]).tolist(), self.cp.size(), self.cp.rank(), q.device)
         buckets, back = plan
         if self.cp.size() > 1:
-            k, v = _GatherRanks.apply(torch.cat([k, v], -1), self.cp).split([k.shape[-1], v.shape[-1]], -1)  # type: ignore[union-attr]
+            k, v = _GatherRanks.apply(torch.cat([k, v], -1), self.cp).split([k.shape[-1], v.shape[-1]], -1)
         outs = [
             self._attend(q[b.query], k[b.key], v[b.key], b.mask).flatten(0, 1)  # [sequences * queries, heads * d]
             for b in buckets

@@ -79,4 +79,4 @@ def vocab_parallel_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}: greedy sampling has no log-prob")
-    return _VocabParallelLogProb.apply(logits, labels, temperature, vocab_size, group)  # type: ignore[return-value]
+    return _VocabParallelLogProb.apply(logits, labels, temperature, vocab_size, group)

@@ -329,6 +329,6 @@ class Trainer:
         for part in output:
             group = parallel_state.get_context_parallel_group()
             parts = _ContextGather.apply(part, group) if group.size() > 1 else part[None]
-            packed = batch.layout.merge_context(parts)  # type: ignore[arg-type]
+            packed = batch.layout.merge_context(parts)
             whole.append(batch.layout.responses(packed, [s.response_length for s in batch.samples]))
         return whole[0], whole[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -126,11 +127,11 @@ def trainer_group(
             num_cpus=config.parallel.ranks + 1,
             include_dashboard=False,
             object_store_memory=int(config.cluster.object_store_gb * 1e9),
-            logging_level="error",
+            logging_level=logging.ERROR,
             log_to_driver=False,
         )
     else:
-        ray.init(address=config.cluster.address, logging_level="error", log_to_driver=False)
+        ray.init(address=config.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     # Ray takes SIGTERM over and aborts the process in the middle of its own clean-up (2.60); the caller's stays.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_termination)

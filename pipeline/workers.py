@@ -35,8 +35,10 @@ class TrainerRank:
     def __init__(self, rank: int, log_path: str, threads: int):
         os.environ["OMP_NUM_THREADS"] = str(threads)
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        sys.stdout.flush(), sys.stderr.flush()
-        os.dup2(log, 1), os.dup2(log, 2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
         self.rank, self.threads = rank, threads
         self.samples: list[Sample] = []
         self.sender = None
@@ -222,4 +224,4 @@ class TrainerGroup:
     def stop(self) -> None:
         """End every rank. Never raises for a rank that is already gone."""
         for rank in self.ranks:
-            ray.kill(rank)
+            ray.kill(rank)  # pyright: ignore[reportArgumentType]  (its stub knows no actor proxies)

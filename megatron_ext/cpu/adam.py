@@ -59,5 +59,5 @@ def install() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
 
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False  # type: ignore[attr-defined]
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
     distributed.Adam, distributed.HAVE_APEX_OR_TE, distributed.USING_TE_OPTIMIZER = FusedAdam, True, True

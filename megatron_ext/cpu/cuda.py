@@ -66,14 +66,14 @@ def _on_cpu(factory):
 def install() -> None:
     """Replace the names. Each gets a function of its own: torch._dynamo's rule table refuses one object twice."""
     # sgl-flash-mla, installed beside SGLang, raises OSError on import without libcuda; None reads as "not installed".
-    sys.modules.setdefault("flash_mla", None)  # type: ignore[arg-type]
+    sys.modules.setdefault("flash_mla", None)
 
     cuda, stream, generator = torch.cuda, _Stream(), torch.random.default_generator
-    cuda.current_device = lambda: _CPU  # type: ignore[assignment]  # used as device=torch.cuda.current_device()
-    cuda.Stream = cuda.Event = _Stream  # type: ignore[assignment]
-    cuda.current_stream = lambda *a, **k: stream  # type: ignore[assignment]
-    cuda.default_stream = lambda *a, **k: stream  # type: ignore[assignment]
-    cuda.stream = lambda *a, **k: contextlib.nullcontext()  # type: ignore[assignment]
+    cuda.current_device = lambda: _CPU  # used as device=torch.cuda.current_device()
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = lambda *a, **k: stream
+    cuda.default_stream = lambda *a, **k: stream
+    cuda.stream = lambda *a, **k: contextlib.nullcontext()
     cuda.synchronize = lambda *a, **k: None
     cuda.empty_cache = lambda *a, **k: None
     cuda.set_device = lambda *a, **k: None
@@ -86,7 +86,7 @@ def install() -> None:
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *a, **k: self
 
     # Megatron's optimizers compare tensor.type() with 'torch.cuda.FloatTensor' and reject everything else.
     tensor_type = torch.Tensor.type
@@ -99,4 +99,4 @@ def install() -> None:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
-    torch.Tensor.type = type_as_cuda  # type: ignore[assignment]
+    torch.Tensor.type = type_as_cuda

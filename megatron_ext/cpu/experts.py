@@ -29,7 +29,7 @@ class _GroupedLinear(torch.nn.Module):
             weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
             init_method(weight)
             set_tensor_model_parallel_attributes(weight, tp > 1, self.partition_dim, 1)
-            weight.allreduce = False  # type: ignore[attr-defined]  # gradients are reduced over expert-data parallel
+            weight.allreduce = False  # gradients are reduced over expert-data parallel
             self.register_parameter(f"weight{i}", weight)
 
     def forward(self, x, tokens_per_expert):

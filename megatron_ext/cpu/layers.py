@@ -17,7 +17,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config, hidden_size, eps=1e-6, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -27,7 +27,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.eps = config.layernorm_epsilon
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, input_, *args, **kwargs):
         return super().forward(F.rms_norm(input_, input_.shape[-1:], self.layer_norm_weight, self.eps), *args, **kwargs)

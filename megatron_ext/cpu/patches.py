@@ -12,7 +12,7 @@ def install() -> None:
     """Import Megatron-Core without compiling anything, then patch it."""
     # megatron.core.jit wraps its fused helpers in torch.compile at import: minutes of inductor for a few adds.
     compile_ = torch.compile
-    torch.compile = lambda f=None, **kw: f if f is not None else (lambda g: g)  # type: ignore[assignment]
+    torch.compile = lambda f=None, **kw: f if f is not None else (lambda g: g)
     try:
         import megatron.core
         import megatron.core.models.gpt.gpt_layer_specs

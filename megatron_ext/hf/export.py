@@ -73,10 +73,8 @@ class HFExporter:
         """Over how many ranks the shards of one bucket are spread."""
         if not expert:
             return parallel_state.get_tensor_model_parallel_world_size()
-        return (
-            parallel_state.get_expert_tensor_parallel_world_size()
-            * parallel_state.get_expert_model_parallel_world_size()
-        )
+        tensor = int(parallel_state.get_expert_tensor_parallel_world_size() or 1)
+        return tensor * parallel_state.get_expert_model_parallel_world_size()
 
     def _buckets(self, pairs: list, ways: int) -> Iterator[list]:
         """Consecutive parameters whose whole tensors fit a bucket."""

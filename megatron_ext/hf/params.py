@@ -56,8 +56,8 @@ def shard_position(match: Match) -> tuple[int, int]:
     """(rank, size) of the group whose ranks hold the tensor-parallel shards of a parameter."""
     if match.row.expert:
         return (
-            parallel_state.get_expert_tensor_parallel_rank(),
-            parallel_state.get_expert_tensor_parallel_world_size(),
+            int(parallel_state.get_expert_tensor_parallel_rank() or 0),
+            int(parallel_state.get_expert_tensor_parallel_world_size() or 1),
         )
     return (
         parallel_state.get_tensor_model_parallel_rank(),

@@ -31,19 +31,17 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 def token_weights(reduction: Reduction, lengths: Tensor, denominators: Denominators) -> Tensor:
     """What one token of each sequence counts.
 
-    lengths: [S, 1], tokens, floating. Returns [S, 1]; 0 where N = 0.
+    lengths: [S, 1], tokens, floating. Returns [S, 1], finite where N = 0: no token is there to be counted.
     """
     if reduction in ("sequence_mean_token_mean", "sequence_mean"):
-        weight = 1.0 / (denominators.sequences * lengths.clamp(min=1))
-    elif reduction == "sequence_mean_token_sum":
-        weight = torch.full_like(lengths, 1.0 / denominators.sequences)
-    elif reduction == "token_mean":
-        weight = torch.full_like(lengths, 1.0 / max(denominators.tokens, 1))
-    elif reduction == "token_sum_constant":
-        weight = torch.full_like(lengths, 1.0 / (denominators.sequences * denominators.max_length))
-    else:
-        raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(REDUCTIONS)}")
-    return weight * (lengths > 0)
+        return 1.0 / (denominators.sequences * lengths.clamp(min=1))
+    if reduction == "sequence_mean_token_sum":
+        return torch.full_like(lengths, 1.0 / denominators.sequences)
+    if reduction == "token_mean":
+        return torch.full_like(lengths, 1.0 / max(denominators.tokens, 1))
+    if reduction == "token_sum_constant":
+        return torch.full_like(lengths, 1.0 / (denominators.sequences * denominators.max_length))
+    raise ValueError(f"unknown reduction {reduction!r}; there are {', '.join(REDUCTIONS)}")
 
 
 def reduce(term: Tensor, lengths: Tensor, reduction: Reduction, denominators: Denominators) -> Tensor:

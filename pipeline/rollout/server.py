@@ -25,7 +25,7 @@ from pipeline.rollout.processes import TOKEN_VARIABLE, remove_server, shared_mem
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
-_STUBS = Path(__file__).parent / "sglang_cpu" / "stub"
+CPU_STUBS = Path(__file__).parent / "sglang_cpu" / "stub"
 _LOG_TAIL_LINES = 30
 
 # SGLang logs these and goes on waiting, or goes on without what failed.
@@ -187,7 +187,7 @@ class SGLangServer:
             environment["OMP_NUM_THREADS"] = "1"  # small matrices: more threads are ten times slower
             environment["TORCHDYNAMO_DISABLE"] = "1"  # importing and compiling costs more than it brings
             environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "pipeline.rollout.sglang_cpu.models"
-            paths = [str(_STUBS), *filter(None, [environment.get("PYTHONPATH")])]
+            paths = [str(CPU_STUBS), *filter(None, [environment.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
         return environment
 
