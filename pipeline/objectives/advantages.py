@@ -17,7 +17,7 @@ def _group(group_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_mean(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """A_i = R_i - mean of its group (Dr.GRPO, 2503.20783, eq. 2).
+    """A_i = R_i - mean of its group (Dr.GRPO, 2503.20783, section 3.2).
 
     rewards: [S] floating. group_ids: [S] integer. Returns [S].
     A group of equal rewards has A = 0 exactly, whatever the rounding of its mean; so has a group of one.
@@ -43,7 +43,7 @@ def group_std(rewards: Tensor, group_ids: Tensor, epsilon: float = 1e-6) -> Tens
 
 
 def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """A_i = R_i - mean of the others of its group = G/(G-1) (R_i - mean) (RLOO, 2402.14740, eq. 8).
+    """A_i = R_i - mean of the others of its group = G/(G-1) (R_i - mean) (RLOO, 2402.14740).
 
     Shapes as in group_mean. Raises ValueError for a group of one: it has no others.
     """
@@ -63,7 +63,7 @@ def whiten(advantages: Tensor, mask: Tensor, epsilon: float = 1e-6) -> Tensor:
 
     advantages: [S] (each counts once per token) or [S, T]. mask: [S, T] bool. Returns advantages' shape; with [S, T],
     0 on padding. A batch whose advantages are all equal has A = 0.
-    REINFORCE++, 2501.03262, eq. 11.
+    REINFORCE++, 2501.03262.
     """
     weights = mask.to(advantages.dtype) if advantages.dim() == 2 else mask.sum(-1).to(advantages.dtype)
     counted = weights > 0
@@ -94,7 +94,7 @@ def token_rewards(rewards: Tensor, mask: Tensor, penalty: Tensor | None = None) 
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
-    """sum_{i >= t} reward_i at each token (REINFORCE++, 2501.03262, eq. 8, with its KL already in the rewards).
+    """sum_{i >= t} reward_i at each token (REINFORCE++, 2501.03262, with its KL already in the rewards).
 
     rewards: [S, T], 0 on padding. Returns [S, T], 0 on padding.
     """

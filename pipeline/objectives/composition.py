@@ -32,6 +32,7 @@ Policy = Literal["proximal", "current"]
 
 # Where no bound is written. TIS 2 and MIS 2: "Your efficient RL framework secretly brings you off-policy RL training"
 # and its sequels; IcePop [.5, 5]: 2510.18855; geometric mask 1 +- 1e-3: verl's rollout-correction presets.
+# OPSM 1e-4 nats per token: slime's default; its paper gives no number.
 CORRECTION_BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "token_is": (None, None),
     "token_tis": (None, 2.0),

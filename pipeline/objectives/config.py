@@ -54,7 +54,7 @@ class ObjectiveConfig(BaseModel):
     gae_lambda: float | None = Field(default=None, ge=0, le=1, description="lambda of GAE, per token")
     value_coefficient: float | None = Field(default=None, ge=0, description="factor of the critic's loss")
     value_clip: float | None = Field(
-        default=None, gt=0, description="largest move of a value in one update, reward units"
+        default=None, ge=0, description="largest move of a value in one update, reward units; 0 is no clip"
     )
     entropy_coefficient: float | None = Field(default=None, description="bonus, reward units per nat")
     dynamic_sampling: bool | None = Field(default=None, description="replace groups whose rewards are all equal")
@@ -88,6 +88,8 @@ class ObjectiveConfig(BaseModel):
             written["corrections"] = written.pop("correction")
         if "kl" in written and written["kl"].beta == 0:
             written["kl"] = None
+        if written.get("value_clip") == 0:
+            written["value_clip"] = None
         _check_clip(self, cells)
         return dataclasses.replace(cells, **written)
 

@@ -81,8 +81,8 @@ def coefficients(
 ) -> Tensor:
     """c_t of every sequence, [M, T]: the derivative by log pi_t of one sequence's term, as autograd gives it.
 
-    "One sequence's term" is what stands under the mean over sequences, or under the sum over tokens before it is divided
-    by the batch's tokens or by a constant: all denominators are 1.
+    "One sequence's term" is what stands under the mean over sequences, or under the sum over tokens before it is
+    divided by the batch's tokens or by a constant: all denominators are 1.
     """
     current = current.detach().requires_grad_()
     batch = LossInputs(current, proximal, rollout, advantages, mask, **inputs)

@@ -43,7 +43,7 @@ PRESETS: dict[str, Preset] = {
             reduction="sequence_mean_token_sum",
             corrections=(CorrectionConfig(kind="token_is", numerator="current"),),
         ),
-        sources={"correction": "none in 1992: rho = 1 on policy; token_is times pi/pi_o is the first-order weight rho"},
+        sources={"correction": "none in 1992: rho = 1 on policy; token_is of current/rollout is rho"},
     ),
     "rloo": Preset(
         title="RLOO",

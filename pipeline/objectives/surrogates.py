@@ -37,7 +37,7 @@ class Term(NamedTuple):
 def reinforce(weight: Tensor) -> Term:
     """sg[weight] A log pi; c = weight A (Williams 1992; off-policy with the ratio as weight).
 
-    weight: [S, T] or [S, 1].
+    weight: [S, T] or [S, 1]; it comes back as the slope.
     """
     return Term(None, weight, torch.zeros_like(weight[:, :1]))
 

@@ -44,7 +44,8 @@ class Denominators:
 class LossInputs:
     """A subset of a mini-batch: S whole sequences of at most T response tokens.
 
-    All floating tensors have one dtype (float32 or float64) and one device.
+    All floating tensors but the advantages have one dtype (float32 or float64), and all have one device. Raises
+    ValueError, with the field's name, for another shape or dtype.
 
     current_logprobs:   [S, T], log pi; the loss is differentiable in it.
     proximal_logprobs:  [S, T], log pi_o.
@@ -90,6 +91,8 @@ class LossInputs:
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != self.mask.shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, the mask is {list(self.mask.shape)}")
+            if tensor is not None and tensor.dtype != self.current_logprobs.dtype:
+                raise ValueError(f"{name} is {tensor.dtype}, current_logprobs is {self.current_logprobs.dtype}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Whatever way this process ends, no process of the server outlives it (`launch.py
 from __future__ import annotations
 
 import os
+import random
 import re
 import secrets
 import socket
@@ -25,12 +26,14 @@ from pipeline.rollout.processes import TOKEN_VARIABLE, remove_server, shared_mem
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
+_FREE_PORTS = range(20_000, 32_000)
 CPU_STUBS = Path(__file__).parent / "sglang_cpu" / "stub"
 _LOG_TAIL_LINES = 30
 
 # SGLang logs these and goes on waiting, or goes on without what failed.
 _FATAL_LOG_LINE = re.compile(
     r"Scheduler hit an exception|Failed to (load|execute)( general)? plugin:? sameroute|Failed to apply hooks"
+    r"|error while attempting to bind on address"
 )
 
 
@@ -187,6 +190,11 @@ class SGLangServer:
             environment["OMP_NUM_THREADS"] = "1"  # small matrices: more threads are ten times slower
             environment["TORCHDYNAMO_DISABLE"] = "1"  # importing and compiling costs more than it brings
             environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "pipeline.rollout.sglang_cpu.models"
+            if self.config.tensor_parallel > 1:  # SGLang wants as many NUMA nodes, or to be told which core each takes
+                cores = sorted(os.sched_getaffinity(0))
+                chosen = [str(cores[rank % len(cores)]) for rank in range(self.config.tensor_parallel)]
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(chosen)
+                environment["SGLANG_NCCL_SO_PATH"] = "none"  # it finds NCCL installed and takes that for a GPU
             paths = [str(CPU_STUBS), *filter(None, [environment.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
         return environment
@@ -267,11 +275,19 @@ class SGLangServer:
 
 
 def _reserve_port(host: str, port: int | None) -> int:
-    """`port` if it can be bound, or a free one for None. Raises ServerError when it is in use."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port or 0))
-        except OSError as error:
-            raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        return probe.getsockname()[1]
+    """`port` if it can be bound, or a free one for None. Raises ServerError when it is in use.
+
+    The server binds it only seconds later, so a free one is taken from below the range that the kernel hands out to
+    whoever asks (32768 on Linux) and above Ray's (10002 to 19999): nobody else takes it meanwhile by chance.
+    """
+    candidates = [port] if port is not None else random.sample(_FREE_PORTS, 50)
+    for candidate in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError as error:
+                reason = error.strerror
+                continue
+            return candidate
+    raise ServerError(f"cannot listen on {host}:{port if port is not None else candidates}: {reason}")

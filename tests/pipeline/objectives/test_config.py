@@ -47,6 +47,12 @@ def test_corrections_and_kl_are_read_from_mappings_as_yaml_gives_them() -> None:
     assert ObjectiveConfig.model_validate(config.model_dump()) == config
 
 
+def test_zero_takes_the_kl_and_the_value_clip_away() -> None:
+    config = ObjectiveConfig.model_validate({"preset": "reinforce_plus_plus", "kl": {"beta": 0}})
+    assert resolve(config).composition.kl is None
+    assert resolve(ObjectiveConfig(preset="ppo", value_clip=0)).composition.value_clip is None
+
+
 def test_an_empty_list_takes_the_correction_away() -> None:
     cells = resolve(ObjectiveConfig(preset="areal_grpo", correction=[])).composition  # pyright: ignore[reportArgumentType]
     assert cells.corrections == ()

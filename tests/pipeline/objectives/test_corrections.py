@@ -32,6 +32,8 @@ def _weight(**config) -> tuple[Tensor, Tensor]:
         ({"kind": "token_is"}, W),
         ({"kind": "token_tis"}, W.clamp(max=2)),
         ({"kind": "token_tis", "high": 1.05}, W.clamp(max=1.05)),
+        ({"kind": "token_tis", "high": 0.9}, W.clamp(max=0.9)),  # a bound below 1 must not count padding
+        ({"kind": "sequence_tis", "high": 0.9}, SEQUENCE.clamp(max=0.9)),
         ({"kind": "token_mis"}, W * (W <= 2)),
         ({"kind": "token_mis", "low": 0.5, "high": 3}, W * (W >= 0.5) * (W <= 3)),
         ({"kind": "icepop"}, W * (W >= 0.5) * (W <= 5)),

@@ -18,6 +18,7 @@ def test_inputs_of_the_wrong_shape_or_mask_are_refused_by_name() -> None:
         ({"mask": x.mask.double()}, "bool"),
         ({"advantages": x.advantages[:-1]}, "advantages"),
         ({"rollout_logprobs": x.rollout_logprobs[:, :-1]}, "rollout_logprobs is"),
+        ({"rollout_logprobs": x.rollout_logprobs.float()}, "rollout_logprobs is torch.float32"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             dataclasses.replace(x, **change)
