@@ -142,14 +142,21 @@ class Config(_Frozen):
             )
         if objective.needs_reference:
             raise ValueError("no reference model is held here; leave objective.kl out")
+        if objective.composition.dynamic_sampling:
+            raise ValueError(
+                f"objective {objective.name} replaces groups whose rewards are all equal; the sampler does not: set "
+                "objective.dynamic_sampling=false to train on them too"
+            )
         if self.rollout.samples_per_prompt == 1:
             raise ValueError(
                 "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2"
             )
-        if self.rollout.max_new_tokens >= self.server.context_length:
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.server.context_length:
             raise ValueError(
-                f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
-                f"server.context_length={self.server.context_length}; raise the second"
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
+                f"{self.rollout.max_new_tokens} do not fit server.context_length={self.server.context_length}; set that "
+                f"to {longest} or more"
             )
         if self.model.tiny is not None:
             self.parallel.check_model(self.model.tiny.hf_config())

@@ -13,7 +13,7 @@ import torch
 from megatron_ext.layout import Sample
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
-from pipeline.objectives import Denominators, mismatch_metrics, resolve
+from pipeline.objectives import Denominators, mismatch_metrics, overlong_penalty, resolve
 from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.sampler import sample_groups_sync
@@ -124,6 +124,8 @@ class Loop:
         group_ids = np.repeat(np.arange(len(groups)), [len(g.rollouts) for g in groups])
         mask = torch.from_numpy(padded([np.ones(len(r), bool) for r in rollouts]))
         rewards = torch.from_numpy(np.concatenate([g.rewards for g in groups]).astype(np.float64))
+        if ramp := round(self.objective.composition.overlong_fraction * self.config.rollout.max_new_tokens):
+            rewards = rewards + overlong_penalty(mask.sum(-1), self.config.rollout.max_new_tokens, ramp)
         advantages = self.objective.advantages(rewards, torch.from_numpy(group_ids), mask).advantages.numpy()
         values: list[dict[str, np.ndarray | float]] = [
             {"rollout_logprobs": r.rollout_logprobs, "advantage": a if np.ndim(a) == 0 else a[: len(r)]}

@@ -28,7 +28,7 @@ def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
         ("trainer.router_fusion=true", "set trainer.router_fusion=false or replay=none"),
         ("rollout.top_p=0.9", "set rollout.top_p=1"),
         ("rollout.samples_per_prompt=1", "samples_per_prompt to at least 2"),
-        ("server.context_length=16", "raise the second"),
+        ("server.context_length=16", "set that to 24 or more"),
         ("parallel.tensor=2", "1 trainer ranks do not divide into tensor 2"),
         ("parallel={ranks: 2, tensor: 2}", "set parallel.sequence=true"),
         ("parallel={ranks: 3, tensor: 2, sequence: true}", "set parallel.ranks to a multiple of 2"),
@@ -41,6 +41,8 @@ def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
         ("model.path=/nowhere", "exactly one of model.path"),
         ("objective.preset=gpso", "gspo"),
         ("objective.preset=ppo", "no critic"),
+        ("objective.preset=reinforce_plus_plus", "no reference model"),
+        ("objective.preset=dapo", "objective.dynamic_sampling=false"),
         ("objective.correction={kind: token_tis, high: 2}", "sequence"),
     ],
 )
