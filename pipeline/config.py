@@ -144,8 +144,8 @@ class Config(_Frozen):
             raise ValueError("no reference model is held here; leave objective.kl out")
         if objective.composition.dynamic_sampling:
             raise ValueError(
-                f"objective {objective.name} replaces groups whose rewards are all equal; the sampler does not: set "
-                "objective.dynamic_sampling=false to train on them too"
+                f"objective {objective.name} replaces groups whose rewards are all equal; the sampler does not: "
+                "set objective.dynamic_sampling=false to train on them too"
             )
         if self.rollout.samples_per_prompt == 1:
             raise ValueError(
@@ -155,8 +155,8 @@ class Config(_Frozen):
         if longest > self.server.context_length:
             raise ValueError(
                 f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
-                f"{self.rollout.max_new_tokens} do not fit server.context_length={self.server.context_length}; set that "
-                f"to {longest} or more"
+                f"{self.rollout.max_new_tokens} do not fit server.context_length={self.server.context_length}; "
+                f"set that to {longest} or more"
             )
         if self.model.tiny is not None:
             self.parallel.check_model(self.model.tiny.hf_config())

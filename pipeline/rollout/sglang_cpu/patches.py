@@ -1,8 +1,8 @@
 """What is replaced in SGLang 0.5.23, in memory, when the batched CPU backend is chosen. Nothing else is.
 
 Every replacement takes the original as its first argument and calls it for the cases that it does not cover, so
-that a model with other norms, rotations, activations or dtypes runs as SGLang runs it. The reason for each is time:
-the figures are CPU milliseconds of one decode step of 256 requests on a model of 4 layers and hidden size 64.
+that a model with other norms, rotations, activations or dtypes runs as SGLang runs it. The reason for each is time
+(`python scripts/bench_rollout.py` measures all of them together); the equality of each is tested.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rms_norm(
     post_residual_addition: torch.Tensor | None = None,
     quant_linear: Any = None,
 ) -> Any:
-    """RMSNorm.forward_native: six operations become one. 3.8 ms -> 0.3 ms."""
+    """RMSNorm.forward_native: six operations become one."""
     plain = norm.has_weight and norm.variance_size_override is None and post_residual_addition is None
     if not plain or x.dtype != torch.float32 or norm.weight.dtype != torch.float32:
         return original(norm, x, residual, post_residual_addition, quant_linear)
@@ -69,7 +69,7 @@ def rms_norm(
 def norm_and_rotate(
     original: Callable[..., Any], attention: Any, qkv: torch.Tensor, positions: torch.Tensor, forward_batch: Any
 ) -> Any:
-    """Qwen3MoeAttention.apply_qk_norm_rope: two norms and the rotation in one pass over `qkv`. 5 ms -> 0.3 ms."""
+    """Qwen3MoeAttention.apply_qk_norm_rope: two norms and the rotation in one pass over `qkv`."""
     rotary = attention.rotary_emb
     plain = type(rotary).__name__ == "RotaryEmbedding" and rotary.is_neox_style
     if not plain or rotary.rotary_dim != attention.head_dim or qkv.dtype != torch.float32:
@@ -90,7 +90,7 @@ def norm_and_rotate(
 def mixture_of_experts(
     original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any
 ) -> torch.Tensor:
-    """moe_forward_native: sorting, activation and combination once for all experts, not per expert. 5 ms -> 2 ms."""
+    """moe_forward_native: sorting, activation and combination once for all experts, not per expert."""
     plain = config.activation == "silu" and config.gemm1_alpha is None and not config.apply_router_weight_on_input
     biased = getattr(layer, "w13_weight_bias", None) is not None
     if not plain or biased or x.dtype != torch.float32:
@@ -123,7 +123,7 @@ def sample(
     sampling_seed: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """sampling_from_probs_torch: one uniform number a row, not one exponential a vocabulary entry. 3.6 ms -> 0.3."""
+    """sampling_from_probs_torch: one uniform number a row, not one exponential a vocabulary entry."""
     if sampling_seed is not None or probabilities.dtype != torch.float32:
         return original(probabilities, sampling_seed, positions)
     uniforms = torch.rand(probabilities.shape[0], dtype=torch.float64)
@@ -135,7 +135,7 @@ def sample(
 def collect_routes(original: Callable[..., Any], processor: Any, request: Any) -> None:
     """_maybe_collect_routed_experts: leaves the text that the HTTP server sends anyway, in place of a tensor.
 
-    Between scheduler and HTTP server a tensor is pickled by torch.save: 0.25 ms at each end for each request.
+    Between scheduler and HTTP server a tensor is pickled by torch.save, which costs more than the sampling of a token.
     """
     original(processor, request)
     if isinstance(request.routed_experts, torch.Tensor):
