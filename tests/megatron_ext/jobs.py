@@ -15,7 +15,7 @@ from tests.megatron_ext.ranks import run_ranks
 LAYERS, EXPERTS, TOPK, SAMPLES = 4, 8, 2, 12
 
 
-def make_samples(*, routes: bool, vocab_size: int = 64, without_routes: tuple[int, ...] = ()) -> list[Sample]:
+def make_samples(*, routes: bool, vocab_size: int = 512, without_routes: tuple[int, ...] = ()) -> list[Sample]:
     """Prompts of 3 to 8 and responses of 1 to 16 random tokens, each with a weight, with random routes if asked."""
     tokens, route = np.random.default_rng(0), np.random.default_rng(1)
     out = []
