@@ -101,7 +101,7 @@ def open_loop(
             timeout_s=config.rollout.timeout_s,
             log_path=server.log_path,
         )
-        trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo")
+        trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
         loop = Loop(config, source, client, trainers)
         if config.supervised.steps:
             loop.sync()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -37,9 +38,23 @@ class WeightTransferError(RuntimeError):
 class WeightSender:
     """Sends weights to servers. Lives in trainer rank 0; `connect` once, then `send` as often as there are weights."""
 
-    def __init__(self, urls: list[str], *, backend: str, group: str = "sameroute_weights", timeout_s: float = 300.0):
-        """urls: of the servers. backend: "gloo" or "nccl". timeout_s: of one bucket, and of every HTTP call."""
-        self.controls = [SGLangControl(url, timeout_s=timeout_s) for url in urls]
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        backend: str,
+        logs: list[Path] | None = None,
+        group: str = "sameroute_weights",
+        timeout_s: float = 300.0,
+    ):
+        """urls: of the servers. backend: "gloo" or "nccl". logs: of the servers, in the same order, for error messages.
+
+        timeout_s: of one bucket, and of every HTTP call.
+        """
+        self.controls = [
+            SGLangControl(url, timeout_s=timeout_s, log_path=log)
+            for url, log in zip(urls, logs or [None] * len(urls), strict=True)
+        ]
         self.backend, self.group, self.timeout_s = backend, group, timeout_s
         self.threads = ThreadPoolExecutor(max_workers=len(urls))
         self.process_group: Any = None

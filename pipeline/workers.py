@@ -103,12 +103,12 @@ class TrainerRank:
         """A new phase of training begins: its own settings, no moments of the last."""
         self.trainer.restart_optimizer(optimizer)
 
-    def connect(self, urls: list[str], backend: str) -> None:
+    def connect(self, urls: list[str], backend: str, logs: list[Path]) -> None:
         """Rank 0 joins the weight-transfer group of the servers."""
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
-            self.sender = WeightSender(urls, backend=backend)
+            self.sender = WeightSender(urls, backend=backend, logs=logs)
             self.sender.connect()
 
     def send_weights(self, version: int) -> None:
