@@ -290,7 +290,8 @@ def _weight_of_prompt(p: float, group: int) -> float:
 def _direction(rewards: Tensor, p: float) -> Tensor:
     """What multiplies grad p in (1/G) sum_i A_i score_i, the mean scores of right and wrong answers put in. [groups]"""
     ids = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
-    advantages = group_std(rewards.flatten(), ids, epsilon=0.0).nan_to_num(0.0).view_as(rewards)
+    informative = (rewards != rewards[:, :1]).any(1, keepdim=True)  # 0/0 where all rewards of a group are equal
+    advantages = torch.where(informative, group_std(rewards.flatten(), ids, epsilon=0.0).view_as(rewards), 0.0)
     return (advantages * torch.where(rewards > 0, 1 / p, -1 / (1 - p))).mean(-1)
 
 
