@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.params import dims_of, local_parameters, shard_position
+from megatron_ext.hf.tables import LM_HEAD
 from megatron_ext.mcore import GPTModel
 
 
@@ -30,14 +31,18 @@ def tensor_files(path: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def load_hf(chunks: Sequence[GPTModel], hf: dict[str, Any], shape: ModelShape, path: str | Path) -> None:
+def load_hf(
+    chunks: Sequence[GPTModel], hf: dict[str, Any], shape: ModelShape, path: str | Path, *, value_head: bool = False
+) -> None:
     """Copy a model directory into the chunks. All ranks call it together.
+
+    value_head: the chunks end in a value head, which stays as it is; the directory's LM head is not read.
 
     Raises KeyError naming the tensors that are missing, or that no rank had a place for, and ValueError where a shape
     differs; nothing is skipped.
     """
     files, dims, used = tensor_files(Path(path)), dims_of(hf, shape), set()
-    parameters = local_parameters(chunks, shape)
+    parameters = local_parameters(chunks, shape, value_head=value_head)
     missing = sorted({n for _, _, match in parameters for n in match.hf_names} - files.keys())
     if missing:
         raise KeyError(f"{path} lacks tensors of {shape.family}: {', '.join(missing)}")
@@ -55,6 +60,7 @@ def load_hf(chunks: Sequence[GPTModel], hf: dict[str, Any], shape: ModelShape, p
             parameter.copy_(shard)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, used)
-    unknown = sorted(files.keys() - set().union(*everyone))
+    head = set(LM_HEAD.hf) if value_head else set()
+    unknown = sorted(files.keys() - head.union(*everyone))
     if unknown:
         raise KeyError(f"{path} holds tensors that {shape.family} has no place for: {', '.join(unknown)}")

@@ -26,8 +26,12 @@ def dims_of(hf: dict[str, Any], shape: ModelShape) -> Dims:
     )
 
 
-def local_parameters(chunks: Sequence[GPTModel], shape: ModelShape) -> list[tuple[str, torch.nn.Parameter, Match]]:
+def local_parameters(
+    chunks: Sequence[GPTModel], shape: ModelShape, *, value_head: bool = False
+) -> list[tuple[str, torch.nn.Parameter, Match]]:
     """(global name, parameter, its table row) of every parameter that this rank holds, in module order.
+
+    value_head: leave the output layer out; it is no LM head.
 
     Raises KeyError where a parameter has no row.
     """
@@ -41,6 +45,8 @@ def local_parameters(chunks: Sequence[GPTModel], shape: ModelShape) -> list[tupl
             return f"decoder.layers.{layers[int(found[1])].layer_number - 1}."
 
         for name, parameter in chunk.named_parameters():
+            if value_head and name.startswith("output_layer."):
+                continue
             name = re.sub(r"^decoder\.layers\.(\d+)\.", layer_name, name)
             name = re.sub(
                 r"(\.experts\.linear_fc\d\.weight)(\d+)$",

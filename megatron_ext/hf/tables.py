@@ -32,7 +32,7 @@ class Row:
 _LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 _EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary())
-_HEAD = Row("output_layer.weight", ("lm_head.weight",), Vocabulary())
+LM_HEAD = Row("output_layer.weight", ("lm_head.weight",), Vocabulary())
 _FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated())
 
 _ATTENTION = (
@@ -70,8 +70,8 @@ _MOE = (
 )
 
 TABLES: dict[str, tuple[Row, ...]] = {
-    "qwen3": (_EMBEDDING, *_ATTENTION, *_DENSE_MLP, _FINAL_NORM, _HEAD),
-    "qwen3_moe": (_EMBEDDING, *_ATTENTION, *_MOE, _FINAL_NORM, _HEAD),
+    "qwen3": (_EMBEDDING, *_ATTENTION, *_DENSE_MLP, _FINAL_NORM, LM_HEAD),
+    "qwen3_moe": (_EMBEDDING, *_ATTENTION, *_MOE, _FINAL_NORM, LM_HEAD),
 }
 
 
@@ -106,8 +106,8 @@ def match_parameters(family: str, names: Sequence[str], *, tied_embeddings: bool
             hit = pattern.fullmatch(name)
             if hit:
                 groups = {k: int(v) for k, v in hit.groupdict().items()}
-                if row is _HEAD and tied_embeddings:
-                    row = Row(_HEAD.megatron, _EMBEDDING.hf, _HEAD.transform)
+                if row is LM_HEAD and tied_embeddings:
+                    row = Row(LM_HEAD.megatron, _EMBEDDING.hf, LM_HEAD.transform)
                 found[name] = Match(row, groups.get("layer"), groups.get("expert"))
                 break
     unknown = [n for n in names if n not in found]

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.layout import Sample
-from megatron_ext.parts import merge_logprobs, merge_update
+from megatron_ext.parts import merge_routing, merge_tokens, merge_update
 from tests.megatron_ext.ranks import run_ranks
 
 LAYERS, EXPERTS, TOPK, SAMPLES = 4, 8, 2, 12
@@ -30,7 +30,7 @@ def make_samples(*, routes: bool, vocab_size: int = 512, without_routes: tuple[i
 
 def weighted_likelihood(batch):
     """A loss with a denominator of its own, and a mean, a sum and a max to reduce."""
-    per_sequence = -(batch.current_logprobs * batch.mask).sum(1) * batch.values["weight"]
+    per_sequence = -(batch.quantities[0] * batch.mask).sum(1) * batch.values["weight"]
     lengths = batch.mask.sum(1)
     metrics = {
         "length": (float(lengths.sum()), float(len(lengths)), "mean"),
@@ -66,7 +66,7 @@ def one_update(config: ParallelConfig, model: str, trainer: TrainerConfig, sampl
 def outcome(config: ParallelConfig, model: str, trainer: TrainerConfig, samples: list[Sample], replay: bool) -> Outcome:
     """`one_update` on all ranks of a layout."""
     answers = run_ranks(one_update, config, str(model), trainer, samples, replay)
-    before, _, routing = merge_logprobs([a[0] for a in answers], len(samples))
-    after = merge_logprobs([a[2] for a in answers], len(samples))[0]
+    before, routing = merge_tokens([a[0] for a in answers], len(samples))[0], merge_routing([a[0] for a in answers])
+    after = merge_tokens([a[2] for a in answers], len(samples))[0]
     update = merge_update([a[1] for a in answers])
     return Outcome(np.concatenate(before), np.concatenate(after), routing, update, answers[0][3])

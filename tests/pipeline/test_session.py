@@ -20,7 +20,7 @@ from megatron_ext.layout import Sample
 from megatron_ext.parts import merge_update
 from pipeline.config import load_config
 from pipeline.controller import DisagreementError, to_sample
-from pipeline.losses import objective_loss
+from pipeline.losses import policy_loss
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 from pipeline.session import open_loop
 from tests.megatron_ext.ranks import run_ranks
@@ -151,7 +151,7 @@ def gspo_update(config: ParallelConfig, model: str, samples: list[Sample]):
     ]
     tokens = sum(s.response_length for s in samples)
     objective = resolve(ObjectiveConfig(preset="gspo", clip_low=0.02, clip_high=0.03))
-    loss = objective_loss(objective, Denominators(len(samples), tokens, max_length=16))
+    loss = policy_loss(objective, Denominators(len(samples), tokens, max_length=16))
     return trainer.update([replace(s, values=v) for s, v in zip(samples, values, strict=True)], loss)
 
 
@@ -278,9 +278,3 @@ def test_what_cannot_start_says_so_at_once(command):
             assert message in run.text()
             assert "Traceback" not in run.text()
             assert run.orphans() == []
-
-
-def test_padded_rows_keep_their_type():
-    from pipeline.controller import padded
-
-    assert padded([np.ones(2, bool), np.ones(1, bool)]).tolist() == [[True, True], [True, False]]
