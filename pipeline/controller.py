@@ -16,7 +16,8 @@ from megatron_ext.layout import Sample
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
 from pipeline.loss_values import loss_values, padded
-from pipeline.objectives import Denominators, is_informative, mismatch_metrics, resolve
+from pipeline.objectives import Denominators, Objective, is_informative, mismatch_metrics, resolve
+from pipeline.objectives.kl import kl_estimate
 from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.sampler import sample_groups_sync
@@ -151,6 +152,10 @@ class Loop:
                 reference = self.trainers.reference_logprobs()
             if objective.needs_critic:
                 values = self.trainers.values()
+        if objective.kl_in_reward:
+            assert proximal is not None
+            assert reference is not None
+            metrics["kl/reference"] = mean_kl(objective, proximal.logprobs, reference)
         group_ids = np.repeat(np.arange(len(groups)), [len(g.rollouts) for g in groups])
         per_sample = loss_values(
             objective,
@@ -236,6 +241,14 @@ def mismatch_of(rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str
     """mismatch_metrics of the same tokens under both engines."""
     mask = padded([np.ones(len(r), bool) for r in rollouts])
     return mismatch_metrics(padded(proximal.logprobs), padded([r.rollout_logprobs for r in rollouts]), mask)
+
+
+def mean_kl(objective: Objective, proximal: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
+    """The objective's estimate of KL(pi_o || pi_ref), mean over tokens, nats."""
+    kl = objective.composition.kl
+    assert kl is not None
+    log_ratio = torch.from_numpy(np.concatenate(reference) - np.concatenate(proximal)).double()
+    return float(kl_estimate(log_ratio, kl.estimator).mean())
 
 
 def group_metrics(groups: Sequence[Group], rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the losses read of each rollout: advantages over the whole batch, and the log-probs and values that go with them."""
+"""What the losses read of each rollout: advantages over the whole batch, and the log-probs and values beside them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def loss_values(
 ) -> list[dict[str, np.ndarray | float]]:
     """One dictionary a rollout, in the order of the groups; see `pipeline.losses` for its names.
 
-    groups: graded. max_new_tokens: the limit that the overlong penalty knows. proximal, reference, values: [N] float32 a
-    rollout, of the trainer at the start of the update, the reference model and the critic, where there are any.
+    groups: graded. max_new_tokens: the limit that the overlong penalty knows. proximal, reference, values: [N] float32
+    a rollout, of the trainer at the start of the update, the reference model and the critic, where there are any.
     Raises ValueError where the objective needs one that is missing.
     """
     rollouts = [r for g in groups for r in g.rollouts]

@@ -40,6 +40,33 @@ def weighted_likelihood(batch):
     return per_sequence.sum() / SAMPLES, metrics
 
 
+def keep_gradients(network) -> None:
+    """From now on a step leaves the weights as they are and the reduced gradients where they are."""
+    network.optimizer.step = lambda: (True, 0.0, None)
+
+
+def whole_gradients(network) -> dict[str, np.ndarray]:
+    """The gradients of the last step under Hugging Face names (a value head's under its own), whole on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ext.hf.export import HFExporter
+
+    for model in network.models:  # a distributed optimizer has reduced each rank's shard of a bucket, no more
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
+            group = buffer.data_parallel_group
+            if group.size() > 1:
+                for bucket in buffer.buckets:
+                    shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+    exporter = HFExporter(network.chunks, network.hf, network.shape, value_head=network.head == "value")
+    exporter.parameters = [(n, torch.nn.Parameter(p.main_grad), m) for n, p, m in exporter.parameters]
+    out = {name: tensor.numpy().copy() for bucket in exporter.stream() for name, tensor in bucket}
+    if network.head == "value" and network.chunks[-1].post_process:
+        out["value_head"] = network.chunks[-1].output_layer.weight.main_grad.numpy().copy()
+    return out
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Joined answers of all ranks to: log-probs, one update, log-probs again, the weights."""
