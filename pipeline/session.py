@@ -17,13 +17,15 @@ import torch
 from megatron_ext.hf.config import model_shape, read_hf_config
 from pipeline.config import Config
 from pipeline.controller import Loop, supervise
+from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
 from pipeline.objectives import resolve
 from pipeline.observe.console import Console
 from pipeline.observe.run_dir import RunDirectory
+from pipeline.rewards import resolve_reward
 from pipeline.rollout.client import SGLangClient
-from pipeline.rollout.server import ServerError, SGLangServer
+from pipeline.rollout.server import ServerError, SGLangServer, reserve_port
 from pipeline.workers import TrainerGroup
 
 
@@ -33,6 +35,7 @@ def train(config: Config) -> Path:
     Raises what the CLI turns into a message: DataError, RewardError and RunDirectoryError before anything starts,
     ServerError, TrainerError, WeightTransferError and DisagreementError after.
     """
+    check_inputs(config)
     with RunDirectory.create(config) as run, Console(config.train.steps) as console:
 
         def supervised(number: int, nll: float) -> None:
@@ -49,6 +52,14 @@ def train(config: Config) -> Path:
             loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
         run.finish()
     return run.path
+
+
+def check_inputs(config: Config) -> None:
+    """What can be known to be wrong before an earlier run is written over: the verifier, the data file, the port."""
+    resolve_reward(config.data.reward)
+    if config.data.path is not None and not config.data.path.is_file():
+        raise DataError(f"there is no data file {config.data.path}")
+    reserve_port(config.server.host, config.server.port)
 
 
 @contextlib.contextmanager

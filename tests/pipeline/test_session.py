@@ -259,9 +259,12 @@ def test_a_termination_request_ends_the_run_with_no_orphan(command):
     assert run.orphans() == []
 
 
-def test_what_cannot_start_says_so_at_once(command):
+def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp_path):
     import socket
 
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "config.yaml").write_text("of an earlier run")
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -271,10 +274,13 @@ def test_what_cannot_start_says_so_at_once(command):
             (["model.tiny=null", "model.path=/nowhere"], "/nowhere is no Hugging Face model directory"),
             (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
             (["data.reward=none.such"], "none.such"),
+            (["data.task=null", "data.path=/nowhere.jsonl"], "there is no data file /nowhere.jsonl"),
         ]
-        runs = [command(*overrides) for overrides, _ in cases]
+        runs = [command(*overrides, f"run.directory={earlier}") for overrides, _ in cases]
         for run, (_, message) in zip(runs, cases, strict=True):
             assert run.end() in (1, 2)
             assert message in run.text()
             assert "Traceback" not in run.text()
             assert run.orphans() == []
+
+    assert (earlier / "config.yaml").read_text() == "of an earlier run"
