@@ -74,9 +74,13 @@ def reading() -> Iterator[Seen]:
     seen, original = Seen(), LayerReplay.get_replay_topk
 
     def read(self: Any, scores: Any, *args: Any, **kwargs: Any) -> Any:
-        again = self.router_replay_action == RouterReplayAction.REPLAY_BACKWARD
-        given = self.replay_backward_list[0] if again and self.replay_backward_list else self.target_topk_idx
+        action = self.router_replay_action
+        queued = action == RouterReplayAction.REPLAY_BACKWARD and self.replay_backward_list
+        given = self.replay_backward_list[0] if queued else self.target_topk_idx
         probs, selection = original(self, scores, *args, **kwargs)
+        if action is None:
+            seen.wrong.append(f"layer {self.layer_number - 1} routed natively")
+            return probs, selection
         rows = (given[:, 0] >= 0).numpy()
         for route, score in zip(selection.numpy()[rows], scores.detach().numpy()[rows], strict=True):
             place = PLACE_OF.get(tuple(route.tolist()))
