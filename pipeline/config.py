@@ -140,10 +140,8 @@ class Config(_Frozen):
 
     @model_validator(mode="after")
     def _together(self):
-        if self.replay != "none" and self.trainer.router_fusion:
-            raise ValueError(
-                "the fused router returns before replay is consulted; set trainer.router_fusion=false or replay=none"
-            )
+        if self.replay != "none":
+            self.trainer.check_replay()
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -75,7 +75,7 @@ class Loop:
             groups, metrics = self.sample(timer)
             rollouts = [r for g in groups for r in g.rollouts]
             with timer("train"):
-                self.trainers.load([to_sample(r) for r in rollouts])
+                self.load(rollouts)
                 every = self.config.checks.probe_every
                 if self.replay == "r3" and every and (number - 1) % every == 0:
                     metrics |= self.probe_replay(rollouts)
@@ -96,6 +96,11 @@ class Loop:
     def replay(self) -> Literal["none", "r2", "r3"]:
         """As configured; a dense model has no routes."""
         return self.config.replay if self.shape.num_experts else "none"
+
+    def load(self, rollouts: Sequence[Rollout]) -> None:
+        """Hand the rollouts to the trainer, with their routes where it is to take them."""
+        samples = [to_sample(r) for r in rollouts]
+        self.trainers.load(samples if self.replay == "r3" else [replace(s, routes=None) for s in samples])
 
     def sync(self) -> None:
         """The trainer's weights to the server, under the next version."""
@@ -220,7 +225,7 @@ class Loop:
         """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
         groups = sample_groups_sync(self.client, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
-        self.trainers.load([to_sample(r) for r in rollouts])
+        self.load(rollouts)
         self.compare(rollouts, self.trainers.logprobs("replay" if self.replay == "r3" else "native"))
 
 
@@ -261,6 +266,7 @@ def group_metrics(groups: Sequence[Group], rollouts: Sequence[Rollout]) -> dict[
         "reward/uninformative_groups": float(np.mean([np.ptp(g.rewards) == 0 for g in groups])),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
+        "rollout/retractions": float(sum(r.retractions for r in rollouts)),
         "response/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in rollouts])),
     }
 

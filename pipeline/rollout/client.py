@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.rollout.control import SGLangControl
 from pipeline.rollout.server import ServerError
-from pipeline.types import FinishReason, Rollout, route_dtype
+from pipeline.types import FinishReason, Rollout, layer_with_duplicates, route_dtype
 
 
 class AnswerError(ServerError):
@@ -131,6 +131,26 @@ class SGLangClient(SGLangControl):
             raise AnswerError(f"{n} samples asked for, got {len(answers) if isinstance(answers, list) else answers}")
         return [self._rollout(ids, answer, sampling) for answer in answers]
 
+    async def extend(self, rollout: Rollout, sampling: Sampling) -> Rollout:
+        """Go on with an interrupted rollout, `sampling.max_new_tokens` tokens more at most.
+
+        Only routes of tokens that have none yet are asked for and appended: the server would answer with what its KV
+        cache holds, and that is whichever forward filled it last. Errors as in `generate`.
+        """
+        ids = self._checked_ids(rollout.token_ids)
+        if sampling.seed is not None:
+            await self._require_seeds()
+        start = len(ids) - 1  # the last sampled token was never an input, so it has no row yet
+        body = {
+            "input_ids": ids.tolist(),
+            "sampling_params": sampling.parameters(1)[0],
+            "return_logprob": True,
+            "return_routed_experts": self.routes,
+            "routed_experts_start_len": start,
+        }
+        answer = await self._post_generate(body)
+        return rollout.extended(self._rollout(ids, answer, sampling, routes_from=start))
+
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probs and routes of a given sequence, by one prefill at temperature 1; nothing is sampled.
 
@@ -183,7 +203,9 @@ class SGLangClient(SGLangControl):
         except aiohttp.ClientError as error:
             raise ServerError(f"{self.url}/generate was cut off: {error!r}{self._see_log()}") from error
 
-    def _rollout(self, prompt_ids: np.ndarray, answer: dict[str, Any], sampling: Sampling) -> Rollout:
+    def _rollout(
+        self, prompt_ids: np.ndarray, answer: dict[str, Any], sampling: Sampling, routes_from: int = 0
+    ) -> Rollout:
         meta = answer["meta_info"]
         reason = meta["finish_reason"]["type"]
         if reason not in get_args(FinishReason):
@@ -202,9 +224,10 @@ class SGLangClient(SGLangControl):
             prompt_ids=prompt_ids,
             response_ids=response_ids,
             rollout_logprobs=logprobs,
-            routes=self._decode_routes(meta, len(prompt_ids) + count - 1),
+            routes=self._decode_routes(meta, len(prompt_ids) + count - 1 - routes_from),
             weight_versions=_decode_versions(meta, count),
             finish_reason=reason,
+            retractions=int(meta.get("num_retractions") or 0),
         )
 
     def _decode_routes(self, meta: dict[str, Any], rows: int) -> np.ndarray | None:
@@ -219,7 +242,13 @@ class SGLangClient(SGLangControl):
             raise AnswerError(f"{flat.size} expert ids came back for routes of shape {shape}")
         if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):
             raise AnswerError(f"expert ids {flat.min()} .. {flat.max()} are outside [0, {self.num_experts})")
-        return flat.reshape(shape).astype(route_dtype(self.num_experts))
+        routes = flat.reshape(shape).astype(route_dtype(self.num_experts))
+        if (layer := layer_with_duplicates(routes)) is not None:
+            raise AnswerError(
+                f"a route of layer {layer} names an expert twice: the server did not capture that layer's routes; set "
+                "replay=none or r2, or another MoE backend (server.extra_args)"
+            )
+        return routes
 
 
 def _decode_versions(meta: dict[str, Any], count: int) -> np.ndarray:
