@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext import cpu, parallel
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import Head, OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.config import model_shape, read_hf_config
 from megatron_ext.hf.export import Bucket, HFExporter
 from megatron_ext.hf.load import load_hf
 from megatron_ext.layout import Sample, TokenLayout, pad_values, plan_micro_batches, response_mask
-from megatron_ext.logprobs import vocab_parallel_logprobs
+from megatron_ext.lm_head import logprob_head
 from megatron_ext.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -44,7 +44,7 @@ class LossBatch:
     """Whole sequences of one micro-batch, as the loss sees them.
 
     current_logprobs: [samples, tokens] float32 with gradient, zero behind each response.
-    entropy:          [samples, tokens] float32, without gradient.
+    entropy:          [samples, tokens] float32 with gradient, zero behind each response.
     mask:             [samples, tokens] bool.
     values:           the samples' values: [samples, tokens] or [samples] float32.
     indices:          which samples of the call these are.
@@ -115,6 +115,7 @@ class Trainer:
         self.parallel, self.config, self.temperature = parallel_config, config, temperature
         self.hf = read_hf_config(model_path)
         self.shape = model_shape(self.hf, parallel_config.tensor)
+        self.head: Head = "fp32" if config.dtype == "float32" else "bf16"
         self.replay = replay and self.shape.num_experts > 0
         self.mcore_config, chunks = build_model(self.hf, parallel_config, config, replay=self.replay)
         self.replays = [ChunkReplay(c) for c in chunks] if self.replay else []
@@ -157,10 +158,10 @@ class Trainer:
         With replay on, samples with routes are routed by them, and agreement is counted."""
         seen = LogprobPart()
 
-        def collect(batch: _MicroBatch, output: Tensor):
+        def collect(batch: _MicroBatch, output: tuple[Tensor, Tensor]):
             if batch.indices:
                 self._collect(seen, batch, *self._responses(batch, output))
-            return output.new_zeros(()), {}
+            return output[0].new_zeros(()), {}
 
         with torch.no_grad(), replaying(self.replays):
             self._run(samples, collect, forward_only=True)
@@ -179,14 +180,14 @@ class Trainer:
         metrics: Metrics = {}
         seen = LogprobPart()
 
-        def share(batch: _MicroBatch, output: Tensor):
+        def share(batch: _MicroBatch, output: tuple[Tensor, Tensor]):
             if not batch.indices:
-                return output.sum() * 0.0, {}
+                return output[0].sum() * 0.0, {}
             logprobs, entropy = self._responses(batch, output)
             self._collect(seen, batch, logprobs.detach(), entropy.detach())
             values = {name: pad_values(batch.samples, name).to(self.device) for name in batch.samples[0].values}
             mask = response_mask([s.response_length for s in batch.samples]).to(self.device)
-            value, measured = loss(LossBatch(logprobs, entropy.detach(), mask, values, batch.indices))
+            value, measured = loss(LossBatch(logprobs, entropy, mask, values, batch.indices))
             if parallel.is_reporter():
                 add_metrics(metrics, {"loss/objective": (float(value.detach()), 0.0, "sum")} | measured)
             return value, {}
@@ -246,21 +247,16 @@ class Trainer:
             replay = self.replays[chunk.vp_stage or 0] if self.replays else None
             if replay is not None and batch.routes is not None:
                 replay.set(batch.routes, batch.counted, recompute=recompute)
-            output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
+            head = logprob_head(
+                batch.labels, vocab_size=self.shape.vocab_size, temperature=self.temperature, head=self.head
+            )
+            output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed, output_processor=head)
             if replay is not None and recompute:
-                replay.switch_in_backward(output)
-            if chunk.post_process:
-                logprobs, entropy = vocab_parallel_logprobs(
-                    output[0],
-                    batch.labels,
-                    vocab_size=self.shape.vocab_size,
-                    group=parallel_state.get_tensor_model_parallel_group(),
-                    temperature=self.temperature,
-                )
-                output = torch.stack([logprobs, entropy])
+                for part in output if chunk.post_process else (output,):
+                    replay.switch_in_backward(part)
             return output, partial(finish, number, batch)
 
-        def finish(number: int, batch: _MicroBatch, output: Tensor):
+        def finish(number: int, batch: _MicroBatch, output: tuple[Tensor, Tensor]):
             value, measured = use(batch, output)
             return value, torch.tensor(int(first and number == 0), dtype=torch.int, device=self.device), measured
 
@@ -323,8 +319,8 @@ class Trainer:
             rows.append(sample.routes.astype(np.int16))
         return layout.slice_sequence(layout.pack(rows, fill=-1))
 
-    def _responses(self, batch: _MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
-        """[2, this rank's tokens] -> log-probs and entropy, [samples, longest response] each."""
+    def _responses(self, batch: _MicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[this rank's tokens] each -> log-probs and entropy, [samples, longest response] each."""
         whole = []
         for part in output:
             group = parallel_state.get_context_parallel_group()
