@@ -36,10 +36,12 @@ class _Head:
     math: TorchTiles
     group: dist.ProcessGroup | None
 
-    def tiles(self, weight: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor, list[slice]]]:
+    def tiles(self, weight: Tensor, tokens: int, *, stats: bool) -> Iterator[tuple[slice, Tensor, list[slice]]]:
         """Columns, their weights in the dtype of the matmul, and the rows to walk."""
         rows = max(1, min(MAX_ROWS, tokens))
         step = max(256, TILE[weight.device.type] // rows // 256 * 256)
+        if stats and self.math.STATS_OF_ANY_WIDTH and weight.dtype == self.dtype:
+            step = max(256, self.columns)
         row_slices = [slice(r, min(r + rows, tokens)) for r in range(0, tokens, rows)]
         for start in range(0, self.columns, step):
             columns = slice(start, min(start + step, self.columns))
@@ -65,7 +67,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor | None, head: _Head):
         x = hidden.to(head.dtype)
         stats = RowStats.empty(len(x), x.device)
-        for columns, w, row_slices in head.tiles(weight, len(x)):
+        for columns, w, row_slices in head.tiles(weight, len(x), stats=True):
             for rows in row_slices:
                 local = labels[rows] - columns.start
                 stats.rows(rows).add(head.math.stats(x[rows], w, local, _words(kept, rows, columns)))
@@ -90,16 +92,19 @@ class _LinearLogprobs(torch.autograd.Function):
         of_weight = torch.empty_like(weight) if needs_weight else None
         if of_weight is not None:
             of_weight[head.columns :] = 0
-        for columns, w, row_slices in head.tiles(weight, len(x)):
-            of_columns = torch.zeros(w.shape if needs_weight else 0, dtype=torch.float32, device=w.device)
+        for columns, w, row_slices in head.tiles(weight, len(x), stats=False):
+            in_place = weight.dtype == head.dtype and len(row_slices) == 1
+            of_columns = torch.zeros(0 if in_place or not needs_weight else w.shape, device=w.device)
             for rows in row_slices:
                 local, words = labels[rows] - columns.start, _words(kept, rows, columns)
                 of_logits = head.math.gradient(x[rows], w, local, words, given.rows(rows))
                 if of_hidden is not None:
                     add_product(of_hidden[rows], of_logits, w)
-                if needs_weight:
+                if of_weight is not None and in_place:
+                    torch.mm(of_logits.t(), x, out=of_weight[columns])
+                elif of_weight is not None:
                     add_product(of_columns, of_logits.t(), x[rows])
-            if of_weight is not None:
+            if of_weight is not None and not in_place:
                 of_weight[columns] = of_columns  # rounded once, after all rows
         return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, None, None, None
 

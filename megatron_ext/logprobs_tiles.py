@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ class TorchTiles:
     temperature: T.
     rounds:      the matmul's output is bf16 before anything else happens to it.
     """
+
+    STATS_OF_ANY_WIDTH: ClassVar[bool] = False  # whether `stats` never holds the scores, so that one call may walk all
 
     temperature: float
     rounds: bool

@@ -12,7 +12,7 @@ spills, and agree with float64 in Triton's interpreter; they have not been timed
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import triton
@@ -48,6 +48,8 @@ def blocks_for(device: torch.device) -> Blocks:
 @dataclass(frozen=True)
 class TritonTiles(TorchTiles):
     """`TorchTiles` by the kernels below. A row of hidden states or weights must be a multiple of 16 bytes."""
+
+    STATS_OF_ANY_WIDTH: ClassVar[bool] = True
 
     def stats(self, x: Tensor, w: Tensor, labels: Tensor, kept: Tensor | None) -> RowStats:
         blocks = blocks_for(x.device)
