@@ -1,15 +1,18 @@
 """Log-probs and entropies of a large vocabulary from hidden states: time, memory and errors.
 
-    python scripts/bench_logprobs.py time   [--tokens 4096] [--hidden 2048] [--rounds 2]
+    python scripts/bench_logprobs.py time   [--tokens 4096] [--hidden 2048] [--rounds 2] [--clock cpu]
     python scripts/bench_logprobs.py memory [--tokens 4096] [--hidden 2048]
     python scripts/bench_logprobs.py errors [--tokens 256]  [--hidden 2048]
 
 time:   forward and backward of `linear_logprobs` against the version that makes float32 logits, turn about in one
-        process. `--clock cpu` counts CPU seconds, which other programs on the machine disturb less. Without a GPU inputs are float32; with one they are bf16 accumulated in float32, and the Triton kernel,
-        the torch tiles and the matmuls alone (bf16 out, nothing else done: the limit) are rows of their own.
+        process. `--clock cpu` counts CPU seconds, which other programs on the machine disturb less.
 memory: peak above hidden states and weights, the gradients of these two counted apart. On a CPU each version runs in a
         process of its own and its resident set is read from the kernel; on a GPU the allocator is asked.
 errors: mean and largest |log-prob error| against float64 of each head on sampled tokens, on the CPU.
+
+Without a GPU the inputs are float32. With one they are bf16, accumulated in float32, and the Triton kernel and the
+matmuls alone (bf16 out, nothing else done: the limit) are rows of their own; `--blocks 128,128,128,8,8,3` tries other
+blocks of the kernel, in the order of `logprobs_triton.Blocks`.
 
 All versions return the log-prob and the entropy; the gradient is of the log-prob.
 """
@@ -211,9 +214,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of this process, all threads")
+    parser.add_argument("--blocks", help="of the Triton kernel")
     args = parser.parse_args()
     global clock
     clock = args.clock
+    if args.blocks:
+        from megatron_ext import logprobs_triton
+
+        logprobs_triton.LARGE = logprobs_triton.Blocks(*(int(x) for x in args.blocks.split(",")))
     args.tokens = args.tokens or {"errors": 256}.get(args.what, 4096)
     {"time": run_time, "memory": run_memory, "errors": run_errors}[args.what](args)
 

@@ -37,7 +37,7 @@ RUNS = {
 
 
 def main() -> None:
-    # Three blocks of tokens in groups of two, several of columns and of depth, two tiles; none of them divides anything.
+    # Three blocks of tokens in groups of two, several of columns and depth, two tiles; none divides its whole.
     logprobs_triton.SMALL = logprobs_triton.Blocks(tokens=16, columns=64, depth_bytes=64, group=2, warps=4, stages=1)
     logprobs.TILE["cpu"] = 2**10
     c, answers = case(), {}
