@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_ext.hf.config import num_experts
 
+Head = Literal["bf16", "fp32_accumulate", "fp32"]
+"""How the LM head makes logits; `logprobs.linear_logprobs` says what each rounds."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
