@@ -316,7 +316,7 @@ class Trainer:
             if sample.routes.shape[1:] != width:
                 raise ValueError(f"routes of shape {sample.routes.shape} for {width[0]} layers, top {width[1]}")
             if width[1] > 1:
-                ordered = np.sort(sample.routes, -1)
+                ordered = np.sort(sample.routes[:, self.shape.moe_layers], -1)
                 repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
                 if repeated.size:
                     raise ValueError(f"a route names expert {repeated[0]} twice for one token")

@@ -63,10 +63,16 @@ def one_update(config: ParallelConfig, model: str, trainer: TrainerConfig, sampl
     return before, update, after, weights if torch.distributed.get_rank() == 0 else {}
 
 
+def joined(parts, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of all samples, one after another, and routing counts by layer, of all ranks' parts."""
+    logprobs, _, routing = merge_logprobs(parts, count)
+    return np.concatenate(logprobs), routing
+
+
 def outcome(config: ParallelConfig, model: str, trainer: TrainerConfig, samples: list[Sample], replay: bool) -> Outcome:
     """`one_update` on all ranks of a layout."""
     answers = run_ranks(one_update, config, str(model), trainer, samples, replay)
-    before, _, routing = merge_logprobs([a[0] for a in answers], len(samples))
-    after = merge_logprobs([a[2] for a in answers], len(samples))[0]
+    before, routing = joined([a[0] for a in answers], len(samples))
+    after, _ = joined([a[2] for a in answers], len(samples))
     update = merge_update([a[1] for a in answers])
-    return Outcome(np.concatenate(before), np.concatenate(after), routing, update, answers[0][3])
+    return Outcome(before, after, routing, update, answers[0][3])
