@@ -1,4 +1,4 @@
-"""GLM-4.5: grouped-query attention with QKV biases, a partial rotation and optional QK norms; the rest is DeepSeek's."""
+"""GLM-4.5: grouped-query attention with QKV biases, a partial rotation, maybe QK norms; the rest is DeepSeek's."""
 
 from __future__ import annotations
 
