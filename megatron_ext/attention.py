@@ -1,8 +1,8 @@
-"""Core attention on torch's SDPA: grouped-query, causal, packed sequences, context parallel. No Transformer Engine.
+"""Core attention on torch's SDPA: grouped-query, causal, packed or padded, context parallel. No Transformer Engine.
 
 All sequences of a micro-batch go into few batched calls: sequences whose padded lengths lie within a factor of two
-share one. Where context parallelism splits a sequence, every rank gathers the keys and values of all and attends with
-its own queries; the gradient is scattered back by a reduce-scatter.
+share one. Padded rows are a pack of sequences of one length. Where context parallelism splits a sequence, every rank
+gathers the keys and values of all and attends with its own queries; the gradient is scattered back by a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -119,10 +119,13 @@ class SDPACoreAttention(MegatronModule):
         if mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal) or attention_bias is not None:
             raise ValueError(f"only causal attention without a bias is computed here, not {mask_type}")
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params)
-        if self.cp.size() > 1:
-            raise ValueError("context parallelism without Transformer Engine needs packed sequences")
-        return self._attend(*(t.transpose(0, 1) for t in (query, key, value)), None).transpose(0, 1)
+            return self._packed(query, key, value, self._plan_of(packed_seq_params, query.device))
+        tokens, rows = query.shape[:2]
+        if self.cp.size() == 1:
+            return self._attend(*(t.transpose(0, 1) for t in (query, key, value)), None).transpose(0, 1)
+        flat = (t.transpose(0, 1).flatten(0, 1) for t in (query, key, value))
+        plan = _plan([tokens * self.cp.size()] * rows, self.cp.size(), self.cp.rank(), query.device)
+        return self._packed(*flat, plan).view(rows, tokens, -1).transpose(0, 1)
 
     def _attend(self, q, k, v, mask):
         """[b, queries, heads, d], [b, keys, kv heads, d] -> [b, queries, heads * d]."""
@@ -132,11 +135,15 @@ class SDPACoreAttention(MegatronModule):
         )
         return out.transpose(1, 2).flatten(2)
 
-    def _packed(self, q, k, v, params):
+    def _plan_of(self, params, device):
+        """One plan serves every layer of the micro-batch, forward and recomputed."""
         plan = getattr(params, "sdpa_plan", None)
-        if plan is None:  # one plan serves every layer of the micro-batch, forward and recomputed
+        if plan is None:
             cu = params.cu_seqlens_q_padded if params.cu_seqlens_q_padded is not None else params.cu_seqlens_q
-            plan = params.sdpa_plan = _plan((cu[1:] - cu[:-1]).tolist(), self.cp.size(), self.cp.rank(), q.device)
+            plan = params.sdpa_plan = _plan((cu[1:] - cu[:-1]).tolist(), self.cp.size(), self.cp.rank(), device)
+        return plan
+
+    def _packed(self, q, k, v, plan):
         buckets, back = plan
         if self.cp.size() > 1:
             k, v = _GatherRanks.apply(torch.cat([k, v], -1), self.cp).split([k.shape[-1], v.shape[-1]], -1)

@@ -117,6 +117,9 @@ class TrainerConfig(_Frozen):
     micro_batch_tokens: int = Field(
         8192, ge=1, description="most tokens of one packed micro-batch, over all context ranks"
     )
+    packing: bool = Field(
+        True, description="pack sequences into one row; false: a row each, padded to the longest (wasteful; to compare)"
+    )
     recompute: Literal["none", "selective", "full"] = Field("none", description="activations recomputed in backward")
     extra: dict[str, Any] = Field(
         default_factory=dict, description="further fields of Megatron-Core's TransformerConfig"

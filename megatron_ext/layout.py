@@ -4,9 +4,13 @@ A sample of P prompt and N response tokens enters the model as its first P + N -
 token that follows, so a route row exists for every input token and the log-probs of the response are the last N.
 
     samples -> micro-batches (balanced, same number on every data-parallel rank)
-            -> packed sequence (padded for context and sequence parallelism)
+            -> one row of all sequences ("packed": each padded for its zigzag chunks, the last for the ranks),
+               or one row a sequence ("padded": all to one length)
             -> this context-parallel rank's zigzag slice -> this sequence-parallel rank's slice
             -> and back: log-probs of the slice -> [samples, tokens] matrices of responses
+
+Both arrangements are laid out alike, one sequence after another; they differ in how much padding stands between the
+sequences, and in the order in which a router sees the tokens (position by position where there are several rows).
 """
 
 from __future__ import annotations
@@ -104,10 +108,12 @@ def plan_micro_batches(
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The packed sequence of one micro-batch, and this rank's part of it.
+    """The sequences of one micro-batch, one after another, and this rank's part of them.
 
     lengths: input tokens of each sample. At least one sample.
     sequence_parallel_size: 1 where sequence parallelism is off, else the tensor-parallel size.
+    packed:  one row of all sequences; False: a row each, padded to one length.
+    align:   tokens of a row on one rank are a multiple of this (FP8 matrix products want 16 or 32).
     """
 
     lengths: tuple[int, ...]
@@ -115,24 +121,34 @@ class TokenLayout:
     cp_rank: int = 0
     sequence_parallel_size: int = 1
     sequence_parallel_rank: int = 0
+    packed: bool = True
+    align: int = 1
 
     @cached_property
     def padded_lengths(self) -> tuple[int, ...]:
-        """Each sequence padded to whole zigzag chunks; the last further, so that the pack divides among the ranks."""
+        """Each sequence padded to whole zigzag chunks, and each row so that it divides among the ranks: the last
+        sequence of a packed row, or every sequence to the longest."""
         unit = 2 * self.cp_size if self.cp_size > 1 else 1
+        whole = math.lcm(unit, self.cp_size * self.sequence_parallel_size * self.align)
+        if not self.packed:
+            return (math.ceil(max(self.lengths) / whole) * whole,) * len(self.lengths)
         padded = [math.ceil(n / unit) * unit for n in self.lengths]
-        whole = math.lcm(unit, self.cp_size * self.sequence_parallel_size)
         padded[-1] += -sum(padded) % whole
         return tuple(padded)
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that the model reads: 1, or one a sequence."""
+        return 1 if self.packed else len(self.lengths)
+
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where each sequence begins in the packed sequence."""
+        """Where each sequence begins."""
         return tuple(int(s) for s in np.cumsum((0, *self.padded_lengths))[:-1])
 
     @property
     def total(self) -> int:
-        """Tokens of the packed sequence, padding included."""
+        """Tokens of all rows, padding included."""
         return sum(self.padded_lengths)
 
     @cached_property
@@ -157,8 +173,12 @@ class TokenLayout:
 
     @cached_property
     def local(self) -> torch.Tensor:
-        """[total / cp] int64: which places of the packed sequence this context-parallel rank holds, in its order."""
+        """[total / cp] int64: which places this context-parallel rank holds, in its order."""
         return self._local_of(self.cp_rank)
+
+    def _routed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[tokens of whole rows, ...] -> the order in which a router sees them: by position, then by row."""
+        return tokens.view(self.rows, -1, *tokens.shape[1:]).transpose(0, 1).flatten(0, 1)
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -180,11 +200,16 @@ class TokenLayout:
         return packed[self.local]
 
     def slice_sequence(self, packed: torch.Tensor) -> torch.Tensor:
-        """[total, ...] -> what this rank's router sees, [total / cp / sp, ...]."""
-        return self.slice_context(packed).chunk(self.sequence_parallel_size)[self.sequence_parallel_rank]
+        """[total, ...] -> what this rank's routers see, in their order, [total / cp / sp, ...]."""
+        return self._routed(self.slice_context(packed)).chunk(self.sequence_parallel_size)[self.sequence_parallel_rank]
+
+    def merge_sequence(self, parts: torch.Tensor) -> torch.Tensor:
+        """What all ranks' routers see, [cp, sp, total / cp / sp, ...] in rank order -> [total, ...]."""
+        whole = torch.cat([self._routed(self._local_of(r)) for r in range(self.cp_size)])
+        return parts.flatten(0, 2)[torch.argsort(whole).to(parts.device)]
 
     def merge_context(self, parts: torch.Tensor) -> torch.Tensor:
-        """[cp, total / cp] in rank order -> [total] in packed order."""
+        """[cp, total / cp] in rank order -> [total]."""
         if self.cp_size == 1:
             return parts[0]
         order = torch.cat([self._local_of(r) for r in range(self.cp_size)])

@@ -5,7 +5,7 @@ config.json -> TransformerConfig -> layer spec (Transformer Engine's, or the sam
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from megatron_ext.mcore import (
     MLASelfAttention,
     MLATransformerConfig,
     TransformerConfig,
+    gather_from_sequence_parallel_region,
     get_gpt_decoder_block_spec,
     parallel_state,
 )
@@ -119,11 +120,37 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None):
     return spec
 
 
+class ValueHead(torch.nn.Linear):
+    """One number a token in the LM head's place, the same on every tensor-parallel rank; it starts at 0.
+
+    [tokens / sp, rows, hidden] -> [tokens, rows, 1] float32. Every rank computes the same loss from the gathered
+    values, so the gradient of its own part is just that part.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+        torch.nn.init.zeros_(self.weight)
+        self.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over the ranks
+
+    def forward(self, input_, weight=None, runtime_gather_output=None):
+        values = super().forward(input_).float()
+        if self.sequence_parallel:
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None
+
+
 def build_model(
-    hf: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, *, replay: bool
+    hf: dict[str, Any],
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    *,
+    head: Literal["lm", "value"] = "lm",
+    replay: bool,
 ) -> tuple[TransformerConfig, list[GPTModel]]:
     """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups must exist.
 
+    head: "value" puts a ValueHead where the LM head would be.
     Raises UnsupportedModel, or ValueError where the model does not divide into the layout.
     """
     parallel.check_model(hf)
@@ -139,11 +166,13 @@ def build_model(
             max_sequence_length=hf["max_position_embeddings"],
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-            share_embeddings_and_output_weights=shape.tied_embeddings,
+            share_embeddings_and_output_weights=shape.tied_embeddings and head == "lm",
             position_embedding_type="rope",
             rotary_percent=rope.get("partial_rotary_factor", 1.0),
             rotary_base=rope["rope_theta"],
             vp_stage=stage,
         )
+        if head == "value" and model.post_process:
+            model.output_layer = ValueHead(config)
         chunks.append(model if cpu.needed() else model.cuda())
     return config, chunks

@@ -52,10 +52,11 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def is_reporter() -> bool:
-    """Whether this rank speaks for its data-parallel replica: last pipeline stage, first tensor and context rank."""
+def is_reporter(*, any_stage: bool = False) -> bool:
+    """Whether this rank speaks for its data-parallel replica: last pipeline stage (or any), first tensor and context
+    rank."""
     return (
-        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        (any_stage or parallel_state.is_pipeline_last_stage(ignore_virtual=True))
         and parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_context_parallel_rank() == 0
     )

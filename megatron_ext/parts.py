@@ -26,53 +26,80 @@ def add_metrics(into: Metrics, share: Metrics) -> None:
             into[name] = (before[0] + total, before[1] + count, kind)
 
 
-@dataclass(frozen=True)
-class LogprobPart:
-    """One rank's answer to `Trainer.logprobs`. Empty on ranks that do not speak for their replica.
+RecordedRoutes = dict[int, tuple[tuple[int, ...], np.ndarray]]
+"""sample index -> (layers of this pipeline stage with a router, routes [input tokens, these layers, topk] int16)."""
 
-    logprobs: sample index -> [N] float32.  entropy: likewise.
-    routing:  layer -> (tokens replayed, of these native selection agreed, tokens fallen back).
+
+@dataclass(frozen=True)
+class TokenPart:
+    """One rank's numbers for response tokens. Empty on ranks that do not speak for their replica.
+
+    quantities: what the model says of each token (a policy: log-prob, entropy; a critic: value), each
+                sample index -> [N] float32.
+    routing:    layer -> (tokens replayed, of these native selection agreed, tokens fallen back).
+    routes:     what the routers recorded, where they were to; of every pipeline stage.
     """
 
-    logprobs: dict[int, np.ndarray] = field(default_factory=dict)
-    entropy: dict[int, np.ndarray] = field(default_factory=dict)
+    quantities: tuple[dict[int, np.ndarray], ...] = ()
     routing: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    routes: RecordedRoutes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class UpdatePart:
-    """One rank's answer to `Trainer.update`. grad_norm, lr and skipped are equal on all ranks.
+    """One rank's answer to an update. grad_norm, lr and skipped are equal on all ranks.
 
-    seen: the log-probs, entropies and routing of the forward pass, under the weights before the step.
+    seen: what the forward pass said, under the weights before the step.
     """
 
     metrics: Metrics
     grad_norm: float
     lr: float
     skipped: bool
-    seen: LogprobPart
+    seen: TokenPart
 
 
-def merge_logprobs(parts: Sequence[LogprobPart], count: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Join the parts of all ranks.
+def merge_tokens(parts: Sequence[TokenPart], count: int) -> tuple[list[np.ndarray], ...]:
+    """Join the quantities of all ranks: for each, one [N] array a sample, in the order of the samples.
 
-    count: how many samples were asked for. Returns log-probs and entropies in the order of the samples, and routing
-    [layers, 3] int64 (tokens replayed, native selection agreed, fallen back), layers without a router zero.
-    Raises RuntimeError where a sample has no answer.
+    count: how many samples were asked for. Raises RuntimeError where a sample has no answer.
     """
-    logprobs: dict[int, np.ndarray] = {}
-    entropy: dict[int, np.ndarray] = {}
+    out = []
+    for k in range(max(len(p.quantities) for p in parts)):
+        rows: dict[int, np.ndarray] = {}
+        for part in parts:
+            if part.quantities:
+                rows |= part.quantities[k]
+        absent = [i for i in range(count) if i not in rows]
+        if absent:
+            raise RuntimeError(f"no rank answered for samples {absent[:10]}")
+        out.append([rows[i] for i in range(count)])
+    return tuple(out)
+
+
+def merge_routing(parts: Sequence[TokenPart]) -> np.ndarray:
+    """[layers, 3] int64 of all ranks: tokens replayed, native selection agreed, fallen back; zero without a router."""
     layers = 1 + max((layer for p in parts for layer in p.routing), default=-1)
     routing = np.zeros((layers, 3), np.int64)
     for part in parts:
-        logprobs |= part.logprobs
-        entropy |= part.entropy
         for layer, counts in part.routing.items():
             routing[layer] += counts
-    absent = [i for i in range(count) if i not in logprobs]
+    return routing
+
+
+def merge_routes(parts: Sequence[TokenPart], count: int, layers: int, dtype: np.dtype) -> list[np.ndarray]:
+    """The recorded routes of all pipeline stages: [input tokens, layers, topk] a sample, rows of zeros at layers
+    without a router. Raises RuntimeError where a sample was not recorded."""
+    out: dict[int, np.ndarray] = {}
+    for part in parts:
+        for index, (have, rows) in part.routes.items():
+            if index not in out:
+                out[index] = np.zeros((len(rows), layers, rows.shape[-1]), dtype)
+            out[index][:, list(have)] = rows
+    absent = [i for i in range(count) if i not in out]
     if absent:
-        raise RuntimeError(f"no rank answered for samples {absent[:10]}")
-    return [logprobs[i] for i in range(count)], [entropy[i] for i in range(count)], routing
+        raise RuntimeError(f"no rank recorded routes of samples {absent[:10]}")
+    return [out[i] for i in range(count)]
 
 
 def merge_update(parts: Sequence[UpdatePart]) -> dict[str, float]:

@@ -5,7 +5,8 @@ rows are missing (those tokens route natively, and are counted) and how often th
 Only the selection is replayed: the gate weights come from the live scores, so the router still learns.
 
 State is set per model chunk, right before its forward, and never outlives `replaying`:
-    forward    REPLAY_FORWARD with the micro-batch's routes
+    forward    REPLAY_FORWARD with the micro-batch's routes (R2: those that an earlier forward recorded; R3: the
+               rollout engine's), or RECORD
     backward   REPLAY_BACKWARD from a hook on the output's gradient; recomputed forwards pop the routes in order
 """
 
@@ -90,6 +91,19 @@ class ChunkReplay:
                 replay.replay_backward_list.append(indices)
             replay.counted = counted
             replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+
+    def record(self) -> None:
+        """Let the next forward of this chunk route natively and keep what it selects."""
+        for _, replay in self.layers:
+            replay.set_router_replay_action(RouterReplayAction.RECORD)
+
+    def take_recorded(self) -> dict[int, Tensor]:
+        """What the last forward selected, by layer of the whole model: [tokens, topk] int64."""
+        out = {}
+        for layer, replay in self.layers:
+            assert replay.recorded_topk_idx is not None
+            out[layer], replay.recorded_topk_idx = replay.recorded_topk_idx, None
+        return out
 
     def switch_in_backward(self, output: Tensor) -> None:
         """From the moment the gradient of `output` arrives, recomputed forwards pop the queued routes."""

@@ -31,7 +31,7 @@ def _train(options: argparse.Namespace) -> int:
     except ConfigError as error:
         return _fail(str(error), 2)
 
-    from pipeline.controller import DisagreementError
+    from pipeline.controller import DisagreementError, NothingToLearnError
     from pipeline.data.prompts import DataError
     from pipeline.observe.run_dir import RunDirectoryError
     from pipeline.rewards import RewardError
@@ -45,7 +45,14 @@ def _train(options: argparse.Namespace) -> int:
         path = train(config)
     except (RunDirectoryError, DataError, FileNotFoundError) as error:
         return _fail(str(error), 2)
-    except (ServerError, TrainerError, RewardError, WeightTransferError, DisagreementError) as error:
+    except (
+        ServerError,
+        TrainerError,
+        RewardError,
+        WeightTransferError,
+        DisagreementError,
+        NothingToLearnError,
+    ) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

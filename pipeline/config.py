@@ -60,6 +60,11 @@ class RolloutConfig(_Frozen):
     temperature: float = Field(1.0, gt=0, description="of sampling and of every log-prob")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, description="-1: all")
+    max_sampling_rounds: int = Field(
+        10,
+        ge=1,
+        description="rounds in which dynamic sampling may look for groups whose rewards differ; then the run ends",
+    )
     timeout_s: float = Field(600.0, gt=0, description="one request that takes longer fails the run")
 
 
@@ -68,6 +73,12 @@ class TrainConfig(OptimizerConfig):
 
     steps: int = Field(100, ge=0, description="RL steps; 0 ends after the supervised steps")
     mini_batches: int = Field(1, ge=1, description="optimizer steps on the rollouts of one step")
+
+
+class CriticConfig(OptimizerConfig):
+    """The optimizer of the value model, which is there where the objective's advantage is gae."""
+
+    lr: float = Field(1e-5, gt=0, description="learning rate")
 
 
 class SupervisedConfig(OptimizerConfig):
@@ -87,6 +98,10 @@ class ChecksConfig(_Frozen):
         description="largest mean |log pi_o - log mu| of a step, nats; beyond it trainer and server hold different "
         "models. null: 1e-3 in float32, 0.1 in bfloat16",
     )
+    probe_every: int = Field(
+        10, ge=0, description="under R3, steps between two measurements of the mismatch without replay; 0: none"
+    )
+    probe_rollouts: int = Field(64, ge=1, description="rollouts of such a measurement")
 
 
 class ClusterConfig(_Frozen):
@@ -112,8 +127,13 @@ class Config(_Frozen):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]
-    replay: Literal["none", "r3"] = Field("r3", description="r3: the trainer takes the rollout engine's routes")
+    replay: Literal["none", "r2", "r3"] = Field(
+        "r3",
+        description="r3: the trainer takes the rollout engine's routes; r2: updates take the routes of the proximal "
+        "forward pass; none: the trainer routes natively",
+    )
     supervised: SupervisedConfig = Field(default_factory=SupervisedConfig)  # pyright: ignore[reportArgumentType]
+    critic: CriticConfig = Field(default_factory=CriticConfig)  # pyright: ignore[reportArgumentType]
     train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
     checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
@@ -135,21 +155,10 @@ class Config(_Frozen):
                 "differ; set rollout.top_p=1 and rollout.top_k=-1"
             )
         objective = resolve(self.objective)
-        if objective.needs_critic:
+        if self.rollout.samples_per_prompt == 1 and objective.needs_group:
             raise ValueError(
-                f"objective {objective.name} estimates advantages with a critic, and no critic is trained here; set "
-                "objective.advantage to group_mean, group_std, leave_one_out or batch_std"
-            )
-        if objective.needs_reference:
-            raise ValueError("no reference model is held here; leave objective.kl out")
-        if objective.composition.dynamic_sampling:
-            raise ValueError(
-                f"objective {objective.name} replaces groups whose rewards are all equal; the sampler does not: "
-                "set objective.dynamic_sampling=false to train on them too"
-            )
-        if self.rollout.samples_per_prompt == 1:
-            raise ValueError(
-                "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2"
+                "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2, or "
+                "objective.advantage to gae or batch_std"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.server.context_length:

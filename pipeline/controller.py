@@ -6,23 +6,31 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
+from megatron_ext.hf.config import ModelShape
 from megatron_ext.layout import Sample
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
-from pipeline.objectives import Denominators, mismatch_metrics, overlong_penalty, resolve
+from pipeline.loss_values import loss_values, padded
+from pipeline.objectives import Denominators, Objective, is_informative, mismatch_metrics, resolve
+from pipeline.objectives.kl import kl_estimate
 from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.types import Group, Rollout
-from pipeline.workers import Logprobs, TrainerGroup
+from pipeline.types import Group, Rollout, route_dtype
+from pipeline.workers import PolicyTokens, TrainerGroup
 
 
 class DisagreementError(RuntimeError):
     """Trainer and rollout engine do not hold the same model, or do not compute the same log-probs."""
+
+
+class NothingToLearnError(RuntimeError):
+    """Dynamic sampling found too few groups whose rewards differ."""
 
 
 class Timer:
@@ -45,6 +53,7 @@ class Loop:
     """What a step needs. `version` counts the weights that the servers hold."""
 
     config: Config
+    shape: ModelShape
     source: PromptSource
     client: SGLangClient
     trainers: TrainerGroup
@@ -61,45 +70,129 @@ class Loop:
 
     def step(self, number: int) -> tuple[dict[str, float], list[Group]]:
         """One RL step; its metrics and what was sampled."""
-        timer, rollout = Timer(), self.config.rollout
+        timer = Timer()
         with timer("step"):
-            with timer("rollout"):
-                prompts = self.source.take(rollout.prompts_per_step)
-                groups = sample_groups_sync(self.client, prompts, rollout.samples_per_prompt, self.sampling)
-            with timer("reward"):
-                groups = grade(groups, self.source.tokenizer, self.source.reward)
+            groups, metrics = self.sample(timer)
             rollouts = [r for g in groups for r in g.rollouts]
             with timer("train"):
                 self.trainers.load([to_sample(r) for r in rollouts])
-                metrics = self.update(groups, rollouts, timer)
+                every = self.config.checks.probe_every
+                if self.replay == "r3" and every and (number - 1) % every == 0:
+                    metrics |= self.probe_replay(rollouts)
+                metrics |= self.update(groups, rollouts, timer)
             sampled_under = self.version
             with timer("sync"):
                 self.sync()
-        tokens = sum(len(r) for r in rollouts)
         metrics |= group_metrics(groups, rollouts)
         metrics |= {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
         metrics |= {
             "step": number,
             "weights/version": sampled_under,
-            "throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"],
             "throughput/train_tokens_per_s": sum(len(r.prompt_ids) + len(r) for r in rollouts) / timer.seconds["train"],
         }
         return metrics, groups
+
+    @property
+    def replay(self) -> Literal["none", "r2", "r3"]:
+        """As configured; a dense model has no routes."""
+        return self.config.replay if self.shape.num_experts else "none"
 
     def sync(self) -> None:
         """The trainer's weights to the server, under the next version."""
         self.version += 1
         self.trainers.send_weights(self.version)
 
-    def compare(self, rollouts: Sequence[Rollout], proximal: Logprobs) -> dict[str, float]:
-        """How far pi_o is from mu, and how the routers would have chosen.
+    def sample(self, timer: Timer) -> tuple[list[Group], dict[str, float]]:
+        """The graded groups of a step, and what sampling them took.
+
+        With dynamic sampling (DAPO) a group whose rewards are all equal is replaced by a group of the next prompt, in
+        at most `rollout.max_sampling_rounds` rounds. Raises NothingToLearnError where those do not suffice.
+        """
+        rollout, groups, drawn, tokens = self.config.rollout, [], 0, 0
+        for _ in range(rollout.max_sampling_rounds):
+            with timer("rollout"):
+                prompts = self.source.take(rollout.prompts_per_step - len(groups))
+                new = sample_groups_sync(self.client, prompts, rollout.samples_per_prompt, self.sampling)
+            with timer("reward"):
+                new = grade(new, self.source.tokenizer, self.source.reward)
+            drawn, tokens = drawn + len(new), tokens + sum(len(r) for g in new for r in g.rollouts)
+            if self.objective.composition.dynamic_sampling:
+                new = [g for g in new if is_informative(torch.from_numpy(g.rewards))]
+            groups += new
+            if len(groups) == rollout.prompts_per_step:
+                break
+        else:
+            raise NothingToLearnError(
+                f"in {rollout.max_sampling_rounds} rounds {len(groups)} of {drawn} groups had rewards that differ, and "
+                f"a step needs {rollout.prompts_per_step}: the task is too easy or too hard for the model; take other "
+                "data, raise rollout.max_sampling_rounds, or set objective.dynamic_sampling=false"
+            )
+        return groups, {
+            "rollout/groups_replaced": float(drawn - len(groups)),
+            "throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"],
+        }
+
+    def update(self, groups: Sequence[Group], rollouts: Sequence[Rollout], timer: Timer) -> dict[str, float]:
+        """Advantages over the whole batch, then one optimizer step a mini-batch of whole groups.
+
+        With one mini-batch the policy of the update is the proximal one, so that no forward pass of its own is spent on
+        pi_o unless something else reads it; the comparison with mu is then made after the step, and stops the run all
+        the same.
+        """
+        objective, count, metrics = self.objective, self.config.train.mini_batches, {}
+        proximal = reference = values = None
+        with timer("logprob"):
+            if self.replay == "r2":
+                proximal = self.trainers.record_routes(self.shape.num_layers, route_dtype(self.shape.num_experts))
+            elif count > 1 or objective.kl_in_reward:
+                proximal = self.trainers.logprobs()
+            if proximal is not None:
+                metrics = self.compare(rollouts, proximal)
+            if objective.needs_reference:
+                reference = self.trainers.reference_logprobs()
+            if objective.needs_critic:
+                values = self.trainers.values()
+        if objective.kl_in_reward:
+            assert proximal is not None
+            assert reference is not None
+            metrics["kl/reference"] = mean_kl(objective, proximal.logprobs, reference)
+        group_ids = np.repeat(np.arange(len(groups)), [len(g.rollouts) for g in groups])
+        per_sample = loss_values(
+            objective,
+            groups,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            proximal=proximal.logprobs if proximal is not None else None,
+            reference=reference,
+            values=values,
+        )
+        parts, routing = [], []
+        for k in range(count):
+            chosen = [int(i) for i in np.flatnonzero(group_ids % count == k)]
+            denominators = Denominators(
+                sequences=len(chosen),
+                tokens=sum(len(rollouts[i]) for i in chosen),
+                max_length=self.config.rollout.max_new_tokens,
+            )
+            inputs = {i: per_sample[i] for i in chosen}
+            part, seen = self.trainers.update_policy(self.config.objective, denominators, inputs)
+            routing.append(seen.routing)
+            if objective.needs_critic:
+                part |= self.trainers.update_critic(self.config.objective, denominators, inputs)
+            parts.append(part)
+            if proximal is None:
+                metrics = self.compare(rollouts, seen)
+        # Under R3 agreement is the engines', at the proximal weights; under R2 it is the policy's own, as it moves.
+        counts = proximal.routing if self.replay == "r3" and proximal is not None else np.sum(routing, 0)
+        metrics |= routing_metrics(counts)
+        return metrics | {n: float(np.mean([p[n] for p in parts if n in p])) for n in set().union(*parts)}
+
+    def compare(self, rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str, float]:
+        """How far pi_o is from mu.
 
         Every token was sampled under the weights that the trainer still holds, so this also proves that the last
         transfer arrived. Raises DisagreementError beyond `checks.max_abs_logprob`.
         """
-        logprobs, entropy, routing = proximal
-        mask = padded([np.ones(len(r), bool) for r in rollouts])
-        metrics = mismatch_metrics(padded(logprobs), padded([r.rollout_logprobs for r in rollouts]), mask)
+        metrics = mismatch_of(rollouts, proximal)
         versions = {int(v) for r in rollouts for v in r.weight_versions}
         if versions != {self.version}:
             raise DisagreementError(
@@ -112,54 +205,23 @@ class Loop:
                 f"{metrics['mismatch/max_abs_logprob']:.2e}), the bound is {self.config.logprob_bound:.0e}: the weight "
                 "transfer failed, or the engines compute different models; checks.max_abs_logprob sets the bound"
             )
-        return metrics | routing_metrics(routing) | {"policy/entropy": float(np.concatenate(entropy).mean())}
+        return metrics | {"policy/entropy": float(np.concatenate(proximal.entropy).mean())}
 
-    def update(self, groups: Sequence[Group], rollouts: Sequence[Rollout], timer: Timer) -> dict[str, float]:
-        """Advantages over the whole batch, then one optimizer step a mini-batch of whole groups.
-
-        With one mini-batch the policy of the update is the proximal one, so that no forward pass of its own is spent on
-        pi_o; the comparison with mu is then made after the step, and stops the run all the same.
-        """
-        count = self.config.train.mini_batches
-        group_ids = np.repeat(np.arange(len(groups)), [len(g.rollouts) for g in groups])
-        mask = torch.from_numpy(padded([np.ones(len(r), bool) for r in rollouts]))
-        rewards = torch.from_numpy(np.concatenate([g.rewards for g in groups]).astype(np.float64))
-        if ramp := round(self.objective.composition.overlong_fraction * self.config.rollout.max_new_tokens):
-            rewards = rewards + overlong_penalty(mask.sum(-1), self.config.rollout.max_new_tokens, ramp)
-        advantages = self.objective.advantages(rewards, torch.from_numpy(group_ids), mask).advantages.numpy()
-        values: list[dict[str, np.ndarray | float]] = [
-            {"rollout_logprobs": r.rollout_logprobs, "advantage": a if np.ndim(a) == 0 else a[: len(r)]}
-            for r, a in zip(rollouts, advantages, strict=True)
-        ]
+    def probe_replay(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """The mismatch of some of the loaded rollouts with their routes replayed, and with native routing."""
+        some = rollouts[: self.config.checks.probe_rollouts]
         metrics: dict[str, float] = {}
-        if count > 1:
-            with timer("logprob"):
-                proximal = self.trainers.logprobs()
-            metrics = self.compare(rollouts, proximal)
-            for value, logprobs in zip(values, proximal[0], strict=True):
-                value["proximal_logprobs"] = logprobs
-        parts = []
-        for k in range(count):
-            chosen = np.flatnonzero(group_ids % count == k)
-            denominators = Denominators(
-                sequences=len(chosen),
-                tokens=sum(len(rollouts[i]) for i in chosen),
-                max_length=self.config.rollout.max_new_tokens,
-            )
-            part, seen = self.trainers.update_policy(
-                self.config.objective, denominators, {int(i): values[i] for i in chosen}
-            )
-            parts.append(part)
-            if count == 1:
-                metrics = self.compare(rollouts, seen)
-        return metrics | {n: float(np.mean([p[n] for p in parts if n in p])) for n in set().union(*parts)}
+        for routing in ("replay", "native"):
+            found = mismatch_of(some, self.trainers.logprobs(routing, range(len(some))))
+            metrics |= {f"probe/{key}_{routing}": found[f"mismatch/{key}"] for key in ("k3", "abs_logprob", "f2")}
+        return metrics
 
     def probe(self) -> None:
         """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
         groups = sample_groups_sync(self.client, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
         self.trainers.load([to_sample(r) for r in rollouts])
-        self.compare(rollouts, self.trainers.logprobs())
+        self.compare(rollouts, self.trainers.logprobs("replay" if self.replay == "r3" else "native"))
 
 
 def supervise(config: Config, source: PromptSource, trainers: TrainerGroup) -> Iterator[float]:
@@ -175,12 +237,18 @@ def to_sample(rollout: Rollout) -> Sample:
     return Sample(tokens, len(rollout.prompt_ids), routes=rollout.routes)
 
 
-def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of different lengths as one matrix, zeros (False) behind."""
-    out = np.zeros((len(rows), max(len(r) for r in rows)), rows[0].dtype)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = row
-    return out
+def mismatch_of(rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str, float]:
+    """mismatch_metrics of the same tokens under both engines."""
+    mask = padded([np.ones(len(r), bool) for r in rollouts])
+    return mismatch_metrics(padded(proximal.logprobs), padded([r.rollout_logprobs for r in rollouts]), mask)
+
+
+def mean_kl(objective: Objective, proximal: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
+    """The objective's estimate of KL(pi_o || pi_ref), mean over tokens, nats."""
+    kl = objective.composition.kl
+    assert kl is not None
+    log_ratio = torch.from_numpy(np.concatenate(reference) - np.concatenate(proximal)).double()
+    return float(kl_estimate(log_ratio, kl.estimator).mean())
 
 
 def group_metrics(groups: Sequence[Group], rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -17,12 +17,15 @@ import torch
 from megatron_ext.hf.config import model_shape, read_hf_config
 from pipeline.config import Config
 from pipeline.controller import Loop, supervise
+from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
+from pipeline.objectives import resolve
 from pipeline.observe.console import Console
 from pipeline.observe.run_dir import RunDirectory
+from pipeline.rewards import resolve_reward
 from pipeline.rollout.client import SGLangClient
-from pipeline.rollout.server import ServerError, SGLangServer
+from pipeline.rollout.server import ServerError, SGLangServer, reserve_port
 from pipeline.workers import TrainerGroup
 
 
@@ -32,6 +35,7 @@ def train(config: Config) -> Path:
     Raises what the CLI turns into a message: DataError, RewardError and RunDirectoryError before anything starts,
     ServerError, TrainerError, WeightTransferError and DisagreementError after.
     """
+    check_inputs(config)
     with RunDirectory.create(config) as run, Console(config.train.steps) as console:
 
         def supervised(number: int, nll: float) -> None:
@@ -50,6 +54,14 @@ def train(config: Config) -> Path:
     return run.path
 
 
+def check_inputs(config: Config) -> None:
+    """What can be known to be wrong before an earlier run is written over: the verifier, the data file, the port."""
+    resolve_reward(config.data.reward)
+    if config.data.path is not None and not config.data.path.is_file():
+        raise DataError(f"there is no data file {config.data.path}")
+    reserve_port(config.server.host, config.server.port)
+
+
 @contextlib.contextmanager
 def open_loop(
     config: Config, directory: Path, logs: Path, *, on_supervised: Callable[[int, float], None] = lambda *_: None
@@ -65,7 +77,8 @@ def open_loop(
     model_path = prepare_model(config, directory / "model")
     shape = model_shape(read_hf_config(model_path))
     source = PromptSource(config.data, model_path, seed=config.run.seed)
-    replay = config.replay == "r3" and shape.num_experts > 0
+    objective = resolve(config.objective)
+    routes = config.replay == "r3" and shape.num_experts > 0
     server = SGLangServer(
         config.server,
         model_path,
@@ -73,7 +86,7 @@ def open_loop(
         device=device,
         dtype=config.trainer.dtype,
         seed=config.run.seed,
-        return_routed_experts=replay,
+        return_routed_experts=routes,
     )
     with contextlib.ExitStack() as stack:
         stack.callback(server.stop)
@@ -83,13 +96,17 @@ def open_loop(
             model_path,
             config.trainer,
             config.supervised,
-            replay=replay,
+            replay=config.replay != "none",
             temperature=config.rollout.temperature,
+            critic=config.critic if objective.needs_critic else None,
+            reference=objective.needs_reference,
             seed=config.run.seed,
         )
         for number, nll in enumerate(supervise(config, source, trainers), start=1):
             on_supervised(number, nll)
         trainers.restart_optimizer(config.train)
+        if objective.needs_reference:
+            trainers.call("keep_reference")
         server.wait_ready()
         client = SGLangClient(
             server.url,
@@ -97,12 +114,12 @@ def open_loop(
             num_layers=shape.num_layers,
             topk=shape.topk,
             num_experts=shape.num_experts,
-            routes=replay,
+            routes=routes,
             timeout_s=config.rollout.timeout_s,
             log_path=server.log_path,
         )
         trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
-        loop = Loop(config, source, client, trainers)
+        loop = Loop(config, shape, source, client, trainers)
         if config.supervised.steps:
             loop.sync()
         yield loop, model_path

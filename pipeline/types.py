@@ -61,3 +61,8 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+def route_dtype(num_experts: int) -> np.dtype:
+    """The narrowest type that holds every expert id: uint8 up to 256 experts, else int16."""
+    return np.dtype(np.uint8 if num_experts <= 256 else np.int16)

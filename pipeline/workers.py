@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,26 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
-from megatron_ext.parts import LogprobPart, UpdatePart, merge_logprobs, merge_update
+from megatron_ext.parts import TokenPart, UpdatePart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 
 if TYPE_CHECKING:
     from megatron_ext.layout import Sample
-
-Logprobs = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]  # as merge_logprobs returns them
+    from megatron_ext.network import Routing
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """What the policy says of every response token of some samples.
+
+    logprobs, entropy: [N] float32 a sample. routing: [layers, 3] int64, see merge_routing.
+    """
+
+    logprobs: list[np.ndarray]
+    entropy: list[np.ndarray]
+    routing: np.ndarray
 
 
 class TrainerError(RuntimeError):
@@ -60,11 +72,10 @@ class TrainerRank:
         trainer: TrainerConfig,
         optimizer: OptimizerConfig,
         *,
-        replay: bool,
-        temperature: float,
         seed: int,
+        **settings: Any,
     ) -> None:
-        """Join the world, build the model, load its weights."""
+        """Join the world, build the trainer (`settings` are Trainer's own), load its weights."""
         import torch
 
         torch.set_num_threads(self.threads)
@@ -72,26 +83,39 @@ class TrainerRank:
         from megatron_ext.trainer import Trainer
 
         parallel.initialize(parallel_config, rank=self.rank, init_method=meeting_point, seed=seed)
-        self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, replay=replay, temperature=temperature)
+        self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, **settings)
 
     def load(self, samples: list[Sample]) -> None:
-        """Keep the samples that `logprobs` and `update_policy` work on."""
+        """Keep the samples that everything up to the next `load` works on."""
         self.samples = samples
 
-    def logprobs(self) -> LogprobPart:
-        """Log-probs of the loaded samples."""
-        return self.trainer.logprobs(self.samples)
+    def route(self, routes: list[np.ndarray]) -> None:
+        """Give every loaded sample these routes."""
+        self.samples = [replace(s, routes=r) for s, r in zip(self.samples, routes, strict=True)]
+
+    def measure(self, method: str, indices: Sequence[int] | None, *args: Any) -> TokenPart:
+        """`logprobs`, `reference_logprobs` or `values` of loaded samples, all of them by default."""
+        samples = self.samples if indices is None else [self.samples[i] for i in indices]
+        return getattr(self.trainer, method)(samples, *args)
 
     def update_policy(
         self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
     ) -> UpdatePart:
         """One optimizer step on some of the loaded samples. values: sample index -> what the loss reads of it."""
-        from dataclasses import replace
+        from pipeline.losses import policy_loss
 
-        from pipeline.losses import objective_loss
+        return self.trainer.update(self._with(values), policy_loss(resolve(objective), denominators))
 
-        chosen = [replace(self.samples[i], values=v) for i, v in values.items()]
-        return self.trainer.update(chosen, objective_loss(resolve(objective), denominators))
+    def update_critic(
+        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+    ) -> UpdatePart:
+        """The same for the critic."""
+        from pipeline.losses import critic_loss
+
+        return self.trainer.update_critic(self._with(values), critic_loss(resolve(objective), denominators))
+
+    def _with(self, values: dict[int, dict[str, Any]]) -> list[Sample]:
+        return [replace(self.samples[i], values=v) for i, v in values.items()]
 
     def update_supervised(self, samples: list[Sample]) -> UpdatePart:
         """One optimizer step on the likelihood of the samples' responses."""
@@ -102,6 +126,10 @@ class TrainerRank:
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A new phase of training begins: its own settings, no moments of the last."""
         self.trainer.restart_optimizer(optimizer)
+
+    def keep_reference(self) -> None:
+        """The reference becomes the policy as it is now."""
+        self.trainer.keep_reference()
 
     def connect(self, urls: list[str], backend: str, logs: list[Path]) -> None:
         """Rank 0 joins the weight-transfer group of the servers."""
@@ -174,16 +202,42 @@ class TrainerGroup:
         self.call("load", ray.put(list(samples)))
         self._loaded = len(samples)
 
-    def logprobs(self) -> Logprobs:
-        """Log-probs and entropies [N] of every loaded sample, and routing counts [layers, 3]; see merge_logprobs."""
-        return merge_logprobs(self.call("logprobs"), self._loaded)
+    def logprobs(self, routing: Routing | None = None, indices: Sequence[int] | None = None) -> PolicyTokens:
+        """The policy's log-probs of loaded samples; routing: see Trainer.logprobs."""
+        return self._policy(self.call("measure", "logprobs", indices, routing), indices)
+
+    def record_routes(self, layers: int, dtype: np.dtype) -> PolicyTokens:
+        """The policy's log-probs under its own routes, which the loaded samples have from then on."""
+        parts = self.call("measure", "logprobs", None, "record")
+        self.call("route", ray.put(merge_routes(parts, self._loaded, layers, dtype)))
+        return self._policy(parts, None)
+
+    def reference_logprobs(self) -> list[np.ndarray]:
+        """The reference's log-probs [N] of every loaded sample."""
+        return merge_tokens(self.call("measure", "reference_logprobs", None), self._loaded)[0]
+
+    def values(self) -> list[np.ndarray]:
+        """The critic's values [N] of every loaded sample."""
+        return merge_tokens(self.call("measure", "values", None), self._loaded)[0]
 
     def update_policy(
         self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
-    ) -> tuple[dict[str, float], Logprobs]:
+    ) -> tuple[dict[str, float], PolicyTokens]:
         """One optimizer step. Returns metrics, and what `logprobs` would have said of these samples before it."""
         parts = self.call("update_policy", objective, denominators, ray.put(values))
-        return merge_update(parts), merge_logprobs([p.seen for p in parts], len(values))
+        return merge_update(parts), self._policy([p.seen for p in parts], list(values))
+
+    def update_critic(
+        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+    ) -> dict[str, float]:
+        """One optimizer step of the critic; its metrics, under critic/."""
+        metrics = merge_update(self.call("update_critic", objective, denominators, ray.put(values)))
+        return {f"critic/{name.rpartition('/')[2]}": value for name, value in metrics.items()}
+
+    def _policy(self, parts: list[TokenPart], indices: Sequence[int] | None) -> PolicyTokens:
+        count = self._loaded if indices is None else len(indices)
+        logprobs, entropy = merge_tokens(parts, count)
+        return PolicyTokens(logprobs, entropy, merge_routing(parts))
 
     def update_supervised(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One supervised step; metrics."""

@@ -42,11 +42,14 @@ class HFExporter:
         hf: dict[str, Any],
         shape: ModelShape,
         *,
+        value_head: bool = False,
         bucket_bytes: int = 1 << 28,
     ):
-        """bucket_bytes: most bytes of one bucket's whole tensors; a larger tensor has a bucket of its own."""
+        """value_head: the chunks end in a value head, which has no Hugging Face name and is left out.
+
+        bucket_bytes: most bytes of one bucket's whole tensors; a larger tensor has a bucket of its own."""
         self.shape, self.dims, self.bucket_bytes = shape, dims_of(hf, shape), bucket_bytes
-        self.parameters = local_parameters(chunks, shape)
+        self.parameters = local_parameters(chunks, shape, value_head=value_head)
         self.device = self.parameters[0][1].device
         mine = [_Item(match, tuple(p.shape), p.dtype) for _, p, match in self.parameters]
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from megatron_ext.hf.config import ModelShape, draft_tensors
 from megatron_ext.hf.params import dims_of, local_parameters, shard_position
+from megatron_ext.hf.tables import LM_HEAD
 from megatron_ext.mcore import GPTModel
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,12 @@ def tensor_files(path: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def load_hf(chunks: Sequence[GPTModel], hf: dict[str, Any], shape: ModelShape, path: str | Path) -> None:
+def load_hf(
+    chunks: Sequence[GPTModel], hf: dict[str, Any], shape: ModelShape, path: str | Path, *, value_head: bool = False
+) -> None:
     """Copy a model directory into the chunks. All ranks call it together.
+
+    value_head: the chunks end in a value head, which stays as it is; the directory's LM head is not read.
 
     Raises KeyError naming the tensors that are missing, or that no rank had a place for, and ValueError where a shape
     differs. Nothing is skipped, but the tensors of multi-token-prediction layers, which are logged.
@@ -44,7 +49,7 @@ def load_hf(chunks: Sequence[GPTModel], hf: dict[str, Any], shape: ModelShape, p
         used.update(drafts)
         if dist.get_rank() == 0:
             log.warning("%d multi-token-prediction tensors of %s left out: %s", len(drafts), path, ", ".join(drafts))
-    parameters = local_parameters(chunks, shape)
+    parameters = local_parameters(chunks, shape, value_head=value_head)
     missing = sorted({n for _, _, match in parameters for n in match.hf_names} - files.keys())
     if missing:
         raise KeyError(f"{path} lacks tensors of {shape.family}: {', '.join(missing)}")
@@ -62,6 +67,7 @@ def load_hf(chunks: Sequence[GPTModel], hf: dict[str, Any], shape: ModelShape, p
             parameter.copy_(shard)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, used)
-    unknown = sorted(files.keys() - set().union(*everyone))
+    head = set(LM_HEAD.hf) if value_head else set()
+    unknown = sorted(files.keys() - head.union(*everyone))
     if unknown:
         raise KeyError(f"{path} holds tensors that {shape.family} has no place for: {', '.join(unknown)}")

@@ -27,9 +27,13 @@ def dims_of(hf: dict[str, Any], shape: ModelShape) -> Dims:
     )
 
 
-def local_parameters(chunks: Sequence[GPTModel], shape: ModelShape) -> list[tuple[str, Tensor, Match]]:
+def local_parameters(
+    chunks: Sequence[GPTModel], shape: ModelShape, *, value_head: bool = False
+) -> list[tuple[str, Tensor, Match]]:
     """(global name, tensor, its table row) of every parameter and persistent buffer that this rank holds, in module
     order, the buffers of a chunk after its parameters.
+
+    value_head: leave the output layer out; it is no LM head.
 
     Raises KeyError where one has no row.
     """
@@ -43,6 +47,8 @@ def local_parameters(chunks: Sequence[GPTModel], shape: ModelShape) -> list[tupl
             return f"decoder.layers.{layers[int(found[1])].layer_number - 1}."
 
         for name, parameter in (*chunk.named_parameters(), *_persistent_buffers(chunk)):
+            if value_head and name.startswith("output_layer."):
+                continue
             name = re.sub(r"^decoder\.layers\.(\d+)\.", layer_name, name)
             name = re.sub(
                 r"(\.experts\.linear_fc\d\.weight)(\d+)$",

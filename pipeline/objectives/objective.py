@@ -53,6 +53,16 @@ class Objective:
         return self.composition.kl is not None
 
     @property
+    def needs_group(self) -> bool:
+        """Whether a rollout is compared with others of its prompt, so that one alone teaches nothing."""
+        return self.composition.advantage in ("group_mean", "group_std", "leave_one_out")
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the advantages read proximal and reference log-probs."""
+        return self.composition.kl is not None and self.composition.kl.place == "reward"
+
+    @property
     def needs_critic(self) -> bool:
         """Whether a value model is trained beside the policy."""
         return self.composition.advantage == "gae"
@@ -78,7 +88,8 @@ class Objective:
             raise ValueError(f"the reward of sequence {row} is {rewards[row].item()}")
         cells = self.composition
         penalty = None
-        if cells.kl is not None and cells.kl.place == "reward":
+        if self.kl_in_reward:
+            assert cells.kl is not None
             if proximal_logprobs is None or reference_logprobs is None:
                 raise ValueError("a KL in the reward needs proximal_logprobs and reference_logprobs")
             weights = mask.to(rewards.dtype)
@@ -110,11 +121,23 @@ class Objective:
         return AdvantageOutputs(advantages, returns)
 
     def loss(self, inputs: LossInputs, denominators: Denominators) -> LossOutputs:
-        """This subset's share of the mini-batch's loss, and metrics that reduce exactly.
+        """This subset's share of the mini-batch's loss, and metrics that reduce exactly: `policy_loss`, and
+        `value_loss` where there is a critic.
 
         Gradient flows through current_logprobs, values and entropy only. N = 0: the sequence contributes 0, with
         gradient 0. Raises NonFiniteRatio with the rows where a ratio that the objective reads is not finite.
         """
+        policy = self.policy_loss(inputs, denominators)
+        if not self.needs_critic:
+            return policy
+        if inputs.values is None or inputs.returns is None:
+            raise ValueError(f"{self.name} trains a critic: pass values and returns")
+        value = self.value_loss(inputs.values, inputs.returns, inputs.proximal_values, inputs.mask, denominators)
+        return LossOutputs(policy.loss + value.loss, policy.metrics | value.metrics)
+
+    def policy_loss(self, inputs: LossInputs, denominators: Denominators) -> LossOutputs:
+        """The policy's share: surrogate, KL in the loss and entropy bonus. For a policy and a critic that are two
+        models; the critic's fields of `inputs` are not read. Errors as in `loss`."""
         cells, mask = self.composition, inputs.mask
         weights = mask.view(torch.uint8).to(inputs.current_logprobs.dtype)
         lengths = weights.sum(-1, keepdim=True)
@@ -132,15 +155,25 @@ class Objective:
             entropy = ratios.masked(inputs.entropy, mask, weights)
             metrics["entropy"] = _mean(entropy, lengths)
             loss = loss - cells.entropy_coefficient * reduce(entropy, lengths, cells.reduction, denominators)
-        if self.needs_critic:
-            if inputs.values is None or inputs.returns is None:
-                raise ValueError(f"{self.name} trains a critic: pass values and returns")
-            squared, slope = value_loss(inputs.values, inputs.returns, inputs.proximal_values, cells.value_clip)
-            value = reduce(ratios.masked(squared, mask, weights), lengths, cells.reduction, denominators)
-            slope = ratios.masked(slope, mask, weights).mul_(token_weights(cells.reduction, lengths, denominators))
-            metrics["loss/value"] = _sum(value)
-            loss = loss + cells.value_coefficient * _with_gradient(inputs.values, value, slope)
         return LossOutputs(loss, metrics)
+
+    def value_loss(
+        self, values: Tensor, returns: Tensor, proximal_values: Tensor | None, mask: Tensor, denominators: Denominators
+    ) -> LossOutputs:
+        """The critic's share, value_coefficient times its reduced loss; differentiable in values.
+
+        values, returns, proximal_values: [S, T] of one dtype (the last is read where value_clip is set). mask: [S, T]
+        bool; what stands elsewhere is never read.
+        """
+        cells = self.composition
+        weights = mask.view(torch.uint8).to(values.dtype)
+        lengths = weights.sum(-1, keepdim=True)
+        squared, slope = value_loss(values, returns, proximal_values, cells.value_clip)
+        value = reduce(ratios.masked(squared, mask, weights), lengths, cells.reduction, denominators)
+        slope = ratios.masked(slope, mask, weights).mul_(token_weights(cells.reduction, lengths, denominators))
+        loss = cells.value_coefficient * _with_gradient(values, value, slope)
+        error = ratios.masked((values - returns).detach().square(), mask, weights)
+        return LossOutputs(loss, {"loss/value": _sum(value), "critic/squared_error": _mean(error, lengths)})
 
     @torch.no_grad()
     def _policy(

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.rollout.control import SGLangControl
 from pipeline.rollout.server import ServerError
-from pipeline.types import FinishReason, Rollout
+from pipeline.types import FinishReason, Rollout, route_dtype
 
 
 class AnswerError(ServerError):
@@ -219,7 +219,7 @@ class SGLangClient(SGLangControl):
             raise AnswerError(f"{flat.size} expert ids came back for routes of shape {shape}")
         if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):
             raise AnswerError(f"expert ids {flat.min()} .. {flat.max()} are outside [0, {self.num_experts})")
-        return flat.reshape(shape).astype(np.uint8 if self.num_experts <= 256 else np.int16)
+        return flat.reshape(shape).astype(route_dtype(self.num_experts))
 
 
 def _decode_versions(meta: dict[str, Any], count: int) -> np.ndarray:

@@ -124,7 +124,7 @@ class SGLangServer:
             raise ServerError("this SGLang server has already been started")
         if not (self.model_path / "config.json").is_file():
             raise ServerError(f"no model at {self.model_path}: there is no config.json")
-        self._port = _reserve_port(self.config.host, self.config.port)
+        self._port = reserve_port(self.config.host, self.config.port)
         self._scratch = Path(tempfile.mkdtemp(prefix="sameroute-"))
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pipeline.rollout.launch", str(os.getpid()), *self.arguments()]
@@ -274,7 +274,7 @@ class SGLangServer:
         self.stop()
 
 
-def _reserve_port(host: str, port: int | None) -> int:
+def reserve_port(host: str, port: int | None) -> int:
     """`port` if it can be bound, or a free one for None. Raises ServerError when it is in use.
 
     The server binds it only seconds later, so a free one is taken from below the range that the kernel hands out to

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.layout import Sample
-from megatron_ext.parts import merge_logprobs, merge_update
+from megatron_ext.parts import merge_routing, merge_tokens, merge_update
 from tests.megatron_ext.ranks import run_ranks
 
 LAYERS, EXPERTS, TOPK, SAMPLES = 4, 8, 2, 12
@@ -30,7 +30,7 @@ def make_samples(*, routes: bool, vocab_size: int = 512, without_routes: tuple[i
 
 def weighted_likelihood(batch):
     """A loss with a denominator of its own, and a mean, a sum and a max to reduce."""
-    per_sequence = -(batch.current_logprobs * batch.mask).sum(1) * batch.values["weight"]
+    per_sequence = -(batch.quantities[0] * batch.mask).sum(1) * batch.values["weight"]
     lengths = batch.mask.sum(1)
     metrics = {
         "length": (float(lengths.sum()), float(len(lengths)), "mean"),
@@ -38,6 +38,33 @@ def weighted_likelihood(batch):
         "longest": (float(lengths.max()), 0.0, "max"),
     }
     return per_sequence.sum() / SAMPLES, metrics
+
+
+def keep_gradients(network) -> None:
+    """From now on a step leaves the weights as they are and the reduced gradients where they are."""
+    network.optimizer.step = lambda: (True, 0.0, None)
+
+
+def whole_gradients(network) -> dict[str, np.ndarray]:
+    """The gradients of the last step under Hugging Face names (a value head's under its own), whole on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ext.hf.export import HFExporter
+
+    for model in network.models:  # a distributed optimizer has reduced each rank's shard of a bucket, no more
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
+            group = buffer.data_parallel_group
+            if group.size() > 1:
+                for bucket in buffer.buckets:
+                    shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+    exporter = HFExporter(network.chunks, network.hf, network.shape, value_head=network.head == "value")
+    exporter.parameters = [(n, torch.nn.Parameter(p.main_grad), m) for n, p, m in exporter.parameters]
+    out = {name: tensor.numpy().copy() for bucket in exporter.stream() for name, tensor in bucket}
+    if network.head == "value" and network.chunks[-1].post_process:
+        out["value_head"] = network.chunks[-1].output_layer.weight.main_grad.numpy().copy()
+    return out
 
 
 @dataclass(frozen=True)
@@ -65,8 +92,7 @@ def one_update(config: ParallelConfig, model: str, trainer: TrainerConfig, sampl
 
 def joined(parts, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Log-probs of all samples, one after another, and routing counts by layer, of all ranks' parts."""
-    logprobs, _, routing = merge_logprobs(parts, count)
-    return np.concatenate(logprobs), routing
+    return np.concatenate(merge_tokens(parts, count)[0]), merge_routing(parts)
 
 
 def outcome(config: ParallelConfig, model: str, trainer: TrainerConfig, samples: list[Sample], replay: bool) -> Outcome:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
-from megatron_ext.parts import merge_update
+from megatron_ext.parts import merge_routes, merge_update
 from tests.megatron_ext.jobs import SAMPLES, joined, make_samples, weighted_likelihood
 from tests.megatron_ext.ranks import run_ranks
 from tests.megatron_ext.tiny_families import FAMILIES, LAYERS, VOCAB, save_family, transformers_says
@@ -25,7 +25,10 @@ LAYOUTS = {
         "ranks": 4, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "expert_tensor": 1,
     },
     "tensor 2, expert 2, expert tensor 2": {"ranks": 4, "tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2},
+    "context 2, recomputed": {"ranks": 2, "context": 2},
+    "padded rows": {},
 }  # fmt: skip
+SETTINGS = {"context 2, recomputed": {"recompute": "full"}, "padded rows": {"packing": False}}
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -33,10 +36,16 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 @dataclass(frozen=True)
 class Answer:
-    """All ranks' answer for one family. wrong: tensors that did not come back bit for bit, on any rank."""
+    """All ranks' answer for one family.
+
+    wrong:    tensors that did not come back bit for bit, on any rank.
+    native:   log-probs under the routers' own choice, chosen: that choice.
+    replayed: log-probs under transformers' routes, routing: how often the routers agreed.
+    """
 
     wrong: list[str]
     native: np.ndarray
+    chosen: list[np.ndarray]
     replayed: np.ndarray
     routing: np.ndarray
     update: dict[str, float]
@@ -56,28 +65,28 @@ def models(tmp_path_factory):
     return out
 
 
-def on_a_rank(config: ParallelConfig, model: str, samples):
+def on_a_rank(config: ParallelConfig, trainer: TrainerConfig, model: str, samples):
     import torch
 
     from megatron_ext.trainer import Trainer
 
     # with so large an eps Adam's first step is the gradient, times a number near the learning rate
-    it = Trainer(model, config, TrainerConfig(micro_batch_tokens=100), OptimizerConfig(lr=1.0, eps=1.0), replay=True)
+    it = Trainer(model, config, trainer, OptimizerConfig(lr=1.0, eps=1.0), replay=True)
     original, wrong = load_file(f"{model}/model.safetensors"), []
     for bucket in it.export():
         for name, tensor in bucket:
             if not np.array_equal(tensor.numpy(), original.pop(name, np.array(None))):
                 wrong.append(name)
     wrong += original
-    native = it.logprobs([replace(s, routes=None) for s in samples])
+    native = it.logprobs(samples, "record")
     replayed = it.logprobs(samples)
     update = it.update(samples, weighted_likelihood)
     weights = {name: tensor.numpy().copy() for bucket in it.export() for name, tensor in bucket}
     return wrong, native, replayed, update, weights if torch.distributed.get_rank() == 0 else {}
 
 
-def all_on_a_rank(config: ParallelConfig, jobs):
-    return [on_a_rank(config, model, samples) for model, samples in jobs]
+def all_on_a_rank(config: ParallelConfig, trainer: TrainerConfig, jobs):
+    return [on_a_rank(config, trainer, model, samples) for model, samples in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +96,8 @@ def answers(models):
     @functools.cache
     def on_layout(layout: str) -> dict[str, Answer]:
         jobs = [(folder, samples) for folder, samples, _ in models.values()]
-        ranks = run_ranks(all_on_a_rank, ParallelConfig(**LAYOUTS[layout]), jobs)
+        trainer = TrainerConfig(micro_batch_tokens=100, **SETTINGS.get(layout, {}))
+        ranks = run_ranks(all_on_a_rank, ParallelConfig(**LAYOUTS[layout]), trainer, jobs)
         out = {}
         for name, parts in zip(models, zip(*ranks, strict=True), strict=True):
             wrong, native, replayed, update, weights = zip(*parts, strict=True)
@@ -95,6 +105,7 @@ def answers(models):
             out[name] = Answer(
                 [n for w in wrong for n in w],
                 joined(native, SAMPLES)[0],
+                merge_routes(native, SAMPLES, LAYERS, np.dtype(np.uint8)),
                 logprobs,
                 routing,
                 merge_update(update),
@@ -127,6 +138,8 @@ def test_routers_choose_the_experts_that_transformers_chooses_and_dense_layers_h
     dense = DENSE.get(family, [])
     expected = [[0, 0, 0] if layer in dense else [tokens, tokens, 0] for layer in range(LAYERS)]
     answer = answers(layout)[family]
+    for chosen, sample in zip(answer.chosen, models[family][1], strict=True):
+        assert np.array_equal(np.sort(chosen), np.sort(sample.routes))
     assert answer.routing.tolist() == expected
     assert np.abs(answer.replayed - answer.native).max() < 1e-5
 
@@ -151,26 +164,16 @@ def test_an_update_leaves_the_routing_bias_and_moves_all_else(models, answers, f
 
 
 def replayed_as_recorded(config: ParallelConfig, models: list[str], samples):
-    """The native log-probs, and those with the recorded routes of the same pass replayed, of each model."""
-    from megatron_ext.replay import LayerReplay
+    """The native log-probs, those with the recorded routes of the same pass replayed, and those with wrong ones."""
     from megatron_ext.trainer import Trainer
 
-    out, original = [], LayerReplay.get_replay_topk
+    out = []
     for model in models:
-        it = Trainer(model, config, TrainerConfig(micro_batch_tokens=10_000), OptimizerConfig(), replay=True)
-        rows = np.zeros((sum(s.input_length for s in samples), LAYERS, it.shape.topk), np.uint8)
-
-        def recording(self, scores, *args, rows=rows, **kwargs):
-            probs, selection = original(self, scores, *args, **kwargs)
-            rows[:, self.layer_number - 1] = selection.numpy()
-            return probs, selection
-
-        LayerReplay.get_replay_topk = recording  # pyright: ignore[reportAttributeAccessIssue]
-        native = it.logprobs(samples)
-        LayerReplay.get_replay_topk = original
-        cuts = np.cumsum([s.input_length for s in samples])[:-1]
-        routed = [replace(s, routes=r) for s, r in zip(samples, np.split(rows, cuts), strict=True)]
-        shifted = [replace(s, routes=np.roll(s.routes, 1, 0)) for s in routed]
+        it = Trainer(model, config, TrainerConfig(micro_batch_tokens=100), OptimizerConfig(), replay=True)
+        native = it.logprobs(samples, "record")
+        rows = merge_routes([native], SAMPLES, LAYERS, np.dtype(np.uint8))
+        routed = [replace(s, routes=r) for s, r in zip(samples, rows, strict=True)]
+        shifted = [replace(s, routes=np.roll(r, 1, 0)) for s, r in zip(samples, rows, strict=True)]
         out.append((native, it.logprobs(routed), it.logprobs(shifted)))
     return out
 

@@ -164,7 +164,7 @@ def test_tied_embeddings_are_exported_once(tiny_model_dir, tmp_path, layout):
 def checkpoint_keys(config: ParallelConfig, model: str):
     from megatron_ext.mcore import parallel_state
 
-    chunk = make(model, config).chunks[0]
+    chunk = make(model, config).policy.chunks[0]
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     sharded = chunk.sharded_state_dict(metadata=metadata)
     return sorted({s.key for name, s in sharded.items() if "_extra_state" not in name})

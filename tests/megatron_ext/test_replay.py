@@ -105,20 +105,20 @@ def native_routes(config: ParallelConfig, model: str):
 def test_replaying_native_routes_changes_nothing_and_wrong_ones_do(tiny_model_dir):
     ((first, second, shifted, swapped),) = run_ranks(native_routes, ParallelConfig(), str(tiny_model_dir))
     for i in range(SAMPLES):
-        assert np.array_equal(first.logprobs[i], second.logprobs[i])
+        assert np.array_equal(first.quantities[0][i], second.quantities[0][i])
     assert all(replayed == agreed > 0 == fallen for replayed, agreed, fallen in second.routing.values())
     for wrong in (shifted, swapped):
-        assert max(np.abs(first.logprobs[i] - wrong.logprobs[i]).max() for i in range(SAMPLES)) > 1e-2
+        assert max(np.abs(first.quantities[0][i] - wrong.quantities[0][i]).max() for i in range(SAMPLES)) > 1e-2
         assert all(agreed < replayed for replayed, agreed, _ in wrong.routing.values())
 
 
 def router_gradients(config: ParallelConfig, model: str):
     it = trainer(model, config)
-    before = [layer.mlp.router.weight.detach().clone() for layer in it.chunks[0].decoder.layers]
+    before = [layer.mlp.router.weight.detach().clone() for layer in it.policy.chunks[0].decoder.layers]
     it.update(make_samples(routes=True), weighted_likelihood)
-    after = [layer.mlp.router.weight.detach() for layer in it.chunks[0].decoder.layers]
-    queues = [len(r.replay_backward_list) for c in it.replays for _, r in c.layers]
-    actions = [r.router_replay_action for c in it.replays for _, r in c.layers]
+    after = [layer.mlp.router.weight.detach() for layer in it.policy.chunks[0].decoder.layers]
+    queues = [len(r.replay_backward_list) for c in it.policy.replays for _, r in c.layers]
+    actions = [r.router_replay_action for c in it.policy.replays for _, r in c.layers]
     return [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)], queues, actions
 
 
@@ -143,7 +143,7 @@ def wrong_shapes(config: ParallelConfig, model: str):
             it.logprobs([replace(samples[0], routes=routes)])
         except ValueError as error:
             messages.append(str(error))
-    queues = [r.target_topk_idx for c in it.replays for _, r in c.layers]
+    queues = [r.target_topk_idx for c in it.policy.replays for _, r in c.layers]
     return messages, queues
 
 

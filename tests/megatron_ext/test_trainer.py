@@ -124,7 +124,7 @@ def in_bfloat16(config: ParallelConfig, model: str):
     it = Trainer(model, config, TrainerConfig(dtype="bfloat16"), OptimizerConfig(lr=1e-3), replay=True)
     samples = make_samples(routes=True)
     update = it.update(samples, weighted_likelihood)
-    return it.logprobs(samples), update, {str(p.dtype) for c in it.chunks for p in c.parameters()}
+    return it.logprobs(samples), update, {str(p.dtype) for c in it.policy.chunks for p in c.parameters()}
 
 
 def test_bfloat16_trains_with_an_fp32_optimizer(tiny_model_dir):
@@ -132,5 +132,5 @@ def test_bfloat16_trains_with_an_fp32_optimizer(tiny_model_dir):
     assert dtypes == {"torch.bfloat16"}
     assert update.grad_norm > 0
     after = one_rank(str(tiny_model_dir)).after
-    mine = np.concatenate([part.logprobs[i] for i in range(SAMPLES)])
+    mine = np.concatenate([part.quantities[0][i] for i in range(SAMPLES)])
     assert np.abs(mine - after).mean() < 0.1

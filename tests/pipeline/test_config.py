@@ -40,15 +40,18 @@ def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
         ("parallel.sequence=true", "set parallel.sequence=false"),
         ("model.path=/nowhere", "exactly one of model.path"),
         ("objective.preset=gpso", "gspo"),
-        ("objective.preset=ppo", "no critic"),
-        ("objective.preset=reinforce_plus_plus", "no reference model"),
-        ("objective.preset=dapo", "objective.dynamic_sampling=false"),
         ("objective.correction={kind: token_tis, high: 2}", "sequence"),
     ],
 )
 def test_a_mistake_is_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(QUICKSTART, [override])
+
+
+def test_one_rollout_a_prompt_is_enough_where_a_critic_or_the_batch_is_the_baseline():
+    for preset in ("ppo", "reinforce_plus_plus"):
+        config = load_config(QUICKSTART, [f"objective={{preset: {preset}}}", "rollout.samples_per_prompt=1"])
+        assert config.rollout.samples_per_prompt == 1
 
 
 def test_a_model_directory_that_does_not_exist_or_is_not_supported_is_named(tmp_path):

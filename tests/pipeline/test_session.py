@@ -20,7 +20,7 @@ from megatron_ext.layout import Sample
 from megatron_ext.parts import merge_update
 from pipeline.config import load_config
 from pipeline.controller import DisagreementError, to_sample
-from pipeline.losses import objective_loss
+from pipeline.losses import policy_loss
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 from pipeline.session import open_loop
 from tests.megatron_ext.ranks import run_ranks
@@ -151,7 +151,7 @@ def gspo_update(config: ParallelConfig, model: str, samples: list[Sample]):
     ]
     tokens = sum(s.response_length for s in samples)
     objective = resolve(ObjectiveConfig(preset="gspo", clip_low=0.02, clip_high=0.03))
-    loss = objective_loss(objective, Denominators(len(samples), tokens, max_length=16))
+    loss = policy_loss(objective, Denominators(len(samples), tokens, max_length=16))
     return trainer.update([replace(s, values=v) for s, v in zip(samples, values, strict=True)], loss)
 
 
@@ -259,9 +259,12 @@ def test_a_termination_request_ends_the_run_with_no_orphan(command):
     assert run.orphans() == []
 
 
-def test_what_cannot_start_says_so_at_once(command):
+def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp_path):
     import socket
 
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "config.yaml").write_text("of an earlier run")
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -271,16 +274,13 @@ def test_what_cannot_start_says_so_at_once(command):
             (["model.tiny=null", "model.path=/nowhere"], "/nowhere is no Hugging Face model directory"),
             (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
             (["data.reward=none.such"], "none.such"),
+            (["data.task=null", "data.path=/nowhere.jsonl"], "there is no data file /nowhere.jsonl"),
         ]
-        runs = [command(*overrides) for overrides, _ in cases]
+        runs = [command(*overrides, f"run.directory={earlier}") for overrides, _ in cases]
         for run, (_, message) in zip(runs, cases, strict=True):
             assert run.end() in (1, 2)
             assert message in run.text()
             assert "Traceback" not in run.text()
             assert run.orphans() == []
 
-
-def test_padded_rows_keep_their_type():
-    from pipeline.controller import padded
-
-    assert padded([np.ones(2, bool), np.ones(1, bool)]).tolist() == [[True, True], [True, False]]
+    assert (earlier / "config.yaml").read_text() == "of an earlier run"

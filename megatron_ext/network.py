@@ -1,0 +1,273 @@
+"""One model of this rank: its chunks, its optimizer, its routers' replay, and samples through Megatron's schedule.
+
+The trainer holds up to three: the policy, a frozen reference of it, and a critic. Each has a TransformerConfig and a
+replay of its own, so that nothing of one is ever seen by another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ext import cpu
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.hf.config import ModelShape
+from megatron_ext.hf.load import load_hf
+from megatron_ext.layout import Sample, TokenLayout, plan_micro_batches
+from megatron_ext.logprobs import vocab_parallel_logprobs
+from megatron_ext.mcore import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+    get_forward_backward_func,
+    get_fp8_align_size,
+    get_megatron_optimizer,
+    parallel_state,
+)
+from megatron_ext.mcore import OptimizerConfig as McoreOptimizerConfig
+from megatron_ext.micro_batch import MicroBatch, make_micro_batch
+from megatron_ext.model import build_model
+from megatron_ext.parts import RecordedRoutes
+from megatron_ext.replay import ChunkReplay, replaying
+
+Routing = Literal["native", "record", "replay"]
+Use = Callable[[MicroBatch, tuple[Tensor, ...]], tuple[Tensor, Any]]
+"""What becomes of a micro-batch: from [samples, longest response] matrices to this rank's share of the loss, and
+anything. For a policy the matrices are log-probs and entropies, for a critic values."""
+
+
+class _ContextGather(torch.autograd.Function):
+    """[t] -> [cp, t]. Every context-parallel rank computes the same loss from the whole sequence, so the gradient of
+    its own part is just that part: no sum over ranks."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.rank = group.rank()
+        out = x.new_empty((group.size(), *x.shape))
+        dist.all_gather_into_tensor(out.view(-1, *x.shape[1:]), x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0][ctx.rank], None
+
+
+class Network:
+    """A model on this rank. Process groups must exist (`parallel.initialize`)."""
+
+    def __init__(
+        self,
+        hf: dict[str, Any],
+        shape: ModelShape,
+        parallel_config: ParallelConfig,
+        config: TrainerConfig,
+        *,
+        head: Literal["lm", "value"] = "lm",
+        trainable: bool = True,
+        replay: bool = False,
+        temperature: float = 1.0,
+    ):
+        """Build it, with random weights.
+
+        head:        "lm" gives log-probs and entropies of tokens, "value" one number a token.
+        trainable:   whether it has gradients; then `restart_optimizer` before the first step.
+        replay:      whether its routers can record and replay routes.
+        temperature: of every log-prob.
+        Raises UnsupportedModel or ValueError where the model cannot be built in this layout.
+        """
+        self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
+        self.head, self.temperature = head, temperature
+        self.mcore_config, self.chunks = build_model(hf, parallel_config, config, head=head, replay=replay)
+        self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
+        self.models: list[Any] = list(self.chunks)
+        if trainable:
+            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+            self.models = [
+                DistributedDataParallel(config=self.mcore_config, ddp_config=ddp, module=c, disable_bucketing=i > 0)
+                for i, c in enumerate(self.chunks)
+            ]
+        self.device = torch.device("cpu") if cpu.needed() else torch.device("cuda", torch.cuda.current_device())
+
+    def load(self, path: str | Path) -> None:
+        """The weights of a Hugging Face directory; a value head has none and keeps its own. Errors as in load_hf."""
+        load_hf(self.chunks, self.hf, self.shape, path, value_head=self.head == "value")
+
+    @torch.no_grad()
+    def copy_from(self, other: Network) -> None:
+        """The weights of another network of the same shape and layout."""
+        for mine, theirs in zip(self.chunks, other.chunks, strict=True):
+            for tensors in ("parameters", "buffers"):  # a router's bias is a buffer
+                for a, b in zip(getattr(mine, tensors)(), getattr(theirs, tensors)(), strict=True):
+                    a.copy_(b)
+
+    def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """Begin a phase of training: these settings, no moments, the step count at 0."""
+        self.optimizer_config, self.steps = optimizer, 0
+        self.optimizer = get_megatron_optimizer(
+            McoreOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                clip_grad=optimizer.clip_grad,
+                bf16=self.config.dtype == "bfloat16",
+                params_dtype=self.mcore_config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            self.models,
+        )
+        self.mcore_config.finalize_model_grads_func = finalize_model_grads
+        self.mcore_config.grad_scale_func = self.optimizer.scale_loss
+
+    def forward(self, samples: Sequence[Sample], use: Use, routing: Routing) -> RecordedRoutes:
+        """Every sample through the model, without gradient. Returns what the routers recorded, if they were to."""
+        with torch.no_grad():
+            return self._run(samples, use, routing, forward_only=True)
+
+    def step(self, samples: Sequence[Sample], use: Use, routing: Routing) -> tuple[float, float, bool]:
+        """Forward, backward, reduction, clipping, Adam: one optimizer step on all samples.
+
+        Returns (gradient norm before clipping, learning rate, skipped: a gradient that is not finite leaves the weights
+        as they are)."""
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run(samples, use, routing, forward_only=False)
+        rate = self.optimizer_config.rate(self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        done, norm, _ = self.optimizer.step()
+        self.steps += 1
+        return float(norm or 0.0), rate, not done
+
+    @property
+    def recomputes_routers(self) -> bool:
+        """Whether backward runs the routers a second time."""
+        granularity, modules = self.mcore_config.recompute_granularity, self.mcore_config.recompute_modules or []
+        return granularity == "full" or (granularity == "selective" and "moe" in modules)
+
+    def _run(self, samples: Sequence[Sample], use: Use, routing: Routing, *, forward_only: bool) -> RecordedRoutes:
+        """All micro-batches of this data-parallel rank through Megatron's schedule."""
+        if routing != "native" and not self.replays:
+            raise ValueError(f"a network built without replay cannot {routing} routes")
+        batches = self.micro_batches(samples, replay=routing == "replay")
+        # Exactly one denominator over all ranks and micro-batches: the loss brings its own, global one.
+        first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        requeue = not forward_only and self.recomputes_routers
+        recorded: list[dict[int, Tensor]] = [{} for _ in batches]
+
+        def step(iterator: Iterator[tuple[int, MicroBatch]], model):
+            number, batch = next(iterator)
+            chunk = model
+            while hasattr(chunk, "module"):
+                chunk = chunk.module
+            replay = self.replays[chunk.vp_stage or 0] if self.replays else None
+            if replay is not None and routing == "replay":
+                assert batch.routes is not None
+                replay.set(batch.routes, batch.counted, recompute=requeue)
+            elif replay is not None and routing == "record":
+                replay.record()
+            output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
+            if replay is not None and routing == "replay" and requeue:
+                replay.switch_in_backward(output)
+            elif replay is not None and routing == "record":
+                recorded[number] |= replay.take_recorded()
+            if chunk.post_process:
+                output = self._read(output, batch)
+            return output, partial(finish, number, batch)
+
+        def finish(number: int, batch: MicroBatch, output: Tensor):
+            if batch.indices:
+                value, measured = use(batch, self._responses(batch, output))
+            else:
+                value, measured = output.sum() * 0.0, {}
+            return value, torch.tensor(int(first and number == 0), dtype=torch.int, device=self.device), measured
+
+        iterators = [iter(list(enumerate(batches))) for _ in self.models]
+        with replaying(self.replays) if self.replays else contextlib.nullcontext():
+            get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iterators if len(self.models) > 1 else iterators[0],
+                model=self.models if len(self.models) > 1 else self.models[0],
+                num_microbatches=len(batches),
+                seq_length=max(b.layout.total // b.layout.rows for b in batches),
+                micro_batch_size=max(b.layout.rows for b in batches),
+                forward_only=forward_only,
+            )
+        return self._gather_recorded(batches, recorded) if routing == "record" else {}
+
+    def micro_batches(self, samples: Sequence[Sample], *, replay: bool) -> list[MicroBatch]:
+        """This data-parallel rank's share of the samples, as many micro-batches as every other rank has."""
+        plan = plan_micro_batches(
+            [s.input_length for s in samples],
+            token_budget=self.config.micro_batch_tokens,
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            multiple_of=self.parallel.pipeline if self.parallel.virtual_pipeline else 1,
+        )[parallel_state.get_data_parallel_rank()]
+        batches = []
+        for indices in plan:
+            layout = TokenLayout(
+                tuple(samples[i].input_length for i in indices) or (1,),
+                cp_size=parallel_state.get_context_parallel_world_size(),
+                cp_rank=parallel_state.get_context_parallel_rank(),
+                sequence_parallel_size=self.parallel.tensor if self.parallel.sequence else 1,
+                sequence_parallel_rank=parallel_state.get_tensor_model_parallel_rank() if self.parallel.sequence else 0,
+                packed=self.config.packing,
+                align=get_fp8_align_size(self.mcore_config.fp8_recipe) if self.mcore_config.fp8 else 1,
+            )
+            batches.append(make_micro_batch(indices, samples, layout, self.device, self.shape if replay else None))
+        return batches
+
+    def _read(self, output: Tensor, batch: MicroBatch) -> Tensor:
+        """[rows, tokens, ...] of the head -> [quantities, this rank's tokens] float32."""
+        if self.head == "value":
+            return output.reshape(1, -1).float()
+        logprobs, entropy = vocab_parallel_logprobs(
+            output.flatten(0, 1),
+            batch.labels,
+            vocab_size=self.shape.vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            temperature=self.temperature,
+        )
+        return torch.stack([logprobs, entropy])
+
+    def _responses(self, batch: MicroBatch, output: Tensor) -> tuple[Tensor, ...]:
+        """[quantities, this rank's tokens] -> [samples, longest response] each, whole on every context rank."""
+        group = parallel_state.get_context_parallel_group()
+        lengths = [s.response_length for s in batch.samples]
+        whole = []
+        for part in output:
+            parts = _ContextGather.apply(part, group) if group.size() > 1 else part[None]
+            whole.append(batch.layout.responses(batch.layout.merge_context(parts), lengths))
+        return tuple(whole)
+
+    def _gather_recorded(self, batches: list[MicroBatch], recorded: list[dict[int, Tensor]]) -> RecordedRoutes:
+        """Routes of whole samples from the parts of the sequence- and context-parallel ranks."""
+        out: RecordedRoutes = {}
+        sequence = parallel_state.get_tensor_model_parallel_group() if self.parallel.sequence else None
+        for batch, layers in zip(batches, recorded, strict=True):
+            if not layers:
+                continue  # a pipeline stage of dense layers
+            part = torch.stack([layers[layer] for layer in sorted(layers)], 1).to(torch.int16)
+            for group in (sequence, parallel_state.get_context_parallel_group()):
+                size = 1 if group is None else group.size()
+                whole = part.new_empty((size, *part.shape))
+                # int16 is no type that every backend gathers; bytes are.
+                if size > 1:
+                    dist.all_gather_into_tensor(
+                        whole.view(torch.uint8).flatten(), part.view(torch.uint8).flatten(), group
+                    )
+                part = whole if size > 1 else part[None]
+            rows = batch.layout.merge_sequence(part).cpu().numpy()
+            for index, start, n in zip(batch.indices, batch.layout.starts, batch.layout.lengths, strict=False):
+                out[index] = (tuple(sorted(layers)), rows[start : start + n].copy())
+        return out
