@@ -185,3 +185,26 @@ def test_replaying_native_routes_changes_no_bit_and_wrong_routes_change_much(mod
         native, replayed, shifted = (joined([part], SAMPLES)[0] for part in parts)
         assert np.array_equal(native, replayed), family
         assert np.abs(native - shifted).max() > 1e-2, family
+
+
+def reference_of_a_moved_policy(config: ParallelConfig, model: str, samples):
+    import torch
+
+    from megatron_ext.trainer import Trainer
+
+    it = Trainer(model, config, TrainerConfig(), OptimizerConfig(), replay=False, reference=True)
+    with torch.no_grad():
+        for chunk in it.policy.chunks:
+            for tensor in (*chunk.parameters(), *chunk.buffers()):
+                tensor.mul_(0.5)
+    before = it.reference_logprobs(samples)
+    it.keep_reference()
+    return it.logprobs(samples), before, it.reference_logprobs(samples)
+
+
+def test_a_reference_copies_routing_biases_too(models):
+    folder, samples, _ = models["deepseek_v3"]
+    (parts,) = run_ranks(reference_of_a_moved_policy, ParallelConfig(), folder, samples)
+    policy, before, after = (joined([part], SAMPLES)[0] for part in parts)
+    assert np.array_equal(after, policy)
+    assert np.abs(before - policy).max() > 1e-2
