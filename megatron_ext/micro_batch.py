@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ext.hf.config import ModelShape
 from megatron_ext.layout import Sample, TokenLayout
 from megatron_ext.mcore import PackedSeqParams
 
@@ -41,14 +42,14 @@ def make_micro_batch(
     samples: Sequence[Sample],
     layout: TokenLayout,
     device: torch.device,
-    route_shape: tuple[int, int] | None,
+    routed: ModelShape | None,
 ) -> MicroBatch:
     """Lay the chosen samples out.
 
     samples:     of the whole call.
     layout:      of the chosen ones' input lengths, or of the single length 1 where there are none: ranks meet in
                  collectives, so a rank without samples runs one padding sequence that nothing reads.
-    route_shape: (layers, topk) of the routes to replay, or None.
+    routed:      the model whose routes are to be replayed, or None. Rows of its dense layers are not read.
     Raises ValueError for routes that are not the model's.
     """
     chosen = tuple(samples[i] for i in indices)
@@ -60,7 +61,7 @@ def make_micro_batch(
         packed = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=longest, max_seqlen_kv=longest
         )
-    routes = None if route_shape is None else _routes(chosen, layout, route_shape).to(device)
+    routes = None if routed is None else _routes(chosen, layout, routed).to(device)
     return MicroBatch(
         indices=tuple(indices),
         samples=chosen,
@@ -74,9 +75,9 @@ def make_micro_batch(
     )
 
 
-def _routes(samples: Sequence[Sample], layout: TokenLayout, shape: tuple[int, int]) -> Tensor:
+def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelShape) -> Tensor:
     """[this rank's tokens, layers, topk] int16, -1 where there is no row to replay."""
-    rows = []
+    rows, shape = [], (model.num_layers, model.topk)
     for n, sample in itertools.zip_longest(layout.lengths, samples):
         if sample is None or sample.routes is None:
             rows.append(np.full((n, *shape), -1, np.int16))
@@ -84,7 +85,7 @@ def _routes(samples: Sequence[Sample], layout: TokenLayout, shape: tuple[int, in
         if sample.routes.shape[1:] != shape:
             raise ValueError(f"routes of shape {sample.routes.shape} for {shape[0]} layers, top {shape[1]}")
         if shape[1] > 1:
-            ordered = np.sort(sample.routes, -1)
+            ordered = np.sort(sample.routes[:, model.moe_layers], -1)
             repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
             if repeated.size:
                 raise ValueError(f"a route names expert {repeated[0]} twice for one token")

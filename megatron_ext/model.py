@@ -5,7 +5,6 @@ config.json -> TransformerConfig -> layer spec (Transformer Engine's, or the sam
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import torch
@@ -13,10 +12,13 @@ import torch.nn.functional as F
 
 from megatron_ext import cpu
 from megatron_ext.config import ParallelConfig, TrainerConfig
-from megatron_ext.hf.config import model_shape, rope_settings
+from megatron_ext.hf.config import ModelShape, model_shape, rope_settings
+from megatron_ext.hf.families import FAMILIES
+from megatron_ext.latent_attention import LatentAttention
 from megatron_ext.mcore import (
     GPTModel,
-    IdentityOp,
+    MLASelfAttention,
+    MLATransformerConfig,
     TransformerConfig,
     gather_from_sequence_parallel_region,
     get_gpt_decoder_block_spec,
@@ -37,13 +39,11 @@ def transformer_config(
         "num_query_groups": hf["num_key_value_heads"],
         "kv_channels": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         "ffn_hidden_size": hf["intermediate_size"],
-        "qk_layernorm": True,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf["rms_norm_eps"],
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor,
@@ -73,55 +73,50 @@ def transformer_config(
         "attention_softmax_in_fp32": True,
     }
     if shape.num_experts:
-        fields |= {
-            "num_moe_experts": shape.num_experts,
-            "moe_router_topk": shape.topk,
-            "moe_ffn_hidden_size": hf["moe_intermediate_size"],
-            "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),  # normalising over the top k: softmax after
-            "moe_router_load_balancing_type": "none",
-            "moe_aux_loss_coeff": 0.0,
-            "moe_router_dtype": trainer.router_dtype,
-            "moe_router_fusion": trainer.router_fusion,
-            "moe_grouped_gemm": True,
-            "moe_permute_fusion": not on_cpu,
-            "moe_enable_routing_replay": replay,
-        }
+        fields |= _moe_fields(shape, trainer, replay=replay)
     if trainer.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif trainer.recompute == "selective":
         modules = ["moe"] if shape.num_experts else ["mlp"]
         fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
-    return TransformerConfig(**(fields | trainer.extra))
+    fields |= FAMILIES[shape.family].fields(hf)
+    kind = TransformerConfig
+    if fields.get("multi_latent_attention"):
+        kind = MLATransformerConfig
+        fields["apply_rope_fusion"] = not on_cpu and fields["rope_type"] == "yarn"  # the kernel knows no other
+    return kind(**(fields | trainer.extra))
+
+
+def _moe_fields(shape: ModelShape, trainer: TrainerConfig, *, replay: bool) -> dict[str, Any]:
+    """What every mixture of experts has."""
+    sparse = [int(layer in shape.moe_layers) for layer in range(shape.num_layers)]
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.topk,
+        "moe_layer_freq": 1 if all(sparse) else sparse,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": trainer.router_dtype,
+        "moe_router_fusion": trainer.router_fusion,
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": not cpu.needed(),
+        "moe_enable_routing_replay": replay,
+    }
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None):
     """Transformer Engine's block spec on a GPU; without one, plain torch under the same parameter names."""
-    if not cpu.needed():
-        return get_gpt_decoder_block_spec(
-            config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
-        )
-    from megatron_ext.attention import SDPACoreAttention
-    from megatron_ext.cpu.experts import EXPERTS
-    from megatron_ext.cpu.layers import LayerNormColumnParallelLinear, RMSNorm
-
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
-    spec.layer_norm = RMSNorm
+    on_cpu = cpu.needed()
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=not on_cpu, normalization="RMSNorm", vp_stage=vp_stage
+    )
     for layer in spec.layer_specs or []:
-        parts = layer.submodules
-        parts.sharded_state_dict_keys_map = {}
-        parts.input_layernorm = IdentityOp  # fused into linear_qkv
-        attention = parts.self_attention.submodules
-        attention.linear_qkv = LayerNormColumnParallelLinear
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-        attention.core_attention = SDPACoreAttention
-        mlp = parts.mlp.keywords if isinstance(parts.mlp, functools.partial) else vars(parts.mlp)
-        if hasattr(mlp["submodules"], "experts"):
-            parts.pre_mlp_layernorm = RMSNorm
-            experts, submodules = EXPERTS
-            mlp["submodules"].experts = functools.partial(experts, submodules=submodules)
-        else:
-            parts.pre_mlp_layernorm = IdentityOp  # fused into linear_fc1
-            mlp["submodules"].linear_fc1 = LayerNormColumnParallelLinear
+        if layer.submodules.self_attention.module is MLASelfAttention:
+            layer.submodules.self_attention.module = LatentAttention
+    if on_cpu:
+        from megatron_ext.cpu.spec import without_transformer_engine
+
+        without_transformer_engine(spec)
     return spec
 
 
@@ -159,7 +154,7 @@ def build_model(
     Raises UnsupportedModel, or ValueError where the model does not divide into the layout.
     """
     parallel.check_model(hf)
-    shape = model_shape(hf, parallel.tensor)
+    shape, rope = model_shape(hf, parallel.tensor), rope_settings(hf)
     config = transformer_config(hf, parallel, trainer, replay=replay)
     chunks = []
     for chunk in range(parallel.virtual_pipeline or 1):
@@ -173,7 +168,8 @@ def build_model(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=shape.tied_embeddings and head == "lm",
             position_embedding_type="rope",
-            rotary_base=rope_settings(hf)["rope_theta"],
+            rotary_percent=rope.get("partial_rotary_factor", 1.0),
+            rotary_base=rope["rope_theta"],
             vp_stage=stage,
         )
         if head == "value" and model.post_process:

@@ -104,8 +104,9 @@ class Network:
     def copy_from(self, other: Network) -> None:
         """The weights of another network of the same shape and layout."""
         for mine, theirs in zip(self.chunks, other.chunks, strict=True):
-            for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-                a.copy_(b)
+            for tensors in ("parameters", "buffers"):  # a router's bias is a buffer
+                for a, b in zip(getattr(mine, tensors)(), getattr(theirs, tensors)(), strict=True):
+                    a.copy_(b)
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """Begin a phase of training: these settings, no moments, the step count at 0."""
@@ -216,7 +217,6 @@ class Network:
             dp_size=parallel_state.get_data_parallel_world_size(),
             multiple_of=self.parallel.pipeline if self.parallel.virtual_pipeline else 1,
         )[parallel_state.get_data_parallel_rank()]
-        shape = (self.shape.num_layers, self.shape.topk) if replay else None
         batches = []
         for indices in plan:
             layout = TokenLayout(
@@ -228,7 +228,7 @@ class Network:
                 packed=self.config.packing,
                 align=get_fp8_align_size(self.mcore_config.fp8_recipe) if self.mcore_config.fp8 else 1,
             )
-            batches.append(make_micro_batch(indices, samples, layout, self.device, shape))
+            batches.append(make_micro_batch(indices, samples, layout, self.device, self.shape if replay else None))
         return batches
 
     def _head(self, batch: MicroBatch) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -31,3 +33,28 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, input_, *args, **kwargs):
         return super().forward(F.rms_norm(input_, input_.shape[-1:], self.layer_norm_weight, self.eps), *args, **kwargs)
+
+
+class DuplicatedLinear(torch.nn.Linear):
+    """A linear layer that every tensor-parallel rank holds whole: Transformer Engine's parallel_mode="duplicated"."""
+
+    def __init__(self, input_size, output_size, *, parallel_mode, config, init_method, bias, **_):
+        if parallel_mode != "duplicated" or bias:
+            raise ValueError("a duplicated linear layer has parallel_mode='duplicated' and no bias")
+        super().__init__(input_size, output_size, bias=False, dtype=config.params_dtype)
+        if config.perform_initialization:
+            init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # each rank sees its tokens only: sum the gradients
+
+    def forward(self, input):
+        return super().forward(input), None
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            None,
+            sharded_offsets,
+            tp_group=get_tensor_model_parallel_group_if_none(None),
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )

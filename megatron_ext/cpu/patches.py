@@ -22,6 +22,7 @@ def install() -> None:
     _random_state()
     _uneven_collectives()
     _split_sizes_as_lists()
+    _duplicated_linears()
     from megatron_ext.cpu import adam, rope
 
     adam.install()
@@ -76,3 +77,13 @@ def _split_sizes_as_lists() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _duplicated_linears() -> None:
+    """Multi-latent attention asks whether its down-projections are Transformer Engine's, which holds them whole on
+    every rank, by identity; otherwise it raises ValueError, or cuts them."""
+    import megatron.core.transformer.multi_latent_attention as mla
+
+    from megatron_ext.cpu.layers import DuplicatedLinear
+
+    mla.TELinear = DuplicatedLinear

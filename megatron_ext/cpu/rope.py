@@ -14,24 +14,39 @@ from megatron_ext.layout import zigzag_positions
 
 
 class _Rotate(torch.autograd.Function):
-    """t [tokens, heads, d], cos and sin [tokens, 1, d / 2]: each pair (t_i, t_{i + d/2}) turned by its angle."""
+    """Pairs of t turned by their angles. t: [tokens, heads, d]; cos and sin: [tokens, 1, r / 2], r <= d.
+
+    The pairs are (t_i, t_{i + r/2}), or (t_{2i}, t_{2i+1}) where they come `interleaved`; they leave as the former.
+    What is behind the first r is not turned.
+    """
 
     @staticmethod
-    def forward(ctx, t, cos, sin):
+    def forward(ctx, t, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
-        return _rotate(t, cos, sin)
+        ctx.interleaved = interleaved
+        low, high = _pairs(2 * cos.shape[-1], interleaved)
+        return _rotate(t, cos, sin, (low, high), _pairs(2 * cos.shape[-1], False))
 
     @staticmethod
     def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
+        rotated = 2 * cos.shape[-1]
+        return _rotate(grads[0], cos, -sin, _pairs(rotated, False), _pairs(rotated, ctx.interleaved)), None, None, None
 
 
-def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out, half = torch.empty_like(t), t.shape[-1] // 2
-    low, high = t[..., :half], t[..., half:]
-    torch.mul(low, cos, out=out[..., :half]).addcmul_(high, sin, value=-1)
-    torch.mul(high, cos, out=out[..., half:]).addcmul_(low, sin)
+def _pairs(rotated: int, interleaved: bool) -> tuple[slice, slice]:
+    """Where the first and where the second of each pair stand."""
+    if interleaved:
+        return slice(0, rotated, 2), slice(1, rotated, 2)
+    return slice(0, rotated // 2), slice(rotated // 2, rotated)
+
+
+def _rotate(t: Tensor, cos: Tensor, sin: Tensor, source: tuple[slice, slice], target: tuple[slice, slice]) -> Tensor:
+    out, rotated = torch.empty_like(t), 2 * cos.shape[-1]
+    low, high = (t[..., s] for s in source)
+    torch.mul(low, cos, out=out[..., target[0]]).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=out[..., target[1]]).addcmul_(low, sin)
+    out[..., rotated:] = t[..., rotated:]
     return out
 
 
@@ -58,18 +73,18 @@ def apply_packed(
     cp_group=None,
     multi_latent_attention=None,
 ):
-    """In place of `rope_utils._apply_rotary_pos_emb_thd`. t: [tokens, heads, d]; freqs: [angles, 1, 1, d]."""
+    """In place of `rope_utils._apply_rotary_pos_emb_thd`. t: [tokens, heads, d]; freqs: [angles, 1, 1, r], r <= d."""
     if cp_group is None:
         raise ValueError("cp_group must be provided for packed rotary embeddings")
-    if rotary_interleaved or mla_rotary_interleaved or multi_latent_attention or freqs.shape[-1] != t.shape[-1]:
-        raise NotImplementedError("packed rotary embedding on the CPU turns whole heads, halves not interleaved")
+    if rotary_interleaved or multi_latent_attention:
+        raise NotImplementedError("packed rotary embedding on the CPU leaves pairs as halves, not interleaved")
     table = getattr(cu_seqlens, "rope_table", None)
     if table is None:  # the same for every layer of a micro-batch
         positions = packed_positions(cu_seqlens, freqs.size(0), cp_group.size(), cp_group.rank())
         angles = freqs[positions, 0, :, : freqs.shape[-1] // 2]
         table = cu_seqlens.rope_table = (angles.cos() * mscale, angles.sin() * mscale)
     cos, sin = (part.to(t.dtype) for part in table)
-    return _Rotate.apply(t, cos, sin)
+    return _Rotate.apply(t, cos, sin, mla_rotary_interleaved)
 
 
 def install() -> None:

@@ -1,14 +1,14 @@
-"""What a Hugging Face config.json says, and whether such a model is built here. No torch, no Megatron."""
+"""What a Hugging Face config.json says, and whether such a model is built here. No Megatron."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-FAMILIES = ("qwen3_moe", "qwen3")
 
 
 class UnsupportedModel(ValueError):
@@ -19,13 +19,15 @@ class UnsupportedModel(ValueError):
 class ModelShape:
     """What the rest of the package must know of a model.
 
+    moe_layers:        layers with a router, counted from 0; the others are dense.
+    topk:              experts a token; 0 for a dense model.
     vocab_size:        tokens of the Hugging Face model.
     padded_vocab_size: rows of the embedding here, a multiple of the tensor-parallel size.
-    topk:              experts a token; 0 for a dense model.
     """
 
     family: str
     num_layers: int
+    moe_layers: tuple[int, ...]
     num_experts: int
     topk: int
     vocab_size: int
@@ -42,25 +44,31 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 
 
 def model_shape(hf: dict[str, Any], tensor_parallel: int = 1) -> ModelShape:
-    """The shape of a supported model. Raises UnsupportedModel with the reason."""
-    family = hf.get("model_type", "?")
-    if family not in FAMILIES:
-        raise UnsupportedModel(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    if hf.get("attention_bias"):
-        raise UnsupportedModel(f"{family} with attention_bias=true is not built here")
+    """The shape of a supported model. Raises UnsupportedModel with all reasons."""
+    from megatron_ext.hf.families import FAMILIES  # families read this file
+
+    name = hf.get("model_type", "?")
+    if name not in FAMILIES:
+        raise UnsupportedModel(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    reasons = list(family.unsupported(hf))
+    if (rope := rope_settings(hf)["rope_type"]) not in family.rope_types:
+        reasons.append(f"rope_type {rope!r}")
     if hf.get("use_sliding_window"):
-        raise UnsupportedModel(f"{family} with use_sliding_window=true is not built here")
-    if (rope_settings(hf).get("rope_type") or "default") != "default":
-        raise UnsupportedModel(f"rope_type {rope_settings(hf)['rope_type']!r} is not built here; only the default is")
-    moe = family == "qwen3_moe"
-    if moe and (hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers")):
-        raise UnsupportedModel("qwen3_moe with dense layers among the sparse ones is not built here")
-    vocab = hf["vocab_size"]
+        reasons.append("use_sliding_window=true")
+    if hf.get("hidden_act", "silu") != "silu":
+        reasons.append(f"hidden_act {hf['hidden_act']!r}")
+    if hf.get("quantization_config"):
+        reasons.append("quantized weights (write the model in bfloat16 first)")
+    if reasons:
+        raise UnsupportedModel(f"{name} with {'; with '.join(reasons)} is not built here")
+    moe_layers, vocab = tuple(family.moe_layers(hf)), hf["vocab_size"]
     return ModelShape(
-        family=family,
+        family=name,
         num_layers=hf["num_hidden_layers"],
-        num_experts=num_experts(hf) if moe else 0,
-        topk=hf["num_experts_per_tok"] if moe else 0,
+        moe_layers=moe_layers,
+        num_experts=num_experts(hf) if moe_layers else 0,
+        topk=hf["num_experts_per_tok"] if moe_layers else 0,
         vocab_size=vocab,
         padded_vocab_size=math.ceil(vocab / tensor_parallel) * tensor_parallel,
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
@@ -68,11 +76,30 @@ def model_shape(hf: dict[str, Any], tensor_parallel: int = 1) -> ModelShape:
 
 
 def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 nests the rotary settings; earlier files hold them flat."""
-    nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    return {"rope_theta": hf.get("rope_theta", 10000.0), **nested}
+    """rope_theta, rope_type and what the type needs. transformers 5 nests them; earlier files hold them flat, or call
+    the type `type`."""
+    nested = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    nested["rope_type"] = nested.get("rope_type") or nested.get("type") or "default"
+    flat = {k: hf[k] for k in ("rope_theta", "partial_rotary_factor") if hf.get(k) is not None}
+    return {"rope_theta": 10000.0} | flat | nested
 
 
 def num_experts(hf: dict[str, Any]) -> int:
     """Routed experts a layer of a Hugging Face config, under whichever name its family uses; 0: a dense model."""
     return next((hf[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if hf.get(k)), 0)
+
+
+def draft_tensors(hf: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Which tensor names belong to multi-token-prediction layers.
+
+    They stand behind the model's own layers, draft tokens for speculative decoding, and are no part of the policy:
+    they are left out, by name and in the log, and the config of an exported model says that it has none.
+    """
+    count, first = hf.get("num_nextn_predict_layers") or 0, hf["num_hidden_layers"]
+    hit = re.compile(r"model\.layers\.(\d+)\.")
+    return sorted(n for n in names if (m := hit.match(n)) and first <= int(m[1]) < first + count)
+
+
+def exported_config(hf: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a model exported from here: without the layers that are left out."""
+    return hf | ({"num_nextn_predict_layers": 0} if hf.get("num_nextn_predict_layers") else {})

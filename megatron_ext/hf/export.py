@@ -30,6 +30,7 @@ class _Item:
 
     match: Match
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class HFExporter:
@@ -49,8 +50,8 @@ class HFExporter:
         bucket_bytes: most bytes of one bucket's whole tensors; a larger tensor has a bucket of its own."""
         self.shape, self.dims, self.bucket_bytes = shape, dims_of(hf, shape), bucket_bytes
         self.parameters = local_parameters(chunks, shape, value_head=value_head)
-        self.dtype, self.device = self.parameters[0][1].dtype, self.parameters[0][1].device
-        mine = [_Item(match, tuple(p.shape)) for _, p, match in self.parameters]
+        self.device = self.parameters[0][1].device
+        mine = [_Item(match, tuple(p.shape), p.dtype) for _, p, match in self.parameters]
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.stages: list[Any] = [None] * self.pp_group.size()
         dist.all_gather_object(self.stages, mine, group=self.pp_group)
@@ -60,9 +61,9 @@ class HFExporter:
 
     @torch.no_grad()
     def stream(self) -> Iterator[Bucket]:
-        """Buckets of (name, tensor on the training device, in the training dtype), each name exactly once.
+        """Buckets of (name, tensor on the training device, in the dtype it has there), each name exactly once.
 
-        With tied embeddings there is no LM head."""
+        With tied embeddings there is no LM head. A bucket has one dtype."""
         for stage, items in enumerate(self.stages):
             own = [p for _, p, _ in self.parameters] if stage == self.pp_group.rank() else [None] * len(items)
             for expert in (False, True):
@@ -80,12 +81,12 @@ class HFExporter:
         return tensor * parallel_state.get_expert_model_parallel_world_size()
 
     def _buckets(self, pairs: list, ways: int) -> Iterator[list]:
-        """Consecutive parameters whose whole tensors fit a bucket."""
+        """Consecutive parameters of one dtype whose whole tensors fit a bucket."""
         bucket: list = []
         size = 0
         for item, parameter in pairs:
-            nbytes = math.prod(item.shape) * ways * self.dtype.itemsize
-            if bucket and size + nbytes > self.bucket_bytes:
+            nbytes = math.prod(item.shape) * ways * item.dtype.itemsize
+            if bucket and (size + nbytes > self.bucket_bytes or item.dtype != bucket[0][0].dtype):
                 yield bucket
                 bucket, size = [], 0
             bucket.append((item, parameter))
@@ -104,7 +105,7 @@ class HFExporter:
                 flat = _all_gather(flat, parallel_state.get_tensor_model_parallel_group())
         else:
             elements = sum(math.prod(item.shape) for item, _ in bucket) * self._ways(expert)
-            flat = torch.empty(elements, dtype=self.dtype, device=self.device)
+            flat = torch.empty(elements, dtype=bucket[0][0].dtype, device=self.device)
         if self.pp_group.size() > 1:
             dist.broadcast(flat, dist.get_global_rank(self.pp_group, stage), group=self.pp_group)
         experts = parallel_state.get_expert_model_parallel_world_size() if expert else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from megatron_ext.hf.config import ModelShape
+from megatron_ext.hf.config import ModelShape, draft_tensors
 from megatron_ext.hf.params import dims_of, local_parameters, shard_position
 from megatron_ext.hf.tables import LM_HEAD
 from megatron_ext.mcore import GPTModel
+
+log = logging.getLogger(__name__)
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
@@ -39,9 +42,13 @@ def load_hf(
     value_head: the chunks end in a value head, which stays as it is; the directory's LM head is not read.
 
     Raises KeyError naming the tensors that are missing, or that no rank had a place for, and ValueError where a shape
-    differs; nothing is skipped.
+    differs. Nothing is skipped, but the tensors of multi-token-prediction layers, which are logged.
     """
     files, dims, used = tensor_files(Path(path)), dims_of(hf, shape), set()
+    if drafts := draft_tensors(hf, files):
+        used.update(drafts)
+        if dist.get_rank() == 0:
+            log.warning("%d multi-token-prediction tensors of %s left out: %s", len(drafts), path, ", ".join(drafts))
     parameters = local_parameters(chunks, shape, value_head=value_head)
     missing = sorted({n for _, _, match in parameters for n in match.hf_names} - files.keys())
     if missing:

@@ -1,14 +1,15 @@
-"""This rank's parameters under global names: layers and experts counted over the whole model."""
+"""This rank's weights under global names: layers and experts counted over the whole model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from megatron_ext.hf.config import ModelShape
+from megatron_ext.hf.families import FAMILIES
 from megatron_ext.hf.tables import Match, match_parameters
 from megatron_ext.hf.transforms import Dims
 from megatron_ext.mcore import GPTModel, parallel_state
@@ -28,23 +29,24 @@ def dims_of(hf: dict[str, Any], shape: ModelShape) -> Dims:
 
 def local_parameters(
     chunks: Sequence[GPTModel], shape: ModelShape, *, value_head: bool = False
-) -> list[tuple[str, torch.nn.Parameter, Match]]:
-    """(global name, parameter, its table row) of every parameter that this rank holds, in module order.
+) -> list[tuple[str, Tensor, Match]]:
+    """(global name, tensor, its table row) of every parameter and persistent buffer that this rank holds, in module
+    order, the buffers of a chunk after its parameters.
 
     value_head: leave the output layer out; it is no LM head.
 
-    Raises KeyError where a parameter has no row.
+    Raises KeyError where one has no row.
     """
     experts_here = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert = experts_here * parallel_state.get_expert_model_parallel_rank()
-    named: list[tuple[str, torch.nn.Parameter]] = []
+    named: list[tuple[str, Tensor]] = []
     for chunk in chunks:
         layers = chunk.decoder.layers
 
         def layer_name(found: re.Match[str], layers=layers) -> str:
             return f"decoder.layers.{layers[int(found[1])].layer_number - 1}."
 
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in (*chunk.named_parameters(), *_persistent_buffers(chunk)):
             if value_head and name.startswith("output_layer."):
                 continue
             name = re.sub(r"^decoder\.layers\.(\d+)\.", layer_name, name)
@@ -54,8 +56,16 @@ def local_parameters(
                 name,
             )
             named.append((name, parameter))
-    matches = match_parameters(shape.family, [n for n, _ in named], tied_embeddings=shape.tied_embeddings)
+    table = FAMILIES[shape.family].table
+    matches = match_parameters(table, [n for n, _ in named], tied_embeddings=shape.tied_embeddings)
     return [(name, parameter, matches[name]) for name, parameter in named]
+
+
+def _persistent_buffers(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in chunk.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
 
 
 def shard_position(match: Match) -> tuple[int, int]:

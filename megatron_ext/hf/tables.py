@@ -1,6 +1,7 @@
-"""Which Hugging Face tensors make which Megatron parameter, one table a family.
+"""Which Hugging Face tensors make which Megatron parameter: what a row is, and the rows that families share.
 
-Patterns hold `{layer}` and `{expert}`, both counted over the whole model.
+Patterns hold `{layer}` and `{expert}`, both counted over the whole model. A table may have rows that a given model has
+no parameter for (a bias it does without, dense layers): a row counts where Megatron-Core built its parameter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron_ext.hf.transforms import QKV, GateUp, Replicated, Split, Transform
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a Megatron parameter, its Hugging Face tensors, and what lies between."""
+    """One line of a table: a Megatron parameter or buffer, its Hugging Face tensors, and what lies between."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -29,50 +30,45 @@ class Row:
         return [name.format(layer=layer, expert=expert) for name in self.hf]
 
 
-_LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
+LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
-_EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary())
+EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary())
 LM_HEAD = Row("output_layer.weight", ("lm_head.weight",), Vocabulary())
-_FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated())
+FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated())
+ENDS = (EMBEDDING, FINAL_NORM, LM_HEAD)
 
-_ATTENTION = (
-    Row(
-        _LAYER + "self_attention.linear_qkv.layer_norm_weight",
-        (_HF + "input_layernorm.weight",),
-        Replicated(),
-    ),
-    Row(
-        _LAYER + "self_attention.linear_qkv.weight",
-        tuple(_HF + f"self_attn.{p}_proj.weight" for p in "qkv"),
-        QKV(),
-    ),
-    Row(_LAYER + "self_attention.q_layernorm.weight", (_HF + "self_attn.q_norm.weight",), Replicated()),
-    Row(_LAYER + "self_attention.k_layernorm.weight", (_HF + "self_attn.k_norm.weight",), Replicated()),
-    Row(_LAYER + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), Split(1)),
+_QKV, _HF_ATTENTION = LAYER + "self_attention.linear_qkv.", HF_LAYER + "self_attn."
+ATTENTION = (
+    Row(_QKV + "layer_norm_weight", (HF_LAYER + "input_layernorm.weight",), Replicated()),
+    Row(_QKV + "weight", tuple(_HF_ATTENTION + f"{p}_proj.weight" for p in "qkv"), QKV()),
+    Row(_QKV + "bias", tuple(_HF_ATTENTION + f"{p}_proj.bias" for p in "qkv"), QKV()),
+    Row(LAYER + "self_attention.q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), Replicated()),
+    Row(LAYER + "self_attention.k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), Replicated()),
+    Row(LAYER + "self_attention.linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), Split(1)),
 )
 
-_DENSE_MLP = (
-    Row(_LAYER + "mlp.linear_fc1.layer_norm_weight", (_HF + "post_attention_layernorm.weight",), Replicated()),
-    Row(_LAYER + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), GateUp()),
-    Row(_LAYER + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), Split(1)),
-)
 
-_EXPERT = _HF + "mlp.experts.{expert}."
-_MOE = (
-    Row(_LAYER + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), Replicated()),
-    Row(_LAYER + "mlp.router.weight", (_HF + "mlp.gate.weight",), Replicated()),
-    Row(
-        _LAYER + "mlp.experts.linear_fc1.weight{expert}",
-        (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
-        GateUp(),
-    ),
-    Row(_LAYER + "mlp.experts.linear_fc2.weight{expert}", (_EXPERT + "down_proj.weight",), Split(1)),
-)
+def gated_mlp(megatron: str, hf: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")):
+    """The two rows of a gated MLP. `hf` names its module, `names` its projections: gate, up, down."""
+    gate, up, down = (f"{hf}{name}.weight" for name in names)
+    index = "{expert}" if "{expert}" in hf else ""
+    return (
+        Row(f"{megatron}linear_fc1.weight{index}", (gate, up), GateUp()),
+        Row(f"{megatron}linear_fc2.weight{index}", (down,), Split(1)),
+    )
 
-TABLES: dict[str, tuple[Row, ...]] = {
-    "qwen3": (_EMBEDDING, *_ATTENTION, *_DENSE_MLP, _FINAL_NORM, LM_HEAD),
-    "qwen3_moe": (_EMBEDDING, *_ATTENTION, *_MOE, _FINAL_NORM, LM_HEAD),
-}
+
+_MLP_NORM = (HF_LAYER + "post_attention_layernorm.weight",)
+DENSE_MLP = (
+    Row(LAYER + "mlp.linear_fc1.layer_norm_weight", _MLP_NORM, Replicated()),
+    *gated_mlp(LAYER + "mlp.", HF_LAYER + "mlp."),
+)
+MOE_NORM = Row(LAYER + "pre_mlp_layernorm.weight", _MLP_NORM, Replicated())
+MOE = (
+    MOE_NORM,
+    Row(LAYER + "mlp.router.weight", (HF_LAYER + "mlp.gate.weight",), Replicated()),
+    *gated_mlp(LAYER + "mlp.experts.", HF_LAYER + "mlp.experts.{expert}."),
+)
 
 
 @dataclass(frozen=True)
@@ -93,13 +89,13 @@ def _regex(row: Row) -> re.Pattern[str]:
     return re.compile(escaped.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)"))
 
 
-def match_parameters(family: str, names: Sequence[str], *, tied_embeddings: bool) -> dict[str, Match]:
-    """Find each global parameter name in the family's table.
+def match_parameters(table: Sequence[Row], names: Sequence[str], *, tied_embeddings: bool) -> dict[str, Match]:
+    """Find each global parameter name in a table.
 
     With tied embeddings the LM head reads the embedding's tensor. Raises KeyError listing every name that no row
     matches.
     """
-    rows = [(row, _regex(row)) for row in TABLES[family]]
+    rows = [(row, _regex(row)) for row in table]
     found: dict[str, Match] = {}
     for name in names:
         for row, pattern in rows:
@@ -107,10 +103,10 @@ def match_parameters(family: str, names: Sequence[str], *, tied_embeddings: bool
             if hit:
                 groups = {k: int(v) for k, v in hit.groupdict().items()}
                 if row is LM_HEAD and tied_embeddings:
-                    row = Row(LM_HEAD.megatron, _EMBEDDING.hf, LM_HEAD.transform)
+                    row = Row(LM_HEAD.megatron, EMBEDDING.hf, LM_HEAD.transform)
                 found[name] = Match(row, groups.get("layer"), groups.get("expert"))
                 break
     unknown = [n for n in names if n not in found]
     if unknown:
-        raise KeyError(f"parameters without a row in the {family} table: {', '.join(unknown)}")
+        raise KeyError(f"parameters without a row in the model family's table: {', '.join(unknown)}")
     return found

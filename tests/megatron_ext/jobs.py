@@ -90,10 +90,15 @@ def one_update(config: ParallelConfig, model: str, trainer: TrainerConfig, sampl
     return before, update, after, weights if torch.distributed.get_rank() == 0 else {}
 
 
+def joined(parts, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of all samples, one after another, and routing counts by layer, of all ranks' parts."""
+    return np.concatenate(merge_tokens(parts, count)[0]), merge_routing(parts)
+
+
 def outcome(config: ParallelConfig, model: str, trainer: TrainerConfig, samples: list[Sample], replay: bool) -> Outcome:
     """`one_update` on all ranks of a layout."""
     answers = run_ranks(one_update, config, str(model), trainer, samples, replay)
-    before, routing = merge_tokens([a[0] for a in answers], len(samples))[0], merge_routing([a[0] for a in answers])
-    after = merge_tokens([a[2] for a in answers], len(samples))[0]
+    before, routing = joined([a[0] for a in answers], len(samples))
+    after, _ = joined([a[2] for a in answers], len(samples))
     update = merge_update([a[1] for a in answers])
-    return Outcome(np.concatenate(before), np.concatenate(after), routing, update, answers[0][3])
+    return Outcome(before, after, routing, update, answers[0][3])

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
-from megatron_ext.hf.config import UnsupportedModel, model_shape
+from megatron_ext.hf.config import UnsupportedModel, exported_config, model_shape
+from megatron_ext.hf.families import FAMILIES
 from tests.megatron_ext.ranks import run_ranks
 
 LAYOUTS = [
@@ -52,12 +53,15 @@ def test_every_rank_streams_every_tensor_bit_for_bit(tiny_model_dir, tiny_dense_
                 assert np.array_equal(tensor, original[name]), name
 
 
-def failure(config: ParallelConfig, model: str) -> str:
-    try:
-        make(model, config)
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+def failures(config: ParallelConfig, models: list[str]) -> list[str]:
+    out = []
+    for model in models:
+        try:
+            make(model, config)
+            out.append("")
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            out.append(f"{type(error).__name__}: {error}")
+    return out
 
 
 def edited(model, folder, edit):
@@ -69,37 +73,78 @@ def edited(model, folder, edit):
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(tiny_model_dir, tmp_path):
-    gate = "model.layers.2.mlp.gate.weight"
+    gate, stray = "model.layers.2.mlp.gate.weight", "model.layers.4.eh_proj.weight"
     cases = [
         (lambda t: t.pop(gate), "KeyError", f"lacks tensors of qwen3_moe: {gate}"),
         (lambda t: t.update(surplus=np.zeros(1, np.float32)), "KeyError", "has no place for: surplus"),
+        (lambda t: t.update({stray: np.zeros(1, np.float32)}), "KeyError", f"has no place for: {stray}"),
         (lambda t: t.update({gate: t[gate][:, :-1].copy()}), "ValueError", f"{gate} give decoder.layers.2.mlp.router"),
     ]
-    for number, (edit, kind, message) in enumerate(cases):
-        path = edited(tiny_model_dir, tmp_path / str(number), edit)
-        (answer,) = run_ranks(failure, ParallelConfig(), path)
-        assert answer.startswith(kind)
-        assert message in answer
+    paths = [edited(tiny_model_dir, tmp_path / str(i), edit) for i, (edit, _, _) in enumerate(cases)]
     (tmp_path / "empty").mkdir()
     shutil.copy(tiny_model_dir / "config.json", tmp_path / "empty")
-    (answer,) = run_ranks(failure, ParallelConfig(), str(tmp_path / "empty"))
-    assert "holds neither" in answer
+    (answers,) = run_ranks(failures, ParallelConfig(), [*paths, str(tmp_path / "empty")])
+    for answer, (_, kind, message) in zip(answers, cases, strict=False):
+        assert answer.startswith(kind)
+        assert message in answer
+    assert "holds neither" in answers[-1]
+
+
+def drafts_left_out(config: ParallelConfig, model: str):
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("megatron_ext.hf.load").addHandler(handler)
+    return sorted(name for bucket in make(model, config).export() for name, _ in bucket), lines
+
+
+def test_multi_token_prediction_layers_are_left_out_and_named_in_the_log(tiny_model_dir, tmp_path):
+    drafts = {f"model.layers.4.{n}.weight": np.zeros(3, np.float32) for n in ("eh_proj", "self_attn.q_proj")}
+    path = edited(tiny_model_dir, tmp_path / "drafts", lambda t: t.update(drafts))
+    hf = json.loads((tiny_model_dir / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "drafts" / "config.json").write_text(json.dumps(hf))
+    first, second = run_ranks(drafts_left_out, ParallelConfig(ranks=2, pipeline=2), path)
+    assert first[0] == second[0] == sorted(load_file(tiny_model_dir / "model.safetensors"))
+    assert first[1] == [f"2 multi-token-prediction tensors of {path} left out: {', '.join(sorted(drafts))}"]
+    assert second[1] == []
+    assert exported_config(hf) == hf | {"num_nextn_predict_layers": 0}
+
+
+QWEN3 = {"model_type": "qwen3_moe"}
+DEEPSEEK = {"model_type": "deepseek_v3", "topk_group": 1}
+YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "llama"}, "'llama' is not supported"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn'"),
-        ({"mlp_only_layers": [0]}, "dense layers among the sparse ones"),
+        (QWEN3 | {"attention_bias": True, "use_sliding_window": True}, "attention_bias=true.*use_sliding_window"),
+        (QWEN3 | {"rope_parameters": YARN}, "'yarn'"),
+        (QWEN3 | {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        (QWEN3 | {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (QWEN3 | {"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
+        ({"model_type": "mixtral", "sliding_window": 4096}, "sliding_window"),
+        ({"model_type": "glm4_moe"}, "without partial_rotary_factor"),
+        (DEEPSEEK | {"norm_topk_prob": False}, "norm_topk_prob=false"),
+        (DEEPSEEK | {"scoring_func": "softmax"}, "scoring_func"),
+        (DEEPSEEK | {"n_group": 4, "num_experts_per_tok": 8, "topk_group": 2}, "its two best"),
+        (DEEPSEEK | {"rope_interleave": False}, "rope_interleave"),
+        (DEEPSEEK | {"rope_parameters": YARN | {"mscale": 1.0}}, "one of mscale and mscale_all_dim"),
+        (DEEPSEEK | {"rope_parameters": YARN | {"truncate": False}}, "truncate"),
     ],
+    ids=str,
 )
 def test_a_model_that_is_not_built_here_is_refused(tiny_model_dir, change, message):
     hf = json.loads((tiny_model_dir / "config.json").read_text())
     with pytest.raises(UnsupportedModel, match=message):
         model_shape(hf | change)
+
+
+def test_kimi_k2_is_deepseek_v3_under_another_name():
+    assert FAMILIES["kimi_k2"] is FAMILIES["deepseek_v3"]
 
 
 def tied(config: ParallelConfig, model: str):

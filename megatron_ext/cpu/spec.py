@@ -1,0 +1,40 @@
+"""Megatron-Core's local layer spec, reshaped in place to the Transformer Engine spec's modules and parameter names."""
+
+from __future__ import annotations
+
+import functools
+
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+
+from megatron_ext.attention import SDPACoreAttention
+from megatron_ext.cpu.experts import EXPERTS
+from megatron_ext.cpu.layers import DuplicatedLinear, LayerNormColumnParallelLinear, RMSNorm
+
+
+def without_transformer_engine(spec) -> None:
+    """spec: TransformerBlockSubmodules of `get_gpt_decoder_block_spec(..., use_transformer_engine=False)`."""
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs or []:
+        parts = layer.submodules
+        parts.sharded_state_dict_keys_map = {}
+        attention = parts.self_attention.submodules
+        attention.core_attention = SDPACoreAttention
+        if isinstance(attention, MLASelfAttentionSubmodules):
+            parts.input_layernorm = RMSNorm  # two projections read it
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = DuplicatedLinear
+            attention.linear_q_up_proj = attention.linear_kv_up_proj = LayerNormColumnParallelLinear
+            attention.q_layernorm = attention.kv_layernorm = IdentityOp  # fused into the up-projections
+        else:
+            parts.input_layernorm = IdentityOp  # fused into linear_qkv
+            attention.linear_qkv = LayerNormColumnParallelLinear
+            if attention.q_layernorm is not IdentityOp:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
+        mlp = parts.mlp.keywords if isinstance(parts.mlp, functools.partial) else vars(parts.mlp)
+        if hasattr(mlp["submodules"], "experts"):
+            parts.pre_mlp_layernorm = RMSNorm
+            experts, submodules = EXPERTS
+            mlp["submodules"].experts = functools.partial(experts, submodules=submodules)
+        else:
+            parts.pre_mlp_layernorm = IdentityOp  # fused into linear_fc1
+            mlp["submodules"].linear_fc1 = LayerNormColumnParallelLinear

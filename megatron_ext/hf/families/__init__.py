@@ -1,0 +1,17 @@
+"""The model families, by the `model_type` of config.json. One more is one more file here."""
+
+from megatron_ext.hf.families.deepseek import DEEPSEEK_V3
+from megatron_ext.hf.families.family import Family
+from megatron_ext.hf.families.glm import GLM4_MOE
+from megatron_ext.hf.families.mixtral import MIXTRAL
+from megatron_ext.hf.families.qwen import QWEN2_MOE, QWEN3, QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3": QWEN3,
+    "qwen2_moe": QWEN2_MOE,
+    "mixtral": MIXTRAL,
+    "deepseek_v3": DEEPSEEK_V3,  # Moonlight too
+    "kimi_k2": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
+}

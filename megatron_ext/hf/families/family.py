@@ -1,0 +1,80 @@
+"""What must be known of a model family, and the router settings that families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.hf.tables import Row
+
+HFConfig = dict[str, Any]
+
+
+def _none(hf: HFConfig) -> Iterable[Any]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One or more `model_type`s of Hugging Face that share their tensors' names.
+
+    table:       Megatron parameters and Hugging Face tensors.
+    fields:      fields of Megatron-Core's TransformerConfig beyond those that every model has.
+    moe_layers:  which layers have a router, counted from 0.
+    unsupported: reasons why a model of the family is not built here, a sentence each.
+    rope_types:  kinds of rotary embedding that are built.
+    """
+
+    table: tuple[Row, ...]
+    fields: Callable[[HFConfig], dict[str, Any]]
+    moe_layers: Callable[[HFConfig], Iterable[int]] = _none
+    unsupported: Callable[[HFConfig], Iterable[str]] = _none
+    rope_types: tuple[str, ...] = ("default",)
+
+
+def softmax_router(hf: HFConfig) -> dict[str, Any]:
+    """Weights are the softmax over all experts, or, normalised over the chosen, the softmax over these."""
+    return {"moe_router_pre_softmax": not hf.get("norm_topk_prob", False)}
+
+
+def sigmoid_router(hf: HFConfig) -> dict[str, Any]:
+    """DeepSeek-V3's router (2412.19437, equations 12 to 16): sigmoid scores, a bias an expert that counts for the
+    choice only, groups of experts, and weights normalised over the chosen, times a constant.
+
+    The bias is left as it came: at the default rate of 0 an update does not move it.
+    """
+    groups = hf.get("n_group") or 1
+    limited = {"moe_router_num_groups": groups, "moe_router_group_topk": hf["topk_group"]} if groups > 1 else {}
+    return limited | {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor", 1.0),
+    }
+
+
+def sigmoid_router_unsupported(hf: HFConfig) -> Iterator[str]:
+    """Where Megatron-Core 0.19.2 computes another router than the model's."""
+    if hf.get("scoring_func", "sigmoid") != "sigmoid" or hf.get("topk_method", "noaux_tc") != "noaux_tc":
+        yield "a router other than scoring_func=sigmoid with topk_method=noaux_tc"
+    topk, groups = hf["num_experts_per_tok"], hf.get("n_group") or 1
+    if topk > 1 and not hf.get("norm_topk_prob", True):
+        yield "a sigmoid router with norm_topk_prob=false"
+    if groups > 1 and topk // hf["topk_group"] != 2:
+        yield (
+            f"num_experts_per_tok={topk} with topk_group={hf['topk_group']} (the model ranks a group by its two best "
+            "experts, Megatron-Core by its best num_experts_per_tok/topk_group)"
+        )
+
+
+def dense_first(hf: HFConfig) -> list[int]:
+    """Dense layers first, sparse ones from `first_k_dense_replace` on."""
+    every = hf.get("moe_layer_freq", 1)
+    return [i for i in range(hf.get("first_k_dense_replace", 0), hf["num_hidden_layers"]) if i % every == 0]
+
+
+def shared_experts(hf: HFConfig) -> dict[str, Any]:
+    """Shared experts beside the routed ones: in one MLP as wide as all of them."""
+    count = hf.get("n_shared_experts") or 0
+    return {"moe_shared_expert_intermediate_size": count * hf["moe_intermediate_size"]} if count else {}

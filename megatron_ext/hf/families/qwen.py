@@ -1,0 +1,48 @@
+"""Qwen3 and Qwen3-MoE; Qwen2-MoE, of which Qwen1.5-MoE is one: biases of QKV, and a shared expert behind a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_ext.hf.families.family import Family, HFConfig, softmax_router
+from megatron_ext.hf.tables import ATTENTION, DENSE_MLP, ENDS, HF_LAYER, LAYER, MOE, Row, gated_mlp
+from megatron_ext.hf.transforms import Replicated
+
+_SHARED, _HF_SHARED = LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_expert"
+SHARED_EXPERT = (
+    *gated_mlp(_SHARED, _HF_SHARED + "."),
+    Row(_SHARED + "gate_weight", (_HF_SHARED + "_gate.weight",), Replicated()),
+)
+
+
+def _moe_layers(hf: HFConfig) -> list[int]:
+    dense, every = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
+    return [i for i in range(hf["num_hidden_layers"]) if i not in dense and (i + 1) % every == 0]
+
+
+def _qwen3(hf: HFConfig) -> dict[str, Any]:
+    return {"qk_layernorm": True}
+
+
+def _qwen3_moe(hf: HFConfig) -> dict[str, Any]:
+    return _qwen3(hf) | softmax_router(hf) | {"moe_ffn_hidden_size": hf["moe_intermediate_size"]}
+
+
+def _qwen2_moe(hf: HFConfig) -> dict[str, Any]:
+    return softmax_router(hf) | {
+        "add_qkv_bias": hf.get("qkv_bias", True),
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        "moe_shared_expert_intermediate_size": hf["shared_expert_intermediate_size"],
+        "moe_shared_expert_gate": True,
+    }
+
+
+def _output_bias(hf: HFConfig) -> Iterator[str]:
+    if hf.get("attention_bias"):
+        yield "attention_bias=true (a bias of the attention's output)"
+
+
+QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias)
+QWEN3_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE), _qwen3_moe, _moe_layers, _output_bias)
+QWEN2_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT), _qwen2_moe, _moe_layers)
