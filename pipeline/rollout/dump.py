@@ -98,6 +98,7 @@ def write_dump(directory: Path, dump: Dump) -> Path:
     target = dump_path(directory, dump.step)
     partial = target.with_name(f".{target.name}.partial")
     save_file(arrays, partial, header)
+    partial.chmod(0o644)  # safetensors 0.8 writes for its owner only
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, target)
