@@ -17,6 +17,13 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="run a configuration: supervised steps, then reinforcement learning")
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of single fields")
+    train.add_argument(
+        "--from-dump",
+        type=Path,
+        metavar="PATH",
+        help="train on the steps that a run with debug.dump_rollouts=true left in this directory, or on one of its "
+        "files; no server is started, and train.steps does not count",
+    )
     objectives = commands.add_parser("objectives", help="the table of objectives, or one with its equation")
     objectives.add_argument("name", nargs="?", help="a preset of the table")
     options = parser.parse_args(arguments)
@@ -35,6 +42,7 @@ def _train(options: argparse.Namespace) -> int:
     from pipeline.data.prompts import DataError
     from pipeline.observe.run_dir import RunDirectoryError
     from pipeline.rewards import RewardError
+    from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
     from pipeline.session import train
     from pipeline.weights import WeightTransferError
@@ -42,8 +50,8 @@ def _train(options: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
-        path = train(config)
-    except (RunDirectoryError, DataError, FileNotFoundError) as error:
+        path = train(config, options.from_dump)
+    except (RunDirectoryError, DataError, DumpError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (ServerError, TrainerError, RewardError, WeightTransferError, DisagreementError) as error:
         return _fail(str(error), 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.config import model_shape, read_hf_config
@@ -89,6 +89,20 @@ class ChecksConfig(_Frozen):
     )
 
 
+class DebugConfig(_Frozen):
+    """What a run leaves for those who look into it."""
+
+    dump_rollouts: bool | tuple[PositiveInt, ...] = Field(
+        False,
+        description="write what a step trains on to dumps/, for `sameroute train --from-dump`: true for every step, or "
+        "a list of steps",
+    )
+
+    def dumps(self, step: int) -> bool:
+        """Whether a step is dumped."""
+        return self.dump_rollouts if isinstance(self.dump_rollouts, bool) else step in self.dump_rollouts
+
+
 class ClusterConfig(_Frozen):
     """Where Ray runs."""
 
@@ -116,6 +130,7 @@ class Config(_Frozen):
     supervised: SupervisedConfig = Field(default_factory=SupervisedConfig)  # pyright: ignore[reportArgumentType]
     train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
     checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
+    debug: DebugConfig = Field(default_factory=DebugConfig)  # pyright: ignore[reportArgumentType]
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from pipeline.data.prompts import PromptSource
 from pipeline.objectives import Denominators, mismatch_metrics, overlong_penalty, resolve
 from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
+from pipeline.rollout.dump import Dump, write_dump
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Group, Rollout
 from pipeline.workers import Logprobs, TrainerGroup
@@ -42,13 +44,18 @@ class Timer:
 
 @dataclass
 class Loop:
-    """What a step needs. `version` counts the weights that the servers hold."""
+    """What a step needs. `version` counts the weights that the servers hold.
+
+    client: None where there is no server, and every step is a `replay`.
+    dumps: where steps are written that debug.dump_rollouts names.
+    """
 
     config: Config
     source: PromptSource
-    client: SGLangClient
+    client: SGLangClient | None
     trainers: TrainerGroup
     version: int = 0
+    dumps: Path | None = None
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
@@ -59,15 +66,16 @@ class Loop:
             stop_token_ids=self.source.stop_token_ids,
         )
 
-    def step(self, number: int) -> tuple[dict[str, float], list[Group]]:
-        """One RL step; its metrics and what was sampled."""
-        timer, rollout = Timer(), self.config.rollout
+    def step(self, number: int, replay: Dump | None = None) -> tuple[dict[str, float], list[Group]]:
+        """One RL step; its metrics and what was sampled. replay: a step's rollouts, not to be sampled and graded."""
+        timer = Timer()
         with timer("step"):
-            with timer("rollout"):
-                prompts = self.source.take(rollout.prompts_per_step)
-                groups = sample_groups_sync(self.client, prompts, rollout.samples_per_prompt, self.sampling)
-            with timer("reward"):
-                groups = grade(groups, self.source.tokenizer, self.source.reward)
+            groups = self.sample(timer) if replay is None else list(replay.groups)
+            if replay is not None:
+                self.version = replay.weight_version
+            if self.dumps is not None and self.config.debug.dumps(number):
+                with timer("dump"):
+                    write_dump(self.dumps, Dump(number, self.version, self.sampling.temperature, tuple(groups)))
             rollouts = [r for g in groups for r in g.rollouts]
             with timer("train"):
                 self.trainers.load([to_sample(r) for r in rollouts])
@@ -81,15 +89,27 @@ class Loop:
         metrics |= {
             "step": number,
             "weights/version": sampled_under,
-            "throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"],
             "throughput/train_tokens_per_s": sum(len(r.prompt_ids) + len(r) for r in rollouts) / timer.seconds["train"],
         }
+        if replay is None:
+            metrics["throughput/rollout_tokens_per_s"] = tokens / timer.seconds["rollout"]
         return metrics, groups
 
+    def sample(self, timer: Timer) -> list[Group]:
+        """The graded groups of the next prompts."""
+        assert self.client is not None
+        rollout = self.config.rollout
+        with timer("rollout"):
+            prompts = self.source.take(rollout.prompts_per_step)
+            groups = sample_groups_sync(self.client, prompts, rollout.samples_per_prompt, self.sampling)
+        with timer("reward"):
+            return grade(groups, self.source.tokenizer, self.source.reward)
+
     def sync(self) -> None:
-        """The trainer's weights to the server, under the next version."""
+        """The trainer's weights to the server, where there is one, under the next version."""
         self.version += 1
-        self.trainers.send_weights(self.version)
+        if self.client is not None:
+            self.trainers.send_weights(self.version)
 
     def compare(self, rollouts: Sequence[Rollout], proximal: Logprobs) -> dict[str, float]:
         """How far pi_o is from mu, and how the routers would have chosen.
@@ -156,6 +176,7 @@ class Loop:
 
     def probe(self) -> None:
         """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
+        assert self.client is not None
         groups = sample_groups_sync(self.client, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
         self.trainers.load([to_sample(r) for r in rollouts])

@@ -14,49 +14,81 @@ from typing import Literal
 import ray
 import torch
 
-from megatron_ext.hf.config import model_shape, read_hf_config
+from megatron_ext.hf.config import ModelShape, model_shape, read_hf_config
 from pipeline.config import Config
-from pipeline.controller import Loop, supervise
+from pipeline.controller import DisagreementError, Loop, supervise
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
 from pipeline.observe.console import Console
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.rollout.client import SGLangClient
+from pipeline.rollout.dump import DumpError
+from pipeline.rollout.dumped import DumpedSteps
 from pipeline.rollout.server import ServerError, SGLangServer
+from pipeline.types import Group
 from pipeline.workers import TrainerGroup
 
 
-def train(config: Config) -> Path:
+def train(config: Config, from_dump: Path | None = None) -> Path:
     """Run the whole configuration; returns the run directory. Whatever happens, nothing is left running.
 
-    Raises what the CLI turns into a message: DataError, RewardError and RunDirectoryError before anything starts,
-    ServerError, TrainerError, WeightTransferError and DisagreementError after.
+    from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
+    Raises what the CLI turns into a message: DataError, DumpError, RewardError and RunDirectoryError before anything
+    starts, ServerError, TrainerError, WeightTransferError, DumpError and DisagreementError after.
     """
-    with RunDirectory.create(config) as run, Console(config.train.steps) as console:
+    dumped = None if from_dump is None else _dumped_steps(from_dump, config)
+    steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
+    with RunDirectory.create(config) as run, Console(max(steps, default=0)) as console:
 
         def supervised(number: int, nll: float) -> None:
             console.supervised(number, config.supervised.steps, nll)
 
-        with open_loop(config, run.path, run.logs, on_supervised=supervised) as (loop, model_path):
-            for number in range(1, config.train.steps + 1):
-                metrics, groups = loop.step(number)
+        serve = dumped is None
+        with open_loop(config, run.path, run.logs, serve=serve, on_supervised=supervised) as (loop, model_path):
+            shape = model_shape(read_hf_config(model_path))
+            for number in steps:
+                metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number, shape)
                 run.record(metrics)
                 run.write_rollouts(number, groups, loop.source.tokenizer)
                 console.step(metrics)
-            if loop.version:
+            if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
             loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
         run.finish()
     return run.path
 
 
+def _dumped_steps(path: Path, config: Config) -> DumpedSteps:
+    run = config.run.directory.resolve()
+    if path.resolve().is_relative_to(run):
+        raise DumpError(f"{path} lies in run.directory={config.run.directory}; set run.directory to another path")
+    return DumpedSteps(path)
+
+
+def _replay(loop: Loop, dumped: DumpedSteps, number: int, shape: ModelShape) -> tuple[dict[str, float], list[Group]]:
+    """A step on dumped rollouts. Raises DisagreementError where they were sampled under other weights."""
+    try:
+        return loop.step(number, replay=dumped.read(number, loop.config, shape))
+    except DisagreementError as error:
+        raise DisagreementError(
+            f"{error}. Or this replay began with other weights: step {dumped.steps[0]} needs those with which the run "
+            "that dumped it began that step"
+        ) from error
+
+
 @contextlib.contextmanager
 def open_loop(
-    config: Config, directory: Path, logs: Path, *, on_supervised: Callable[[int, float], None] = lambda *_: None
+    config: Config,
+    directory: Path,
+    logs: Path,
+    *,
+    serve: bool = True,
+    on_supervised: Callable[[int, float], None] = lambda *_: None,
 ) -> Iterator[tuple[Loop, Path]]:
     """Server, Ray and trainer ranks up, supervised steps done, weights synchronised: a loop ready for its first step.
 
-    directory: where a tiny model is made. logs: existing folder for the logs of both engines.
+    directory: where a tiny model and dumps are written. logs: existing folder for the logs of both engines.
+    serve: false starts no server, for a loop that replays.
     on_supervised: called with each supervised step and its loss, nats a token.
     Yields the loop and the model directory it started from.
     """
@@ -76,9 +108,10 @@ def open_loop(
         return_routed_experts=replay,
     )
     with contextlib.ExitStack() as stack:
-        stack.callback(server.stop)
-        server.start()  # it loads while Ray and the trainer do
-        trainers = stack.enter_context(trainer_group(config, device, logs, server))
+        if serve:
+            stack.callback(server.stop)
+            server.start()  # it loads while Ray and the trainer do
+        trainers = stack.enter_context(trainer_group(config, device, logs, server if serve else None))
         trainers.build(
             model_path,
             config.trainer,
@@ -90,19 +123,21 @@ def open_loop(
         for number, nll in enumerate(supervise(config, source, trainers), start=1):
             on_supervised(number, nll)
         trainers.restart_optimizer(config.train)
-        server.wait_ready()
-        client = SGLangClient(
-            server.url,
-            vocab_size=shape.vocab_size,
-            num_layers=shape.num_layers,
-            topk=shape.topk,
-            num_experts=shape.num_experts,
-            routes=replay,
-            timeout_s=config.rollout.timeout_s,
-            log_path=server.log_path,
-        )
-        trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
-        loop = Loop(config, source, client, trainers)
+        client = None
+        if serve:
+            server.wait_ready()
+            client = SGLangClient(
+                server.url,
+                vocab_size=shape.vocab_size,
+                num_layers=shape.num_layers,
+                topk=shape.topk,
+                num_experts=shape.num_experts,
+                routes=replay,
+                timeout_s=config.rollout.timeout_s,
+                log_path=server.log_path,
+            )
+            trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
+        loop = Loop(config, source, client, trainers, dumps=directory / "dumps")
         if config.supervised.steps:
             loop.sync()
         yield loop, model_path
@@ -111,12 +146,12 @@ def open_loop(
 
 @contextlib.contextmanager
 def trainer_group(
-    config: Config, device: Literal["cpu", "cuda"], logs: Path, server: SGLangServer
+    config: Config, device: Literal["cpu", "cuda"], logs: Path, server: SGLangServer | None
 ) -> Iterator[TrainerGroup]:
-    """Ray up (or joined), one actor a trainer rank; all gone on leaving."""
+    """Ray up (or joined), one actor a trainer rank; all gone on leaving. A server that dies ends what they wait for."""
 
     def watch() -> None:
-        if not server.alive():
+        if server is not None and not server.alive():
             raise ServerError(f"the SGLang server died\n{server.log_tail()}")
 
     on_termination = signal.getsignal(signal.SIGTERM)

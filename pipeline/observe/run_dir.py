@@ -5,6 +5,7 @@ metrics.jsonl        one JSON object a step
 tensorboard/         the same as events
 logs/                one log a process of both engines
 rollouts/            step_000012.txt: a few sampled rollouts in readable form
+dumps/               step_000012.safetensors: what a step trained on, where debug.dump_rollouts asks for it
 hf/                  the trained model, where the run wrote one
 summary.png          reward, mismatch, lengths
 """
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.observe.events import EventWriter
 
 _FILES = ("config.yaml", "metrics.jsonl", "summary.png")
-_DIRECTORIES = ("tensorboard", "logs", "rollouts", "model", "hf")
+_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
