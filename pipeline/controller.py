@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from megatron_ext.layout import Sample
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
 from pipeline.objectives import Denominators, mismatch_metrics, overlong_penalty, resolve
+from pipeline.observe.step_record import StepArrays
 from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.dump import Dump, write_dump
@@ -48,6 +49,7 @@ class Loop:
 
     client: None where there is no server, and every step is a `replay`.
     dumps: where steps are written that debug.dump_rollouts names.
+    arrays: of the last step.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Loop:
     trainers: TrainerGroup
     version: int = 0
     dumps: Path | None = None
+    arrays: StepArrays | None = field(default=None, init=False)
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
@@ -152,6 +155,8 @@ class Loop:
             for r, a in zip(rollouts, advantages, strict=True)
         ]
         metrics: dict[str, float] = {}
+        current: dict[int, np.ndarray] = {}
+        proximal = None
         if count > 1:
             with timer("logprob"):
                 proximal = self.trainers.logprobs()
@@ -170,8 +175,12 @@ class Loop:
                 self.config.objective, denominators, {int(i): values[i] for i in chosen}
             )
             parts.append(part)
-            if count == 1:
-                metrics = self.compare(rollouts, seen)
+            current |= dict(zip(chosen.tolist(), seen[0], strict=True))
+            if proximal is None:
+                metrics = self.compare(rollouts, proximal := seen)
+        assert proximal is not None
+        rows = [current[i] for i in range(len(rollouts))]
+        self.arrays = StepArrays(proximal[0], rows, proximal[1], advantages, routing=proximal[2])
         return metrics | {n: float(np.mean([p[n] for p in parts if n in p])) for n in set().union(*parts)}
 
     def probe(self) -> None:

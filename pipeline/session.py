@@ -50,6 +50,8 @@ def train(config: Config, from_dump: Path | None = None) -> Path:
                 metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number, shape)
                 run.record(metrics)
                 run.write_rollouts(number, groups, loop.source.tokenizer)
+                assert loop.arrays is not None
+                run.write_arrays(number, groups, loop.arrays, loop.objective, loop.source.tokenizer)
                 console.step(metrics)
             if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
