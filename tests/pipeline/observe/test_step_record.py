@@ -108,7 +108,7 @@ def test_a_record_holds_routing_by_layer_and_both_ratios(tokenizer):
 def test_shown_rollouts_hold_each_policy_s_log_prob_of_each_token(tokenizer):
     groups, arrays = make_step(tokenizer, "1", "23", "4", "56", shift=0.125)
     first, second = shown_rollouts(groups, arrays, tokenizer, 2)
-    assert (first["prompt"], second["prompt"]) == ("question 0", "question 2")
+    assert (first["prompt"], second["prompt"]) == ("question 1", "question 2")
     shown = shown_rollouts(groups, arrays, tokenizer, 4)[1]
     assert shown["text"] == ["2", "3"]
     assert shown["rollout"] == [-0.25, -0.5]
