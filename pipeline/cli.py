@@ -26,8 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     objectives = commands.add_parser("objectives", help="the table of objectives, or one with its equation")
     objectives.add_argument("name", nargs="?", help="a preset of the table")
+    report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
+    report.add_argument("run", type=Path, help="run directory; report.html is written into it")
     options = parser.parse_args(arguments)
-    return {"train": _train, "objectives": _objectives}[options.command](options)
+    return {"train": _train, "objectives": _objectives, "report": _report}[options.command](options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -71,6 +73,17 @@ def _objectives(options: argparse.Namespace) -> int:
         print(describe(options.name))
     except KeyError as error:
         return _fail(str(error.args[0]), 2)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipeline.observe.report.page import write_report
+    from pipeline.observe.report.run import ReportError
+
+    try:
+        print(write_report(options.run))
+    except ReportError as error:
+        return _fail(str(error), 2)
     return 0
 
 

@@ -18,6 +18,9 @@ from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.rollout.server import ServerConfig
 
+LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
+"""Nats by the trainer's dtype; see ChecksConfig.max_abs_logprob."""
+
 
 class ConfigError(ValueError):
     """The configuration cannot be run; the message says what to write instead."""
@@ -180,7 +183,7 @@ class Config(_Frozen):
     @property
     def logprob_bound(self) -> float:
         """Nats; see ChecksConfig.max_abs_logprob."""
-        return self.checks.max_abs_logprob or {"float32": 1e-3, "bfloat16": 0.1}[self.trainer.dtype]
+        return self.checks.max_abs_logprob or LOGPROB_BOUNDS[self.trainer.dtype]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -140,7 +140,9 @@ class RunDirectory:
         if self.rollouts_shown:
             shown = shown_rollouts(groups, arrays, tokenizer, self.rollouts_shown)
             file = self.path / "rollouts" / f"step_{step:06d}.json"
-            file.write_text(json.dumps(shown, allow_nan=False), encoding="utf-8")
+            partial = file.with_suffix(".partial")  # the report may read while the run writes
+            partial.write_text(json.dumps(shown, allow_nan=False), encoding="utf-8")
+            partial.replace(file)
 
     def hf_directory(self, model_path: str | Path) -> Path:
         """hf/ with every file of a Hugging Face directory but its weights: config, tokenizer, generation settings."""
