@@ -88,9 +88,9 @@ def ends(values: np.ndarray, form: str) -> str:
     say: Callable[[float], str] = form.format
     if not len(values):
         return ""
+    if len(values) == 1:
+        return f"{say(values[0])} in the only step."
     if len(values) < 2 * WINDOW:
-        return (
-            f"{say(values[0])} in the first step, {say(values[-1])} in the last." if len(values) > 1 else say(values[0])
-        )
+        return f"{say(values[0])} in the first step, {say(values[-1])} in the last."
     first, last = float(np.mean(values[:WINDOW])), float(np.mean(values[-WINDOW:]))
     return f"{say(first)} in the first {WINDOW} steps, {say(last)} in the last {WINDOW}."

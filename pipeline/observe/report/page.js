@@ -15,7 +15,7 @@ function draw() {
 function colour() {
   const chosen = document.getElementById("colouring").value;
   document.getElementById("answers").dataset.colour = chosen;
-  for (const legend of document.querySelectorAll(".legend")) legend.hidden = legend.dataset.colour !== chosen;
+  for (const scale of document.querySelectorAll(".scale")) scale.hidden = scale.dataset.colour !== chosen;
 }
 
 draw();
