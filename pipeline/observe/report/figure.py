@@ -40,24 +40,27 @@ class Section:
 def line_plot(
     run: Run, lines: Mapping[str, str], unit: str, *, log: bool = False, percent: bool = False
 ) -> go.Figure | None:
-    """A line a metric that the run has; None for none. Log axes leave out what is not positive."""
+    """A line a metric that the run has; None for none. A log axis has no 0: a line's name says where it is 0."""
     drawn = {key: label for key, label in lines.items() if len(present(run, key)[0])}
     if not drawn:
         return None
     plot = blank(unit)
     form = "%{y:.2%}" if percent else "%{y:.4g}"
-    positive = False
+    columns = {key: run.column(key) for key in drawn}
+    above = np.concatenate([values[values > 0] for values in columns.values()])
+    log = log and len(above) > 0
     for (key, label), dash in zip(drawn.items(), DASHES, strict=False):
-        values = run.column(key)
-        if log and (values > 0).any():
-            positive = True
+        values = columns[key]
+        if log and (values <= 0).any():
+            label = f"{label} (0 {'at gaps' if (values > 0).any() else 'throughout'})"
             values = np.where(values > 0, values, np.nan)
         plot.add_scatter(
             x=run.steps, y=values, name=label, mode=mode(run.steps), line={"dash": dash}, hovertemplate=form
         )
     plot.update_layout(showlegend=len(drawn) > 1)
-    if positive:
-        plot.update_yaxes(type="log", exponentformat="e", nticks=6)
+    if log:
+        narrow = above.max() < 1000 * above.min()
+        plot.update_yaxes(type="log", exponentformat="e", nticks=6, dtick="D2" if narrow else None)
     if percent:
         plot.update_yaxes(tickformat=".0%", rangemode="tozero")
     return plot

@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipeline.observe.report import learning, policies, speed
@@ -114,11 +113,11 @@ def render(run: Run) -> str:
         smallest_decade=SMALLEST_DECADE,
         surprise=SURPRISE,
         files=links(run.path),
-        plots=Markup(_script_json({f.name: f.plot.to_plotly_json() for _, fs in shown for f in fs if f.plot})),
-        templates=Markup(_script_json({scheme: template(scheme).to_plotly_json() for scheme in ("light", "dark")})),
-        style=Markup(pages.get_template("page.css").render(levels=LEVELS)),
-        script=Markup(_asset("page.js")),
-        plotly=Markup(get_plotlyjs()),
+        plots=_script_json({f.name: f.plot.to_plotly_json() for _, fs in shown for f in fs if f.plot}),
+        templates=_script_json({scheme: template(scheme).to_plotly_json() for scheme in ("light", "dark")}),
+        style=pages.get_template("page.css").render(levels=LEVELS),
+        script=_asset("page.js"),
+        plotly=get_plotlyjs(),
     )
 
 

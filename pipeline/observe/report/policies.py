@@ -35,7 +35,7 @@ def mismatch(run: Run) -> Figure:
         "Flat, and as small as the number format allows: 1e-7 to 1e-5 in float32, about 1e-2 in bfloat16.",
         "It grows with the steps, or jumps at one: a weight transfer failed, or the engines route, mask or scale "
         "differently. Training on it ends in collapse.",
-        f"Largest of all steps: {largest.max():.1e} nats." if len(largest) else "",
+        f"Largest of all steps: {largest.max():.2g} nats." if len(largest) else "",
         plot,
         absent(run, *lines),
     )
@@ -63,6 +63,7 @@ def agreement(run: Run) -> Figure:
             z[: len(counts), k] = counts[:, 1] / counts[:, 0]  # 0 / 0 where nothing was replayed
     replayed, agreed, fallen = (sum(float(counts[:, i].sum()) for _, counts in routed) for i in range(3))
     plot = blank("layer")
+    gap = int(len(shown) <= 60 and layers <= 16)  # between cells, pixels
     low = float(np.nanmin(z)) if np.isfinite(z).any() else 1.0
     plot.add_heatmap(
         x=[step for step, _ in shown],
@@ -70,8 +71,8 @@ def agreement(run: Run) -> Figure:
         z=z,
         zmin=min(low, 0.9),
         zmax=1.0,
-        xgap=1 if len(shown) <= 60 else 0,
-        ygap=1 if layers <= 60 else 0,
+        xgap=gap,
+        ygap=gap,
         hovertemplate="step %{x}, layer %{y}: %{z:.3%}<extra></extra>",
         colorbar={"tickformat": ".1%", "thickness": 12},
     )

@@ -76,20 +76,21 @@ def draw_ratio_by_step(ratios: Mapping[int, Ratio]) -> tuple[go.Figure, str]:
     figure = blank("log-ratio, nats")
     figure.add_heatmap(
         x=[step for step, _ in shown],
-        y=bins,
+        y=[_words(b) for b in bins.tolist()],
         z=np.log10(np.where(z > 0, z, np.nan)),
         zmin=-3.0,
         zmax=0.0,
-        customdata=[[f"{_words(b)}: {share:.2%}" for share in row] for b, row in zip(bins.tolist(), z, strict=True)],
-        hovertemplate="step %{x}, log-ratio %{customdata}<extra></extra>",
+        customdata=z.astype(np.float32),
+        hovertemplate="step %{x}, log-ratio %{y}: %{customdata:.2%}<extra></extra>",
         colorbar={"tickvals": [-3, -2, -1, 0], "ticktext": ["0.1%", "1%", "10%", "100%"], "thickness": 12},
     )
     for bound in shown[-1][1].bounds:
         if bound is not None:
-            figure.add_hline(y=_place(bound), line=BOUND)
+            figure.add_hline(y=_place(bound) - low, line=BOUND)
     figure.update_layout(hovermode="closest")
     figure.update_xaxes(showgrid=False)
-    figure.update_yaxes(**_axis(low, high), showgrid=False)
+    # By the words of the bins, which hovering shows: a category's place is its position from `low`.
+    figure.update_yaxes(**_axis(low, high, first=low), type="category", showgrid=False)
     return figure, every
 
 
@@ -106,18 +107,18 @@ def _place(log_ratio: float) -> float:
     return math.copysign(0.5 + decades * PER_DECADE, log_ratio) if log_ratio else 0.0
 
 
-def _axis(low: int, high: int) -> dict[str, Any]:
-    """Marks at whole decades within the bins that are drawn, fewer where they would touch."""
-    every = 1 if high - low <= 6 * PER_DECADE else 2
+def _axis(low: int, high: int, first: int = 0) -> dict[str, Any]:
+    """Marks at whole decades within the bins that are drawn, fewer where they would touch. first: bin at place 0."""
+    every = math.ceil((high - low) / (6 * PER_DECADE))
     decades = [d for d in range(SMALLEST + 1, LARGEST + 1) if (d - LARGEST) % every == 0]
     marks = {_place(sign * 10.0**d): f"{sign * 10.0**d:g}" for d in decades for sign in (-1, 1)} | {0.0: "0"}
     kept = {place: text for place, text in marks.items() if low - 0.5 <= place <= high + 0.5}
     return {
         "tickmode": "array",
         "tickangle": 0,
-        "tickvals": list(kept),
+        "tickvals": [place - first for place in kept],
         "ticktext": list(kept.values()),
-        "range": [low - 0.5, high + 0.5],
+        "range": [low - first - 0.5, high - first + 0.5],
     }
 
 

@@ -56,6 +56,11 @@ def routing(step: int, layers: int = LAYERS) -> np.ndarray:
     return counts
 
 
+def mismatch(tokens: int) -> np.ndarray:
+    """[tokens] nats, growing from token to token: 1.5e-6, -1.5e-5 ... -0.15."""
+    return 1.5 * 10.0 ** np.arange(-6, tokens - 6) * (-1.0) ** np.arange(tokens)
+
+
 class MadeRun:
     """A run directory and the tokenizer that writes its rollouts. update: log-ratio that a second mini-batch has."""
 
@@ -77,9 +82,7 @@ class MadeRun:
                 logprobs = -np.linspace(0.05, 3.0, len(ids), dtype=np.float32)
                 versions = np.full(len(ids), step, np.int32)
                 rollouts.append(Rollout(np.zeros(1, np.int32), ids, logprobs, None, versions, "stop"))
-                # A mismatch that grows from token to token: 1.5e-6, -1.5e-5 ... -0.15 nats.
-                shift = 1.5 * 10.0 ** np.arange(-6, len(ids) - 6) * (-1.0) ** np.arange(len(ids))
-                proximal.append((logprobs + shift).astype(np.float32))
+                proximal.append((logprobs + mismatch(len(ids))).astype(np.float32))
             metadata = {"answer": "01289"}
             rewards = np.array([1.0, 0.0], np.float32)
             groups.append(Group(Prompt(np.zeros(1, np.int32), prompt, metadata, index), tuple(rollouts), rewards))
