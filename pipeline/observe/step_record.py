@@ -79,7 +79,7 @@ def histogram(numerator: Sequence[np.ndarray], denominator: Sequence[np.ndarray]
     A log-ratio that is not finite is in no bin, but in `nonfinite`.
     """
     rows = [n.astype(np.float64) - d for n, d in zip(numerator, denominator, strict=True) if len(n)]
-    values = np.concatenate(rows) if level == "token" else np.array([row.mean() for row in rows])
+    values = np.concatenate([*rows, np.zeros(0)]) if level == "token" else np.array([row.mean() for row in rows])
     finite = values[np.isfinite(values)]
     counts = np.bincount(np.searchsorted(BIN_EDGES, finite, side="right"), minlength=len(BIN_EDGES) + 1)
     return {"level": level, "counts": counts.tolist(), "nonfinite": len(values) - len(finite)}

@@ -23,6 +23,7 @@ from pipeline.config import load_config
 from pipeline.controller import DisagreementError, to_sample
 from pipeline.losses import objective_loss
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.observe.report.page import write_report
 from pipeline.rollout.dump import DumpError
 from pipeline.session import _replay, open_loop, train
 from tests.megatron_ext.ranks import run_ranks
@@ -226,6 +227,12 @@ def test_a_run_leaves_its_files_and_no_process(finished, command):
         "sglang.log", "trainer_rank0.log", "trainer_rank1.log",
     }  # fmt: skip
     assert len(list((run.run / "rollouts").glob("*.txt"))) == 3
+    records = [json.loads(line) for line in (run.run / "records.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3]
+    assert all(len(r["routing"]) == 4 and sum(r["ratios"]["proximal/rollout"]["counts"]) > 0 for r in records)
+    page = write_report(run.run).read_text()
+    assert "Finished: 3 of 3 steps." in page
+    assert "is recorded yet" not in page
 
     from transformers import AutoModelForCausalLM
 
