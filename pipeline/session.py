@@ -73,8 +73,8 @@ def _replay(loop: Loop, dumped: DumpedSteps, number: int, shape: ModelShape) -> 
         return loop.step(number, replay=dumped.read(number, loop.config, shape))
     except DisagreementError as error:
         raise DisagreementError(
-            f"{error}. Or this replay began with other weights: step {dumped.steps[0]} needs those with which the run "
-            "that dumped it began that step"
+            f"{error}. Or these are not the weights that sampled step {number}: a replay begins with those that the "
+            f"dumping run had at step {dumped.steps[0]}, and another configuration leads to others from step to step"
         ) from error
 
 

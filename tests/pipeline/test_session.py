@@ -283,7 +283,7 @@ def test_a_replay_from_other_weights_says_so():
         raise DisagreementError("the log-probs differ")
 
     loop, dumped = SimpleNamespace(config=None, step=step), SimpleNamespace(steps=[7], read=lambda *_: None)
-    with pytest.raises(DisagreementError, match=r"log-probs differ\. Or this replay began with other weights: step 7"):
+    with pytest.raises(DisagreementError, match=r"log-probs differ\. Or these are not the weights that sampled step 7"):
         _replay(loop, dumped, 7, None)
 
 
