@@ -17,10 +17,19 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="run a configuration: supervised steps, then reinforcement learning")
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of single fields")
+    train.add_argument(
+        "--from-dump",
+        type=Path,
+        metavar="PATH",
+        help="train on the steps that a run with debug.dump_rollouts=true left in this directory, or on one of its "
+        "files; no server is started, and train.steps does not count",
+    )
     objectives = commands.add_parser("objectives", help="the table of objectives, or one with its equation")
     objectives.add_argument("name", nargs="?", help="a preset of the table")
+    report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
+    report.add_argument("run", type=Path, help="run directory; report.html is written into it")
     options = parser.parse_args(arguments)
-    return {"train": _train, "objectives": _objectives}[options.command](options)
+    return {"train": _train, "objectives": _objectives, "report": _report}[options.command](options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -35,6 +44,7 @@ def _train(options: argparse.Namespace) -> int:
     from pipeline.data.prompts import DataError
     from pipeline.observe.run_dir import RunDirectoryError
     from pipeline.rewards import RewardError
+    from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
     from pipeline.session import train
     from pipeline.weights import WeightTransferError
@@ -42,8 +52,8 @@ def _train(options: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
-        path = train(config)
-    except (RunDirectoryError, DataError, FileNotFoundError) as error:
+        path = train(config, options.from_dump)
+    except (RunDirectoryError, DataError, DumpError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
@@ -70,6 +80,17 @@ def _objectives(options: argparse.Namespace) -> int:
         print(describe(options.name))
     except KeyError as error:
         return _fail(str(error.args[0]), 2)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipeline.observe.report.page import write_report
+    from pipeline.observe.report.run import ReportError
+
+    try:
+        print(write_report(options.run))
+    except ReportError as error:
+        return _fail(str(error), 2)
     return 0
 
 

@@ -65,7 +65,8 @@ class SGLangClient(SGLangControl):
     """One server, seen by the sampler.
 
     vocab_size: ids outside [0, vocab_size) are refused here; SGLang's scheduler dies of them.
-    num_layers, topk, num_experts: shape and range of a route. routes=False: do not ask for routes.
+    num_layers, topk, num_experts: shape and range of a route. moe_layers: those that have experts; None: all of them.
+    routes=False: do not ask for routes.
     timeout_s: seconds for one call, sampling included.
 
     Sampling calls belong between `async with client:` and its end; `with` may be nested.
@@ -79,6 +80,7 @@ class SGLangClient(SGLangControl):
         num_layers: int,
         topk: int,
         num_experts: int,
+        moe_layers: Sequence[int] | None = None,
         routes: bool = True,
         timeout_s: float = 600.0,
         log_path: Path | None = None,
@@ -88,6 +90,7 @@ class SGLangClient(SGLangControl):
         self.num_layers = num_layers
         self.topk = topk
         self.num_experts = num_experts
+        self.moe_layers = list(range(num_layers)) if moe_layers is None else list(moe_layers)
         self.routes = routes
         self._session: aiohttp.ClientSession | None = None
         self._entered = 0
@@ -243,10 +246,10 @@ class SGLangClient(SGLangControl):
         if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):
             raise AnswerError(f"expert ids {flat.min()} .. {flat.max()} are outside [0, {self.num_experts})")
         routes = flat.reshape(shape).astype(route_dtype(self.num_experts))
-        if (layer := layer_with_duplicates(routes)) is not None:
+        if (found := layer_with_duplicates(routes[:, self.moe_layers])) is not None:
             raise AnswerError(
-                f"a route of layer {layer} names an expert twice: the server did not capture that layer's routes; set "
-                "replay=none or r2, or another MoE backend (server.extra_args)"
+                f"a route of layer {self.moe_layers[found]} names an expert twice: the server did not capture that "
+                "layer's routes; set replay=none or r2, or another MoE backend (server.extra_args)"
             )
         return routes
 

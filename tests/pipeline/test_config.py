@@ -16,6 +16,12 @@ def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
     assert config.server.extra_args == ["--a", "b"]
 
 
+@pytest.mark.parametrize(("override", "dumped"), [("false", []), ("true", [1, 2, 3]), ("[2]", [2]), ("[3, 1]", [1, 3])])
+def test_every_step_is_dumped_or_none_or_those_that_are_listed(override, dumped):
+    config = load_config(QUICKSTART, [f"debug.dump_rollouts={override}"])
+    assert [step for step in (1, 2, 3) if config.debug.dumps(step)] == dumped
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -44,6 +50,7 @@ def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
         ("parallel={ranks: 2, virtual_pipeline: 2}", "virtual_pipeline needs pipeline > 1"),
         ("parallel.sequence=true", "set parallel.sequence=false"),
         ("model.path=/nowhere", "exactly one of model.path"),
+        ("debug.dump_rollouts=[0]", r"debug\.dump_rollouts\..*greater than 0"),
         ("objective.preset=gpso", "gspo"),
         ("objective.correction={kind: token_tis, high: 2}", "sequence"),
     ],
