@@ -15,8 +15,9 @@ setup: $(READY)
 quickstart: $(READY)
 	$(BIN)/sameroute train configs/quickstart.yaml
 
+# Two workers, a file's tests on one of them: half of a test of real engines is waiting for one of them to start.
 test: $(READY) browser
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
 browser:

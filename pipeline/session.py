@@ -179,6 +179,7 @@ def trainer_group(
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     if config.cluster.address is None:
         ray.init(
+            address="local",  # never another run's cluster on this machine
             num_cpus=config.parallel.ranks + 1,
             include_dashboard=False,
             object_store_memory=int(config.cluster.object_store_gb * 1e9),

@@ -45,7 +45,7 @@ class StepArrays:
     current_logprobs:  [N] float32 each, log pi at the start of the mini-batch that trained on the rollout.
     entropy:           [N] float32 each, of pi_o.
     advantages:        a number or [N] (padding behind it) each.
-    routing:           [layers, 3] int64, as merge_logprobs returns it; no layers where nothing is routed.
+    routing:           [layers, 3] int64, as merge_routing returns it; no layers where nothing is routed.
     """
 
     proximal_logprobs: Sequence[np.ndarray]

@@ -338,7 +338,7 @@ def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp
             (["data.task=null", "data.path=/nowhere.jsonl"], "there is no data file /nowhere.jsonl"),
             (["--from-dump", "/nowhere"], "there is no dump /nowhere"),
         ]
-        runs = [command(*overrides, f"run.directory={earlier}") for overrides, _ in cases]
+        runs = [command(f"run.directory={earlier}", *overrides) for overrides, _ in cases]
         for run, (_, message) in zip(runs, cases, strict=True):
             assert run.end() in (1, 2)
             assert message in run.text()
