@@ -15,7 +15,7 @@ from megatron_ext.layout import plan_micro_batches
 from megatron_ext.parts import merge_update
 from tests.megatron_ext.jobs import keep_gradients, whole_gradients
 from tests.megatron_ext.ranks import run_ranks
-from tests.megatron_ext.route_codes import MODEL, Seen, complaints, loss, make_samples, reading
+from tests.megatron_ext.route_codes import Seen, complaints, loss, make_samples, reading
 
 RECOMPUTE, PACKING, MICRO_BATCHES = ("none", "selective", "full"), (True, False), (1, 2, 3)
 
@@ -38,17 +38,6 @@ def layouts() -> list[dict]:
 
 def name_of(layout: dict) -> str:
     return " ".join(f"{key}{value}" for key, value in layout.items() if value not in (None, False, 1))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("coded")
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL)).save_pretrained(folder)
-    return str(folder)
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,8 @@ def reference(model: str) -> Found:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", layouts(), ids=name_of)
-def test_each_router_takes_exactly_its_own_rows_and_gradients_are_those_of_one_rank(model, layout):
+def test_each_router_takes_exactly_its_own_rows_and_gradients_are_those_of_one_rank(coded_model_dir, layout):
+    model = str(coded_model_dir)
     one, combos = reference(model), list(itertools.product(RECOMPUTE, PACKING, MICRO_BATCHES))
     ranks = run_ranks(combinations, ParallelConfig(**layout), model, combos)
     expected = merge_update([one.update])["loss/objective"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from tests.megatron_ext.ranks import run_ranks
 from tests.megatron_ext.route_codes import Seen, complaints, loss, make_samples, reading
-from tests.megatron_ext.test_replay_layouts import model, name_of, reference  # noqa: F401  (a fixture)
+from tests.megatron_ext.test_replay_layouts import name_of, reference
 
 
 def no_fault(_trainer, samples):
@@ -112,16 +113,16 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("layout", [{}, CONTEXT, SEQUENCE, CHUNKS], ids=name_of)
-def test_without_a_fault_there_is_no_complaint(model, layout):  # noqa: F811
+def test_without_a_fault_there_is_no_complaint(coded_model_dir, layout):
+    model = str(coded_model_dir)
     answers = run_ranks(one_update, ParallelConfig(**layout), model, "full", no_fault)
     assert [error for _, error in answers] == [""] * len(answers)
     assert complaints([seen for seen, _ in answers], reference(model).seen, 2) == []
 
 
 @pytest.mark.parametrize(("fault", "layout", "recompute", "message"), FAULTS, ids=[f.__name__ for f, *_ in FAULTS])
-def test_a_fault_is_seen(model, fault, layout, recompute, message):  # noqa: F811
-    import re
-
+def test_a_fault_is_seen(coded_model_dir, fault, layout, recompute, message):
+    model = str(coded_model_dir)
     answers = run_ranks(one_update, ParallelConfig(**layout), model, recompute, fault)
     found = complaints([seen for seen, _ in answers], reference(model).seen, 1 if recompute == "none" else 2)
     found += [error for _, error in answers if error]
