@@ -4,6 +4,8 @@
     python scripts/bench_logprobs.py memory [--tokens 4096] [--hidden 2048]
     python scripts/bench_logprobs.py errors [--tokens 256]  [--hidden 2048]
 
+(defaults without a GPU; with one 16,384 tokens, 20 rounds)
+
 time:   forward and backward of `linear_logprobs` against the version that makes float32 logits, turn about in one
         process. `--clock cpu` counts CPU seconds, which other programs on the machine disturb less.
 memory: peak above hidden states and weights, the gradients of these two counted apart. On a CPU each version runs in a
@@ -211,7 +213,7 @@ def main() -> None:
     parser.add_argument("what", choices=["time", "memory", "errors"])
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of this process, all threads")
     parser.add_argument("--blocks", help="of the Triton kernel")
@@ -222,7 +224,9 @@ def main() -> None:
         from megatron_ext import logprobs_triton
 
         logprobs_triton.LARGE = logprobs_triton.Blocks(*(int(x) for x in args.blocks.split(",")))
-    args.tokens = args.tokens or {"errors": 256}.get(args.what, 4096)
+    gpu = args.device != "cpu"
+    args.tokens = args.tokens or (256 if args.what == "errors" else 16_384 if gpu else 4096)
+    args.rounds = args.rounds or (20 if gpu else 2)
     {"time": run_time, "memory": run_memory, "errors": run_errors}[args.what](args)
 
 
