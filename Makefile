@@ -6,15 +6,24 @@ UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup quickstart test lint format lock clean
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
+
+.PHONY: setup quickstart test browser lint format lock clean
 
 setup: $(READY)
 
 quickstart: $(READY)
 	$(BIN)/sameroute train configs/quickstart.yaml
 
-test: $(READY)
-	$(BIN)/pytest
+# Two workers, a file's tests on one of them: half of a test of real engines is waiting for one of them to start.
+test: $(READY) browser
+	$(BIN)/pytest -n 2 --dist loadfile
+
+# The report is tested in a browser; where none can be installed here, its tests say what to install.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+	    || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+	    || echo "no browser was found or installed"
 
 lint: $(READY)
 	$(BIN)/ruff check .

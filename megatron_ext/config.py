@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_ext.hf.config import num_experts
+
+Head = Literal["bf16", "fp32_accumulate", "fp32"]
+"""How the LM head makes logits; `logprobs.linear_logprobs` says what each rounds."""
 
 
 class _Frozen(BaseModel):
@@ -124,3 +128,30 @@ class TrainerConfig(_Frozen):
     extra: dict[str, Any] = Field(
         default_factory=dict, description="further fields of Megatron-Core's TransformerConfig"
     )
+
+    def check_replay(self) -> None:
+        """Raise ValueError where routers would not take, or not account for, the routes that they are given."""
+        problem = replay_conflict({"moe_router_fusion": self.router_fusion} | self.extra)
+        if problem is not None:
+            raise ValueError(f"{problem}, or set replay=none")
+
+
+def replay_conflict(fields: Mapping[str, Any]) -> str | None:
+    """What in Megatron-Core's TransformerConfig (0.19.2) goes around replayed routes, and what to set instead; or None.
+
+    fields: by TransformerConfig's names; those that are absent have their defaults.
+    """
+    if fields.get("moe_router_fusion"):
+        return "the fused router returns before replay is consulted; set trainer.router_fusion=false"
+    kinds = fields.get("moe_router_load_balancing_type") or "none"
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        if kind in ("sinkhorn", "quantile_balancing"):
+            return f"{kind} balancing chooses experts itself and never asks for routes; set it to none in trainer.extra"
+        if kind != "none":
+            return (
+                f"{kind} counts the experts of a top-k of its own, not those that replayed tokens went to, so it would "
+                "balance another routing; set moe_router_load_balancing_type=none in trainer.extra"
+            )
+    if fields.get("moe_expert_capacity_factor") is not None:
+        return "a capacity factor drops tokens from the experts they are routed to; leave it out of trainer.extra"
+    return None

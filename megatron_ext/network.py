@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext import cpu
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import Head, OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.load import load_hf
 from megatron_ext.layout import Sample, TokenLayout, plan_micro_batches
-from megatron_ext.logprobs import vocab_parallel_logprobs
+from megatron_ext.lm_head import logprob_head
 from megatron_ext.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -84,6 +84,7 @@ class Network:
         """
         self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
         self.head, self.temperature = head, temperature
+        self.lm_head: Head = "fp32" if config.dtype == "float32" else "bf16"
         self.mcore_config, self.chunks = build_model(hf, parallel_config, config, head=head, replay=replay)
         self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
         self.models: list[Any] = list(self.chunks)
@@ -176,20 +177,23 @@ class Network:
                 replay.set(batch.routes, batch.counted, recompute=requeue)
             elif replay is not None and routing == "record":
                 replay.record()
-            output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
+            output = model(
+                batch.tokens, batch.positions, None, packed_seq_params=batch.packed, output_processor=self._head(batch)
+            )
+            if chunk.post_process and self.head == "value":
+                output = (output.flatten().float(),)
             if replay is not None and routing == "replay" and requeue:
-                replay.switch_in_backward(output)
+                for part in output if chunk.post_process else (output,):
+                    replay.switch_in_backward(part)
             elif replay is not None and routing == "record":
                 recorded[number] |= replay.take_recorded()
-            if chunk.post_process:
-                output = self._read(output, batch)
             return output, partial(finish, number, batch)
 
-        def finish(number: int, batch: MicroBatch, output: Tensor):
+        def finish(number: int, batch: MicroBatch, output: tuple[Tensor, ...]):
             if batch.indices:
                 value, measured = use(batch, self._responses(batch, output))
             else:
-                value, measured = output.sum() * 0.0, {}
+                value, measured = output[0].sum() * 0.0, {}
             return value, torch.tensor(int(first and number == 0), dtype=torch.int, device=self.device), measured
 
         iterators = [iter(list(enumerate(batches))) for _ in self.models]
@@ -227,21 +231,16 @@ class Network:
             batches.append(make_micro_batch(indices, samples, layout, self.device, self.shape if replay else None))
         return batches
 
-    def _read(self, output: Tensor, batch: MicroBatch) -> Tensor:
-        """[rows, tokens, ...] of the head -> [quantities, this rank's tokens] float32."""
+    def _head(self, batch: MicroBatch) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """What the last stage answers in place of logits."""
         if self.head == "value":
-            return output.reshape(1, -1).float()
-        logprobs, entropy = vocab_parallel_logprobs(
-            output.flatten(0, 1),
-            batch.labels,
-            vocab_size=self.shape.vocab_size,
-            group=parallel_state.get_tensor_model_parallel_group(),
-            temperature=self.temperature,
+            return None
+        return logprob_head(
+            batch.labels, vocab_size=self.shape.vocab_size, temperature=self.temperature, head=self.lm_head
         )
-        return torch.stack([logprobs, entropy])
 
-    def _responses(self, batch: MicroBatch, output: Tensor) -> tuple[Tensor, ...]:
-        """[quantities, this rank's tokens] -> [samples, longest response] each, whole on every context rank."""
+    def _responses(self, batch: MicroBatch, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """[this rank's tokens] each -> [samples, longest response] each, whole on every context rank."""
         group = parallel_state.get_context_parallel_group()
         lengths = [s.response_length for s in batch.samples]
         whole = []

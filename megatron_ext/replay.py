@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megatron_ext.config import replay_conflict
 from megatron_ext.mcore import GPTModel, RouterReplay, RouterReplayAction
 
 
@@ -70,8 +71,8 @@ class ChunkReplay:
         for layer in chunk.decoder.layers:
             router = getattr(layer.mlp, "router", None)
             if router is not None and router.router_replay is not None:
-                if router.config.moe_router_fusion:
-                    raise ValueError("moe_router_fusion returns before replay is consulted; turn one of them off")
+                if (problem := replay_conflict(vars(router.config))) is not None:
+                    raise ValueError(problem)
                 RouterReplay.global_router_replay_instances.remove(router.router_replay)
                 router.router_replay = LayerReplay()
                 router.router_replay.layer_number = layer.layer_number

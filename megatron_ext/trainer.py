@@ -26,8 +26,8 @@ from megatron_ext.parts import Metrics, TokenPart, UpdatePart, add_metrics
 class LossBatch:
     """Whole sequences of one micro-batch, as the loss sees them.
 
-    quantities: [samples, tokens] float32 each, zero behind each response: for a policy its log-probs, with gradient,
-                and its entropies; for a critic its values, with gradient.
+    quantities: [samples, tokens] float32 each with gradient, zero behind each response: for a policy its log-probs and
+                its entropies; for a critic its values.
     mask:       [samples, tokens] bool.
     values:     the samples' values: [samples, tokens] or [samples] float32.
     indices:    which samples of the call these are.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import signal
 import sys
-import warnings
 from pathlib import Path
+
+from pipeline.convert import ConvertError, add_arguments
+from pipeline.convert import run as convert
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,11 +20,21 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="run a configuration: supervised steps, then reinforcement learning")
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of single fields")
+    train.add_argument(
+        "--from-dump",
+        type=Path,
+        metavar="PATH",
+        help="train on the steps that a run with debug.dump_rollouts=true left in this directory, or on one of its "
+        "files; no server is started, and train.steps does not count",
+    )
     objectives = commands.add_parser("objectives", help="the table of objectives, or one with its equation")
     objectives.add_argument("name", nargs="?", help="a preset of the table")
-    _add_convert(commands)
+    report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
+    report.add_argument("run", type=Path, help="run directory; report.html is written into it")
+    add_arguments(commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints"))
     options = parser.parse_args(arguments)
-    return {"train": _train, "objectives": _objectives, "convert": _convert}[options.command](options)
+    run = {"train": _train, "objectives": _objectives, "report": _report, "convert": _convert}[options.command]
+    return run(options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -39,6 +49,7 @@ def _train(options: argparse.Namespace) -> int:
     from pipeline.data.prompts import DataError
     from pipeline.observe.run_dir import RunDirectoryError
     from pipeline.rewards import RewardError
+    from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
     from pipeline.session import train
     from pipeline.weights import WeightTransferError
@@ -46,8 +57,8 @@ def _train(options: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
-        path = train(config)
-    except (RunDirectoryError, DataError, FileNotFoundError) as error:
+        path = train(config, options.from_dump)
+    except (RunDirectoryError, DataError, DumpError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
@@ -77,65 +88,25 @@ def _objectives(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_convert(commands) -> None:
-    convert = commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints")
-    directions = convert.add_subparsers(dest="direction", required=True)
-    to_megatron = directions.add_parser("to-megatron", help="a Hugging Face directory into a checkpoint")
-    to_megatron.add_argument("source", metavar="HF_DIR", type=Path)
-    to_megatron.add_argument("out", metavar="OUT", type=Path)
-    sizes = {
-        "tp": "tensor-parallel ranks",
-        "pp": "pipeline stages",
-        "vpp": "model chunks a stage",
-        "ep": "expert-parallel ranks",
-        "etp": "tensor-parallel ranks inside an expert (default: --tp)",
-    }
-    layout = to_megatron.add_argument_group(
-        "layout", "The checkpoint loads in any layout; it loads with the least reading in the one it was written in."
-    )
-    for name, text in sizes.items():
-        layout.add_argument(f"--{name}", type=int, help=text)
-    to_hf = directions.add_parser("to-hf", help="a checkpoint into a Hugging Face directory")
-    to_hf.add_argument("source", metavar="CKPT", type=Path)
-    to_hf.add_argument("out", metavar="OUT", type=Path)
-    to_hf.add_argument("--hf", metavar="HF_DIR", type=Path, help="configuration and tokenizer (default: CKPT/hf)")
-    to_hf.add_argument(
-        "--shard-gb", type=float, default=1.0, help="of one safetensors file, and about the memory needed; default 1"
-    )
-    for direction in (to_megatron, to_hf):
-        direction.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the source's")
-        direction.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back and compare")
-        direction.add_argument("--overwrite", action="store_true", help="replace OUT, once the new one is whole")
+def _report(options: argparse.Namespace) -> int:
+    from pipeline.observe.report.page import write_report
+    from pipeline.observe.report.run import ReportError
+
+    try:
+        print(write_report(options.run))
+    except ReportError as error:
+        return _fail(str(error), 2)
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # conversions run on the CPU, beside whatever uses the GPUs
-    os.environ["PYTHONWARNINGS"] = "ignore"  # torch's and Megatron-Core's advice is for who writes models
-    warnings.simplefilter("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    from megatron_ext.checkpoint import CheckpointError
-    from megatron_ext.convert import command
-    from megatron_ext.convert.ranks import RankError
-    from megatron_ext.convert.tensors import ConversionError
-    from megatron_ext.output import OutputError
-
     signal.signal(signal.SIGTERM, _interrupt)
-    common = {"dtype": options.dtype, "verify": options.verify, "overwrite": options.overwrite}
     try:
-        if options.direction == "to-megatron":
-            layout = command.layout_of(options.tp, options.pp, options.vpp, options.ep, options.etp)
-            report = command.to_megatron(options.source, options.out, layout, **common)
-        else:
-            shard_bytes = int(options.shard_gb * 1e9)
-            report = command.to_hf(options.source, options.out, hf_dir=options.hf, shard_bytes=shard_bytes, **common)
-    except (CheckpointError, ConversionError, OutputError, RankError, OSError) as error:
-        return _fail(str(error), 1)
-    except (KeyError, ValueError) as error:  # another model than config.json says, or one that is not built here
-        return _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error), 2)
+        print(convert(options))
+    except ConvertError as error:
+        return _fail(str(error), error.code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    if report is not None:
-        print(report)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.config import model_shape, read_hf_config
@@ -17,6 +17,9 @@ from pipeline.data.prompts import DataConfig
 from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.rollout.server import ServerConfig
+
+LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
+"""Nats by the trainer's dtype; see ChecksConfig.max_abs_logprob."""
 
 
 class ConfigError(ValueError):
@@ -104,6 +107,20 @@ class ChecksConfig(_Frozen):
     probe_rollouts: int = Field(64, ge=1, description="rollouts of such a measurement")
 
 
+class DebugConfig(_Frozen):
+    """What a run leaves for those who look into it."""
+
+    dump_rollouts: bool | tuple[PositiveInt, ...] = Field(
+        False,
+        description="write what a step trains on to dumps/, for `sameroute train --from-dump`: true for every step, or "
+        "a list of steps",
+    )
+
+    def dumps(self, step: int) -> bool:
+        """Whether a step is dumped."""
+        return self.dump_rollouts if isinstance(self.dump_rollouts, bool) else step in self.dump_rollouts
+
+
 class ClusterConfig(_Frozen):
     """Where Ray runs."""
 
@@ -136,14 +153,13 @@ class Config(_Frozen):
     critic: CriticConfig = Field(default_factory=CriticConfig)  # pyright: ignore[reportArgumentType]
     train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
     checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
+    debug: DebugConfig = Field(default_factory=DebugConfig)  # pyright: ignore[reportArgumentType]
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
 
     @model_validator(mode="after")
     def _together(self):
-        if self.replay != "none" and self.trainer.router_fusion:
-            raise ValueError(
-                "the fused router returns before replay is consulted; set trainer.router_fusion=false or replay=none"
-            )
+        if self.replay != "none":
+            self.trainer.check_replay()
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "
@@ -174,7 +190,7 @@ class Config(_Frozen):
     @property
     def logprob_bound(self) -> float:
         """Nats; see ChecksConfig.max_abs_logprob."""
-        return self.checks.max_abs_logprob or {"float32": 1e-3, "bfloat16": 0.1}[self.trainer.dtype]
+        return self.checks.max_abs_logprob or LOGPROB_BOUNDS[self.trainer.dtype]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,8 +19,10 @@ from pipeline.data.prompts import PromptSource
 from pipeline.loss_values import loss_values, padded
 from pipeline.objectives import Denominators, Objective, is_informative, mismatch_metrics, resolve
 from pipeline.objectives.kl import kl_estimate
+from pipeline.observe.step_record import StepArrays
 from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
+from pipeline.rollout.dump import Dump, write_dump
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Group, Rollout, route_dtype
 from pipeline.workers import PolicyTokens, TrainerGroup
@@ -50,14 +53,21 @@ class Timer:
 
 @dataclass
 class Loop:
-    """What a step needs. `version` counts the weights that the servers hold."""
+    """What a step needs. `version` counts the weights that the servers hold.
+
+    client: None where there is no server, and every step is a dumped one.
+    dumps: where steps are written that debug.dump_rollouts names.
+    arrays: of the last step.
+    """
 
     config: Config
     shape: ModelShape
     source: PromptSource
-    client: SGLangClient
+    client: SGLangClient | None
     trainers: TrainerGroup
     version: int = 0
+    dumps: Path | None = None
+    arrays: StepArrays | None = field(default=None, init=False)
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
@@ -68,14 +78,20 @@ class Loop:
             stop_token_ids=self.source.stop_token_ids,
         )
 
-    def step(self, number: int) -> tuple[dict[str, float], list[Group]]:
-        """One RL step; its metrics and what was sampled."""
+    def step(self, number: int, dumped: Dump | None = None) -> tuple[dict[str, float], list[Group]]:
+        """One RL step; its metrics and what was sampled. dumped: a step's rollouts, not to be sampled and graded."""
         timer = Timer()
         with timer("step"):
-            groups, metrics = self.sample(timer)
+            if dumped is None:
+                groups, metrics = self.sample(timer)
+            else:
+                groups, metrics, self.version = list(dumped.groups), {}, dumped.weight_version
+            if self.dumps is not None and self.config.debug.dumps(number):
+                with timer("dump"):
+                    write_dump(self.dumps, Dump(number, self.version, self.sampling.temperature, tuple(groups)))
             rollouts = [r for g in groups for r in g.rollouts]
             with timer("train"):
-                self.trainers.load([to_sample(r) for r in rollouts])
+                self.load(rollouts)
                 every = self.config.checks.probe_every
                 if self.replay == "r3" and every and (number - 1) % every == 0:
                     metrics |= self.probe_replay(rollouts)
@@ -97,10 +113,16 @@ class Loop:
         """As configured; a dense model has no routes."""
         return self.config.replay if self.shape.num_experts else "none"
 
+    def load(self, rollouts: Sequence[Rollout]) -> None:
+        """Hand the rollouts to the trainer, with their routes where it is to take them."""
+        samples = [to_sample(r) for r in rollouts]
+        self.trainers.load(samples if self.replay == "r3" else [replace(s, routes=None) for s in samples])
+
     def sync(self) -> None:
-        """The trainer's weights to the server, under the next version."""
+        """The trainer's weights to the server, where there is one, under the next version."""
         self.version += 1
-        self.trainers.send_weights(self.version)
+        if self.client is not None:
+            self.trainers.send_weights(self.version)
 
     def sample(self, timer: Timer) -> tuple[list[Group], dict[str, float]]:
         """The graded groups of a step, and what sampling them took.
@@ -108,6 +130,7 @@ class Loop:
         With dynamic sampling (DAPO) a group whose rewards are all equal is replaced by a group of the next prompt, in
         at most `rollout.max_sampling_rounds` rounds. Raises NothingToLearnError where those do not suffice.
         """
+        assert self.client is not None
         rollout, groups, drawn, tokens = self.config.rollout, [], 0, 0
         for _ in range(rollout.max_sampling_rounds):
             with timer("rollout"):
@@ -127,10 +150,10 @@ class Loop:
                 f"a step needs {rollout.prompts_per_step}: the task is too easy or too hard for the model; take other "
                 "data, raise rollout.max_sampling_rounds, or set objective.dynamic_sampling=false"
             )
-        return groups, {
-            "rollout/groups_replaced": float(drawn - len(groups)),
-            "throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"],
-        }
+        metrics = {"throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"]}
+        if self.objective.composition.dynamic_sampling:
+            metrics["rollout/groups_replaced"] = float(drawn - len(groups))
+        return groups, metrics
 
     def update(self, groups: Sequence[Group], rollouts: Sequence[Rollout], timer: Timer) -> dict[str, float]:
         """Advantages over the whole batch, then one optimizer step a mini-batch of whole groups.
@@ -165,7 +188,7 @@ class Loop:
             reference=reference,
             values=values,
         )
-        parts, routing = [], []
+        parts, current, passes = [], {}, []
         for k in range(count):
             chosen = [int(i) for i in np.flatnonzero(group_ids % count == k)]
             denominators = Denominators(
@@ -175,15 +198,21 @@ class Loop:
             )
             inputs = {i: per_sample[i] for i in chosen}
             part, seen = self.trainers.update_policy(self.config.objective, denominators, inputs)
-            routing.append(seen.routing)
+            current |= dict(zip(chosen, seen.logprobs, strict=True))
             if objective.needs_critic:
                 part |= self.trainers.update_critic(self.config.objective, denominators, inputs)
             parts.append(part)
+            passes.append(seen.routing)
             if proximal is None:
                 metrics = self.compare(rollouts, seen)
+                proximal = seen
+        assert proximal is not None
         # Under R3 agreement is the engines', at the proximal weights; under R2 it is the policy's own, as it moves.
-        counts = proximal.routing if self.replay == "r3" and proximal is not None else np.sum(routing, 0)
-        metrics |= routing_metrics(counts)
+        routing = proximal.routing if self.replay == "r3" else np.sum(passes, 0)
+        metrics |= routing_metrics(routing)
+        advantages = [np.asarray(row["advantage"]) for row in per_sample]
+        rows = [current[i] for i in range(len(rollouts))]
+        self.arrays = StepArrays(proximal.logprobs, rows, proximal.entropy, advantages, routing)
         return metrics | {n: float(np.mean([p[n] for p in parts if n in p])) for n in set().union(*parts)}
 
     def compare(self, rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str, float]:
@@ -218,9 +247,10 @@ class Loop:
 
     def probe(self) -> None:
         """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
+        assert self.client is not None
         groups = sample_groups_sync(self.client, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
-        self.trainers.load([to_sample(r) for r in rollouts])
+        self.load(rollouts)
         self.compare(rollouts, self.trainers.logprobs("replay" if self.replay == "r3" else "native"))
 
 
@@ -261,6 +291,7 @@ def group_metrics(groups: Sequence[Group], rollouts: Sequence[Rollout]) -> dict[
         "reward/uninformative_groups": float(np.mean([np.ptp(g.rewards) == 0 for g in groups])),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
+        "rollout/retractions": float(sum(r.retractions for r in rollouts)),
         "response/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in rollouts])),
     }
 

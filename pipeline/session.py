@@ -16,7 +16,7 @@ import torch
 
 from megatron_ext.hf.config import model_shape, read_hf_config
 from pipeline.config import Config
-from pipeline.controller import Loop, supervise
+from pipeline.controller import DisagreementError, Loop, supervise
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
@@ -25,29 +25,39 @@ from pipeline.observe.console import Console
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.rewards import resolve_reward
 from pipeline.rollout.client import SGLangClient
+from pipeline.rollout.dump import DumpError
+from pipeline.rollout.dumped import DumpedSteps
 from pipeline.rollout.server import ServerError, SGLangServer, reserve_port
+from pipeline.types import Group
 from pipeline.workers import TrainerGroup
 
 
-def train(config: Config) -> Path:
+def train(config: Config, from_dump: Path | None = None) -> Path:
     """Run the whole configuration; returns the run directory. Whatever happens, nothing is left running.
 
-    Raises what the CLI turns into a message: DataError, RewardError and RunDirectoryError before anything starts,
-    ServerError, TrainerError, WeightTransferError and DisagreementError after.
+    from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
+    Raises what the CLI turns into a message: DataError, DumpError, RewardError, RunDirectoryError and ServerError (its
+    port) before anything starts; ServerError, TrainerError, WeightTransferError, DumpError, NothingToLearnError and
+    DisagreementError after.
     """
+    dumped = None if from_dump is None else _dumped_steps(from_dump, config)
     check_inputs(config)
-    with RunDirectory.create(config) as run, Console(config.train.steps) as console:
+    steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
+    with RunDirectory.create(config) as run, Console(max(steps, default=0)) as console:
 
         def supervised(number: int, nll: float) -> None:
             console.supervised(number, config.supervised.steps, nll)
 
-        with open_loop(config, run.path, run.logs, on_supervised=supervised) as (loop, model_path):
-            for number in range(1, config.train.steps + 1):
-                metrics, groups = loop.step(number)
+        serve = dumped is None
+        with open_loop(config, run.path, run.logs, serve=serve, on_supervised=supervised) as (loop, model_path):
+            for number in steps:
+                metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number)
                 run.record(metrics)
                 run.write_rollouts(number, groups, loop.source.tokenizer)
+                assert loop.arrays is not None
+                run.write_arrays(number, groups, loop.arrays, loop.objective, loop.source.tokenizer)
                 console.step(metrics)
-            if loop.version:
+            if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
             loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
         run.finish()
@@ -62,13 +72,37 @@ def check_inputs(config: Config) -> None:
     reserve_port(config.server.host, config.server.port)
 
 
+def _dumped_steps(path: Path, config: Config) -> DumpedSteps:
+    run = config.run.directory.resolve()
+    if path.resolve().is_relative_to(run):
+        raise DumpError(f"{path} lies in run.directory={config.run.directory}; set run.directory to another path")
+    return DumpedSteps(path)
+
+
+def _replay(loop: Loop, dumped: DumpedSteps, number: int) -> tuple[dict[str, float], list[Group]]:
+    """A step on dumped rollouts. Raises DisagreementError where they were sampled under other weights."""
+    try:
+        return loop.step(number, dumped.read(number, loop.config, loop.shape))
+    except DisagreementError as error:
+        raise DisagreementError(
+            f"{error}. Or these are not the weights that sampled step {number}: a replay begins with those that the "
+            f"dumping run had at step {dumped.steps[0]}, and another configuration leads to others from step to step"
+        ) from error
+
+
 @contextlib.contextmanager
 def open_loop(
-    config: Config, directory: Path, logs: Path, *, on_supervised: Callable[[int, float], None] = lambda *_: None
+    config: Config,
+    directory: Path,
+    logs: Path,
+    *,
+    serve: bool = True,
+    on_supervised: Callable[[int, float], None] = lambda *_: None,
 ) -> Iterator[tuple[Loop, Path]]:
     """Server, Ray and trainer ranks up, supervised steps done, weights synchronised: a loop ready for its first step.
 
-    directory: where a tiny model is made. logs: existing folder for the logs of both engines.
+    directory: where a tiny model and dumps are written. logs: existing folder for the logs of both engines.
+    serve: false starts no server, for a loop that replays.
     on_supervised: called with each supervised step and its loss, nats a token.
     Yields the loop and the model directory it started from.
     """
@@ -89,9 +123,10 @@ def open_loop(
         return_routed_experts=routes,
     )
     with contextlib.ExitStack() as stack:
-        stack.callback(server.stop)
-        server.start()  # it loads while Ray and the trainer do
-        trainers = stack.enter_context(trainer_group(config, device, logs, server))
+        if serve:
+            stack.callback(server.stop)
+            server.start()  # it loads while Ray and the trainer do
+        trainers = stack.enter_context(trainer_group(config, device, logs, server if serve else None))
         trainers.build(
             model_path,
             config.trainer,
@@ -107,19 +142,22 @@ def open_loop(
         trainers.restart_optimizer(config.train)
         if objective.needs_reference:
             trainers.call("keep_reference")
-        server.wait_ready()
-        client = SGLangClient(
-            server.url,
-            vocab_size=shape.vocab_size,
-            num_layers=shape.num_layers,
-            topk=shape.topk,
-            num_experts=shape.num_experts,
-            routes=routes,
-            timeout_s=config.rollout.timeout_s,
-            log_path=server.log_path,
-        )
-        trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
-        loop = Loop(config, shape, source, client, trainers)
+        client = None
+        if serve:
+            server.wait_ready()
+            client = SGLangClient(
+                server.url,
+                vocab_size=shape.vocab_size,
+                num_layers=shape.num_layers,
+                topk=shape.topk,
+                num_experts=shape.num_experts,
+                moe_layers=shape.moe_layers,
+                routes=routes,
+                timeout_s=config.rollout.timeout_s,
+                log_path=server.log_path,
+            )
+            trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
+        loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
         if config.supervised.steps:
             loop.sync()
         yield loop, model_path
@@ -128,12 +166,12 @@ def open_loop(
 
 @contextlib.contextmanager
 def trainer_group(
-    config: Config, device: Literal["cpu", "cuda"], logs: Path, server: SGLangServer
+    config: Config, device: Literal["cpu", "cuda"], logs: Path, server: SGLangServer | None
 ) -> Iterator[TrainerGroup]:
-    """Ray up (or joined), one actor a trainer rank; all gone on leaving."""
+    """Ray up (or joined), one actor a trainer rank; all gone on leaving. A server that dies ends what they wait for."""
 
     def watch() -> None:
-        if not server.alive():
+        if server is not None and not server.alive():
             raise ServerError(f"the SGLang server died\n{server.log_tail()}")
 
     on_termination = signal.getsignal(signal.SIGTERM)
@@ -141,6 +179,7 @@ def trainer_group(
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     if config.cluster.address is None:
         ray.init(
+            address="local",  # never another run's cluster on this machine
             num_cpus=config.parallel.ranks + 1,
             include_dashboard=False,
             object_store_memory=int(config.cluster.object_store_gb * 1e9),

@@ -40,6 +40,8 @@ class Rollout:
                       input. The last sampled token was never an input, so it has no row. None: not asked for.
     weight_versions:  [N] int32, the version of the weights that sampled each token.
     finish_reason:    "stop" (a stop token), "length" (the limit), "abort" (interrupted; what is there is valid).
+    retractions:      how often the server dropped this request's KV cache and computed it again, tokens and routes of
+                      what had been sampled included; those rows are then of the second computation.
     """
 
     prompt_ids: np.ndarray
@@ -48,10 +50,42 @@ class Rollout:
     routes: np.ndarray | None
     weight_versions: np.ndarray
     finish_reason: FinishReason
+    retractions: int = 0
 
     def __len__(self) -> int:
         """Response tokens."""
         return len(self.response_ids)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[P + N] int32."""
+        return np.concatenate([self.prompt_ids, self.response_ids])
+
+    def extended(self, more: Rollout) -> Rollout:
+        """This rollout and what was sampled after it. Nothing that is here changes: the tokens keep the log-probs,
+        versions and routes of the forward passes that sampled them, whatever recomputed them since.
+
+        more: a rollout whose prompt is all of this one's tokens and whose routes, if any, are those from the last of
+              them on: [M, layers, topk] for M new tokens.
+        Raises ValueError where that is not so.
+        """
+        if not np.array_equal(more.prompt_ids, self.token_ids):
+            raise ValueError("a continuation's prompt is all tokens so far, and this one's is not")
+        routes = None
+        if self.routes is not None:
+            if more.routes is None or len(more.routes) != len(more):
+                have = None if more.routes is None else len(more.routes)
+                raise ValueError(f"a continuation of {len(more)} tokens brings as many route rows, not {have}")
+            routes = np.concatenate([self.routes, more.routes])
+        return Rollout(
+            prompt_ids=self.prompt_ids,
+            response_ids=np.concatenate([self.response_ids, more.response_ids]),
+            rollout_logprobs=np.concatenate([self.rollout_logprobs, more.rollout_logprobs]),
+            routes=routes,
+            weight_versions=np.concatenate([self.weight_versions, more.weight_versions]),
+            finish_reason=more.finish_reason,
+            retractions=self.retractions + more.retractions,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,3 +100,13 @@ class Group:
 def route_dtype(num_experts: int) -> np.dtype:
     """The narrowest type that holds every expert id: uint8 up to 256 experts, else int16."""
     return np.dtype(np.uint8 if num_experts <= 256 else np.int16)
+
+
+def layer_with_duplicates(routes: np.ndarray) -> int | None:
+    """A layer of routes [tokens, layers, topk] in which a row names an expert twice, or None."""
+    for a in range(routes.shape[-1] - 1):
+        for b in range(a + 1, routes.shape[-1]):
+            same = routes[..., a] == routes[..., b]
+            if same.any():
+                return int(same.any(0).nonzero()[0][0])
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,25 @@ _LINE = 100  # characters of a table of tokens
 
 
 def pick(groups: Sequence[Group], count: int) -> list[tuple[Group, int]]:
-    """Up to `count` (group, rollout) positions: groups evenly spaced over the step, and only then second samples."""
-    if count < len(groups):
-        return [(groups[k * len(groups) // count], 0) for k in range(count)]
+    """Up to `count` (group, rollout) positions: of prompts spread over the step the best and the worst answer each, and
+    only where that is not enough the others."""
     longest = max((len(g.rollouts) for g in groups), default=0)
-    return [(g, i) for i in range(longest) for g in groups if i < len(g.rollouts)][:count]
+    prompts = min(len(groups), math.ceil(count / max(1, min(2, longest))))
+    # Every other one is moved by a place, because mini-batches are dealt in turn, and all of them shall be seen.
+    shift = len(groups) >= 2 * prompts
+    places = [(2 * k + 1) * len(groups) // (2 * prompts) - k % 2 * shift for k in range(prompts)]
+    ranked = [(groups[place], _best_and_worst_first(groups[place])) for place in places]
+    extremes = [(group, i) for group, order in ranked for i in order[:2]]
+    others = [(group, order[k]) for k in range(2, longest) for group, order in ranked if k < len(order)]
+    return (extremes + others)[:count]
+
+
+def _best_and_worst_first(group: Group) -> list[int]:
+    samples = list(range(len(group.rollouts)))
+    if len(group.rewards) != len(samples) or len(samples) < 2:
+        return samples
+    best, worst = int(np.argmax(group.rewards)), len(samples) - 1 - int(np.argmin(group.rewards[::-1]))
+    return [best, worst, *(i for i in samples if i not in (best, worst))]
 
 
 def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,12 +1,15 @@
 """The files a run leaves.
 
 config.yaml          the resolved configuration
-metrics.jsonl        one JSON object a step
+metrics.jsonl        one JSON object a step, of numbers
+records.jsonl        one JSON object a step, of what is no single number: see step_record
 tensorboard/         the same as events
 logs/                one log a process of both engines
-rollouts/            step_000012.txt: a few sampled rollouts in readable form
+rollouts/            step_000012.txt and .json: a few sampled rollouts, for people and for the report
+dumps/               step_000012.safetensors: what a step trained on, where debug.dump_rollouts asks for it
 hf/                  the trained model, where the run wrote one
 summary.png          reward, mismatch, lengths
+report.html          what `sameroute report` makes of all this
 """
 
 from __future__ import annotations
@@ -22,16 +25,18 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from pipeline.observe.rollout_text import pick, rollout_text
+from pipeline.observe.step_record import StepArrays, shown_rollouts, step_record
 from pipeline.types import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.config import Config
+    from pipeline.objectives import Objective
     from pipeline.observe.events import EventWriter
 
-_FILES = ("config.yaml", "metrics.jsonl", "summary.png")
-_DIRECTORIES = ("tensorboard", "logs", "rollouts", "model", "hf")
+_FILES = ("config.yaml", "metrics.jsonl", "records.jsonl", "summary.png", "report.html")
+_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -61,6 +66,7 @@ class RunDirectory:
             directory.mkdir(parents=True)
         (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
         self._metrics = self.metrics_path.open("x", encoding="utf-8")
+        self._steps = (self.path / "records.jsonl").open("x", encoding="utf-8")
         self._events: EventWriter | None = None
         self._records = 0
 
@@ -85,6 +91,7 @@ class RunDirectory:
     def close(self) -> None:
         """Write out and close metrics and events. A second call does nothing."""
         self._metrics.close()
+        self._steps.close()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -118,6 +125,24 @@ class RunDirectory:
         file = self.path / "rollouts" / f"step_{step:06d}.txt"
         file.write_text("\n".join(texts), encoding="utf-8")
         return file
+
+    def write_arrays(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        arrays: StepArrays,
+        objective: Objective,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """A step's line of records.jsonl (flushed), and what `write_rollouts` shows as rollouts/step_NNNNNN.json."""
+        self._steps.write(json.dumps(step_record(step, groups, arrays, objective), allow_nan=False) + "\n")
+        self._steps.flush()
+        if self.rollouts_shown:
+            shown = shown_rollouts(groups, arrays, tokenizer, self.rollouts_shown)
+            file = self.path / "rollouts" / f"step_{step:06d}.json"
+            partial = file.with_suffix(".partial")  # the report may read while the run writes
+            partial.write_text(json.dumps(shown, allow_nan=False), encoding="utf-8")
+            partial.replace(file)
 
     def hf_directory(self, model_path: str | Path) -> Path:
         """hf/ with every file of a Hugging Face directory but its weights: config, tokenizer, generation settings."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.rollout.control import SGLangControl
 from pipeline.rollout.server import ServerError
-from pipeline.types import FinishReason, Rollout, route_dtype
+from pipeline.types import FinishReason, Rollout, layer_with_duplicates, route_dtype
 
 
 class AnswerError(ServerError):
@@ -65,7 +65,8 @@ class SGLangClient(SGLangControl):
     """One server, seen by the sampler.
 
     vocab_size: ids outside [0, vocab_size) are refused here; SGLang's scheduler dies of them.
-    num_layers, topk, num_experts: shape and range of a route. routes=False: do not ask for routes.
+    num_layers, topk, num_experts: shape and range of a route. moe_layers: those that have experts; None: all of them.
+    routes=False: do not ask for routes.
     timeout_s: seconds for one call, sampling included.
 
     Sampling calls belong between `async with client:` and its end; `with` may be nested.
@@ -79,6 +80,7 @@ class SGLangClient(SGLangControl):
         num_layers: int,
         topk: int,
         num_experts: int,
+        moe_layers: Sequence[int] | None = None,
         routes: bool = True,
         timeout_s: float = 600.0,
         log_path: Path | None = None,
@@ -88,6 +90,7 @@ class SGLangClient(SGLangControl):
         self.num_layers = num_layers
         self.topk = topk
         self.num_experts = num_experts
+        self.moe_layers = list(range(num_layers)) if moe_layers is None else list(moe_layers)
         self.routes = routes
         self._session: aiohttp.ClientSession | None = None
         self._entered = 0
@@ -130,6 +133,26 @@ class SGLangClient(SGLangControl):
         if not isinstance(answers, list) or len(answers) != n:
             raise AnswerError(f"{n} samples asked for, got {len(answers) if isinstance(answers, list) else answers}")
         return [self._rollout(ids, answer, sampling) for answer in answers]
+
+    async def extend(self, rollout: Rollout, sampling: Sampling) -> Rollout:
+        """Go on with an interrupted rollout, `sampling.max_new_tokens` tokens more at most.
+
+        Only routes of tokens that have none yet are asked for and appended: the server would answer with what its KV
+        cache holds, and that is whichever forward filled it last. Errors as in `generate`.
+        """
+        ids = self._checked_ids(rollout.token_ids)
+        if sampling.seed is not None:
+            await self._require_seeds()
+        start = len(ids) - 1  # the last sampled token was never an input, so it has no row yet
+        body = {
+            "input_ids": ids.tolist(),
+            "sampling_params": sampling.parameters(1)[0],
+            "return_logprob": True,
+            "return_routed_experts": self.routes,
+            "routed_experts_start_len": start,
+        }
+        answer = await self._post_generate(body)
+        return rollout.extended(self._rollout(ids, answer, sampling, routes_from=start))
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probs and routes of a given sequence, by one prefill at temperature 1; nothing is sampled.
@@ -183,7 +206,9 @@ class SGLangClient(SGLangControl):
         except aiohttp.ClientError as error:
             raise ServerError(f"{self.url}/generate was cut off: {error!r}{self._see_log()}") from error
 
-    def _rollout(self, prompt_ids: np.ndarray, answer: dict[str, Any], sampling: Sampling) -> Rollout:
+    def _rollout(
+        self, prompt_ids: np.ndarray, answer: dict[str, Any], sampling: Sampling, routes_from: int = 0
+    ) -> Rollout:
         meta = answer["meta_info"]
         reason = meta["finish_reason"]["type"]
         if reason not in get_args(FinishReason):
@@ -202,9 +227,10 @@ class SGLangClient(SGLangControl):
             prompt_ids=prompt_ids,
             response_ids=response_ids,
             rollout_logprobs=logprobs,
-            routes=self._decode_routes(meta, len(prompt_ids) + count - 1),
+            routes=self._decode_routes(meta, len(prompt_ids) + count - 1 - routes_from),
             weight_versions=_decode_versions(meta, count),
             finish_reason=reason,
+            retractions=int(meta.get("num_retractions") or 0),
         )
 
     def _decode_routes(self, meta: dict[str, Any], rows: int) -> np.ndarray | None:
@@ -219,7 +245,13 @@ class SGLangClient(SGLangControl):
             raise AnswerError(f"{flat.size} expert ids came back for routes of shape {shape}")
         if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):
             raise AnswerError(f"expert ids {flat.min()} .. {flat.max()} are outside [0, {self.num_experts})")
-        return flat.reshape(shape).astype(route_dtype(self.num_experts))
+        routes = flat.reshape(shape).astype(route_dtype(self.num_experts))
+        if (found := layer_with_duplicates(routes[:, self.moe_layers])) is not None:
+            raise AnswerError(
+                f"a route of layer {self.moe_layers[found]} names an expert twice: the server did not capture that "
+                "layer's routes; set replay=none or r2, or another MoE backend (server.extra_args)"
+            )
+        return routes
 
 
 def _decode_versions(meta: dict[str, Any], count: int) -> np.ndarray:

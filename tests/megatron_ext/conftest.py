@@ -15,3 +15,17 @@ def tiny_dense_model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     Qwen3ForCausalLM(Qwen3Config(**shape)).to(torch.float32).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def coded_model_dir(tmp_path_factory):
+    """A random Qwen3-MoE with experts enough to write (sample, position, layer) in a route."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from tests.megatron_ext.route_codes import MODEL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("coded")
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL)).save_pretrained(folder)
+    return folder

@@ -42,6 +42,28 @@ def test_slices_of_all_ranks_cover_the_pack_and_merge_back(lengths, cp, sp):
         assert torch.equal(torch.cat(pieces), parts[rank])
 
 
+@given(LENGTHS, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.booleans(), st.sampled_from([1, 16, 32]))
+def test_what_all_routers_see_merges_back_packed_or_padded_and_aligned(lengths, cp, sp, packed, align):
+    layouts = [
+        [TokenLayout(tuple(lengths), cp, c, sp, s, packed=packed, align=align) for s in range(sp)] for c in range(cp)
+    ]
+    first = layouts[0][0]
+    assert (first.total // first.rows) % (cp * sp * align) == 0
+    tokens = torch.stack([torch.arange(first.total), torch.arange(first.total) % 7], 1)
+    seen = torch.stack([torch.stack([layout.slice_sequence(tokens) for layout in row]) for row in layouts])
+    assert torch.equal(first.merge_sequence(seen), tokens)
+    assert int(sum(layout.slice_sequence(first.is_token).sum() for row in layouts for layout in row)) == sum(lengths)
+    parts = torch.stack([row[0].slice_context(tokens[:, 0]) for row in layouts])
+    assert torch.equal(first.merge_context(parts), tokens[:, 0])
+
+
+def test_padded_rows_are_as_long_as_the_longest_and_routers_see_them_position_by_position():
+    layout = TokenLayout((2, 3), packed=False)
+    assert layout.padded_lengths == (3, 3)
+    assert layout.pack([np.array([10, 11]), np.array([20, 21, 22])]).tolist() == [10, 11, 0, 20, 21, 22]
+    assert layout.slice_sequence(torch.tensor([10, 11, 0, 20, 21, 22])).tolist() == [10, 20, 11, 21, 0, 22]
+
+
 @given(LENGTHS, st.sampled_from([1, 2]))
 def test_responses_are_the_last_inputs_of_each_sequence(lengths, cp):
     layout = TokenLayout(tuple(lengths), cp_size=cp)

@@ -155,14 +155,100 @@ def test_routes_of_another_model_are_refused(tiny_model_dir):
     assert queues == [None] * LAYERS
 
 
-def fused_router(config: ParallelConfig, model: str):
-    try:
-        trainer(model, config, router_fusion=True)
-    except ValueError as error:
-        return str(error)
-    return ""
+def around_replay(config: ParallelConfig, model: str):
+    messages = []
+    for settings in (
+        {"router_fusion": True},
+        {"extra": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}},
+    ):
+        try:
+            trainer(model, config, **settings)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
-def test_a_fused_router_is_refused(tiny_model_dir):
-    (message,) = run_ranks(fused_router, ParallelConfig(), str(tiny_model_dir))
-    assert "fus" in message
+def test_a_router_that_goes_around_replay_is_refused(tiny_model_dir):
+    ((fused, auxiliary),) = run_ranks(around_replay, ParallelConfig(), str(tiny_model_dir))
+    assert "returns before replay is consulted" in fused
+    assert "counts the experts of a top-k of its own" in auxiliary
+
+
+def three_models(config: ParallelConfig, model: str):
+    """A policy that replays beside a reference and a critic of the same layers, in one process."""
+    from megatron_ext.trainer import Trainer
+
+    settings = TrainerConfig(micro_batch_tokens=60, recompute="full")
+    it = Trainer(model, config, settings, OptimizerConfig(), replay=True, reference=True, critic=OptimizerConfig())
+    alone = Trainer(model, config, settings, OptimizerConfig(), replay=False)
+    samples, plain = make_samples(routes=True), make_samples(routes=False)
+    assert it.reference is not None
+    it.keep_reference()
+    parts = (
+        it.logprobs(samples),
+        it.reference_logprobs(samples),
+        alone.logprobs(plain),
+        it.logprobs(samples, "native"),
+        it.values(samples),
+        it.logprobs(samples),
+    )
+    return [part.quantities[0] if part.quantities else {} for part in parts]
+
+
+def test_reference_and_critic_route_natively_beside_a_policy_that_replays(tiny_model_dir):
+    chunks = ParallelConfig(ranks=2, pipeline=2, virtual_pipeline=2)
+    _, last_stage = run_ranks(three_models, chunks, str(tiny_model_dir))
+    replayed, reference, alone, native, values, again = last_stage
+    for i in range(SAMPLES):
+        assert np.array_equal(reference[i], alone[i])
+        assert np.array_equal(native[i], alone[i])
+        assert np.array_equal(again[i], replayed[i])
+        assert (values[i] == 0).all()
+    assert max(np.abs(replayed[i] - alone[i]).max() for i in range(SAMPLES)) > 1e-2
+
+
+def recorded(config: ParallelConfig, model: str, packing: bool):
+    """R2 on a rank: the routes of a native forward, log-probs under them, and the counters of an update with them."""
+    from megatron_ext.trainer import Trainer
+
+    settings = TrainerConfig(micro_batch_tokens=60, packing=packing, recompute="full")
+    it = Trainer(model, config, settings, OptimizerConfig(lr=1e-9), replay=True)
+    return it.logprobs(make_samples(routes=False), "record")
+
+
+def replay_recorded(config: ParallelConfig, model: str, packing: bool, routes):
+    from dataclasses import replace
+
+    from megatron_ext.trainer import Trainer
+
+    settings = TrainerConfig(micro_batch_tokens=100, packing=packing, recompute="full")
+    it = Trainer(model, config, settings, OptimizerConfig(lr=1e-9), replay=True)
+    samples = [replace(s, routes=r) for s, r in zip(make_samples(routes=False), routes, strict=True)]
+    return it.update(samples, weighted_likelihood).seen
+
+
+R2_LAYOUTS = [
+    {},
+    {"ranks": 2},
+    {"ranks": 2, "context": 2},
+    {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+    {"ranks": 8, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "context": 2},
+]
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("layout", R2_LAYOUTS, ids=str)
+def test_r2_records_the_native_routes_of_every_token_and_updates_replay_them(tiny_model_dir, layout, packing):
+    from megatron_ext.parts import merge_routes, merge_routing, merge_tokens
+
+    config, model = ParallelConfig(**layout), str(tiny_model_dir)
+    parts = run_ranks(recorded, config, model, packing)
+    routes = merge_routes(parts, SAMPLES, LAYERS, np.dtype(np.uint8))
+    assert [r.shape for r in routes] == [(s.input_length, LAYERS, TOPK) for s in make_samples(routes=False)]
+    seen = run_ranks(replay_recorded, config, model, packing, routes)
+    tokens = sum(len(r) for r in routes)
+    counts = merge_routing(seen)
+    assert counts[:, 0].tolist() == [tokens] * LAYERS
+    assert (counts[:, 1] >= tokens - 1).all()  # one may sit on a tie that another micro-batch rounds the other way
+    for mine, theirs in zip(merge_tokens(parts, SAMPLES)[0], merge_tokens(seen, SAMPLES)[0], strict=True):
+        assert np.abs(mine - theirs).max() < 1e-5

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.parts import merge_tokens
 from tests.megatron_ext.jobs import SAMPLES, Outcome, make_samples, outcome
 from tests.megatron_ext.ranks import run_ranks
 
@@ -53,10 +54,12 @@ def test_logprobs_of_a_dense_model_equal_transformers(tiny_dense_model_dir):
     samples = make_samples(routes=False)
     dense = outcome(ParallelConfig(), tiny_dense_model_dir, TRAINER, samples, False)
     assert np.abs(dense.before - transformers_logprobs(tiny_dense_model_dir, samples)).max() < 1e-5
-    split = outcome(
-        ParallelConfig(ranks=4, tensor=2, sequence=True, pipeline=2), tiny_dense_model_dir, TRAINER, samples, False
-    )
-    assert np.abs(split.after - dense.after).max() < 1e-4
+    for layout in (
+        ParallelConfig(ranks=4, tensor=2, sequence=True, pipeline=2), ParallelConfig(ranks=2, tensor=2)
+    ):  # fmt: skip
+        split = outcome(layout, tiny_dense_model_dir, TRAINER, samples, False)
+        assert split.update["train/grad_norm"] == pytest.approx(dense.update["train/grad_norm"], rel=1e-5)
+        assert np.abs(split.after - dense.after).max() < 1e-4
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -91,6 +94,31 @@ def test_an_update_moves_logprobs_towards_the_loss(tiny_model_dir):
     result = one_rank(str(tiny_model_dir))
     weights = np.concatenate([np.full(s.response_length, s.values["weight"]) for s in make_samples(routes=True)])
     assert ((result.after - result.before) * weights).sum() > 0
+
+
+def with_entropy_bonus(config: ParallelConfig, model: str, trainer: TrainerConfig):
+    from megatron_ext.trainer import Trainer
+
+    it = Trainer(model, config, trainer, OptimizerConfig(lr=1e-3), replay=True)
+    samples = make_samples(routes=True)
+
+    def bonus(batch):
+        return -(batch.quantities[1] * batch.mask).sum() / SAMPLES, {}
+
+    return it.update(samples, bonus), it.logprobs(samples)
+
+
+def test_an_entropy_bonus_raises_the_entropy_alike_on_every_layout(tiny_model_dir):
+    trainer, layouts = TRAINER.model_copy(update={"recompute": "full"}), [{}, LAYOUTS["context 2"], LAYOUTS["tensor 2"]]
+    norms = []
+    for layout in layouts:
+        parts = run_ranks(with_entropy_bonus, ParallelConfig(**layout), str(tiny_model_dir), trainer)
+        before = np.concatenate(merge_tokens([update.seen for update, _ in parts], SAMPLES)[1])
+        after = np.concatenate(merge_tokens([seen for _, seen in parts], SAMPLES)[1])
+        assert after.mean() > before.mean()
+        norms.append(parts[0][0].grad_norm)
+    assert norms[0] > 0
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
 
 
 def warmed_up(config: ParallelConfig, model: str):

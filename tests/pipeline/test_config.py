@@ -16,6 +16,12 @@ def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
     assert config.server.extra_args == ["--a", "b"]
 
 
+@pytest.mark.parametrize(("override", "dumped"), [("false", []), ("true", [1, 2, 3]), ("[2]", [2]), ("[3, 1]", [1, 3])])
+def test_every_step_is_dumped_or_none_or_those_that_are_listed(override, dumped):
+    config = load_config(QUICKSTART, [f"debug.dump_rollouts={override}"])
+    assert [step for step in (1, 2, 3) if config.debug.dumps(step)] == dumped
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -25,7 +31,12 @@ def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
         ("train.lr", r"section\.field=value"),
         ("train.lr.x=1", "lr is a value, not a section"),
         ("train.mini_batches=5", "32 prompts do not divide into 5 mini-batches"),
-        ("trainer.router_fusion=true", "set trainer.router_fusion=false or replay=none"),
+        ("trainer.router_fusion=true", "set trainer.router_fusion=false, or set replay=none"),
+        ("trainer.extra={moe_router_fusion: true}", "set trainer.router_fusion=false"),
+        ("trainer.extra={moe_router_load_balancing_type: aux_loss}", "a top-k of its own, .* or set replay=none"),
+        ("trainer.extra={moe_router_load_balancing_type: [seq_aux_loss]}", "seq_aux_loss counts the experts"),
+        ("trainer.extra={moe_router_load_balancing_type: sinkhorn}", "never asks for routes"),
+        ("trainer.extra={moe_expert_capacity_factor: 1.0}", "drops tokens"),
         ("rollout.top_p=0.9", "set rollout.top_p=1"),
         ("rollout.samples_per_prompt=1", "samples_per_prompt to at least 2"),
         ("server.context_length=16", "set that to 24 or more"),
@@ -39,6 +50,7 @@ def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
         ("parallel={ranks: 2, virtual_pipeline: 2}", "virtual_pipeline needs pipeline > 1"),
         ("parallel.sequence=true", "set parallel.sequence=false"),
         ("model.path=/nowhere", "exactly one of model.path"),
+        ("debug.dump_rollouts=[0]", r"debug\.dump_rollouts\..*greater than 0"),
         ("objective.preset=gpso", "gspo"),
         ("objective.correction={kind: token_tis, high: 2}", "sequence"),
     ],

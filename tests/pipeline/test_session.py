@@ -11,6 +11,7 @@ import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +23,15 @@ from pipeline.config import load_config
 from pipeline.controller import DisagreementError, to_sample
 from pipeline.losses import policy_loss
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
-from pipeline.session import open_loop
+from pipeline.observe.report.page import write_report
+from pipeline.rollout.dump import DumpError
+from pipeline.session import _replay, open_loop, train
 from tests.megatron_ext.ranks import run_ranks
 
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
          "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4"]  # fmt: skip
+DUMPED = ["train.steps=3", "parallel={ranks: 2, expert: 2}", "data.reward=tests.pipeline.verifiers:length"]
 KEYS = {
     "step", "reward/mean", "mismatch/k3", "mismatch/abs_logprob", "routing/replayed_fraction", "routing/agreement",
     "loss/clip_fraction", "response/length_mean", "weights/version", "time/rollout_s", "time/train_s", "time/sync_s",
@@ -197,10 +201,20 @@ def test_tokens_of_an_older_version_stop_the_run(loop):
     loop.version -= 1
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three steps on two ranks, which dumped them."""
+    run = Command(tmp_path_factory.mktemp("finished"), *SMALL, *DUMPED, "debug.dump_rollouts=true")
+    try:
+        assert run.end(240) == 0, run.text()
+        yield run
+    finally:
+        run.stop()
+
+
 @pytest.mark.slow
-def test_a_run_leaves_its_files_and_no_process(command, tmp_path):
-    run = command(*SMALL, "train.steps=3", "parallel={ranks: 2, expert: 2}")
-    assert run.end(240) == 0, run.text()
+def test_a_run_leaves_its_files_and_no_process(finished, command):
+    run = finished
     assert run.orphans() == []
     rows = [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3]
@@ -212,7 +226,13 @@ def test_a_run_leaves_its_files_and_no_process(command, tmp_path):
     assert {f.name for f in (run.run / "logs").iterdir()} == {
         "sglang.log", "trainer_rank0.log", "trainer_rank1.log",
     }  # fmt: skip
-    assert len(list((run.run / "rollouts").iterdir())) == 3
+    assert len(list((run.run / "rollouts").glob("*.txt"))) == 3
+    records = [json.loads(line) for line in (run.run / "records.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3]
+    assert all(len(r["routing"]) == 4 and sum(r["ratios"]["proximal/rollout"]["counts"]) > 0 for r in records)
+    page = write_report(run.run).read_text()
+    assert "Finished: 3 of 3 steps." in page
+    assert "is recorded yet" not in page
 
     from transformers import AutoModelForCausalLM
 
@@ -221,9 +241,50 @@ def test_a_run_leaves_its_files_and_no_process(command, tmp_path):
     assert start.keys() == trained.keys()
     assert max(float((start[k] - trained[k]).abs().max()) for k in start) > 1e-4
 
-    again = command(*SMALL, "run.overwrite=false", folder=tmp_path / "0")
+    again = command(*SMALL, "run.overwrite=false", folder=run.run.parent)
     assert again.end() == 2
     assert "holds a run already; set run.directory" in again.text()
+
+
+@pytest.mark.slow
+def test_a_replay_needs_no_server_and_repeats_the_run_bit_for_bit(finished, command):
+    dumps = finished.run / "dumps"
+    replay = command(*SMALL, *DUMPED, "server.extra_args=[--no-such-argument]", "--from-dump", str(dumps))
+    assert replay.end(240) == 0, replay.text()
+    assert replay.orphans() == []
+    assert not (replay.run / "logs" / "sglang.log").exists()
+    before, after = (
+        [
+            {key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "throughput/"))}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (finished.run, replay.run)
+    )
+    assert len(before) == 3
+    assert all(row["train/grad_norm"] > 0 and row["reward/std"] > 0 for row in before)
+    assert after == before
+    trained, again = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (finished.run, replay.run))
+    assert again == trained
+    rollouts = [sorted((folder / "rollouts").glob("*.txt")) for folder in (finished.run, replay.run)]
+    assert [f.read_text() for f in rollouts[1]] == [f.read_text() for f in rollouts[0]]
+
+
+def test_a_dump_that_the_run_would_delete_is_refused_before_it_does(tmp_path):
+    dumps = tmp_path / "dumps"
+    dumps.mkdir()
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(DumpError, match=r"dumps lies in run\.directory=.*; set run\.directory to another path"):
+        train(load_config(QUICKSTART, [f"run.directory={tmp_path}", "run.overwrite=true"]), dumps)
+    assert dumps.is_dir()
+
+
+def test_a_replay_from_other_weights_says_so():
+    def step(number, dumped):
+        raise DisagreementError("the log-probs differ")
+
+    loop, dumped = SimpleNamespace(config=None, shape=None, step=step), SimpleNamespace(steps=[7], read=lambda *_: None)
+    with pytest.raises(DisagreementError, match=r"log-probs differ\. Or these are not the weights that sampled step 7"):
+        _replay(loop, dumped, 7)
 
 
 @pytest.mark.slow
@@ -275,8 +336,9 @@ def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp
             (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
             (["data.reward=none.such"], "none.such"),
             (["data.task=null", "data.path=/nowhere.jsonl"], "there is no data file /nowhere.jsonl"),
+            (["--from-dump", "/nowhere"], "there is no dump /nowhere"),
         ]
-        runs = [command(*overrides, f"run.directory={earlier}") for overrides, _ in cases]
+        runs = [command(f"run.directory={earlier}", *overrides) for overrides, _ in cases]
         for run, (_, message) in zip(runs, cases, strict=True):
             assert run.end() in (1, 2)
             assert message in run.text()

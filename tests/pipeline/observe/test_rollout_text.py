@@ -1,5 +1,9 @@
+import dataclasses
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.observe.rollout_text import pick, rollout_text
@@ -45,13 +49,31 @@ def test_an_ungraded_and_an_empty_rollout_are_said_to_be_so(tokenizer):
     assert "versions  none" in text
 
 
-def test_picks_are_spread_over_the_groups_before_any_group_shows_two(tokenizer):
-    groups = [make_group(tokenizer, ["1", "2"]) for _ in range(8)]
+def positions(groups, count):
+    return [(next(k for k, g in enumerate(groups) if g is group), i) for group, i in pick(groups, count)]
 
-    def positions(count):
-        return [(next(k for k, g in enumerate(groups) if g is group), i) for group, i in pick(groups, count)]
 
-    assert positions(4) == [(0, 0), (2, 0), (4, 0), (6, 0)]
-    assert positions(9) == [(k, 0) for k in range(8)] + [(0, 1)]
-    assert len(positions(99)) == 16
+def test_picks_are_the_best_and_the_worst_answer_of_prompts_spread_over_the_step(tokenizer):
+    groups = [make_group(tokenizer, ["1", "2", "3"], rewards) for rewards in [(0, 1, 0.5), (1, 0, 0.5)] * 4]
+    assert positions(groups, 4) == [(2, 1), (2, 0), (5, 0), (5, 1)]
+    assert positions(groups, 3) == [(2, 1), (2, 0), (5, 0)]
+    assert {place % 2 for place, _ in positions(groups, 8)} == {0, 1}
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 130))
+def test_picks_are_as_many_as_asked_for_and_none_twice(groups, samples, count):
+    group = Group(Prompt(np.zeros(1, np.int32), ""), (None,) * samples)
+    shown = pick([dataclasses.replace(group) for _ in range(groups)], count)
+    assert len(shown) == len({(id(g), i) for g, i in shown}) == min(count, groups * samples)
+
+
+def test_picks_show_further_answers_only_when_every_prompt_has_shown_two(tokenizer):
+    groups = [make_group(tokenizer, ["1", "2", "3"], rewards) for rewards in [(0, 1, 0.5), (0.5, 0.5, 0.5)]]
+    assert positions(groups, 5) == [(0, 1), (0, 0), (1, 0), (1, 2), (0, 2)]
+    assert len(positions(groups, 99)) == 6
     assert pick([], 3) == []
+
+
+def test_picks_of_ungraded_or_single_answers_are_one_each_in_order(tokenizer):
+    assert positions([make_group(tokenizer, ["1"]) for _ in range(4)], 4) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert positions([make_group(tokenizer, ["1", "2", "3"]) for _ in range(4)], 2) == [(2, 0), (2, 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 
 import numpy as np
@@ -123,6 +124,65 @@ def test_an_aborted_request_returns_what_it_has(client):
         assert rollout.finish_reason == "abort"
         assert 0 < len(rollout) < 900
         assert len(rollout.routes) == 3 + len(rollout) - 1
+
+
+def extend(client, rollout, sampling):
+    async def run():
+        async with client:
+            return await client.extend(rollout, sampling)
+
+    return asyncio.run(run())
+
+
+def test_a_rollout_cut_and_gone_on_with_is_the_whole_one(client):
+    greedy = Sampling(24, 0.0, ignore_eos=True)
+    (whole,) = generate(client, [11, 12, 13], sampling=greedy)
+    (cut,) = generate(client, [11, 12, 13], sampling=Sampling(10, 0.0, ignore_eos=True))
+    (once,) = (extend(client, cut, Sampling(1, 0.0, ignore_eos=True)),)
+    twice = extend(client, once, Sampling(13, 0.0, ignore_eos=True))
+    assert (twice.response_ids == whole.response_ids).all()
+    assert np.abs(twice.rollout_logprobs - whole.rollout_logprobs).max() < 1e-5
+    assert twice.routes.shape == (3 + 24 - 1, 4, 2)
+    assert (twice.routes == whole.routes).all()
+    assert (twice.prompt_ids == [11, 12, 13]).all()
+
+
+def test_what_was_sampled_before_an_abort_keeps_its_routes_under_other_weights_versions(client):
+    async def run():
+        async with client:
+            task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
+            await asyncio.sleep(0.4)
+            await asyncio.to_thread(client.abort)
+            return (await task)[0]
+
+    first = asyncio.run(run())
+    client.set_weight_version(3)
+    try:
+        whole = extend(client, first, Sampling(5, 1.0, ignore_eos=True))
+    finally:
+        client.set_weight_version(0)
+    assert len(whole) == len(first) + 5
+    assert (whole.routes[: len(first.routes)] == first.routes).all()
+    assert len(whole.routes) == 3 + len(whole) - 1
+    assert whole.weight_versions.tolist() == [0] * len(first) + [3] * 5
+
+
+def test_a_layer_whose_routes_the_server_did_not_capture_is_an_error_that_names_it(client):
+    """Zeros, as an engine leaves them where a kernel chose the experts itself; no backend here does."""
+    routes = np.stack([np.tile([0, 1], (5, 1)), np.zeros((5, 2)), *[np.tile([2, 3], (5, 1))] * 2], 1).astype(np.int32)
+    meta = {"routed_experts": base64.b64encode(routes.tobytes()).decode()}
+    with pytest.raises(AnswerError, match=r"layer 1 names an expert twice.*set replay=none or r2"):
+        client._decode_routes(meta, 5)
+
+
+def test_a_continuation_of_something_else_is_refused(client):
+    (rollout,) = generate(client, [1, 2, 3])
+    with pytest.raises(ValueError, match="prompt is all tokens so far"):
+        rollout.extended(rollout)
+    whole = np.concatenate([rollout.prompt_ids, rollout.response_ids])
+    (other,) = generate(client, whole)
+    with pytest.raises(ValueError, match="as many route rows"):
+        rollout.extended(other)
 
 
 def test_tokens_carry_the_version_of_the_weights_that_sampled_them(client):

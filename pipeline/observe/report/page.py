@@ -1,0 +1,183 @@
+"""The page: figures, rollouts and links of a run in one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from pipeline.observe.report import learning, policies, speed
+from pipeline.observe.report.figure import Figure, present
+from pipeline.observe.report.rollouts import LEVELS, SMALLEST_DECADE, SURPRISE, shown_steps
+from pipeline.observe.report.run import Run, read_run
+from pipeline.observe.report.theme import template
+
+_FILES = (
+    ("config.yaml", "the configuration, every default written out"),
+    ("metrics.jsonl", "all numbers, a line a step"),
+    ("records.jsonl", "routing by layer and histograms, a line a step"),
+    ("rollouts", "answers of every step, readable"),
+    ("logs", "of both engines, a file a process"),
+    ("tensorboard", "the numbers for TensorBoard"),
+    ("dumps", "what the steps trained on, for sameroute train --from-dump"),
+    ("hf", "the trained model"),
+    ("summary.png", "reward, mismatch and length in one picture"),
+)
+_SETTINGS = (
+    ("model", ("model", "path")),
+    ("layers", ("model", "tiny", "layers")),
+    ("experts", ("model", "tiny", "experts")),
+    ("task", ("data", "task", "name")),
+    ("data", ("data", "path")),
+    ("objective", ("objective", "preset")),
+    ("route replay", ("replay",)),
+    ("prompts a step", ("rollout", "prompts_per_step")),
+    ("answers a prompt", ("rollout", "samples_per_prompt")),
+    ("mini-batches", ("train", "mini_batches")),
+    ("learning rate", ("train", "lr")),
+    ("trainer ranks", ("parallel", "ranks")),
+    ("number format", ("trainer", "dtype")),
+    ("seed", ("run", "seed")),
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number at the top of the page, and what it says."""
+
+    label: str
+    value: str
+    note: str
+
+
+def write_report(path: str | Path) -> Path:
+    """Write report.html into a run directory; returns its path. The run may still be going on.
+
+    Raises ReportError where the path is no run directory, or holds rollouts that cannot be read.
+    """
+    run = read_run(path)
+    target = run.path / "report.html"
+    partial = target.with_suffix(".partial")
+    partial.write_text(render(run), encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def sections(run: Run) -> list[tuple[str, list[Figure]]]:
+    """All figures, under the question that they answer."""
+    return [
+        (
+            "Does it learn?",
+            [learning.reward(run), learning.length(run), learning.entropy(run), learning.wasted(run)],
+        ),
+        (
+            "Do trainer and rollout engine hold the same model?",
+            [policies.mismatch(run), policies.agreement(run), *policies.ratios(run, "proximal/rollout")],
+        ),
+        (
+            "How far does an update go?",
+            [policies.clipped(run), learning.grad_norm(run), *policies.ratios(run, "current/proximal")],
+        ),
+        ("Where does the time go?", [speed.time(run), speed.throughput(run)]),
+    ]
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = sections(run)
+    return pages.get_template("page.html").render(
+        name=run.path.resolve().name,
+        state=state(run),
+        written=time.strftime("%Y-%m-%d %H:%M:%S"),
+        tiles=tiles(run),
+        settings=[(label, value) for label, keys in _SETTINGS if (value := run.setting(*keys)) is not None],
+        config=yaml.safe_dump(dict(run.config), sort_keys=False),
+        notes=run.notes,
+        sections=shown,
+        rollouts=shown_steps(run),
+        levels=range(-LEVELS, LEVELS + 1),
+        smallest_decade=SMALLEST_DECADE,
+        surprise=SURPRISE,
+        files=links(run.path),
+        plots=_script_json({f.name: f.plot.to_plotly_json() for _, fs in shown for f in fs if f.plot}),
+        templates=_script_json({scheme: template(scheme).to_plotly_json() for scheme in ("light", "dark")}),
+        style=pages.get_template("page.css").render(levels=LEVELS),
+        script=_asset("page.js"),
+        plotly=get_plotlyjs(),
+    )
+
+
+def state(run: Run) -> str:
+    """How far the run is, in a sentence."""
+    done = len(run.metrics)
+    of = f" of {run.planned}" if run.planned is not None else ""
+    if run.finished:
+        return f"Finished: {done}{of} steps."
+    if not done:
+        return "No step is recorded yet."
+    age = max(time.time() - (run.path / "metrics.jsonl").stat().st_mtime, 0.0)
+    return (
+        f"Not finished: {done}{of} steps, the last recorded {_duration(age)} before this report. Run the command again "
+        "for a newer one."
+    )
+
+
+def tiles(run: Run) -> list[Tile]:
+    """What to look at first; without the numbers that a run does not have."""
+
+    def last(label: str, key: str, form: str, note: str) -> list[Tile]:
+        _, values = present(run, key)
+        return [Tile(label, form.format(values[-1]), note)] if len(values) else []
+
+    return [
+        *last("reward", "reward/mean", "{:.3f}", "mean of the last step"),
+        *last("mismatch", "mismatch/abs_logprob", "{:.1e}", "nats a token, trainer to server, last step"),
+        *last("routes replayed", "routing/replayed_fraction", "{:.1%}", "of the tokens, last step"),
+        *last("clipped", "loss/clip_fraction", "{:.1%}", "of the ratios, last step"),
+        *last("entropy", "policy/entropy", "{:.3g}", "nats a token, last step"),
+        *last("step time", "time/step_s", "{:.3g} s", "last step"),
+    ]
+
+
+def links(path: Path) -> list[tuple[str, str, str]]:
+    """(relative link, name, what it is) of what the run has written."""
+    found = []
+    for name, what in _FILES:
+        file = path / name
+        if file.is_dir() and any(file.iterdir()):
+            found.append((f"{quote(name)}/", f"{name}/", what))
+        elif file.is_file():
+            found.append((quote(name), name, what))
+    return found
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _script_json(value: Any) -> str:
+    """JSON that may stand in a script element: nothing in it can end the element or begin a comment."""
+    from plotly.io.json import to_json_plotly
+
+    return str(to_json_plotly(value)).replace("<", "\\u003c")

@@ -1,0 +1,143 @@
+"""What is no single number of a step: routing by layer, histograms of log-ratios, the tokens of a few rollouts.
+
+records.jsonl holds an object a step:
+
+    step           its number
+    routing        [layers][3]: tokens replayed, of these the trainer's own router agreed, tokens fallen back
+    ratios         name -> {level, counts, nonfinite, bounds}, "proximal/rollout" and "current/proximal":
+                   counts of log-ratios by BIN_EDGES, over tokens or over sequences (their mean log-ratio)
+
+and rollouts/step_000012.json a list of the rollouts that step_000012.txt shows, token by token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.observe.rollout_text import pick
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.objectives import Objective
+    from pipeline.types import Group
+
+TOKENS_SHOWN = 512
+"""Of one rollout; the text file has all."""
+
+SMALLEST, LARGEST, PER_DECADE = -8, 1, 5
+_DECADES = 10.0 ** (np.arange(SMALLEST * PER_DECADE, LARGEST * PER_DECADE + 1) / PER_DECADE)
+BIN_EDGES = np.concatenate([-_DECADES[::-1], _DECADES])
+"""[92] float64, log-ratios in nats: five bins a decade from 1e-8 to 10 on either side of 0. What lies between
+-1e-8 and 1e-8 is the bin in the middle, what lies beyond 10 are the outermost two: 93 bins."""
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """What a step computed for each of its rollouts, in their order.
+
+    proximal_logprobs: [N] float32 each, log pi_o.
+    current_logprobs:  [N] float32 each, log pi at the start of the mini-batch that trained on the rollout.
+    entropy:           [N] float32 each, of pi_o.
+    advantages:        a number or [N] (padding behind it) each.
+    routing:           [layers, 3] int64, as merge_routing returns it; no layers where nothing is routed.
+    """
+
+    proximal_logprobs: Sequence[np.ndarray]
+    current_logprobs: Sequence[np.ndarray]
+    entropy: Sequence[np.ndarray]
+    advantages: Sequence[np.ndarray] | np.ndarray
+    routing: np.ndarray
+
+
+def step_record(step: int, groups: Sequence[Group], arrays: StepArrays, objective: Objective) -> dict[str, Any]:
+    """A line of records.jsonl."""
+    rollout = [r.rollout_logprobs for g in groups for r in g.rollouts]
+    cells = objective.composition
+    # What the surrogate clips: GMPO's ratio is per sequence, but its clip is on tokens.
+    level = "token" if cells.ratio == "token" or cells.surrogate == "log_space_clip" else "sequence"
+    update = histogram(arrays.current_logprobs, arrays.proximal_logprobs, level)
+    return {
+        "step": step,
+        "routing": np.asarray(arrays.routing).tolist(),
+        "ratios": {
+            "proximal/rollout": histogram(arrays.proximal_logprobs, rollout, "token") | {"bounds": [None, None]},
+            "current/proximal": update | {"bounds": clip_bounds(objective)},
+        },
+    }
+
+
+def histogram(numerator: Sequence[np.ndarray], denominator: Sequence[np.ndarray], level: str) -> dict[str, Any]:
+    """Counts [93] of log-ratios by BIN_EDGES.
+
+    numerator, denominator: [N] log-probs a sequence. level: "token", or "sequence" for the mean over its tokens.
+    A log-ratio that is not finite is in no bin, but in `nonfinite`.
+    """
+    rows = [n.astype(np.float64) - d for n, d in zip(numerator, denominator, strict=True) if len(n)]
+    values = np.concatenate([*rows, np.zeros(0)]) if level == "token" else np.array([row.mean() for row in rows])
+    finite = values[np.isfinite(values)]
+    counts = np.bincount(np.searchsorted(BIN_EDGES, finite, side="right"), minlength=len(BIN_EDGES) + 1)
+    return {"level": level, "counts": counts.tolist(), "nonfinite": len(values) - len(finite)}
+
+
+def clip_bounds(objective: Objective) -> list[float | None]:
+    """The log-ratios current/proximal beyond which the surrogate clips, below and above; None where it does not."""
+    cells = objective.composition
+    low, high = cells.clip_low, cells.clip_high
+    if cells.surrogate in ("reinforce", "soft_gate"):
+        return [None, None]
+    if cells.surrogate == "log_space_clip":
+        return [None if low is None else -low, high]
+    return [
+        None if low is None or low >= 1 else math.log1p(-low),
+        None if high is None else math.log1p(high),
+    ]
+
+
+def shown_rollouts(
+    groups: Sequence[Group], arrays: StepArrays, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[dict[str, Any]]:
+    """Up to `count` rollouts, those that rollout_text shows too, with the log-probs of all three policies.
+
+    Each: prompt, index, sample, samples, metadata, reward, advantage (of the first token), finish_reason, versions,
+    length, and of its first TOKENS_SHOWN tokens: text, rollout, proximal, current (log-probs, nats), entropy (nats).
+    """
+    starts = np.cumsum([0, *(len(g.rollouts) for g in groups)])
+    position_of = {id(group): start for group, start in zip(groups, starts, strict=False)}
+    out = []
+    for group, sample in pick(groups, count):
+        i, rollout = position_of[id(group)] + sample, group.rollouts[sample]
+        out.append(
+            {
+                "prompt": group.prompt.text,
+                "index": group.prompt.index,
+                "sample": sample,
+                "samples": len(group.rollouts),
+                "metadata": {key: str(value) for key, value in group.prompt.metadata.items()},
+                "reward": _short(group.rewards[sample]),
+                "advantage": _short(np.ravel(arrays.advantages[i])[0]),
+                "finish_reason": rollout.finish_reason,
+                "versions": sorted(set(rollout.weight_versions.tolist())),
+                "length": len(rollout),
+                "text": [tokenizer.decode([token]) for token in rollout.response_ids[:TOKENS_SHOWN].tolist()],
+                "rollout": _row(rollout.rollout_logprobs),
+                "proximal": _row(arrays.proximal_logprobs[i]),
+                "current": _row(arrays.current_logprobs[i]),
+                "entropy": _row(arrays.entropy[i]),
+            }
+        )
+    return out
+
+
+def _row(values: np.ndarray) -> list[float | None]:
+    return [_short(value) for value in values[:TOKENS_SHOWN]]
+
+
+def _short(value: np.floating[Any] | float) -> float | None:
+    """The shortest decimal that reads back as the same float32; None for what is no number in JSON."""
+    return float(str(np.float32(value))) if math.isfinite(value) else None

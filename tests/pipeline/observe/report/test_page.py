@@ -1,0 +1,358 @@
+"""The report in a real browser: what a person sees of a finished, a running, an empty and an odd run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from pipeline.cli import main
+from pipeline.observe.report.page import write_report
+from tests.pipeline.observe.report.runs import LAYERS, MadeRun, routing
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+FIGURES = {
+    "reward", "length", "entropy", "wasted", "mismatch", "agreement", "proximal_rollout_histogram",
+    "proximal_rollout_by_step", "clipped", "grad_norm", "current_proximal_histogram", "current_proximal_by_step",
+    "time", "throughput",
+}  # fmt: skip
+CONTRAST = 4.5  # WCAG 2.2, level AA, of text
+
+# Text colour against what it stands on: the backgrounds of an element and its ancestors, laid over each other.
+CONTRAST_OF = """element => {
+  const parse = c => { const n = c.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
+  const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const layers = [];
+  for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor));
+  const ground = layers.reverse().reduce((below, above) => over(above, below), [255, 255, 255, 1]);
+  const style = getComputedStyle(element);
+  const ink = over(parse(element.ownerSVGElement ? style.fill : style.color), ground);
+  const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x);
+  return (a + 0.05) / (b + 0.05);
+}"""
+
+
+class Browser:
+    """One page without a network; what it complains about and what it asks for is kept."""
+
+    def __init__(self, page: Page):
+        self.page, self.complaints, self.requests = page, [], []
+        self.written: set[Path] = set()
+        page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (self.complaints.append("a dialog opened"), dialog.dismiss()))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def open(self, run: Path, scheme: str = "light", width: int = 1366) -> Page:
+        """Write a run's report, where that is not done yet, and look at it."""
+        file = run / "report.html"
+        if file not in self.written:
+            self.written.add(write_report(run))
+        self.complaints.clear()
+        self.requests.clear()
+        self.page.emulate_media(color_scheme=scheme)
+        self.page.set_viewport_size({"width": width, "height": 800})
+        self.page.goto(file.resolve().as_uri())
+        self.page.wait_for_function("[...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg'))")
+        assert self.complaints == []
+        assert self.requests == [file.resolve().as_uri()]
+        return self.page
+
+    def texts(self, selector: str) -> list[str]:
+        return self.page.locator(selector).all_inner_texts()
+
+    def drawn(self) -> dict[str, int]:
+        """Figure -> marks of it that have an extent: lines, bars, and heat maps as images."""
+        return self.page.evaluate(
+            """() => Object.fromEntries([...document.querySelectorAll('.plot')].map(plot => [plot.id,
+                 [...plot.querySelectorAll('.js-line, .points path, .bars path, .hm image, .heatmaplayer image')]
+                   .filter(mark => { const box = mark.getBoundingClientRect(); return box.width + box.height > 0; })
+                   .length]))"""
+        )
+
+    def heatmap(self, name: str) -> tuple[list, list, list]:
+        """x, y and z of a heat map as drawn; z: [rows][columns], None for an empty cell."""
+        return self.page.evaluate(
+            """name => { const cells = document.getElementById(name).calcdata[0][0];
+                 const rows = [...cells.z].map(row => [...row].map(v => isNaN(v) ? null : v));
+                 return [[...cells.x], [...cells.y], rows]; }""",
+            name,
+        )
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert program, "the report is tested in a real browser: install chromium (Debian: apt-get install chromium)"
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"), executable_path=program, args=FLAGS, offline=True
+        )
+        context.set_default_timeout(60_000)  # a busy machine
+        yield Browser(context.new_page())
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Twelve steps of twelve; a mismatch that grows along each answer, and one layer that disagrees more and more."""
+    run = MadeRun(tmp_path_factory.mktemp("finished"))
+    for step in range(1, 13):
+        run.write(step)
+    run.directory.finish()
+    return run.path
+
+
+def test_every_figure_of_a_finished_run_is_drawn_without_a_complaint_and_without_a_network(browser, finished):
+    browser.open(finished)
+    drawn = browser.drawn()
+    assert drawn.keys() == FIGURES
+    assert all(marks > 0 for marks in drawn.values()), drawn
+    assert browser.texts(".missing") == []
+    assert browser.texts(".state")[0].startswith("Finished: 12 of 12 steps.")
+    assert "0.900" in browser.texts(".tiles li")[0]
+
+
+def test_the_heat_map_has_a_cell_for_every_layer_and_step_with_the_agreement_that_was_written(browser, finished):
+    browser.open(finished)
+    x, y, z = browser.heatmap("agreement")
+    # Plotly keeps the edges of cells, one more than there are.
+    assert (len(x), len(y)) == (12 + 1, LAYERS + 1)
+    expected = [[routing(step)[layer, 1] / 100 for step in range(1, 13)] for layer in range(LAYERS)]
+    assert np.array(z) == pytest.approx(np.array(expected))
+
+
+def test_every_figure_says_what_is_good_what_is_bad_and_what_this_run_shows(browser, finished):
+    browser.open(finished)
+    assert browser.page.locator("figure").count() == len(FIGURES)
+    assert browser.texts("figure dt") == ["Good", "Bad"] * len(FIGURES)
+    assert all(len(text) > 5 for text in browser.texts("figure dd"))
+    assert browser.texts("#figure-reward .now") == ["0.375 in the first 5 steps, 0.783 in the last 5."]
+    assert browser.page.locator("#reward").get_attribute("aria-label").startswith("Reward. 0.375")
+
+
+def test_pointing_at_a_figure_gives_the_value(browser, finished):
+    page = browser.open(finished)
+    box = page.locator("#reward .nsewdrag").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#reward .hoverlayer .legendtext, #reward .hoverlayer text")
+    text = " ".join(page.locator("#reward .hoverlayer text").all_text_contents())
+    assert "each step" in text
+    assert re.search(r"0\.[56]\d", text)
+
+
+def test_all_text_can_be_read_in_light_and_dark(browser, finished):
+    page = browser.open(finished)
+    for scheme, way in (("light", "m"), ("light", "u"), ("light", "s"), ("dark", "m"), ("dark", "u"), ("dark", "s")):
+        page.emulate_media(color_scheme=scheme)
+        page.select_option("#colouring", way)
+        for selector in (
+            "h1, h2, h3, p, dt, dd, a, li span, summary, select", ".scale:not([hidden]) .token", ".answer .token",
+            "#reward .xtick text, #reward .legendtext, #reward .ytitle",
+        ):  # fmt: skip
+            contrasts = page.locator(selector).evaluate_all(
+                f"all => all.filter(e => e.getClientRects().length).map(e => [({CONTRAST_OF})(e), e.textContent])"
+            )
+            assert contrasts
+            assert min(contrasts)[0] >= CONTRAST, (scheme, way, min(contrasts))
+
+
+def test_figures_follow_the_colour_scheme_while_the_page_is_open(browser, finished):
+    page = browser.open(finished, "light")
+    fill = "() => getComputedStyle(document.querySelector('#reward .xtick text')).fill"
+    light = page.evaluate(fill)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"before => ({fill})() !== before", arg=light)
+    assert browser.complaints == []
+
+
+@pytest.mark.parametrize("width", [360, 1280, 1920])
+def test_nothing_is_wider_than_the_window(browser, finished, width):
+    page = browser.open(finished, width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    columns = page.evaluate(
+        "getComputedStyle(document.querySelector('.figures')).gridTemplateColumns.split(' ').length"
+    )
+    assert columns == (1 if width == 360 else 2)
+    overflowing = page.evaluate(
+        """() => [...document.querySelectorAll('.plot text')].filter(text => {
+             const [a, b] = [text.getBoundingClientRect(), text.closest('figure').getBoundingClientRect()];
+             return a.width && (a.left < b.left - 1 || a.right > b.right + 1); }).map(text => text.textContent)"""
+    )
+    assert overflowing == []
+
+
+def test_answers_stand_side_by_side_and_their_tokens_are_coloured_by_the_log_ratio(browser, finished):
+    page = browser.open(finished)
+    cards = page.locator("#answers details[open] .card")
+    assert cards.count() == 4
+    tops = [cards.nth(k).bounding_box()["y"] for k in range(4)]
+    assert tops[0] == tops[1] < tops[2] == tops[3]
+    assert "reward 1" in cards.nth(0).inner_text().replace("\n", " ")
+    assert "reward 0" in cards.nth(1).inner_text().replace("\n", " ")
+    assert browser.texts("#answers details[open] .card:first-child .answer") == ["01289<|eos|>"]
+    tokens = page.locator("#answers details[open] .card:first-child .token")
+    assert [tokens.nth(k).get_attribute("class").split()[1] for k in range(1, 6)] == ["m-3", "m4", "m-5", "m6", "m-7"]
+    assert "trainer - server +1.50e-02" in tokens.nth(4).get_attribute("title")
+    shades = [tokens.nth(k).evaluate("t => getComputedStyle(t).backgroundColor") for k in range(6)]
+    assert len(set(shades)) == 6
+    assert page.locator("#answers details").count() == 6
+
+
+def test_tokens_can_be_coloured_by_the_update_and_by_their_probability(browser, finished):
+    page = browser.open(finished)
+    shade = "t => getComputedStyle(t).backgroundColor"
+    first, last = (page.locator("#answers details[open] .token").nth(k) for k in (0, -1))
+    legend = page.locator(".scale:not([hidden])")
+    seen = {}
+    for way in ("m", "u", "s"):
+        page.select_option("#colouring", way)
+        seen[way] = (first.evaluate(shade), last.evaluate(shade), legend.inner_text())
+    assert len({text for *_, text in seen.values()}) == 3
+    transparent = "rgba(0, 0, 0, 0)"
+    assert seen["u"][0] == transparent != seen["u"][1]  # the first prompt was in the first mini-batch
+    assert seen["s"][0] == transparent != seen["s"][1]  # 95% and 5%
+
+
+def test_every_link_is_relative_and_leads_to_something_that_is_there(browser, finished):
+    page = browser.open(finished)
+    links = page.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    files = [link for link in links if not link.startswith("#")]
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "records.jsonl",
+        "summary.png",
+        "rollouts/",
+        "rollouts/step_000012.txt",
+    } <= {*files}
+    assert all((finished / unquote(link)).exists() for link in files)
+    assert all(page.locator(link).count() == 1 for link in links if link.startswith("#"))
+
+
+def test_a_running_run_is_shown_up_to_its_last_whole_line(browser, tmp_path):
+    run = MadeRun(tmp_path)
+    for step in range(1, 6):
+        run.write(step)
+    run.directory.close()
+    for name in ("metrics.jsonl", "records.jsonl"):
+        file = run.path / name
+        file.write_bytes(file.read_bytes()[:-40])
+    page = browser.open(run.path)
+    assert re.match(
+        r"Not finished: 4 of 12 steps, the last recorded \d+ s before this report", browser.texts(".state")[0]
+    )
+    assert len(browser.heatmap("agreement")[0]) == 4 + 1
+    assert page.evaluate("document.getElementById('reward').calcdata[0].length") == 4
+    assert page.locator(".notes").count() == 0
+    assert all(browser.drawn().values())
+
+
+def test_a_run_before_its_first_step_says_so(browser, tmp_path):
+    run = MadeRun(tmp_path)
+    page = browser.open(run.path)
+    assert browser.texts(".state")[0].startswith("No step is recorded yet.")
+    assert page.locator(".plot").count() == 0
+    assert page.locator("figure .missing").count() == len(FIGURES)
+    assert all("yet" in text for text in browser.texts("figure .missing"))
+    assert page.locator("#rollouts .missing").count() == 1
+    run.directory.close()
+
+
+def test_one_step_is_drawn_as_it_is(browser, tmp_path):
+    run = MadeRun(tmp_path)
+    run.write(1)
+    run.directory.close()
+    browser.open(run.path)
+    assert all(browser.drawn().values())
+    assert browser.texts("#figure-reward .now") == ["0.258 in the only step."]
+
+
+def test_a_dense_model_and_a_single_mini_batch_get_a_sentence_and_not_a_broken_figure(browser, tmp_path):
+    run = MadeRun(tmp_path, "train.mini_batches=1", layers=0, update=0.0)
+    run.write(1)
+    run.write(2)
+    run.directory.close()
+    page = browser.open(run.path)
+    assert "the model is dense, or replay is none" in browser.texts("#figure-agreement .missing")[0]
+    for name in ("current_proximal_histogram", "current_proximal_by_step"):
+        assert "with one mini-batch a step" in browser.texts(f"#figure-{name} .missing")[0]
+        assert page.locator(f"#{name}").count() == 0
+    assert all(browser.drawn().values())
+
+
+def test_odd_values_are_left_out_by_name_and_odd_text_is_only_text(browser, tmp_path):
+    attack = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    run = MadeRun(tmp_path)
+    run.write(1, prompt=attack)
+    run.write(2, **{"mismatch/k3": 0.0, "train/grad_norm": 0.0, "reward/mean": -1e300})
+    run.write(3, **{"mismatch/abs_logprob": 1e200, f"time/{attack}_s": 1.0, f"correction/{attack}_cut": 0.5})
+    run.directory.close()
+    lines = [
+        "not json", "[]", "3", '{"reward/mean": 1}', '{"step": "x"}', '{"step": 1e999}',
+        json.dumps({"step": 4, "reward/mean": float("nan"), "policy/entropy": "high", "time/step_s": None}),
+        json.dumps({"step": 3, "reward/mean": 0.5}), json.dumps({"step": 5, "reward/mean": 10**400}), "",
+    ]  # fmt: skip
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write("\n".join(lines))
+    (run.path / "logs" / "a b#?.log").write_text("")
+    page = browser.open(run.path)
+    notes = " ".join(page.locator(".notes li").all_text_contents())
+    for said in (
+        "line 4,",
+        "line 9,",
+        "step 3 twice",
+        "reward/mean is nan",
+        "policy/entropy is high",
+        "step_s is None",
+    ):
+        assert said in notes
+    assert "step 5: reward/mean is 1000" in notes
+    assert all(browser.drawn().values())
+    page.locator("summary", has_text="Step 1").click()
+    assert attack in browser.texts("#answers .prompt")
+    assert page.locator("img").count() == 0
+    assert browser.complaints == []
+
+
+def test_a_long_run_draws_fewer_columns_and_says_so(browser, tmp_path):
+    run = MadeRun(tmp_path, "run.rollouts_shown=0")
+    run.directory.rollouts_shown = 0
+    run.write(1)
+    (record,) = [json.loads(line) for line in (run.path / "records.jsonl").read_text().splitlines()]
+    (numbers,) = [json.loads(line) for line in run.directory.metrics_path.read_text().splitlines()]
+    for name, row in (("records.jsonl", record), ("metrics.jsonl", numbers)):
+        (run.path / name).write_text("".join(json.dumps(row | {"step": step}) + "\n" for step in range(1, 1001)))
+    page = browser.open(run.path)
+    x, _, _ = browser.heatmap("agreement")
+    assert len(x) == 334 + 1
+    assert "One step in 3 is drawn." in browser.texts("#figure-agreement figcaption")[0]
+    assert "A bar is the mean of 4 steps." in browser.texts("#figure-time figcaption")[0]
+    assert page.evaluate("document.getElementById('reward').calcdata[0].length") == 1000
+    assert "run.rollouts_shown is 0" in browser.texts("#rollouts .missing")[0]
+
+
+def test_the_command_names_the_file_or_what_is_no_run(finished, tmp_path, capsys):
+    assert main(["report", str(finished)]) == 0
+    assert capsys.readouterr().out.strip() == str(finished / "report.html")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is no run directory: it has no config.yaml" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rollout_file_that_is_not_json_is_named(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "rollouts" / "step_000001.json").write_text("{")
+    assert main(["report", str(run)]) == 2
+    assert "step_000001.json is not JSON" in capsys.readouterr().err
