@@ -102,7 +102,8 @@ def _report(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        print(convert(options))
+        if text := convert(options):
+            print(text)
     except ConvertError as error:
         return _fail(str(error), error.code)
     except KeyboardInterrupt:
