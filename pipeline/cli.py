@@ -7,6 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
+from pipeline.convert import ConvertError, add_arguments
+from pipeline.convert import run as convert
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 130 interrupted."""
@@ -28,8 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     objectives.add_argument("name", nargs="?", help="a preset of the table")
     report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
     report.add_argument("run", type=Path, help="run directory; report.html is written into it")
+    add_arguments(commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints"))
     options = parser.parse_args(arguments)
-    return {"train": _train, "objectives": _objectives, "report": _report}[options.command](options)
+    run = {"train": _train, "objectives": _objectives, "report": _report, "convert": _convert}[options.command]
+    return run(options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -91,6 +96,18 @@ def _report(options: argparse.Namespace) -> int:
         print(write_report(options.run))
     except ReportError as error:
         return _fail(str(error), 2)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if text := convert(options):
+            print(text)
+    except ConvertError as error:
+        return _fail(str(error), error.code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     return 0
 
 

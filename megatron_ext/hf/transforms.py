@@ -32,6 +32,11 @@ class Transform(Protocol):
     def merge(self, shards: Sequence[Tensor], dims: Dims) -> list[Tensor]: ...
 
 
+def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenated; a single part is itself, not a copy."""
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+
+
 class Replicated:
     """The same on every rank: norms and routers."""
 
@@ -52,7 +57,7 @@ class Split:
         return tensors[0].chunk(size, self.dim)[rank]
 
     def merge(self, shards, dims):
-        return [torch.cat(list(shards), self.dim)]
+        return [_join(shards, self.dim)]
 
 
 class Vocabulary:
@@ -65,7 +70,7 @@ class Vocabulary:
         return padded.chunk(size)[rank]
 
     def merge(self, shards, dims):
-        return [torch.cat(list(shards))[: dims.vocab_size]]
+        return [_join(shards)[: dims.vocab_size]]
 
 
 class QKV:
@@ -77,7 +82,7 @@ class QKV:
         return joined.chunk(size)[rank].reshape(-1, *tensors[0].shape[1:])
 
     def merge(self, shards, dims):
-        joined = torch.cat(list(shards))
+        joined = _join(shards)
         grouped = joined.view(dims.kv_heads, -1, dims.head_dim, *joined.shape[1:])
         parts = grouped.split([dims.heads // dims.kv_heads, 1, 1], 1)
         return [p.reshape(-1, *joined.shape[1:]) for p in parts]
@@ -91,4 +96,4 @@ class GateUp:
 
     def merge(self, shards, dims):
         halves = [s.chunk(2) for s in shards]
-        return [torch.cat([h[i] for h in halves]) for i in range(2)]
+        return [_join([h[i] for h in halves]) for i in range(2)]

@@ -29,6 +29,38 @@ def _rank(function: Callable, config: ParallelConfig, rank: int, meeting: str, a
         raise
 
 
+def _alone(function: Callable, args: tuple, environment: dict[str, str], answers) -> None:
+    os.environ |= environment
+    try:
+        answers.put((None, function(*args)))
+    except BaseException:
+        answers.put((traceback.format_exc(), None))
+        raise
+
+
+def run_alone(function: Callable, *args: Any, environments: tuple[dict[str, str], ...] = ({},)) -> list[Any]:
+    """`function(*args)` in a process for each environment, without process groups: what it runs makes its own.
+
+    Returns the answers as they come. Raises AssertionError with the traceback of the first process that failed.
+    """
+    answers = _context.Queue()
+    processes = [_context.Process(target=_alone, args=(function, args, e, answers)) for e in environments]
+    for p in processes:
+        p.start()
+    out = []
+    try:
+        for _ in processes:
+            error, answer = answers.get(timeout=240)
+            if error is not None:
+                raise AssertionError(error)
+            out.append(answer)
+    finally:
+        for p in processes:
+            p.join(timeout=10)
+            p.kill()
+    return out
+
+
 def run_ranks(function: Callable, config: ParallelConfig, *args: Any) -> list[Any]:
     """`function(config, *args)` on every rank of `config`, in processes of their own, process groups made.
 

@@ -78,7 +78,11 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tiny_model_dir, tmp_pat
         (lambda t: t.pop(gate), "KeyError", f"lacks tensors of qwen3_moe: {gate}"),
         (lambda t: t.update(surplus=np.zeros(1, np.float32)), "KeyError", "has no place for: surplus"),
         (lambda t: t.update({stray: np.zeros(1, np.float32)}), "KeyError", f"has no place for: {stray}"),
-        (lambda t: t.update({gate: t[gate][:, :-1].copy()}), "ValueError", f"{gate} give decoder.layers.2.mlp.router"),
+        (
+            lambda t: t.update({gate: t[gate][:, :-1].copy()}),
+            "ValueError",
+            f"{gate} [8, 63] give decoder.layers.2.mlp.router",
+        ),
     ]
     paths = [edited(tiny_model_dir, tmp_path / str(i), edit) for i, (edit, _, _) in enumerate(cases)]
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,193 @@
+"""The model in Megatron-Core's dist-checkpoint format: every rank writes its shards, any layout reads them.
+
+A checkpoint directory holds Megatron-Core's files (`metadata.json`, `.metadata`, one `__RANK_0.distcp` a rank) and in
+`hf/` the files of the Hugging Face model that are not weights. Keys are those of the Transformer Engine spec, so a
+checkpoint written without a GPU loads with one, and the other way round.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_ext.mcore import (
+    GPTModel,
+    MCoreSavePlanner,
+    ShardedTensor,
+    TorchDistSaveShardedStrategy,
+    dist_checkpointing,
+    load_preprocess,
+    mcore_to_pyt_state_dict,
+    parallel_state,
+    replace_keys_with_sharded_keys,
+)
+
+HF_FOLDER = "hf"
+_MODEL = {"embedding", "decoder", "output_layer", "mtp"}  # what a key of the model begins with
+Resolve = Callable[[Tensor], Tensor]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, or is another model's; the message names what."""
+
+
+def sharded_state(chunks: Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
+    """Megatron-Core's description of this rank's shards: chunk -> name in the chunk -> ShardedTensor or factory.
+
+    Transformer Engine's `_extra_state` is left out: it holds FP8 scales, and would tie a checkpoint to the spec.
+    """
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {
+        f"model{i}": {
+            name: entry
+            for name, entry in chunk.sharded_state_dict(metadata=metadata).items()
+            if not name.endswith("_extra_state")
+        }
+        for i, chunk in enumerate(chunks)
+    }
+
+
+def save_model(path: Path, chunks: Sequence[GPTModel], *, resolve: Resolve | None = None) -> None:
+    """Write the model into an empty directory that every rank sees. All ranks call it together.
+
+    resolve: gives the values of a tensor of the chunks right before they are written, one tensor at a time; so a model
+    on the meta device can be written without ever being in memory. What a rank raises, all ranks raise.
+    """
+    strategy = _SaveOneByOne(resolve or (lambda t: t))
+    try:
+        dist_checkpointing.save(sharded_state(chunks), str(path), sharded_strategy=strategy)
+    except CheckpointException as error:  # torch's wrapping of what any rank raised, an interrupt too
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
+    """Read a checkpoint, written in any layout, into the chunks. All ranks call it together.
+
+    Other things in it (an optimizer) are left alone. Raises CheckpointError where the model is another one, or a file
+    is damaged.
+    """
+    state = sharded_state(chunks)
+    check_files(path)
+    check_model(path, [entry for chunk in state.values() for entry in chunk.values()])
+    loaded = dist_checkpointing.load(state, str(path))
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # without _extra_state; check_model was strict
+
+
+def check_files(path: Path) -> None:
+    """Raise CheckpointError where a file is not there, or shorter than what is said to be in it."""
+    if not (path / ".metadata").is_file() or not (path / "metadata.json").is_file():
+        raise CheckpointError(f"{path} is no finished Megatron-Core checkpoint: it has no metadata.json and .metadata")
+    ends: dict[str, int] = {}
+    for stored in dcp.FileSystemReader(path).read_metadata().storage_data.values():
+        end = stored.offset + stored.length
+        ends[stored.relative_path] = max(end, ends.get(stored.relative_path, 0))
+    for name, end in ends.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size < end:
+            raise CheckpointError(f"{file} is cut off: {file.stat().st_size} bytes of at least {end}")
+
+
+def check_model(path: Path, entries: Sequence[Any]) -> None:
+    """Raise CheckpointError naming tensors of the model that the checkpoint lacks, or has in another shape, and those
+    that it has and the model does not. The vocabulary may be padded differently. All ranks call it together.
+
+    entries: those of this rank.
+    """
+    stored = {key: tuple(tensor.global_shape) for key, tensor in dist_checkpointing.load_tensors_metadata(path).items()}
+    problems, shards = [], shards_of(entries)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {tensor.key for tensor in shards})
+    for key in stored.keys() - set().union(*everyone):
+        if key.partition(".")[0] in _MODEL:
+            problems.append(f"{key} is in it and not in the model")
+    for tensor in shards:
+        have, want = stored.get(tensor.key), tuple(tensor.global_shape)
+        if have is None:
+            problems.append(f"{tensor.key} is not in it")
+        elif have != want and not (tensor.allow_shape_mismatch and have[1:] == want[1:]):
+            problems.append(f"{tensor.key} is {list(have)}, the model's {list(want)}")
+    if problems:
+        raise CheckpointError(f"{path} holds another model: {'; '.join(sorted(set(problems)))}")
+
+
+def shards_of(entries: Sequence[Any]) -> list[ShardedTensor]:
+    """The shards that entries of `sharded_state` stand for; their data are views of the entries'."""
+    applied, _, _ = load_preprocess({str(i): entry for i, entry in enumerate(entries)})
+    return _leaves(applied)
+
+
+def _leaves(state: Any) -> list[ShardedTensor]:
+    if isinstance(state, ShardedTensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state
+    return [leaf for value in values for leaf in _leaves(value)]
+
+
+class _SaveOneByOne(TorchDistSaveShardedStrategy):
+    """Megatron-Core's format, written synchronously, with one tensor at a time in memory.
+
+    Its own (0.19.2) copies every tensor that is a view first (all gate and up projections: two thirds of the experts)
+    and starts a process to pass results.
+    """
+
+    def __init__(self, resolve: Resolve):
+        super().__init__()
+        self.resolve = resolve
+
+    def save(self, sharded_state_dict, checkpoint_dir):
+        state, _, _ = replace_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        planner = _Planner(self.resolve)
+        dcp.save(mcore_to_pyt_state_dict(state), storage_writer=_Writer(checkpoint_dir), planner=planner)
+
+
+def _serialized(tensor: Tensor) -> io.BytesIO:
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone()  # torch.save writes the whole storage
+    buffer = io.BytesIO()  # written to a file directly, torch.save hides why it failed
+    torch.save(tensor, buffer)
+    return buffer
+
+
+class _Planner(MCoreSavePlanner):
+    def __init__(self, resolve: Resolve):
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.resolve = resolve
+
+    def resolve_data(self, write_item):
+        data = super().resolve_data(write_item)
+        return self.resolve(data) if isinstance(data, Tensor) else data
+
+
+class _Writer(dcp.FileSystemWriter):
+    """One file a rank. torch's own (2.14.1) keeps the last tensor of every key until the file is closed."""
+
+    @torch.no_grad()
+    def write_data(self, plan, planner):
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        if plan.items:
+            with open(Path(self.path) / name, "wb") as stream:
+                for item in sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO):
+                    data = planner.resolve_data(item)
+                    if isinstance(data, Tensor):
+                        data = _serialized(data.detach().cpu())
+                    where = _StorageInfo(name, stream.tell(), stream.write(data.getbuffer()))
+                    results.append(WriteResult(item.index, where.length, where))
+        future: Future = Future()
+        future.set_result(results)
+        return future

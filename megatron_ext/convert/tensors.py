@@ -1,0 +1,233 @@
+"""What a conversion reads and writes, a tensor at a time.
+
+The model is built on the meta device: Megatron-Core says which shards there are and how they are called, the family's
+table says what is in them, and no rank ever holds more than a few tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ext.checkpoint import (
+    HF_FOLDER,
+    CheckpointError,
+    check_files,
+    check_model,
+    save_model,
+    sharded_state,
+    shards_of,
+)
+from megatron_ext.config import ParallelConfig, TrainerConfig
+from megatron_ext.convert.reader import CheckpointReader
+from megatron_ext.hf.config import exported_config, model_shape, read_hf_config
+from megatron_ext.hf.files import TensorFiles, copy_companions
+from megatron_ext.hf.load import check_tensors, read_shard
+from megatron_ext.hf.params import dims_of, local_parameters
+from megatron_ext.hf.tables import Match
+from megatron_ext.mcore import GPTModel, dist_checkpointing, is_main_replica
+from megatron_ext.model import build_model
+
+Dtype = Literal["float32", "bfloat16"]
+Advance = Callable[[int], None]
+"""Called with the bytes of each tensor that is done."""
+Watch = Callable[[int], AbstractContextManager[Advance]]
+"""From the bytes that there are to do."""
+
+_TORCH: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+class ConversionError(RuntimeError):
+    """What was written is not what was read; the message names the tensor."""
+
+
+def source_dtype(files: TensorFiles) -> Dtype:
+    """The dtype of a model directory: that of its largest tensor. Raises ConversionError where it has to be chosen."""
+    largest = max(files.shapes, key=lambda name: math.prod(files.shapes[name]))
+    names: dict[str, Dtype] = {"F32": "float32", "BF16": "bfloat16"}
+    if files.dtypes[largest] not in names:
+        raise ConversionError(f"{largest} is {files.dtypes[largest]}; choose --dtype float32 or --dtype bfloat16")
+    return names[files.dtypes[largest]]
+
+
+def meta_model(hf: dict[str, Any], parallel: ParallelConfig, dtype: Dtype) -> list[GPTModel]:
+    """This rank's chunks, without storage."""
+    trainer = TrainerConfig(dtype=dtype, extra={"perform_initialization": False})
+    with torch.device("meta"):
+        return build_model(hf, parallel, trainer, replay=False)[1]
+
+
+def write_checkpoint(hf_dir: Path, out: Path, parallel: ParallelConfig, dtype: Dtype, watch: Watch) -> None:
+    """This rank's part of a checkpoint of a model directory, into an empty directory. All ranks call it together.
+
+    Raises as `check_tensors` does, before anything is written.
+    """
+    hf, files = read_hf_config(hf_dir), TensorFiles(hf_dir)
+    shape = model_shape(hf, parallel.tensor)
+    chunks, dims = meta_model(hf, parallel, dtype), dims_of(hf, shape)
+    parameters = local_parameters(chunks, shape)
+    check_tensors(files, parameters, hf, shape)
+    by_storage = {_storage(p): (p, match) for _, p, match in parameters}
+    held: dict[int, Tensor] = {}  # Megatron-Core writes gate and up, views of one parameter, one after the other
+
+    def resolve(tensor: Tensor) -> Tensor:
+        key = _storage(tensor)
+        if key not in held:
+            parameter, match = by_storage[key]
+            held.clear()
+            held[key] = read_shard(files, match, dims).to(parameter.dtype).contiguous()
+        advance(tensor.nbytes)
+        # An own tensor may be a view of its file: where it begins counts.
+        offset = held[key].storage_offset() + tensor.storage_offset()
+        return held[key].as_strided(tensor.size(), tensor.stride(), offset)
+
+    entries = [entry for chunk in sharded_state(chunks).values() for entry in chunk.values()]
+    with watch(sum(s.data.nbytes for s in shards_of(entries) if is_main_replica(s.replica_id))) as advance:
+        save_model(out, chunks, resolve=resolve)
+
+
+def _storage(tensor: Tensor) -> int:
+    """What a tensor has in common with its views, on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter of the model, and the Hugging Face tensors that it becomes."""
+
+    name: str
+    tensor: Tensor
+    match: Match
+    outputs: list[tuple[str, Tensor]]
+
+
+class CheckpointTensors:
+    """The Hugging Face tensors of a checkpoint. Needs a world of one rank."""
+
+    def __init__(self, path: Path, hf: dict[str, Any]):
+        """Raises CheckpointError where the checkpoint is damaged or another model's."""
+        check_files(path)
+        self.path, self.shape, self.reader = path, model_shape(hf), CheckpointReader(path)
+        stored = dist_checkpointing.load_tensors_metadata(path)
+        if _EMBEDDING not in stored:
+            raise CheckpointError(f"{path} holds another model: {_EMBEDDING} is not in it")
+        self.dtype: Dtype = "bfloat16" if stored[_EMBEDDING].dtype == torch.bfloat16 else "float32"
+        chunks, self.dims = meta_model(hf, ParallelConfig(), self.dtype), dims_of(hf, self.shape)
+        self.state = sharded_state(chunks)["model0"]
+        check_model(path, list(self.state.values()))
+        self.parts: list[_Part] = []
+        self.own_dtype: set[str] = set()  # tensors whose dtype is not the model's to choose: routing biases
+        for name, tensor, match in local_parameters(chunks, self.shape):
+            merged = match.row.transform.merge([tensor.to("meta")], self.dims)
+            self.parts.append(_Part(name, tensor, match, list(zip(match.hf_names, merged, strict=True))))
+            if not isinstance(tensor, torch.nn.Parameter):
+                self.own_dtype.update(match.hf_names)
+
+    def outputs(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor without storage) of everything that `stream` gives, in its order."""
+        for part in self.parts:
+            yield from part.outputs
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor), each once."""
+        for part in self.parts:
+            yield from self._read(part)
+
+    @torch.no_grad()
+    def _read(self, part: _Part) -> Iterator[tuple[str, Tensor]]:
+        entry = self.state[part.name]
+        entry.data = torch.empty(part.tensor.shape, dtype=part.tensor.dtype)
+        for shard in shards_of([entry]):
+            self.reader.fill(shard)
+        whole, entry.data = entry.data, part.tensor
+        yield from zip(part.match.hf_names, part.match.row.transform.merge([whole], self.dims), strict=True)
+
+
+def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes: int, advance: Advance) -> None:
+    """The weights of a checkpoint as safetensors files with an index, or as one file where that is enough."""
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        return tensor if name in checkpoint.own_dtype else tensor.to(_TORCH[dtype])
+
+    sizes = {name: cast(name, tensor).nbytes for name, tensor in checkpoint.outputs()}
+    files: list[set[str]] = [set()]
+    filled = 0
+    for name, size in sizes.items():
+        if files[-1] and filled + size > shard_bytes:
+            files.append(set())
+            filled = 0
+        files[-1].add(name)
+        filled += size
+    weight_map, number, tensors = {}, 1, {}
+    for name, tensor in checkpoint.stream():
+        tensors[name] = cast(name, tensor).contiguous()
+        advance(sizes[name])
+        if tensors.keys() == files[number - 1]:
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+            try:
+                save_file(tensors, out / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # an OSError's text, not its type
+                raise ConversionError(f"{out / file} was not written: {error}") from error
+            weight_map |= dict.fromkeys(tensors, file)
+            number, tensors = number + 1, {}
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_companions(source: Path, out: Path, hf: dict[str, Any], dtype: Dtype) -> None:
+    """Everything of a model directory but its weights. config.json names the dtype, and only layers that are there."""
+    copy_companions(source, out)
+    config = exported_config(hf) | {"torch_dtype" if "torch_dtype" in hf else "dtype": dtype}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@dataclass
+class Comparison:
+    """tensors: compared and equal, bit for bit after the cast. cast: of these, changed by the cast."""
+
+    tensors: int = 0
+    cast: list[str] = field(default_factory=list)
+
+
+def compare(checkpoint: CheckpointTensors, files: TensorFiles, *, to_hf: bool, advance: Advance) -> Comparison:
+    """Read both sides back: each tensor of one side, cast to the dtype of the other, is that of the other.
+
+    to_hf: which side was made from which. Raises ConversionError naming the first tensor that differs.
+    """
+    out = Comparison()
+    for name, ours in checkpoint.stream():
+        theirs = files[name]
+        source, target = (ours, theirs) if to_hf else (theirs, ours)
+        expected = source.to(target.dtype)
+        if not torch.equal(_bits(expected), _bits(target)):
+            raise ConversionError(f"{name} was not written as it was read")
+        out.tensors += 1
+        if source.dtype != target.dtype and not torch.equal(expected.to(source.dtype), source):
+            out.cast.append(name)
+        advance(ours.nbytes)
+    return out
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers, so that NaN equals itself and 0 differs from -0."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def hf_of_checkpoint(path: Path, given: Path | None) -> Path:
+    """The folder with the files of the Hugging Face model: given, or in the checkpoint. Raises CheckpointError."""
+    folder = given or path / HF_FOLDER
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; name a directory of the Hugging Face model with --hf")
+    return folder

@@ -1,0 +1,86 @@
+"""The files of a Hugging Face model directory: its safetensors, read a tensor at a time, and everything else in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_REOPEN_BYTES = 1 << 30
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+class DamagedModel(ValueError):
+    """A file of the model directory is cut off or is no safetensors file; the message names it."""
+
+
+class TensorFiles:
+    """Tensors of a model directory by name.
+
+    Files are mapped into memory, and mapped anew after every GiB, so that what was read does not stay there.
+    """
+
+    def __init__(self, path: Path):
+        """Open every file once. Raises FileNotFoundError or DamagedModel, naming the file, and KeyError for a tensor
+        that the index names and its file does not have."""
+        self.path, self.files = path, _tensor_files(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors names them: "BF16"
+        self._handles: dict[Path, safe_open] = {}
+        self._read = 0
+        names: dict[Path, set[str]] = {}
+        for name, file in self.files.items():
+            names.setdefault(file, set()).add(name)
+        for file, expected in names.items():
+            handle = self._open(file)
+            if absent := sorted(expected - set(handle.keys())):
+                raise KeyError(f"{file} lacks tensors that the index names: {', '.join(absent)}")
+            for name in expected:
+                view = handle.get_slice(name)
+                self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._read > _REOPEN_BYTES:
+            self._handles.clear()
+            self._read = 0
+        tensor = self._open(self.files[name]).get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor
+
+    def _open(self, file: Path) -> safe_open:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(file, "pt")
+            except SafetensorError as error:
+                raise DamagedModel(f"{file} is damaged: {error}") from error
+        return self._handles[file]
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Every tensor's name and the file that holds it. Raises FileNotFoundError where there is none."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        absent = sorted({file.name for file in files.values() if not file.is_file()})
+        if absent:
+            raise FileNotFoundError(f"{path} lacks files that its index names: {', '.join(absent)}")
+        return files
+    single = path / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{path} holds neither {index.name} nor {single.name}")
+    try:
+        with safe_open(single, "pt") as f:
+            return dict.fromkeys(f.keys(), single)
+    except SafetensorError as error:
+        raise DamagedModel(f"{single} is damaged: {error}") from error
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Configuration, tokenizer, generation settings, code, licence: every file of `source` that holds no weights."""
+    target.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)
