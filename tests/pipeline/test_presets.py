@@ -64,7 +64,7 @@ def test_a_preset_trains_for_ten_steps(session, name):
         assert ("critic/grad_norm" in metrics) == (name == "ppo")
         if name == "dapo":
             assert metrics["reward/uninformative_groups"] == 0
-            assert metrics["rollout/groups_replaced"] >= 0
+            assert "rollout/groups_replaced" in metrics
         assert len(groups) == 8
     assert sum(norm > 0 for norm in norms) >= 5
     session.version = loop.version
