@@ -17,7 +17,9 @@ from pipeline.session import open_loop
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=150", "supervised.decay_steps=150", "rollout.prompts_per_step=8",
          "rollout.samples_per_prompt=4", "rollout.max_sampling_rounds=20", "train.warmup_steps=0",
-         "train.decay_steps=null", "checks.probe_every=5", "critic.lr=3e-3"]  # fmt: skip
+         "train.decay_steps=null", "checks.probe_every=5", "critic.lr=3e-3",
+         "train.lr=1e-4"]  # fmt: skip
+# The quickstart's rate is for 256 answers a step: at 32 it can unlearn the task, and then no group tells anything.
 # The session's trainer holds everything that any preset needs: PPO's critic, and a reference for a KL.
 EVERYTHING = "objective={preset: ppo, kl: {estimator: k3, beta: 0.01}}"
 GSPO_AS_IN_QUICKSTART = "objective={preset: %s, clip_low: 0.02, clip_high: 0.03}"
@@ -52,21 +54,22 @@ def under(session, config: Config):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_for_ten_steps(session, name):
     loop = under(session, load_config(QUICKSTART, [*SMALL, OBJECTIVES[name]]))
-    norms = []
+    informative = []
     for number in range(1, 11):
         metrics, groups = loop.step(number)
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["mismatch/max_abs_logprob"] < 1e-4
         assert metrics["routing/replayed_fraction"] == 1.0
         assert metrics["weights/version"] == loop.version - 1
-        norms.append(metrics["train/grad_norm"])
+        informative.append(metrics["reward/uninformative_groups"] < 1)
+        assert metrics["train/grad_norm"] > 0 or not informative[-1]
         assert ("probe/k3_native" in metrics) == (number in (1, 6))
         assert ("critic/grad_norm" in metrics) == (name == "ppo")
         if name == "dapo":
             assert metrics["reward/uninformative_groups"] == 0
             assert "rollout/groups_replaced" in metrics
         assert len(groups) == 8
-    assert sum(norm > 0 for norm in norms) >= 5
+    assert sum(informative) >= 8
     session.version = loop.version
 
 
