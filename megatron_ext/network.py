@@ -83,7 +83,7 @@ class Network:
         Raises UnsupportedModel or ValueError where the model cannot be built in this layout.
         """
         self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
-        self.head, self.temperature = head, temperature
+        self.head, self.trainable, self.temperature = head, trainable, temperature
         self.lm_head: Head = "fp32" if config.dtype == "float32" else "bf16"
         self.mcore_config, self.chunks = build_model(hf, parallel_config, config, head=head, replay=replay)
         self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
