@@ -91,7 +91,7 @@ def load(path: Path, networks: Networks) -> None:
     state: dict[str, Any] = {"rng": _rng_object(None)} if same_layout else {}
     for name, network in networks.items():
         counts = common["networks"][name]
-        state[name], _ = _network_state(name, network, loading=True, moments=bool(counts.get("adam_steps")))
+        state[name], _ = _network_state(name, network, loading=True, stepped=bool(counts.get("adam_steps")))
     loaded = dist_checkpointing.load(state, str(path))
     for name, network in networks.items():
         _restore_network(network, loaded[name], common["networks"][name])
@@ -106,14 +106,14 @@ def _layout(network: Network) -> dict[str, Any]:
 
 
 def _network_state(
-    name: str, network: Network, *, loading: bool, moments: bool | None = None
+    name: str, network: Network, *, loading: bool, stepped: bool | None = None
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Shards of one network, and its counters. moments: whether the optimizer has any; None: look."""
+    """Shards of one network, and its counters. stepped: whether its optimizer has moments; None: look."""
     state: dict[str, Any] = sharded_state(network.chunks)
     counts: dict[str, int] = {}
     if network.trainable:
         counts = {"steps": network.steps, "adam_steps": _adam_steps(network)}
-        if counts["adam_steps"] if moments is None else moments:
+        if counts["adam_steps"] if stepped is None else stepped:
             metadata = {
                 "distrib_optim_sharding_type": "fully_reshardable",
                 # Gathered over gloo into the memory of one host, not of every GPU.
@@ -123,10 +123,11 @@ def _network_state(
             }
             model, state["optimizer"] = dict(state), {}
             for i, optimizer in enumerate(_chained(network)):
-                part = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-                # Of the rest only the step count is state; the settings are the configuration's.
-                if part["param_state"]:
-                    state["optimizer"][str(i)] = part["param_state"]
+                if loading:
+                    optimizer.load_state_dict(optimizer.state_dict())  # allocates the moments
+                # Not sharded_state_dict: of what that adds only the step count is state, and it collects garbage twice.
+                if moments := optimizer.sharded_param_state_fully_reshardable(model, loading, metadata):
+                    state["optimizer"][str(i)] = moments
     if name != "policy":
         add_prefix_for_sharding(state, f"{name}.")
     return state, counts

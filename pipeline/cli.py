@@ -10,9 +10,12 @@ from pathlib import Path
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
 
+TO_BE_RESUMED = 75  # EX_TEMPFAIL of sysexits.h
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 130 interrupted."""
+    """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 75 ended by a signal and to be
+    resumed, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="sameroute", description="Reinforcement learning for mixture-of-experts language models."
     )
@@ -26,6 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATH",
         help="train on the steps that a run with debug.dump_rollouts=true left in this directory, or on one of its "
         "files; no server is started, and train.steps does not count",
+    )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of the run directory, and refuse where there is none. Without it, a run "
+        "with checkpoints is resumed if run.overwrite is false, and deleted if that is true",
     )
     objectives = commands.add_parser("objectives", help="the table of objectives, or one with its equation")
     objectives.add_argument("name", nargs="?", help="a preset of the table")
@@ -45,20 +54,27 @@ def _train(options: argparse.Namespace) -> int:
     except ConfigError as error:
         return _fail(str(error), 2)
 
+    from pipeline.checkpoints import CheckpointError, CheckpointStore
     from pipeline.controller import DisagreementError, NothingToLearnError
     from pipeline.data.prompts import DataError
     from pipeline.observe.run_dir import RunDirectoryError
+    from pipeline.resume import ResumeError
     from pipeline.rewards import RewardError
     from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
     from pipeline.session import train
+    from pipeline.stop import Stopped, StopRequest
     from pipeline.weights import WeightTransferError
     from pipeline.workers import TrainerError
 
-    signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
+    checkpoints = config.checkpoint.every_steps is not None
+    stop = StopRequest(config.checkpoint.grace_s if checkpoints else None)
+    stop.listen()
     try:
-        path = train(config, options.from_dump)
-    except (RunDirectoryError, DataError, DumpError, FileNotFoundError) as error:
+        path = train(config, options.from_dump, resume=options.resume, stop=stop)
+    except Stopped as error:
+        return _fail(str(error), TO_BE_RESUMED)
+    except (RunDirectoryError, DataError, DumpError, ResumeError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
@@ -67,9 +83,13 @@ def _train(options: argparse.Namespace) -> int:
         WeightTransferError,
         DisagreementError,
         NothingToLearnError,
+        CheckpointError,
     ) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
+        latest = CheckpointStore(config.run.directory / "checkpoints").latest()
+        if stop.at_once and checkpoints and latest is not None:
+            return _fail(f"ended by {stop.signal_name}; --resume goes on from {latest}", TO_BE_RESUMED)
         return _fail("interrupted", 130)
     print(f"run directory: {path}")
     return 0
