@@ -20,7 +20,7 @@ CHUNKS = {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2}
 def trainer_of(config: ParallelConfig, model: str, dtype: str, *, load_weights: bool):
     from megatron_ext.trainer import Trainer
 
-    it = Trainer(
+    return Trainer(
         model,
         config,
         TrainerConfig(micro_batch_tokens=100, dtype=dtype),
@@ -30,7 +30,6 @@ def trainer_of(config: ParallelConfig, model: str, dtype: str, *, load_weights: 
         reference=True,
         load_weights=load_weights,
     )
-    return it
 
 
 def squared_error(batch):
@@ -117,7 +116,7 @@ def test_another_layout_resumes_to_1e_5(tiny_model_dir, tmp_path_factory, writte
 
 
 def damaged(config: ParallelConfig, model: str, folder: str):
-    """What loading says of a byte that changed in the file of a rank, in the description, and of a file that is gone."""
+    """What loading says of a byte that changed in a rank's file, in the description, and of a file that is gone."""
     from megatron_ext.checkpoint import CheckpointError
 
     it = trainer_of(config, model, "float32", load_weights=True)
