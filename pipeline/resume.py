@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_ext.hf.config import read_hf_config
-from pipeline.checkpoints import CheckpointStore, Progress, read_progress
+from pipeline.checkpoints import CheckpointError, CheckpointStore, Progress, read_progress
 from pipeline.config import Config
 from pipeline.objectives import resolve
 
@@ -41,7 +43,7 @@ def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Star
     """Where a run begins: at a checkpoint, or None: at the beginning.
 
     asked: by --resume. Without it a checkpoint counts unless run.overwrite deletes it. Raises ResumeError where none is
-    there, or the newest is another model's, and CheckpointError where it is damaged.
+    there, or the newest is damaged or another model's.
     """
     latest = store.latest()
     if latest is None:
@@ -53,9 +55,14 @@ def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Star
         return None
     if config.run.overwrite and not asked:
         return None
-    progress = read_progress(latest)
+    try:
+        progress = read_progress(latest)
+    except CheckpointError as error:
+        raise ResumeError(str(error)) from error
     _refuse(config, latest, progress)
-    notes = [f"resuming from {latest}: {progress.step} RL steps are done"]
+    notes = [
+        f"resuming from {latest}: {progress.step} RL steps are done; what was written of later ones goes to dropped/"
+    ]
     if changed := differences(progress.config, config.model_dump(mode="json")):
         notes.append(f"changed since {latest.name} was saved: {', '.join(changed)}")
         if any(change.startswith("data.") for change in changed):
@@ -72,7 +79,10 @@ def _refuse(config: Config, path: Path, progress: Progress) -> None:
     for key in sorted((wanted.keys() & stored.keys()) - _NAMES_ONLY):
         if wanted[key] != stored[key]:
             problems.append(f"the model's {key} is {stored[key]} in it, {wanted[key]} in the configuration")
-    saved = Config.model_validate(progress.config)
+    try:
+        saved = Config.model_validate(progress.config)
+    except ValidationError as error:
+        raise ResumeError(f"{path} was saved by another version of sameroute: {error}") from error
     if saved.trainer.dtype != config.trainer.dtype:
         problems.append(f"trainer.dtype is {saved.trainer.dtype} in it, {config.trainer.dtype} in the configuration")
     had, needs = resolve(saved.objective), resolve(config.objective)

@@ -46,7 +46,8 @@ def test_a_run_is_resumed_where_it_is_asked_for_or_nothing_is_to_be_overwritten(
         start = start_of(tmp_path, [], overrides, asked=asked)
         assert start is not None
         assert (start.path.name, start.progress.step, start.progress.cursor) == ("step_3", 3, CURSOR)
-        assert start.notes == [f"resuming from {tmp_path / 'checkpoints' / 'step_3'}: 3 RL steps are done"]
+        (note,) = start.notes
+        assert note.startswith(f"resuming from {tmp_path / 'checkpoints' / 'step_3'}: 3 RL steps are done; what was")
 
 
 def test_asking_for_what_is_not_there_is_an_error(tmp_path):
@@ -88,6 +89,18 @@ def test_what_differs_is_said(tmp_path, override, said):
 def test_what_cannot_be_resumed_is_refused(tmp_path, override, message):
     with pytest.raises(ResumeError, match=message):
         start_of(tmp_path, [], ["run.overwrite=false", override])
+
+
+def test_a_damaged_checkpoint_and_one_of_another_version_are_refused(tmp_path):
+    assert start_of(tmp_path, [], ["run.overwrite=false"])
+    file = tmp_path / "checkpoints" / "step_3" / "progress.json"
+    tree = json.loads(file.read_text())
+    file.write_text(json.dumps(tree | {"config": tree["config"] | {"gone": 1}}))
+    with pytest.raises(ResumeError, match="was saved by another version of sameroute"):
+        start_of(tmp_path, [], ["run.overwrite=false"])
+    file.write_text("{")
+    with pytest.raises(ResumeError, match=r"step_3 is damaged: .*; remove .*step_3 to resume from an older one"):
+        start_of(tmp_path, [], ["run.overwrite=false"])
 
 
 def test_where_files_lie_is_no_difference():
