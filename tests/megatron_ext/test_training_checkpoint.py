@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +141,11 @@ def damaged(config: ParallelConfig, model: str, folder: str):
     return said
 
 
-def test_a_changed_byte_and_a_missing_file_are_named(tiny_model_dir, tmp_path):
+def test_a_changed_byte_and_a_missing_file_are_named(tiny_model_dir, tmp_path, tmp_path_factory):
     folder = str(tmp_path / "it")
-    first_run(str(tiny_model_dir), (), "float32", folder)
+    saved_before = str(tmp_path_factory.getbasetemp() / "same_0_float32")
+    first_run(str(tiny_model_dir), (), "float32", saved_before)
+    shutil.copytree(saved_before, folder)
     ((data, description, missing),) = run_ranks(damaged, ParallelConfig(), str(tiny_model_dir), folder)
     assert "__0_0.distcp is damaged: its bytes are not those that were written" in data
     assert ".metadata is damaged" in description
