@@ -22,7 +22,7 @@ from tests.pipeline.test_session import DUMPED, QUICKSTART, SMALL, Command
 
 CURSOR = {"prompts": 24, "supervised": 0}
 RUN = [*SMALL, *DUMPED, "checkpoint.every_steps=3", "server.deterministic=true", "debug.dump_rollouts=true",
-       "run.overwrite=false", "train.steps=9999", "train.lr=1e-4", "checkpoint.keep_last=9"]  # fmt: skip
+       "run.overwrite=false", "train.steps=9999", "train.lr=1e-4", "checkpoint.keep_last=9", "parallel={}"]  # fmt: skip
 
 
 def start_of(folder: Path, saved: list[str], now: list[str], *, asked: bool = False):
@@ -163,7 +163,7 @@ def runs(tmp_path_factory):
         dumps.mkdir()
         for step in range(1, done + 1):
             shutil.copy(first.run / "dumps" / f"step_{step:06d}.safetensors", dumps)
-        third = start(f"train.steps={done}", "parallel={}", "--from-dump", str(dumps), "--resume")
+        third = start(f"train.steps={done}", "parallel={ranks: 2, expert: 2}", "--from-dump", str(dumps), "--resume")
         assert third.end(240) == 0, third.text()
         said.append(third.text())
         # Of the killed one Ray's agents take some ten seconds to see that they are alone.
@@ -189,11 +189,13 @@ def test_three_steps_a_kill_and_three_more_are_six_steps_straight_bit_for_bit(ru
         {n: s for n, s in json.loads((d / "checkpoints/step_6/checksums.json").read_text()).items() if "distcp" in n}
         for d in (runs.resumed, runs.straight)
     ]
-    assert len(sums[0]) == 2
+    assert len(sums[0]) == 1
     assert sums[0] == sums[1]
     for step in (4, 5, 6):
         name = f"dumps/step_{step:06d}.safetensors"
-        assert (runs.resumed / name).read_bytes() == (runs.straight / name).read_bytes()
+        arrays = [load_file(d / name) for d in (runs.resumed, runs.straight)]  # their order in the file is random
+        assert arrays[0].keys() == arrays[1].keys()
+        assert all(np.array_equal(arrays[0][key], arrays[1][key]) for key in arrays[0])
     progress = [read_progress(d / "checkpoints" / "step_6") for d in (runs.resumed, runs.straight)]
     assert [(p.step, p.version, p.cursor) for p in progress] == [(6, 7, {"prompts": 48, "supervised": 320})] * 2
 
@@ -209,7 +211,7 @@ def test_a_signal_saves_and_ends_with_the_code_for_another_try(runs):
 
 @pytest.mark.slow
 def test_another_layout_ends_the_run_and_the_checkpoint_converts_to_its_model(runs, tmp_path):
-    assert "parallel.ranks=1 (was 2)" in runs.said[1]
+    assert "parallel.ranks=2 (was 1)" in runs.said[1]
     (answer,) = convert(["to-hf", runs.run / "checkpoints" / f"step_{runs.done}", tmp_path / "hf"])
     assert answer.code == 0, answer
     final, converted = (load_file(d / "model.safetensors") for d in (runs.run / "hf", tmp_path / "hf"))
