@@ -68,7 +68,7 @@ class ServerConfig(BaseModel):
     deterministic: bool = Field(
         False,
         description="batch-invariant kernels, and samples that depend on run.seed and the prompt only: the same run "
-        "again, or resumed, gives the same numbers; slower",
+        "again, or resumed, gives the same numbers",
     )
     startup_timeout_s: float = Field(600.0, gt=0, description="seconds until the server must answer")
     extra_args: list[str] = Field(default=[], description="further arguments of SGLang's command line, last")
