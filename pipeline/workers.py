@@ -21,6 +21,7 @@ from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 if TYPE_CHECKING:
     from megatron_ext.layout import Sample
     from megatron_ext.network import Routing
+    from pipeline.weights import WeightDifference
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 
@@ -147,6 +148,14 @@ class TrainerRank:
             for _ in self.trainer.export():
                 pass
 
+    def weight_differences(self) -> list[WeightDifference]:
+        """On rank 0, what the servers hold otherwise than the trainer."""
+        if self.sender is not None:
+            return self.sender.differences(self.trainer.export())
+        for _ in self.trainer.export():
+            pass
+        return []
+
     def save_hf(self, directory: str) -> None:
         """Write the weights as one Hugging Face safetensors file. Rank 0 writes."""
         from safetensors.torch import save_file
@@ -250,6 +259,11 @@ class TrainerGroup:
     def send_weights(self, version: int) -> None:
         """The current weights to every connected server, under this version."""
         self.call("send_weights", version)
+
+    def weight_differences(self) -> list[WeightDifference]:
+        """Every tensor that a connected server holds otherwise than the trainer does, bit for bit, by its Hugging Face
+        name; an empty list where they agree. The servers must be idle."""
+        return self.call("weight_differences")[0]
 
     def _wait(self, answers: list[Any], method: str) -> list[Any]:
         """Wait for all, but not longer than for the first failure."""
