@@ -43,6 +43,7 @@ def make_micro_batch(
     layout: TokenLayout,
     device: torch.device,
     routed: ModelShape | None,
+    label_shift: int = 0,
 ) -> MicroBatch:
     """Lay the chosen samples out.
 
@@ -50,11 +51,12 @@ def make_micro_batch(
     layout:      of the chosen ones' input lengths, or of the single length 1 where there are none: ranks meet in
                  collectives, so a rank without samples runs one padding sequence that nothing reads.
     routed:      the model whose routes are to be replayed, or None. Rows of its dense layers are not read.
+    label_shift: see exchange.Exchange.
     Raises ValueError for routes that are not the model's.
     """
     chosen = tuple(samples[i] for i in indices)
     inputs = [s.tokens[:-1].astype(np.int64) for s in chosen] or [np.zeros(1, np.int64)]
-    labels = [s.tokens[1:].astype(np.int64) for s in chosen] or [np.zeros(1, np.int64)]
+    labels = [_labels(s.tokens, label_shift) for s in chosen] or [np.zeros(1, np.int64)]
     packed = None
     if layout.packed:
         cu, longest = layout.cu_seqlens.to(device), max(layout.padded_lengths)
@@ -73,6 +75,12 @@ def make_micro_batch(
         routes=routes,
         counted=layout.slice_sequence(layout.is_token & bool(chosen)).to(device),
     )
+
+
+def _labels(tokens: np.ndarray, shift: int) -> np.ndarray:
+    """[tokens - 1] int64: what each input token is to predict, the token that follows it."""
+    following = np.arange(1, len(tokens)) + shift
+    return tokens[following.clip(0, len(tokens) - 1)].astype(np.int64)
 
 
 def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelShape) -> Tensor:

@@ -85,6 +85,7 @@ class Network:
         self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
         self.head, self.temperature = head, temperature
         self.lm_head: Head = "fp32" if config.dtype == "float32" else "bf16"
+        self.label_shift = 0  # anything else is a diagnosis' doing
         self.mcore_config, self.chunks = build_model(hf, parallel_config, config, head=head, replay=replay)
         self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
         self.models: list[Any] = list(self.chunks)
@@ -228,7 +229,8 @@ class Network:
                 packed=self.config.packing,
                 align=get_fp8_align_size(self.mcore_config.fp8_recipe) if self.mcore_config.fp8 else 1,
             )
-            batches.append(make_micro_batch(indices, samples, layout, self.device, self.shape if replay else None))
+            routed = self.shape if replay else None
+            batches.append(make_micro_batch(indices, samples, layout, self.device, routed, self.label_shift))
         return batches
 
     def _head(self, batch: MicroBatch) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -19,6 +19,7 @@ from megatron_ext.parts import TokenPart, UpdatePart, merge_routes, merge_routin
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 
 if TYPE_CHECKING:
+    from megatron_ext.exchange import Exchange
     from megatron_ext.layout import Sample
     from megatron_ext.network import Routing
     from pipeline.weights import WeightDifference
@@ -211,9 +212,14 @@ class TrainerGroup:
         self.call("load", ray.put(list(samples)))
         self._loaded = len(samples)
 
-    def logprobs(self, routing: Routing | None = None, indices: Sequence[int] | None = None) -> PolicyTokens:
-        """The policy's log-probs of loaded samples; routing: see Trainer.logprobs."""
-        return self._policy(self.call("measure", "logprobs", indices, routing), indices)
+    def logprobs(
+        self,
+        routing: Routing | None = None,
+        indices: Sequence[int] | None = None,
+        exchange: Exchange | None = None,
+    ) -> PolicyTokens:
+        """The policy's log-probs of loaded samples; routing, exchange: see Trainer.logprobs."""
+        return self._policy(self.call("measure", "logprobs", indices, routing, exchange), indices)
 
     def record_routes(self, layers: int, dtype: np.dtype) -> PolicyTokens:
         """The policy's log-probs under its own routes, which the loaded samples have from then on."""
