@@ -58,7 +58,7 @@ def _train(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
         path = train(config, options.from_dump)
-    except (RunDirectoryError, DataError, DumpError, FileNotFoundError) as error:
+    except (RunDirectoryError, ConfigError, DataError, DumpError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,

@@ -71,10 +71,9 @@ class Loop:
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
-        rollout = self.config.rollout
         self.sampling = Sampling(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            temperature=self.config.precision.temperature,
             stop_token_ids=self.source.stop_token_ids,
         )
 

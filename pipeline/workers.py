@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import TokenPart, UpdatePart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.precision import RolloutWeights
 
 if TYPE_CHECKING:
     from megatron_ext.layout import Sample
@@ -131,8 +132,9 @@ class TrainerRank:
         """The reference becomes the policy as it is now."""
         self.trainer.keep_reference()
 
-    def connect(self, urls: list[str], backend: str, logs: list[Path]) -> None:
-        """Rank 0 joins the weight-transfer group of the servers."""
+    def connect(self, urls: list[str], backend: str, logs: list[Path], weights: RolloutWeights = "same") -> None:
+        """Rank 0 joins the weight-transfer group of the servers, which are to compute with these weights."""
+        self.rollout_weights: RolloutWeights = weights
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
@@ -142,7 +144,9 @@ class TrainerRank:
     def send_weights(self, version: int) -> None:
         """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
         if self.sender is not None:
-            self.sender.send(self.trainer.export(), version)
+            from pipeline.rollout_weights import rounded
+
+            self.sender.send(rounded(self.trainer.export(), self.rollout_weights), version)
         else:
             for _ in self.trainer.export():
                 pass

@@ -54,9 +54,9 @@ class DumpedSteps:
             raise DumpError(f"{file}: a rollout has no response, so there is nothing to train on")
         if max(lengths) > config.rollout.max_new_tokens:
             raise DumpError(f"{file}: a response has {max(lengths)} tokens; set rollout.max_new_tokens={max(lengths)}")
-        if dump.temperature != config.rollout.temperature:
+        if dump.temperature != config.precision.temperature:
             raise DumpError(
-                f"{file}: its log-probs are at another temperature; set rollout.temperature={dump.temperature}"
+                f"{file}: its log-probs are at another temperature; set precision.temperature={dump.temperature}"
             )
         routes = [r.routes for r in rollouts if r.routes is not None]
         if config.replay == "r3" and shape.num_experts and not routes:

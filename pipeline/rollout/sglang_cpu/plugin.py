@@ -1,7 +1,8 @@
 """What SGLang 0.5.23 needs in each of its processes to run without a GPU. Its plugin loader calls `activate`.
 
 The entry point stands in pyproject.toml, so SGLang calls this wherever the project is installed: it does nothing
-unless the server was started for the CPU (`server.py` sets SGLANG_USE_CPU_ENGINE).
+unless the server was started for the CPU (`server.py` sets SGLANG_USE_CPU_ENGINE), except to hand the call on to
+`sglang_router`, which acts on any device where it is switched on.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import os
 import sys
 from typing import Any
 
+from pipeline.rollout import sglang_router
 from pipeline.rollout.server import CPU_ATTENTION_BACKEND
 
 
 def activate() -> None:
     """Register the batched attention backend and make SGLang start on the CPU."""
+    sglang_router.activate()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
     # It comes with SGLang, serves GPUs only, and takes 2 s to import.

@@ -233,7 +233,9 @@ def test_a_path_without_dumps_says_where_they_might_be(tmp_path, dump):
 
 def config(temperature=1.0, max_new_tokens=5, replay="r3"):
     return SimpleNamespace(
-        rollout=SimpleNamespace(temperature=temperature, max_new_tokens=max_new_tokens), replay=replay
+        rollout=SimpleNamespace(max_new_tokens=max_new_tokens),
+        precision=SimpleNamespace(temperature=temperature),
+        replay=replay,
     )
 
 
@@ -246,7 +248,7 @@ def test_a_step_is_read_for_the_model_and_the_configuration_that_it_fits(tmp_pat
     ("asked", "shape", "message"),
     [
         (config(), {"vocab_size": 20}, "is outside the model's vocabulary of 20"),
-        (config(temperature=0.5), {}, "set rollout.temperature=1.0"),
+        (config(temperature=0.5), {}, "set precision.temperature=1.0"),
         (config(max_new_tokens=4), {}, "set rollout.max_new_tokens=5"),
         (config(), {"num_layers": 4}, "for 3 layers, top 2; the model has 4, top 2"),
         (config(), {"num_experts": 3}, "outside the model's 3"),
