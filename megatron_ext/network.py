@@ -240,6 +240,7 @@ class Network:
             vocab_size=self.shape.vocab_size,
             temperature=self.precision.temperature,
             head=self.precision.head,
+            kept=batch.kept,
         )
 
     def _responses(self, batch: MicroBatch, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -19,8 +19,8 @@ from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.precision import MOVED, PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.rollout.server import ServerConfig
 
-LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
-"""Nats by the dtype of the weights; see ChecksConfig.max_abs_logprob."""
+LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
+"""Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
 
 
 class ConfigError(ValueError):
@@ -97,7 +97,7 @@ class ChecksConfig(_Frozen):
         None,
         gt=0,
         description="largest mean |log pi_o - log mu| of a step, nats; beyond it trainer and server hold different "
-        "models. null: 1e-3 in float32, 0.1 in bfloat16",
+        "models. null: 1e-3 in float32, 0.1 in bfloat16, 0.3 where precision.rollout_weights rounds",
     )
     probe_every: int = Field(
         10, ge=0, description="under R3, steps between two measurements of the mismatch without replay; 0: none"
@@ -186,7 +186,8 @@ class Config(_Frozen):
     @property
     def logprob_bound(self) -> float:
         """Nats; see ChecksConfig.max_abs_logprob."""
-        return self.checks.max_abs_logprob or LOGPROB_BOUNDS[self.precision.weights]
+        rounds = self.precision.rollout_weights != "same"
+        return self.checks.max_abs_logprob or LOGPROB_BOUNDS["rounded" if rounds else self.precision.weights]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

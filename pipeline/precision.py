@@ -18,6 +18,9 @@ ROUTER_VARIABLE = "SAMEROUTE_ROUTER"
 
 RolloutWeights = Literal["same", "int8", "fp8"]
 
+_MOST_KEPT = 4096
+_TIES = 64  # tokens as likely as the last one that top_k keeps may be kept beside it
+
 _SERVER_FLAGS = {
     "--dtype": "weights",
     "--kv-cache-dtype": "kv_cache",
@@ -76,7 +79,7 @@ class PrecisionConfig(TrainerPrecision):
         "scale a row, and held in the dtype of `weights`",
     )
     top_p: float = Field(1.0, gt=0, le=1, description="probability mass that sampling keeps")
-    top_k: int = Field(-1, description="tokens that sampling keeps; -1: all")
+    top_k: int = Field(-1, description="tokens that sampling keeps at most; -1: all")
     min_p: float = Field(0.0, ge=0, lt=1, description="sampling keeps what is this likely against the likeliest")
 
     @model_validator(mode="after")
@@ -88,12 +91,18 @@ class PrecisionConfig(TrainerPrecision):
             )
         if self.weights == "float32" and self.router != "fp32":
             raise ValueError("float32 weights make float32 router logits; set router=fp32, or weights=bfloat16")
-        if self.top_p < 1.0 or self.top_k != -1 or self.min_p > 0.0:
+        if self.masks_sampling and not 2 <= self.top_k <= _MOST_KEPT:
             raise ValueError(
-                "the trainer's log-probs are over the whole vocabulary, so top-p, top-k and min-p would make the "
-                "policies differ; set top_p=1, top_k=-1, min_p=0"
+                f"SGLang tells which tokens top-p, top-k and min-p kept only where top_k is 2 to {_MOST_KEPT}, and "
+                "without them the trainer's log-probs would be of another distribution; set top_k to at most that "
+                "(a vocabulary may be smaller), or top_p=1, top_k=-1 and min_p=0"
             )
         return self
+
+    @property
+    def masks_sampling(self) -> bool:
+        """Whether sampling is from a part of the vocabulary, over which every log-prob is then taken."""
+        return self.top_p < 1.0 or self.top_k != -1 or self.min_p > 0.0
 
     def server_arguments(self) -> list[str]:
         """Its part of SGLang's command line (0.5.23)."""
@@ -104,6 +113,8 @@ class PrecisionConfig(TrainerPrecision):
             # Of bf16 weights: on a GPU a bf16 matmul with a float32 result, on a CPU a float32 matmul. Products of two
             # bf16 numbers are exact in float32, so these, fp32_accumulate and fp32 differ in the order of sums alone.
             arguments.append("--enable-fp32-lm-head")
+        if self.masks_sampling:
+            arguments += ["--sampling-mask-max-tokens", str(self.top_k + _TIES)]
         return arguments
 
     def server_environment(self) -> dict[str, str]:
