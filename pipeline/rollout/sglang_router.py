@@ -7,6 +7,7 @@ plugins and no objects.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def make_routers_float32(model: torch.nn.Module) -> None:
                 return torch.mm(x, layer.weight.t(), out_dtype=torch.float32)
             return x.float() @ layer.weight.float().t()
 
+    changed = 0
     for name, block in model.named_modules():
         if not (hasattr(block, "gate") and hasattr(block, "experts")):
             continue
@@ -52,3 +54,5 @@ def make_routers_float32(model: torch.nn.Module) -> None:
                 "precision.router=bf16"
             )
         gate.quant_method = Float32Logits()
+        changed += 1
+    logging.getLogger(__name__).info("router logits of %d layers in float32", changed)
