@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.stop import StopRequest
 
 TO_BE_RESUMED = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 75 ended by a signal and to be
-    resumed, 130 interrupted."""
+    """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 3 diagnose found that the
+    engines disagree, 75 ended by a signal and to be resumed, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="sameroute", description="Reinforcement learning for mixture-of-experts language models."
     )
@@ -36,17 +42,54 @@ def main(arguments: list[str] | None = None) -> int:
         help="go on from the newest checkpoint of the run directory, and refuse where there is none. Without it, a run "
         "with checkpoints is resumed if run.overwrite is false, and deleted if that is true",
     )
+    diagnose = commands.add_parser("diagnose", help="why trainer and server disagree, by exchanging one part at a time")
+    diagnose.add_argument("config", type=Path, help="YAML file of the run")
+    diagnose.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of single fields")
+    diagnose.add_argument(
+        "--rollouts", type=Path, metavar="DUMP", help="a dumped step whose rollouts are compared, in place of new ones"
+    )
+    diagnose.add_argument(
+        "--out", type=Path, help="directory of diagnose.html and diagnose.json; default: run.directory with -diagnose"
+    )
     objectives = commands.add_parser("objectives", help="the table of objectives, or one with its equation")
     objectives.add_argument("name", nargs="?", help="a preset of the table")
     report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
     report.add_argument("run", type=Path, help="run directory; report.html is written into it")
     add_arguments(commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints"))
     options = parser.parse_args(arguments)
-    run = {"train": _train, "objectives": _objectives, "report": _report, "convert": _convert}[options.command]
-    return run(options)
+    commands_by_name = {
+        "train": _train,
+        "diagnose": _diagnose,
+        "objectives": _objectives,
+        "report": _report,
+        "convert": _convert,
+    }
+    return commands_by_name[options.command](options)
 
 
 def _train(options: argparse.Namespace) -> int:
+    def run(config: Config, stop: StopRequest) -> int:
+        from pipeline.session import train
+
+        print(f"run directory: {train(config, options.from_dump, resume=options.resume, stop=stop)}")
+        return 0
+
+    return _with_engines(options, run)
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    def run(config: Config, stop: StopRequest) -> int:
+        from pipeline.diagnose.command import run as diagnose
+
+        directory = config.run.directory
+        out = options.out or directory.with_name(f"{directory.name}-diagnose")
+        return 0 if diagnose(config, out, options.rollouts).agree else 3
+
+    return _with_engines(options, run)
+
+
+def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopRequest], int]) -> int:
+    """Load the configuration and run; what goes wrong becomes a message and an exit code."""
     from pipeline.config import ConfigError, load_config
 
     try:
@@ -62,7 +105,6 @@ def _train(options: argparse.Namespace) -> int:
     from pipeline.rewards import RewardError
     from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
-    from pipeline.session import train
     from pipeline.stop import Stopped, StopRequest
     from pipeline.weights import WeightTransferError
     from pipeline.workers import TrainerError
@@ -71,10 +113,10 @@ def _train(options: argparse.Namespace) -> int:
     stop = StopRequest(config.checkpoint.grace_s if checkpoints else None)
     stop.listen()
     try:
-        path = train(config, options.from_dump, resume=options.resume, stop=stop)
+        return run(config, stop)
     except Stopped as error:
         return _fail(str(error), TO_BE_RESUMED)
-    except (RunDirectoryError, DataError, DumpError, ResumeError, FileNotFoundError) as error:
+    except (RunDirectoryError, ConfigError, DataError, DumpError, ResumeError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
@@ -88,11 +130,9 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         latest = CheckpointStore(config.run.directory / "checkpoints").latest()
-        if stop.at_once and checkpoints and latest is not None:
+        if options.command == "train" and stop.at_once and checkpoints and latest is not None:
             return _fail(f"ended by {stop.signal_name}; --resume goes on from {latest}", TO_BE_RESUMED)
         return _fail("interrupted", 130)
-    print(f"run directory: {path}")
-    return 0
 
 
 def _objectives(options: argparse.Namespace) -> int:

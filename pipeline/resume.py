@@ -83,8 +83,8 @@ def _refuse(config: Config, path: Path, progress: Progress) -> None:
         saved = Config.model_validate(progress.config)
     except ValidationError as error:
         raise ResumeError(f"{path} was saved by another version of sameroute: {error}") from error
-    if saved.trainer.dtype != config.trainer.dtype:
-        problems.append(f"trainer.dtype is {saved.trainer.dtype} in it, {config.trainer.dtype} in the configuration")
+    if (was := saved.precision.weights) != (now := config.precision.weights):
+        problems.append(f"precision.weights is {was} in it, {now} in the configuration")
     had, needs = resolve(saved.objective), resolve(config.objective)
     if needs.needs_critic and not had.needs_critic:
         problems.append("it holds no critic, which the objective needs")

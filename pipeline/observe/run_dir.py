@@ -11,6 +11,7 @@ checkpoints/         step_12: all that resuming after that step needs, where che
 dropped/             what a resumed run had written after its checkpoint: rows of both files, rollouts
 hf/                  the trained model, where the run wrote one
 summary.png          reward, mismatch, lengths
+diagnose.json        how far the engines were apart before the first step; diagnose.html too where it was too far
 report.html          what `sameroute report` makes of all this
 """
 
@@ -38,7 +39,15 @@ if TYPE_CHECKING:
     from pipeline.objectives import Objective
     from pipeline.observe.events import EventWriter
 
-_FILES = ("config.yaml", "metrics.jsonl", "records.jsonl", "summary.png", "report.html")
+_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "records.jsonl",
+    "summary.png",
+    "report.html",
+    "diagnose.json",
+    "diagnose.html",
+)
 _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "checkpoints", "dropped")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 

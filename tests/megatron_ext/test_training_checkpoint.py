@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from tests.megatron_ext.jobs import SAMPLES, make_samples, weighted_likelihood
 from tests.megatron_ext.ranks import run_ranks
 
@@ -24,9 +24,10 @@ def trainer_of(config: ParallelConfig, model: str, dtype: str, *, load_weights: 
     return Trainer(
         model,
         config,
-        TrainerConfig(micro_batch_tokens=100, dtype=dtype),
+        TrainerConfig(micro_batch_tokens=100),
         OptimizerConfig(lr=1e-3, warmup_steps=4),
         replay=True,
+        precision=TrainerPrecision(weights=dtype),
         critic=OptimizerConfig(lr=1e-3),
         reference=True,
         load_weights=load_weights,
