@@ -17,6 +17,7 @@ from pipeline.data.prompts import DataConfig
 from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.rollout.server import ServerConfig
+from pipeline.weights.config import WeightsConfig
 
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
 """Nats by the trainer's dtype; see ChecksConfig.max_abs_logprob."""
@@ -141,6 +142,7 @@ class Config(_Frozen):
     data: DataConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
     server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)  # pyright: ignore[reportArgumentType]
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]

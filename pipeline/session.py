@@ -156,7 +156,7 @@ def open_loop(
                 timeout_s=config.rollout.timeout_s,
                 log_path=server.log_path,
             )
-            trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
+            trainers.connect([server.url], config.weights, device, [server.log_path])
         loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
         if config.supervised.steps:
             loop.sync()

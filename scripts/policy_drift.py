@@ -49,7 +49,9 @@ def round_to_int8(rank) -> None:
         scale = tensor.abs().amax(1, keepdim=True) / 127
         return (tensor / scale).round() * scale
 
-    trainer.export = lambda: ([(name, rounded(name, tensor)) for name, tensor in bucket] for bucket in export())
+    trainer.export = lambda **where: (
+        [(name, rounded(name, tensor)) for name, tensor in bucket] for bucket in export(**where)
+    )
 
 
 def to_start(rank) -> None:
