@@ -289,7 +289,7 @@ class TrainerGroup:
         """
         answers = [rank.send_weights.remote(version) for rank in self.ranks]
         # rank 0 times its servers; the ranks are looked at once it has had time to say so
-        self._wait(answers, "send_weights", 1.2 * self.weights_timeout_s + 5, restart=True)
+        self._wait(answers, "send_weights", 1.2 * self.weights_timeout_s + POLL_S, restart=True)
 
     def weight_differences(self) -> list[WeightDifference]:
         """Every tensor that a connected server holds otherwise than the trainer does, bit for bit, by its Hugging Face
