@@ -18,8 +18,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import TokenPart, UpdatePart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.precision import RolloutWeights
 
 if TYPE_CHECKING:
+    from megatron_ext.exchange import Exchange
     from megatron_ext.hf.export import Bucket
     from megatron_ext.layout import Sample
     from megatron_ext.network import Routing
@@ -135,9 +137,11 @@ class TrainerRank:
         """The reference becomes the policy as it is now."""
         self.trainer.keep_reference()
 
-    def connect(self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path]) -> None:
-        """From now on weights go to these servers, from rank 0."""
-        self.trainer.exporter.bucket_bytes = config.bucket_bytes
+    def connect(
+        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights
+    ) -> None:
+        """From now on weights go to these servers, from rank 0, rounded as the servers are to compute with them."""
+        self.trainer.exporter.bucket_bytes, self.rollout_weights = config.bucket_bytes, rounding
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
@@ -146,19 +150,23 @@ class TrainerRank:
 
     def send_weights(self, version: int) -> None:
         """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
-        buckets = self.trainer.export(everywhere=False)
         if self.sender is not None:
-            self.sender.send(buckets, version)
+            self.sender.send(self._sent(), version)
         else:
-            _walk(buckets)
+            _walk(self._sent())
 
     def weight_differences(self) -> list[WeightDifference]:
-        """On rank 0, what the servers hold otherwise than the trainer."""
-        buckets = self.trainer.export(everywhere=False)
+        """On rank 0, what the servers hold otherwise than the trainer would send it."""
         if self.sender is not None:
-            return self.sender.differences(buckets)
-        _walk(buckets)
+            return self.sender.differences(self._sent())
+        _walk(self._sent())
         return []
+
+    def _sent(self) -> Iterator[Bucket]:
+        """On rank 0, the weights as the servers are to hold them."""
+        from pipeline.rollout_weights import rounded
+
+        return rounded(self.trainer.export(everywhere=False), self.rollout_weights)
 
     @ray.method(concurrency_group="watch")
     def position(self) -> int:
@@ -231,9 +239,14 @@ class TrainerGroup:
         self.call("load", ray.put(list(samples)))
         self._loaded = len(samples)
 
-    def logprobs(self, routing: Routing | None = None, indices: Sequence[int] | None = None) -> PolicyTokens:
-        """The policy's log-probs of loaded samples; routing: see Trainer.logprobs."""
-        return self._policy(self.call("measure", "logprobs", indices, routing), indices)
+    def logprobs(
+        self,
+        routing: Routing | None = None,
+        indices: Sequence[int] | None = None,
+        exchange: Exchange | None = None,
+    ) -> PolicyTokens:
+        """The policy's log-probs of loaded samples; routing, exchange: see Trainer.logprobs."""
+        return self._policy(self.call("measure", "logprobs", indices, routing, exchange), indices)
 
     def record_routes(self, layers: int, dtype: np.dtype) -> PolicyTokens:
         """The policy's log-probs under its own routes, which the loaded samples have from then on."""
@@ -276,10 +289,12 @@ class TrainerGroup:
         """A new phase of training begins: its own settings, no moments of the last."""
         self.call("restart_optimizer", optimizer)
 
-    def connect(self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path]) -> None:
+    def connect(
+        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights = "same"
+    ) -> None:
         """See TrainerRank.connect."""
         self.weights_timeout_s = config.timeout_s
-        self.call("connect", urls, config, device, logs)
+        self.call("connect", urls, config, device, logs, rounding)
 
     def send_weights(self, version: int) -> None:
         """The current weights to every connected server, under this version.
