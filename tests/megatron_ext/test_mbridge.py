@@ -1,5 +1,7 @@
 """mbridge, another bridge from Hugging Face to Megatron-Core, puts the same shards into the same parameters."""
 
+import dataclasses
+
 import pytest
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
@@ -25,12 +27,26 @@ def bridge_of(model: str, shape):
     """mbridge 0.15.1, told what it reads of a config of transformers 4, and of the model that it would make."""
     import torch
     from mbridge import AutoBridge
+    from mbridge.core.safetensor_io import SafeTensorIO
+    from mbridge.models import DeepseekV3Bridge
     from transformers import AutoConfig
 
+    from megatron_ext.mcore import MLATransformerConfig
+
+    fields = {field.name for field in dataclasses.fields(MLATransformerConfig)}
+
+    def latent(**settings):
+        """Without what this Megatron-Core (0.19.2) does not know, and no weight depends on."""
+        return MLATransformerConfig(**{k: v for k, v in settings.items() if k in fields})
+
+    DeepseekV3Bridge.TransformerConfigClass = staticmethod(latent)
     config = AutoConfig.from_pretrained(model)
     config.rope_theta = config.rope_parameters["rope_theta"]
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
     bridge = AutoBridge.from_config(config, dtype=torch.float32, make_vocab_size_divisible_by=1)
     bridge.vocab_size, bridge.padded_vocab_size = shape.vocab_size, shape.padded_vocab_size
+    bridge._get_safetensor_io = SafeTensorIO  # of DeepSeek-V3 it would read float8 on a GPU
     return bridge
 
 

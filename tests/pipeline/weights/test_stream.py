@@ -96,7 +96,8 @@ def test_a_rank_and_a_server_that_stall_are_named(loop, monkeypatch):
         loop.sync()
     loop.sync()  # it goes on, and the transfer it held up is finished first
 
-    children = psutil.Process().children(recursive=True)
-    (scheduler,) = [p.pid for p in children if "sglang::scheduler" in " ".join(p.cmdline())]
+    port = loop.client.url.rpartition(":")[2]
+    server = next(p for p in psutil.Process().children(recursive=True) if port in p.cmdline())
+    (scheduler,) = [p.pid for p in server.children(recursive=True) if "sglang::scheduler" in " ".join(p.cmdline())]
     with stopped(scheduler), pytest.raises(TrainerError, match=rf"{loop.client.url}\S* did not answer in 3 s"):
         loop.sync()
