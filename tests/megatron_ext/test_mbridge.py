@@ -24,6 +24,7 @@ def bridge_of(model: str, shape):
     """mbridge 0.15.1, told what it reads of a config of transformers 4, and of the model that it would make."""
     import torch
     from mbridge import AutoBridge
+    from mbridge.core.parallel_states import ParallelStates
     from mbridge.core.safetensor_io import SafeTensorIO
     from mbridge.models import DeepseekV3Bridge
     from transformers import AutoConfig
@@ -41,7 +42,10 @@ def bridge_of(model: str, shape):
     config.rope_theta = config.rope_parameters["rope_theta"]
     if getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    bridge = AutoBridge.from_config(config, dtype=torch.float32, make_vocab_size_divisible_by=1)
+    states = ParallelStates.get_parallel_state()
+    if not shape.num_experts:
+        states = dataclasses.replace(states, ep_size=1, ep_rank=0)
+    bridge = AutoBridge.from_config(config, dtype=torch.float32, make_vocab_size_divisible_by=1, parallel_states=states)
     bridge.vocab_size, bridge.padded_vocab_size = shape.vocab_size, shape.padded_vocab_size
     bridge._get_safetensor_io = SafeTensorIO  # of DeepSeek-V3 it would read float8 on a GPU
     return bridge
