@@ -215,12 +215,8 @@ class TrainerGroup:
         """
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
         self.weights_timeout_s = timeout_s
-        actor = ray.remote(TrainerRank).options(  # pyright: ignore[reportAttributeAccessIssue]
-            num_cpus=0 if gpus else 1,
-            num_gpus=1 if gpus else 0,
-            max_restarts=0,
-            concurrency_groups={"watch": 1},
-        )
+        resources = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
+        actor = ray.remote(**resources, concurrency_groups={"watch": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
         self.ranks = [actor.remote(r, str(self.log_path(r)), threads) for r in range(parallel.ranks)]
 
     def log_path(self, rank: int) -> Path:
