@@ -170,8 +170,8 @@ class Distributed(Transport):
 
 
 class SharedMemory(Transport):
-    """One buffer a transfer, which all servers map. On a GPU a buffer a bucket: there a server's copies may outlast its answer, and
-    CUDA IPC keeps a buffer until they are done."""
+    """One buffer a transfer, which all servers map. On a GPU a buffer a bucket: there a server's copies may outlast its
+    answer, and CUDA IPC keeps a buffer until they are done."""
 
     def __init__(self, servers: Servers, device: str):
         super().__init__(servers)
