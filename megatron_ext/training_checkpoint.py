@@ -142,10 +142,10 @@ def _restore_network(network: Network, loaded: dict[str, Any], counts: dict[str,
         network.optimizer.reload_model_params()
         return
     for i, optimizer in enumerate(_chained(network)):
-        optimizer.load_state_dict(
-            optimizer.state_dict()
-            | {"param_state": loaded["optimizer"][str(i)], "param_state_sharding_type": "fully_reshardable"}
-        )
+        if moments := loaded.get("optimizer", {}).get(str(i)):  # else this stage has no parameter of that kind
+            optimizer.load_state_dict(
+                optimizer.state_dict() | {"param_state": moments, "param_state_sharding_type": "fully_reshardable"}
+            )
         for group in optimizer.optimizer.param_groups:
             group["step"] = counts["adam_steps"]
 
