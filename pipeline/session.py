@@ -76,10 +76,15 @@ def train(
         serve, session = dumped is None, _Session(config, store, stop, console, run)
         with (
             stop.saving(),
-            open_loop(config, run.path, run.logs, serve=serve, start=start, on_supervised=session.supervised_done) as (
-                loop,
-                model_path,
-            ),
+            open_loop(
+                config,
+                run.path,
+                run.logs,
+                serve=serve,
+                start=start,
+                on_supervised=session.supervised,
+                may_stop=session.supervised_done,
+            ) as (loop, model_path),
         ):
             if serve and config.checks.first_rollouts:
                 _check_engines(loop, model_path, run, console)
@@ -117,11 +122,12 @@ class _Session:
             self.store, self.config.checkpoint, trainers, lambda hf: copy_companions(model, hf), self.console.say
         )
 
-    def supervised_done(self, number: int, nll: float, trainers: TrainerGroup, source: PromptSource) -> None:
+    def supervised(self, number: int, nll: float) -> None:
+        self.console.supervised(number, self.config.supervised.steps, nll)
+
+    def supervised_done(self, number: int, trainers: TrainerGroup, source: PromptSource) -> None:
         """A supervised step. Only a signal saves here; the phase is short."""
         self.stop.arm()
-        steps = self.config.supervised.steps
-        self.console.supervised(number, steps, nll)
         if self.stop.requested:
             progress = progress_of(self.config, step=0, supervised=number, version=0, cursor=source.state())
             self._end(self.saver(trainers), progress)
@@ -209,14 +215,16 @@ def open_loop(
     *,
     serve: bool = True,
     start: Start | None = None,
-    on_supervised: Callable[[int, float, TrainerGroup, PromptSource], None] = lambda *_: None,
+    on_supervised: Callable[[int, float], None] = lambda *_: None,
+    may_stop: Callable[[int, TrainerGroup, PromptSource], None] = lambda *_: None,
 ) -> Iterator[tuple[Loop, Path]]:
     """Server, Ray and trainer ranks up, supervised steps done, weights synchronised: a loop ready for its first step.
 
     directory: where a tiny model and dumps are written. logs: existing folder for the logs of both engines.
     serve: false starts no server, for a loop that replays.
     start: a checkpoint to go on from.
-    on_supervised: called after each supervised step with its number, its loss, nats a token, and what it was made with.
+    on_supervised: called with each supervised step and its loss, nats a token.
+    may_stop: called after it with its number and with what would have to be saved.
     Yields the loop and the model directory it started from.
     """
     device = config_device(config)
@@ -259,7 +267,8 @@ def open_loop(
         if not in_loop:
             done = 0 if start is None else start.progress.supervised
             for number, nll in supervise(config, source, trainers, done):
-                on_supervised(number, nll, trainers, source)
+                on_supervised(number, nll)
+                may_stop(number, trainers, source)
             trainers.restart_optimizer(config.train)
             if objective.needs_reference:
                 trainers.call("keep_reference")
