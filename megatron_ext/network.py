@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext import cpu
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.config import Head, OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.load import load_hf
 from megatron_ext.kv_cache import round_key_values
@@ -84,6 +84,9 @@ class Network:
         """
         self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
         self.head, self.precision = head, precision
+        self.temperature: float = precision.temperature
+        self.lm_head: Head = precision.head
+        self.label_shift = 0  # anything else is a diagnosis' doing
         self.mcore_config, self.chunks = build_model(hf, parallel_config, config, precision, head=head, replay=replay)
         round_key_values(self.chunks, precision.kv_cache)
         self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
@@ -228,7 +231,8 @@ class Network:
                 packed=self.config.packing,
                 align=get_fp8_align_size(self.mcore_config.fp8_recipe) if self.mcore_config.fp8 else 1,
             )
-            batches.append(make_micro_batch(indices, samples, layout, self.device, self.shape if replay else None))
+            routed = self.shape if replay else None
+            batches.append(make_micro_batch(indices, samples, layout, self.device, routed, self.label_shift))
         return batches
 
     def _head(self, batch: MicroBatch) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -238,8 +242,8 @@ class Network:
         return logprob_head(
             batch.labels,
             vocab_size=self.shape.vocab_size,
-            temperature=self.precision.temperature,
-            head=self.precision.head,
+            temperature=self.temperature,
+            head=self.lm_head,
             kept=batch.kept,
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ext import parallel
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.exchange import Exchange, exchanged
 from megatron_ext.hf.config import model_shape, read_hf_config
 from megatron_ext.hf.export import Bucket, HFExporter
 from megatron_ext.layout import Sample, pad_values, response_mask
@@ -97,12 +98,16 @@ class Trainer:
         assert self.reference is not None
         self.reference.copy_from(self.policy)
 
-    def logprobs(self, samples: Sequence[Sample], routing: Routing | None = None) -> TokenPart:
+    def logprobs(
+        self, samples: Sequence[Sample], routing: Routing | None = None, exchange: Exchange | None = None
+    ) -> TokenPart:
         """log pi(token) and entropy of every response token under the current weights, without gradient.
 
         routing: "replay" routes samples by their routes and counts agreement, "record" returns the routes that were
-        taken, "native" does neither. None: "replay" where the trainer was built for it."""
-        return self._measure(self.policy, samples, routing or self._routing)
+        taken, "native" does neither. None: "replay" where the trainer was built for it.
+        exchange: parts of the computation to exchange for this once."""
+        with exchanged(self.policy, exchange or Exchange()):
+            return self._measure(self.policy, samples, routing or self._routing)
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> TokenPart:
         """The same under the reference, which routes natively: its routes are part of what it says."""

@@ -99,10 +99,16 @@ class ChecksConfig(_Frozen):
         description="largest mean |log pi_o - log mu| of a step, nats; beyond it trainer and server hold different "
         "models. null: 1e-3 in float32, 0.1 in bfloat16, 0.3 where precision.rollout_weights rounds",
     )
+    first_rollouts: int = Field(
+        16,
+        ge=0,
+        description="rollouts on which trainer and server are compared before the first step, 64 tokens each at most; "
+        "0: none",
+    )
     probe_every: int = Field(
         10, ge=0, description="under R3, steps between two measurements of the mismatch without replay; 0: none"
     )
-    probe_rollouts: int = Field(64, ge=1, description="rollouts of such a measurement")
+    probe_rollouts: int = Field(64, ge=1, description="rollouts of such a measurement, and of `sameroute diagnose`")
 
 
 class DebugConfig(_Frozen):

@@ -20,6 +20,9 @@ from pipeline.controller import DisagreementError, Loop, supervise
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
+from pipeline.diagnose import diagnose
+from pipeline.diagnose.bench import new_rollouts
+from pipeline.diagnose.page import write_page
 from pipeline.objectives import resolve
 from pipeline.observe.console import Console
 from pipeline.observe.run_dir import RunDirectory
@@ -50,6 +53,8 @@ def train(config: Config, from_dump: Path | None = None) -> Path:
 
         serve = dumped is None
         with open_loop(config, run.path, run.logs, serve=serve, on_supervised=supervised) as (loop, model_path):
+            if serve and config.checks.first_rollouts:
+                _check_engines(loop, model_path, run, console)
             for number in steps:
                 metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number)
                 run.record(metrics)
@@ -67,6 +72,17 @@ def train(config: Config, from_dump: Path | None = None) -> Path:
 def config_device(config: Config) -> Literal["cpu", "cuda"]:
     """Of both engines."""
     return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_engines(loop: Loop, model_path: Path, run: RunDirectory, console: Console) -> None:
+    """Compare the engines on a few rollouts. Raises DisagreementError with the diagnosis where they disagree."""
+    rollouts = new_rollouts(loop, loop.config.checks.first_rollouts, max_new_tokens=64)
+    found = diagnose(loop, model_path, rollouts, in_full=False)
+    found.write_json(run.path / "diagnose.json")
+    if not found.agree:
+        write_page(found, run.path / "diagnose.html", name=run.path.name)
+        raise DisagreementError(f"{found.sentence} See {run.path / 'diagnose.html'}")
+    console.say(found.sentence)
 
 
 def check_inputs(config: Config) -> None:

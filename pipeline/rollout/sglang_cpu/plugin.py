@@ -1,8 +1,8 @@
 """What SGLang 0.5.23 needs in each of its processes to run without a GPU. Its plugin loader calls `activate`.
 
-The entry point stands in pyproject.toml, so SGLang calls this wherever the project is installed: it does nothing
-unless the server was started for the CPU (`server.py` sets SGLANG_USE_CPU_ENGINE), except to hand the call on to
-`sglang_router`, which acts on any device where it is switched on.
+The entry point stands in pyproject.toml, so SGLang calls this wherever the project is installed: it does nothing in a
+server that `server.py` did not start, and in one for GPUs no more than add the answer of `held_weights.py` and, where
+that is switched on, the routers of `sglang_router.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ import sys
 from typing import Any
 
 from pipeline.rollout import sglang_router
+from pipeline.rollout.processes import TOKEN_VARIABLE
 from pipeline.rollout.server import CPU_ATTENTION_BACKEND
 
 
 def activate() -> None:
-    """Register the batched attention backend and make SGLang start on the CPU."""
-    sglang_router.activate()
+    """Answer what the server holds; on the CPU, register the batched attention backend and make SGLang start."""
+    if TOKEN_VARIABLE in os.environ:
+        from pipeline.rollout import held_weights
+
+        held_weights.install()
+        sglang_router.activate()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
     # It comes with SGLang, serves GPUs only, and takes 2 s to import.

@@ -83,6 +83,12 @@ def test_score_of_an_answer_equals_what_sampling_it_returned(client):
     assert (routes == rollout.routes).all()
 
 
+def test_the_last_token_of_the_vocabulary_is_scored_like_any_other(client, model):
+    """SGLang names it 0 in its answer, and computes its log-prob all the same."""
+    ids = np.array([5, 511, 7, 511, 9])
+    assert np.abs(score(client, ids)[0] - reference.logprobs(model, ids)).max() < 1e-5
+
+
 def test_groups_come_back_in_the_order_of_the_prompts_and_are_announced_once(client):
     prompts, seen = random_prompts(12, seed=3), []
     groups = sample_groups_sync(client, prompts, 3, FREE, on_group=lambda i, group: seen.append((i, group)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.precision import RolloutWeights
-from pipeline.weights import Bucket
+from pipeline.weights.differences import Bucket
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
