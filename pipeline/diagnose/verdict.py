@@ -61,7 +61,7 @@ def _change(trial: Trial, config: Config) -> str:
                 f"{config.precision.temperature:g}: give both the same."
             )
         case "LM head":
-            return "The engines round the logits differently: give both LM heads the same precision (precision.head sets both)."
+            return "The engines round the logits differently: give both LM heads the same precision (precision.head)."
         case "routing":
             if setting.routes == "rollout":
                 return "The engines choose different experts: set replay=r3."
