@@ -117,6 +117,32 @@ def experts(all_to_one):
     return largest_difference(ours, expected)
 
 
+def routers():
+    """The float32 logits of a bfloat16 router, against the product in float64; a router of another kind is refused."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    from pipeline.rollout.sglang_router import make_routers_float32
+
+    def model_with(gate):
+        block = torch.nn.Module()
+        block.gate, block.experts = gate, torch.nn.Module()
+        return torch.nn.ModuleDict({"mlp": block})
+
+    gate, x = ReplicatedLinear(64, 8, bias=False, params_dtype=torch.bfloat16), torch.randn(50, 64).bfloat16()
+    gate.weight.data.normal_()
+    expected = x.double() @ gate.weight.double().t()
+    assert largest_difference(gate(x)[0], expected) > 1e-2
+    make_routers_float32(model_with(gate))
+    try:
+        make_routers_float32(model_with(torch.nn.Linear(64, 8)))
+    except RuntimeError as error:
+        assert "mlp.gate is a Linear" in str(error)
+        assert "set precision.router=bf16" in str(error)
+    else:
+        raise AssertionError("a router that stays in bfloat16 was not refused")
+    return largest_difference(gate(x)[0], expected)
+
+
 def main():
     torch.manual_seed(0)
     decode = [1, 2, 17, 40, 333]
@@ -130,6 +156,7 @@ def main():
         "rotation": rotation(),
         "experts": experts(all_to_one=False),
         "experts when all tokens choose the same": experts(all_to_one=True),
+        "routers": routers(),
     }
     print(json.dumps(report))
 
