@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext import cpu
-from megatron_ext.config import Head, OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.load import load_hf
 from megatron_ext.kv_cache import round_key_values
@@ -83,9 +83,7 @@ class Network:
         Raises UnsupportedModel or ValueError where the model cannot be built in this layout.
         """
         self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
-        self.head, self.precision = head, precision
-        self.temperature: float = precision.temperature
-        self.lm_head: Head = precision.head
+        self.head, self.trainable, self.precision = head, trainable, precision
         self.label_shift = 0  # anything else is a diagnosis' doing
         self.mcore_config, self.chunks = build_model(hf, parallel_config, config, precision, head=head, replay=replay)
         round_key_values(self.chunks, precision.kv_cache)
@@ -242,8 +240,8 @@ class Network:
         return logprob_head(
             batch.labels,
             vocab_size=self.shape.vocab_size,
-            temperature=self.temperature,
-            head=self.lm_head,
+            temperature=self.precision.temperature,
+            head=self.precision.head,
             kept=batch.kept,
         )
 

@@ -1,11 +1,11 @@
 """The trainer's weights to the servers, and the proof that they arrived.
 
-`sender.py` holds the protocol, `transports.py` the two ways that bytes take, `differences.py` the comparison by name,
-`rounding.py` what a quantised server is sent.
+`sender.py` holds the protocol, `transports.py` the two ways that bytes take, `differences.py` the comparison by name.
 """
 
+from pipeline.weights.config import WeightsConfig
 from pipeline.weights.differences import WeightDifference, weight_differences
-from pipeline.weights.rounding import rounded
-from pipeline.weights.sender import WeightSender, WeightTransferError
+from pipeline.weights.sender import WeightSender
+from pipeline.weights.servers import WeightTransferError
 
-__all__ = ["WeightDifference", "WeightSender", "WeightTransferError", "rounded", "weight_differences"]
+__all__ = ["WeightDifference", "WeightSender", "WeightTransferError", "WeightsConfig", "weight_differences"]

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pipeline.config import load_config
 from pipeline.precision import PrecisionConfig
 from pipeline.rollout.server import ServerConfig, SGLangServer
-from pipeline.weights import rounded
+from pipeline.rollout_weights import rounded
 
 QUICKSTART = "configs/quickstart.yaml"
 HALF = {"weights": "bfloat16"}

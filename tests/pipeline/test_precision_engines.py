@@ -34,7 +34,7 @@ def trainer_settings(rank):
     """Runs in a trainer rank."""
     policy = rank.trainer.policy
     config, dtypes = policy.mcore_config, {str(p.dtype) for c in policy.chunks for p in c.parameters()}
-    return dtypes, str(config.params_dtype), config.moe_router_dtype, policy.lm_head
+    return dtypes, str(config.params_dtype), config.moe_router_dtype, policy.precision.head
 
 
 def round_to_int8(rank):
