@@ -1,5 +1,7 @@
 """A file wins over its bases, key by key; what cannot be inherited from is named."""
 
+import json
+
 import pytest
 
 from pipeline.config import ConfigError, load_config, load_config_and_model
@@ -70,7 +72,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_its_base(tmp_path
 
 
 def test_a_plan_reads_the_config_json_beside_the_yaml_where_the_model_is_elsewhere(tmp_path):
-    config, hf = load_config_and_model("configs/quickstart.yaml")
+    _, hf = load_config_and_model("configs/quickstart.yaml")
     write(
         tmp_path,
         base=f"model: {{path: {tmp_path}/elsewhere}}\ndata: {{task: {{name: digit_sort}}}}",
@@ -79,8 +81,6 @@ def test_a_plan_reads_the_config_json_beside_the_yaml_where_the_model_is_elsewhe
     write(tmp_path / "mine", run="base: ../base.yaml")
     with pytest.raises(ConfigError, match="no Hugging Face model directory"):
         load_config_and_model(tmp_path / "mine" / "run.yaml")
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps(hf))
     assert load_config_and_model(tmp_path / "mine" / "run.yaml")[1] == hf
     with pytest.raises(ConfigError, match="no Hugging Face model directory"):
