@@ -1,0 +1,240 @@
+"""The plan of a configuration: everything `sameroute plan` says, as one object.
+
+A step of the loop is: sample, read the log-probs of the proximal policy (and of the reference, and values, where the
+objective needs them), update, send the weights. Phases follow one another, so their times add up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.config import ParallelConfig
+from pipeline.config import Config
+from pipeline.objectives import resolve
+from pipeline.plan import flops
+from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
+from pipeline.plan.memory import Memory, item_bytes, worst_rank
+from pipeline.plan.parameters import active, architecture, total
+from pipeline.plan.rollout import Generation, Lengths, Server, generate, server
+from pipeline.types import route_dtype
+
+SERVER_FP8 = ("--quantization", "fp8")
+SERVER_KV_FP8 = ("--kv-cache-dtype", "fp8_e4m3")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of the phases of a step."""
+
+    rollout: float
+    logprobs: float
+    update: float
+    sync: float
+
+    @property
+    def train(self) -> float:
+        return self.logprobs + self.update
+
+    @property
+    def step(self) -> float:
+        return self.rollout + self.train + self.sync
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tokens: of a step, prompts and answers. flops: of its trainer passes, recomputation included, and without.
+
+    bubble:        share of an update's time that a pipeline stage waits.
+    micro_batches: of a data-parallel rank in one optimizer step.
+    expert_tokens: that one expert gets of a micro-batch of all ranks that share it: mean, and deviation if the routers
+                   drew at random.
+    route_bytes:   of a step's routes as they are kept and go to the trainer; route_wire_bytes: in the servers' answers.
+    reasons:       why it cannot run, a sentence each; empty: it fits.
+    """
+
+    config: Config
+    hf: dict[str, Any]
+    gpu: GPU
+    lengths: Lengths
+    prompt: float
+    tokens: float
+    total: int
+    active: int
+    memory: Memory
+    server: Server
+    servers: int
+    generation: Generation
+    flops: float
+    model_flops: float
+    micro_batches: int
+    bubble: float
+    expert_tokens: tuple[float, float]
+    weight_bytes: float
+    route_bytes: float
+    route_wire_bytes: float
+    seconds: Seconds
+    reasons: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.reasons
+
+
+def expected_lengths(config: Config, mean: float | None = None) -> Lengths:
+    """Of answers: a lognormal around `mean`, or a third of the longest, where nobody knows yet."""
+    longest = config.rollout.max_new_tokens
+    return Lengths(mean or longest / 3, longest)
+
+
+def server_bytes(config: Config) -> tuple[float, float]:
+    """Bytes of (a weight, an element of KV cache) in the servers, from what SGLang is told."""
+    arguments = config.server.extra_args
+    pairs = set(zip(arguments, arguments[1:], strict=False))
+    item = item_bytes(config.trainer)
+    return (1.0 if SERVER_FP8 in pairs else item), (1.0 if SERVER_KV_FP8 in pairs else item)
+
+
+def bubble(parallel: ParallelConfig, micro_batches: int) -> float:
+    """(p - 1) / (v m + p - 1): the share of a pipelined pass in which a stage waits (2104.04473, section 2.2)."""
+    idle = parallel.pipeline - 1
+    return idle / ((parallel.virtual_pipeline or 1) * micro_batches + idle)
+
+
+def make_plan(
+    config: Config,
+    hf: dict[str, Any],
+    gpu: str,
+    *,
+    mean_response: float | None = None,
+    efficiency: Efficiency = EFFICIENCY,
+) -> Plan:
+    """hf: the model's config.json. gpu: a name of hardware.GPUS. mean_response: tokens of an answer.
+
+    Raises ValueError where the model does not divide into the layout.
+    """
+    config.parallel.check_model(hf)
+    card, a, parallel = GPUS[gpu], architecture(hf), config.parallel
+    rollout, objective = config.rollout, resolve(config.objective)
+    lengths, prompt = expected_lengths(config, mean_response), config.data.max_prompt_tokens / 2
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    answers = lengths.sample(samples, SEED)
+    sequences = prompt + answers
+    tokens, squares = float(sequences.sum()), float((sequences**2).sum())
+
+    per_rank = tokens / config.train.mini_batches / parallel.data
+    micro_batches = max(1, math.ceil(per_rank / config.trainer.micro_batch_tokens))
+    if parallel.virtual_pipeline:
+        micro_batches = math.ceil(micro_batches / parallel.pipeline) * parallel.pipeline
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    memory = worst_rank(
+        hf,
+        parallel,
+        config.trainer,
+        max(config.trainer.micro_batch_tokens, longest),
+        micro_batches=micro_batches,
+        reference=objective.needs_reference,
+        critic=objective.needs_critic,
+        efficiency=efficiency,
+    )
+
+    weight, cache = server_bytes(config)
+    one = server(
+        hf,
+        card,
+        tp=config.server.tensor_parallel,
+        weight_bytes=weight,
+        cache_bytes=cache,
+        tokens_each=prompt + float(answers.mean()) / 2,
+        longest=min(longest, config.server.context_length),
+        most=config.server.max_running_requests,
+        static=config.server.mem_fraction_static,
+        efficiency=efficiency,
+    )
+    gpus = max(config.rollout_gpus, config.server.tensor_parallel)
+    servers = max(1, gpus // config.server.tensor_parallel)
+
+    rate = parallel.ranks * card.bf16 * efficiency.train
+    once = flops.forward(hf, tokens, squares)
+    passes = 1 + objective.needs_reference + objective.needs_critic
+    updates = 1 + objective.needs_critic
+    model = once * passes + updates * flops.training(hf, tokens, squares)
+    done = once * passes + updates * flops.training(hf, tokens, squares, recompute=config.trainer.recompute)
+    waits = bubble(parallel, micro_batches)
+    waits_forward = bubble(parallel, micro_batches * config.train.mini_batches)
+    sent = float(item_bytes(config.trainer)) * total(hf)
+    answer = answers[: math.ceil(samples / servers)]
+    generation = (
+        generate(answer, one.sequences, one.step_s, prompt) if one.fits else Generation(math.inf, 0.0, float(answer.sum()))
+    )
+    seconds = Seconds(
+        rollout=generation.seconds + len(answer) * one.prefill_s(prompt),
+        logprobs=once * passes / rate / (1 - waits_forward),
+        update=(done - once * passes) / rate / (1 - waits),
+        sync=sent / (card.network * efficiency.network),
+    )
+    together = parallel.data * parallel.context * parallel.tensor
+    spread = config.trainer.micro_batch_tokens * together / parallel.context / parallel.tensor
+    routes = tokens * a.layers * a.shape.topk if config.replay != "none" else 0.0
+    return Plan(
+        config=config,
+        hf=hf,
+        gpu=card,
+        lengths=lengths,
+        prompt=prompt,
+        tokens=tokens,
+        total=total(hf),
+        active=active(hf),
+        memory=memory,
+        server=one,
+        servers=servers,
+        generation=generation,
+        flops=done,
+        model_flops=model,
+        micro_batches=micro_batches,
+        bubble=waits,
+        expert_tokens=_expert_tokens(a.shape.num_experts, a.shape.topk, spread),
+        weight_bytes=sent,
+        route_bytes=routes * np.dtype(route_dtype(a.shape.num_experts)).itemsize,
+        route_wire_bytes=routes * 4 * 4 / 3 if config.replay == "r3" else 0.0,  # int32 in base64
+        seconds=seconds,
+        reasons=tuple(_reasons(config, card, memory, one)),
+    )
+
+
+def _expert_tokens(experts: int, topk: int, tokens: float) -> tuple[float, float]:
+    if not experts:
+        return 0.0, 0.0
+    mean = tokens * topk / experts
+    return mean, math.sqrt(mean * (1 - topk / experts))
+
+
+def _reasons(config: Config, card: GPU, memory: Memory, one: Server):
+    if config.rollout_gpus < config.server.tensor_parallel:
+        yield (
+            f"{config.cluster.nodes} x {config.cluster.gpus_per_node} GPUs less {config.parallel.ranks} of the trainer "
+            f"leave {config.rollout_gpus}, and a server takes {config.server.tensor_parallel}"
+        )
+    if memory.total > card.memory:
+        yield (
+            f"a trainer rank of pipeline stage {memory.stage} needs {memory.total / GIB:.1f} GiB of the {card.name}'s "
+            f"{card.memory / GIB:.1f}"
+        )
+    if memory.host > card.host:
+        yield (
+            f"the optimizer states of a rank take {memory.host / GIB:.0f} GiB of its machine's memory, "
+            f"of {card.host / GIB:.0f} a GPU"
+        )
+    if not one.fits:
+        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        yield (
+            f"a server on {one.gpus} GPUs holds {one.weights / GIB:.1f} GiB of weights on each and has room for "
+            f"{one.cache_tokens:,} tokens of KV cache, less than one sequence of {longest:,}"
+        )
+    total_tokens = config.server.max_total_tokens
+    if total_tokens is not None and total_tokens > one.cache_tokens:
+        yield f"server.max_total_tokens={total_tokens:,} is more than the {one.cache_tokens:,} that fit"
