@@ -147,9 +147,18 @@ class TrainerConfig(_Frozen):
         True, description="pack sequences into one row; false: a row each, padded to the longest (wasteful; to compare)"
     )
     recompute: Literal["none", "selective", "full"] = Field("none", description="activations recomputed in backward")
+    offload_optimizer: bool = Field(
+        False, description="Adam's float32 weights and moments in the machine's memory, its step on the CPU"
+    )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="further fields of Megatron-Core's TransformerConfig"
     )
+
+    @model_validator(mode="after")
+    def _offload(self):
+        if self.offload_optimizer and self.dtype != "bfloat16":
+            raise ValueError("only a bfloat16 trainer can offload its optimizer; set trainer.dtype=bfloat16")
+        return self
 
     def check_replay(self) -> None:
         """Raise ValueError where routers would not take, or not account for, the routes that they are given."""

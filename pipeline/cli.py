@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
+from pipeline.plan.arguments import add_arguments as add_plan_arguments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,8 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
     report.add_argument("run", type=Path, help="run directory; report.html is written into it")
     add_arguments(commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints"))
+    plan = commands.add_parser("plan", help="whether a configuration fits its machines, and how long a step takes")
+    add_plan_arguments(plan)
     options = parser.parse_args(arguments)
-    run = {"train": _train, "objectives": _objectives, "report": _report, "convert": _convert}[options.command]
+    run = {
+        "train": _train, "objectives": _objectives, "report": _report, "convert": _convert, "plan": _plan,
+    }[options.command]  # fmt: skip
     return run(options)
 
 
@@ -97,6 +102,16 @@ def _report(options: argparse.Namespace) -> int:
     except ReportError as error:
         return _fail(str(error), 2)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pipeline.config import ConfigError
+    from pipeline.plan.command import plan_command
+
+    try:
+        return plan_command(options)
+    except ConfigError as error:
+        return _fail(str(error), 2)
 
 
 def _convert(options: argparse.Namespace) -> int:

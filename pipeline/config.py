@@ -19,7 +19,7 @@ from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.rollout.server import ServerConfig
 
-GPU = Literal["a100", "h100", "h200", "b200"]
+GPU = Literal["a100", "h100", "h200", "b200", "b300"]
 
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
 """Nats by the trainer's dtype; see ChecksConfig.max_abs_logprob."""

@@ -1,8 +1,8 @@
 """GPUs, and what share of their peaks is reached. Every other figure of a plan follows from a formula.
 
 Peaks are NVIDIA's data sheets: dense bf16 and fp8 without sparsity, memory bandwidth, NVLink and PCIe one way. `memory`
-is what PyTorch reports of a card as its total; `network` one 200 or 400 Gb/s adapter a GPU, as in DGX A100, H100, H200
-and B200; `host` the main memory of such a machine, by GPU.
+is what the driver leaves of a card's; `network` one adapter a GPU (200 Gb/s in a DGX A100, 400 in H100, H200 and B200, 800
+in B300); `host` the main memory of such a machine, by GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ GPUS = {
         GPU("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 64e9, 50e9, 256e9),
         GPU("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 64e9, 50e9, 256e9),
         GPU("b200", 178.3 * GIB, 2250e12, 4500e12, 7.7e12, 900e9, 64e9, 50e9, 256e9),
+        GPU("b300", 268.5 * GIB, 2250e12, 4500e12, 7.7e12, 900e9, 64e9, 100e9, 256e9),
     )
 }
 
@@ -49,6 +50,7 @@ class Efficiency:
     decode:      of memory bandwidth while sampling.
     prefill:     of FLOP/s while prompts are read.
     network:     of one adapter's bandwidth while weights are sent.
+    host_adam:   bytes/s that Adam on the CPU moves for one rank, where the optimizer is offloaded.
     launch_s:    a layer of a decoding step that is too small to fill a GPU: its kernels and two all-reduces.
     skew:        tokens of the busiest expert-parallel rank, by the mean.
     reserve:     bytes of a GPU that tensors cannot have: CUDA context, NCCL's buffers, cuBLAS workspaces.
@@ -60,6 +62,7 @@ class Efficiency:
     decode: float = 0.60
     prefill: float = 0.30
     network: float = 0.50
+    host_adam: float = 40e9
     launch_s: float = 40e-6
     skew: float = 1.25
     reserve: float = 4 * GIB

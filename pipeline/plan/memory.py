@@ -3,7 +3,8 @@
     weights      b a parameter                        b = 2 (bfloat16) or 4 (float32)
     gradients    4 a parameter, reduced in float32
     optimizer    12 a parameter in bfloat16 (float32 weights, two moments), 8 in float32 (two moments), divided among
-                 the ranks that hold the same parameter (ZeRO stage 1, 1910.02054, section 5.1)
+                 the ranks that hold the same parameter (ZeRO stage 1, 1910.02054, section 5.1); offloaded, nothing on
+                 the GPU and 16 in the machine's memory (the gradient is copied there)
     activations  what the layers of a stage keep for backward, for every micro-batch in flight: `p` of them on the first
                  of p stages, and (1 + (p-1)/(p v)) times that where stages are interleaved in v chunks (2205.05198,
                  section 4.2.3)
@@ -44,13 +45,7 @@ class Memory:
     @property
     def total(self) -> float:
         return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.others
-            + self.activations
-            + self.head
-            + self.overhead
+            self.weights + self.gradients + self.optimizer + self.others + self.activations + self.head + self.overhead
         )
 
 
@@ -191,11 +186,11 @@ def rank_memory(
     host = 0.0
     if critic:
         of_critic = states(rank_count(hf, parallel, stage, value_head=True), parallel, trainer)
-        others += sum(of_critic)
+        others += sum(of_critic[:2] if trainer.offload_optimizer else of_critic)
+    if trainer.offload_optimizer:
+        host, optimizer = optimizer * 16 / 12 * (2 if critic else 1), 0.0
     last = stage == parallel.pipeline - 1
-    kept = activations(
-        hf, parallel, trainer, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew
-    )
+    kept = activations(hf, parallel, trainer, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew)
     at_head = head(hf, parallel, trainer, tokens) if last else 0.0
     held = weights + gradients + optimizer + others + kept + at_head
     overhead = efficiency.reserve + efficiency.fragments * held

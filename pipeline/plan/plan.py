@@ -6,6 +6,7 @@ objective needs them), update, send the weights. Phases follow one another, so t
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,6 @@ from pipeline.plan.parameters import active, architecture, total
 from pipeline.plan.rollout import Generation, Lengths, Server, generate, server
 from pipeline.types import route_dtype
 
-SERVER_FP8 = ("--quantization", "fp8")
-SERVER_KV_FP8 = ("--kv-cache-dtype", "fp8_e4m3")
 SEED = 0
 
 
@@ -91,12 +90,11 @@ def expected_lengths(config: Config, mean: float | None = None) -> Lengths:
     return Lengths(mean or longest / 3, longest)
 
 
-def server_bytes(config: Config) -> tuple[float, float]:
-    """Bytes of (a weight, an element of KV cache) in the servers, from what SGLang is told."""
+def cache_bytes(config: Config) -> float:
+    """Of an element of the servers' KV cache."""
     arguments = config.server.extra_args
-    pairs = set(zip(arguments, arguments[1:], strict=False))
-    item = item_bytes(config.trainer)
-    return (1.0 if SERVER_FP8 in pairs else item), (1.0 if SERVER_KV_FP8 in pairs else item)
+    kind = dict(itertools.pairwise(arguments)).get("--kv-cache-dtype", "auto")
+    return 1.0 if kind.startswith("fp8") else item_bytes(config.trainer)
 
 
 def bubble(parallel: ParallelConfig, micro_batches: int) -> float:
@@ -112,8 +110,10 @@ def make_plan(
     *,
     mean_response: float | None = None,
     efficiency: Efficiency = EFFICIENCY,
+    quick: bool = False,
 ) -> Plan:
-    """hf: the model's config.json. gpu: a name of hardware.GPUS. mean_response: tokens of an answer.
+    """hf: the model's config.json. gpu: a name of hardware.GPUS. mean_response: tokens of an answer. quick: leave out
+    how long a rollout takes, for a search that asks only what fits.
 
     Raises ValueError where the model does not divide into the layout.
     """
@@ -142,13 +142,12 @@ def make_plan(
         efficiency=efficiency,
     )
 
-    weight, cache = server_bytes(config)
     one = server(
         hf,
         card,
         tp=config.server.tensor_parallel,
-        weight_bytes=weight,
-        cache_bytes=cache,
+        weight_bytes=item_bytes(config.trainer),
+        cache_bytes=cache_bytes(config),
         tokens_each=prompt + float(answers.mean()) / 2,
         longest=min(longest, config.server.context_length),
         most=config.server.max_running_requests,
@@ -168,17 +167,17 @@ def make_plan(
     waits_forward = bubble(parallel, micro_batches * config.train.mini_batches)
     sent = float(item_bytes(config.trainer)) * total(hf)
     answer = answers[: math.ceil(samples / servers)]
-    generation = (
-        generate(answer, one.sequences, one.step_s, prompt) if one.fits else Generation(math.inf, 0.0, float(answer.sum()))
-    )
+    generation = Generation(math.inf, 0.0, float(answer.sum()))
+    if one.fits and not quick:
+        generation = generate(answer, one.sequences, one.step_s, prompt)
     seconds = Seconds(
         rollout=generation.seconds + len(answer) * one.prefill_s(prompt),
         logprobs=once * passes / rate / (1 - waits_forward),
-        update=(done - once * passes) / rate / (1 - waits),
+        update=(done - once * passes) / rate / (1 - waits) + _offloaded_s(memory, card, config, efficiency),
         sync=sent / (card.network * efficiency.network),
     )
-    together = parallel.data * parallel.context * parallel.tensor
-    spread = config.trainer.micro_batch_tokens * together / parallel.context / parallel.tensor
+    group = parallel.expert * (parallel.expert_tensor or parallel.tensor)  # ranks that share one set of experts
+    spread = config.trainer.micro_batch_tokens / parallel.context / parallel.tensor * group
     routes = tokens * a.layers * a.shape.topk if config.replay != "none" else 0.0
     return Plan(
         config=config,
@@ -206,6 +205,14 @@ def make_plan(
     )
 
 
+def _offloaded_s(memory: Memory, card: GPU, config: Config, efficiency: Efficiency) -> float:
+    """Adam on the CPU, all optimizer steps of a step: of each 16 bytes there, the gradient (4) comes over PCIe, 28 are
+    read and written (weight, two moments; the gradient read), and a weight (2) goes back."""
+    parameters = memory.host / 16
+    once = parameters * ((4 + 2) / card.pcie + (3 * 8 + 4) / efficiency.host_adam)
+    return config.train.mini_batches * once
+
+
 def _expert_tokens(experts: int, topk: int, tokens: float) -> tuple[float, float]:
     if not experts:
         return 0.0, 0.0
@@ -218,6 +225,11 @@ def _reasons(config: Config, card: GPU, memory: Memory, one: Server):
         yield (
             f"{config.cluster.nodes} x {config.cluster.gpus_per_node} GPUs less {config.parallel.ranks} of the trainer "
             f"leave {config.rollout_gpus}, and a server takes {config.server.tensor_parallel}"
+        )
+    if config.server.tensor_parallel > config.cluster.gpus_per_node:
+        yield (
+            f"a server of server.tensor_parallel={config.server.tensor_parallel} would span machines of "
+            f"{config.cluster.gpus_per_node} GPUs, and one is started on one machine"
         )
     if memory.total > card.memory:
         yield (

@@ -76,7 +76,7 @@ def server(
 ) -> Server:
     """A server of `tp` GPUs.
 
-    weight_bytes, cache_bytes: of a parameter of a matrix (the embedding and the LM head stay bf16), of an element of KV.
+    weight_bytes, cache_bytes: of a parameter, of an element of KV.
     tokens_each: of a running sequence on average, prompt and answer.  longest: of one, at most.
     most:        sequences that it may run at once.  static: mem_fraction_static.
     """
@@ -85,18 +85,18 @@ def server(
     expert = 3 * a.hidden * a.expert_ffn
     experts = a.moe * a.shape.num_experts * expert
     dense = total(hf) - ends - experts
-    weights = (2.0 * ends + weight_bytes * (dense + experts)) / tp
+    weights = weight_bytes * total(hf) / tp
     pool = (efficiency.static if static is None else static) * gpu.memory
     per_token = a.layers * a.kv_cache(tp) * cache_bytes
     cache = pool - weights
     cache_tokens = max(0, int(cache / per_token))
     sequences = 0 if cache_tokens < longest else min(most, int(cache_tokens / tokens_each))
     head = a.shape.vocab_size * a.hidden
-    peak = gpu.fp8 if weight_bytes == 1 and gpu.fp8 else gpu.bf16
+    peak = gpu.bf16
 
     def step_s(batch: float, context: float) -> float:
         met = a.shape.num_experts * (1 - (1 - a.shape.topk / a.shape.num_experts) ** batch) if a.moe else 0.0
-        read = (2.0 * head + weight_bytes * (dense + a.moe * met * expert)) / tp + batch * context * per_token
+        read = weight_bytes * (head + dense + a.moe * met * expert) / tp + batch * context * per_token
         work = (flops.forward(hf, batch, 0.0) + 2 * batch * context * a.layers * (a.query + a.value)) / tp
         busy = max(read / (gpu.bandwidth * efficiency.decode), work / (peak * efficiency.prefill))
         return busy + a.layers * efficiency.launch_s
