@@ -123,7 +123,9 @@ def kept(
         if recompute == "full":
             return a.hidden
         if recompute == "selective" and sparse == bool(a.moe):
-            return attention + (2 if fused else 3) * a.hidden
+            # a dense MLP takes its norm along; a router's stands before what is recomputed
+            norm = (2 if fused else 3) if sparse else 1
+            return attention + norm * a.hidden
         return attention + kept_mlp(a, sparse=sparse, fused=fused, skew=skew)
 
     layers = stage_layers(a, parallel, stage)

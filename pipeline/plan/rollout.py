@@ -94,15 +94,17 @@ def server(
     head = a.shape.vocab_size * a.hidden
     peak = gpu.bf16
 
+    each, square = flops.forward(hf, 1.0, 0.0), flops.forward(hf, 0.0, 1.0)
+
     def step_s(batch: float, context: float) -> float:
         met = a.shape.num_experts * (1 - (1 - a.shape.topk / a.shape.num_experts) ** batch) if a.moe else 0.0
         read = weight_bytes * (head + dense + a.moe * met * expert) / tp + batch * context * per_token
-        work = (flops.forward(hf, batch, 0.0) + 2 * batch * context * a.layers * (a.query + a.value)) / tp
+        work = batch * (each + 2 * context * square) / tp
         busy = max(read / (gpu.bandwidth * efficiency.decode), work / (peak * efficiency.prefill))
         return busy + a.layers * efficiency.launch_s
 
     def prefill_s(prompt: float) -> float:
-        return flops.forward(hf, prompt, prompt**2) / (tp * peak * efficiency.prefill)
+        return (each * prompt + square * prompt**2) / (tp * peak * efficiency.prefill)
 
     return Server(tp, weights, cache, cache_tokens, sequences, step_s, prefill_s)
 
