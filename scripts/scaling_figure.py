@@ -54,7 +54,10 @@ def main() -> None:
         bottom.set_ylim(0, 1)
         bottom.yaxis.set_major_formatter(PercentFormatter(1.0))
         top.set_xscale("log", base=2)
-        top.set_yscale("log")
+        if column == 0:
+            top.set_yscale("log")
+        else:
+            top.set_ylim(bottom=0)
         top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         bottom.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{int(value):,}"))
         bottom.set_xticks(SIZES[::2])

@@ -4,9 +4,9 @@
     backward = 2 forward,  full recomputation = forward once more
 
 N_m parameters of the matmuls that a token meets (the embedding is a look-up), l_i the tokens of sequence i, L layers,
-q and v the widths of all heads' queries and values: a causal attention multiplies half of an l x l matrix, twice, at two
-operations an element. (2104.04473, section 5.1 and appendix, with the experts that a token meets in place of all, and
-half of the attention matrix.)
+q and v the widths of all heads' queries and values: a causal attention multiplies half of an l x l matrix, twice, at
+two operations an element. (2104.04473, section 5.1 and appendix, with the experts that a token meets in place of all,
+and half of the attention matrix.)
 """
 
 from __future__ import annotations

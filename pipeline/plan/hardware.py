@@ -1,8 +1,8 @@
 """GPUs, and what share of their peaks is reached. Every other figure of a plan follows from a formula.
 
-Peaks are NVIDIA's data sheets: dense bf16 and fp8 without sparsity, memory bandwidth, NVLink and PCIe one way. `memory`
-is what the driver leaves of a card's; `network` one adapter a GPU (200 Gb/s in a DGX A100, 400 in H100, H200 and B200, 800
-in B300); `host` the main memory of such a machine, by GPU.
+Peaks are NVIDIA's data sheets: dense bf16 without sparsity, memory bandwidth, PCIe one way. `memory` is what the driver
+leaves of a card's; `network` one adapter a GPU (200 Gb/s in a DGX A100, 400 in H100, H200 and B200, 800 in B300);
+`host` the main memory of such a machine, by GPU.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class GPU:
-    """memory, host: bytes. bf16, fp8: FLOP/s (fp8 0: none). bandwidth, nvlink, pcie, network: bytes/s."""
+    """memory, host: bytes. bf16: FLOP/s. bandwidth, pcie, network: bytes/s."""
 
     name: str
     memory: float
     bf16: float
-    fp8: float
     bandwidth: float
-    nvlink: float
     pcie: float
     network: float
     host: float
@@ -30,11 +28,11 @@ class GPU:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("a100", 79.2 * GIB, 312e12, 0.0, 2.039e12, 300e9, 32e9, 25e9, 256e9),
-        GPU("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 64e9, 50e9, 256e9),
-        GPU("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 64e9, 50e9, 256e9),
-        GPU("b200", 178.3 * GIB, 2250e12, 4500e12, 7.7e12, 900e9, 64e9, 50e9, 256e9),
-        GPU("b300", 268.5 * GIB, 2250e12, 4500e12, 7.7e12, 900e9, 64e9, 100e9, 256e9),
+        GPU("a100", 79.2 * GIB, 312e12, 2.039e12, 32e9, 25e9, 256e9),
+        GPU("h100", 79.1 * GIB, 989e12, 3.35e12, 64e9, 50e9, 256e9),
+        GPU("h200", 139.8 * GIB, 989e12, 4.8e12, 64e9, 50e9, 256e9),
+        GPU("b200", 178.3 * GIB, 2250e12, 7.7e12, 64e9, 50e9, 256e9),
+        GPU("b300", 268.5 * GIB, 2250e12, 7.7e12, 64e9, 100e9, 256e9),
     )
 }
 
@@ -43,10 +41,9 @@ GPUS = {
 class Efficiency:
     """Shares of a peak that are assumed, and other constants of a plan that no formula gives.
 
-    train:       of bf16 FLOP/s in the trainer's passes, pipeline bubble aside. Published for mixtures of experts in bf16
-                 on H100: 0.17 (Qwen3-235B-A22B, all-to-all dispatcher, 4-way data parallel) to 0.28 (the same, DeepEP
-                 and overlap), 0.15 (GPT-OSS 120B); docs/plan.md has the list. Short packed sequences and routing that
-                 nobody balances lie at its lower end.
+    train:       of bf16 FLOP/s in the trainer's passes, pipeline bubble aside. Published for mixtures of experts in
+                 bf16 on H100: 0.15 (GPT-OSS 120B) to 0.28 (Qwen3-235B-A22B, DeepEP and overlap); docs/plan.md has the
+                 list. Short packed sequences and routing that nobody balances lie at its lower end.
     decode:      of memory bandwidth while sampling.
     prefill:     of FLOP/s while prompts are read.
     network:     of one adapter's bandwidth while weights are sent.

@@ -19,7 +19,6 @@ from pipeline.plan.parameters import architecture
 from pipeline.plan.plan import Plan, make_plan
 
 _TIMES_NODES = (1, 2, 4, 8, 16, 32)
-_CANDIDATES = 400
 
 
 @dataclass(frozen=True)
@@ -32,19 +31,28 @@ class Proposal:
 
 def nearest(plan: Plan, mean_response: float | None = None) -> Proposal | None:
     """The nearest layout that fits on the same kind of GPU, or None where none of those looked at does."""
-    tried = 0
-    for _, config in sorted(_variants(plan.config, plan.hf), key=lambda v: v[0]):
-        tried += 1
-        if tried > _CANDIDATES * len(_TIMES_NODES):
-            return None
+    servers = [t for t in _server_sizes(plan.config) if _server_fits(plan, t, mean_response)]
+    variants = sorted(_variants(plan.config, plan.hf, servers), key=lambda v: v[0])
+    for _, config in variants:
         try:
             candidate = make_plan(config, plan.hf, plan.gpu.name, mean_response=mean_response, quick=True)
-        except ValueError:
+        except ValueError:  # the model does not divide into this one
             continue
         if candidate.fits:
             whole = make_plan(config, plan.hf, plan.gpu.name, mean_response=mean_response)
             return Proposal(tuple(differences(plan.config, config)), whole)
     return None
+
+
+def _server_sizes(config: Config) -> list[int]:
+    return [t for t in (1, 2, 4, 8) if config.server.tensor_parallel <= t <= config.cluster.gpus_per_node]
+
+
+def _server_fits(plan: Plan, gpus: int, mean_response: float | None) -> bool:
+    """Whether so many GPUs hold the model and a sequence, which no other part of a layout changes."""
+    server = plan.config.server.model_copy(update={"tensor_parallel": gpus})
+    config = plan.config.model_copy(update={"server": server})
+    return make_plan(config, plan.hf, plan.gpu.name, mean_response=mean_response, quick=True).server.fits
 
 
 def differences(old: Config, new: Config) -> Iterator[str]:
@@ -58,14 +66,12 @@ def differences(old: Config, new: Config) -> Iterator[str]:
                 yield f"{section}.{name}={text}"
 
 
-def _variants(config: Config, hf: dict[str, Any]) -> Iterator[tuple[float, Config]]:
+def _variants(config: Config, hf: dict[str, Any], servers: list[int]) -> Iterator[tuple[float, Config]]:
     a, old = architecture(hf), config.parallel
     heads = math.gcd(a.heads, a.kv_heads)
     tensors = [t for t in (1, 2, 4, 8) if heads % t == 0]
     pipelines = [p for p in (1, 2, 4, 8, 16) if p <= a.layers]
     experts = [e for e in (1, 2, 4, 8, 16, 32, 64) if a.shape.num_experts % e == 0] if a.moe else [1]
-    servers = [t for t in (1, 2, 4, 8) if config.server.tensor_parallel <= t <= config.cluster.gpus_per_node]
-    servers = servers or [config.cluster.gpus_per_node]
     recomputes = [config.trainer.recompute] + (["full"] if config.trainer.recompute != "full" else [])
     shares = sorted({config.parallel.ranks / (config.cluster.nodes * config.cluster.gpus_per_node), 0.5, 0.75})
     offloads = [config.trainer.offload_optimizer] + (

@@ -30,7 +30,7 @@ HEAD_TILE = 2**27
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. host: in the machine's memory, by rank. others: the reference and the critic, all of theirs."""
+    """Bytes of one rank. host: in the machine's memory. others: all that the reference and the critic hold."""
 
     weights: float
     gradients: float

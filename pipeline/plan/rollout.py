@@ -5,8 +5,8 @@ A decoding step of B sequences on one server of `tp` GPUs reads the weights that
     bytes = W_dense + W_expert E (1 - (1 - k/E)^B) + B c kv        E (1 - (1 - k/E)^B) distinct experts of B draws of k
     time  = max(bytes / (bandwidth), FLOPs / (FLOP/s)) + layers * launch
 
-It is bound by bandwidth until hundreds of sequences run at once (the roofline of 2211.05102, section 2). Answers end one
-by one, the batch shrinks, and the longest of them sets the end: `generate` follows that event by event.
+It is bound by bandwidth until hundreds of sequences run at once (the roofline of 2211.05102, section 2). Answers end
+one by one, the batch shrinks, and the longest of them sets the end: `generate` follows that event by event.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ Some GPUs train and the others sample, and
                      answer delays nobody: step = max(steady, train) + sync
 
 rollout is the time until the last answer of a step; steady that of as many tokens while the servers' places stay full,
-of which there are no more than the answers of 1 + STALENESS steps fill. No mode is faster than `bound`, where places are
-full without such a limit. A GPU is idle while it waits for the other task or for weights, and in a server by the share of
-the places it began with that hold no sequence any more.
+of which there are no more than the answers of 1 + STALENESS steps fill. No mode is faster than `bound`, where places
+are full without such a limit. A GPU is idle while it waits for the other task or for weights, and in a server by the
+share of the places it began with that hold no sequence any more.
 
 What staleness costs in reward is not simulated, nor are failures.
 """

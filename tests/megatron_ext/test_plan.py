@@ -25,7 +25,7 @@ LAYOUTS = {
 }  # fmt: skip
 SAMPLES, LENGTH = 8, 32
 BUCKET = 4 * 128 * 8
-"""Megatron-Core pads parameters to 64 elements and the ends of a bucket to 128 a rank: bytes for the few buckets here."""
+"""Bytes of padding: Megatron-Core aligns parameters to 64 elements, and the few buckets here to 128 a rank."""
 
 
 def models(layout: str) -> dict:
