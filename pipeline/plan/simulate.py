@@ -140,7 +140,7 @@ def sampling(answers: np.ndarray, servers: int, server: Server, prompt: float) -
     Where there are many servers, those with the longest answers are followed, and as many of the others.
     """
     shares = [answers[i::servers] for i in range(min(servers, len(answers)))]
-    shares.sort(key=lambda share: -share.max())
+    shares.sort(key=lambda share: (-share.max(), -share.sum()))
     followed = [*shares[: _SERVERS // 2], *shares[_SERVERS // 2 :: max(1, 2 * len(shares) // _SERVERS)]]
     runs = [generate(share, server.sequences, server.step_s, prompt) for share in followed]
     prefill = len(answers) / servers * server.prefill_s(prompt)
