@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext import cpu
-from megatron_ext.config import Head, OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.load import load_hf
+from megatron_ext.kv_cache import round_key_values
 from megatron_ext.layout import Sample, TokenLayout, plan_micro_batches
 from megatron_ext.lm_head import logprob_head
 from megatron_ext.mcore import (
@@ -76,24 +77,24 @@ class Network:
         shape: ModelShape,
         parallel_config: ParallelConfig,
         config: TrainerConfig,
+        precision: TrainerPrecision,
         *,
         head: Literal["lm", "value"] = "lm",
         trainable: bool = True,
         replay: bool = False,
-        temperature: float = 1.0,
     ):
         """Build it, with random weights.
 
         head:        "lm" gives log-probs and entropies of tokens, "value" one number a token.
         trainable:   whether it has gradients; then `restart_optimizer` before the first step.
         replay:      whether its routers can record and replay routes.
-        temperature: of every log-prob.
         Raises UnsupportedModel or ValueError where the model cannot be built in this layout.
         """
         self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
-        self.head, self.temperature = head, temperature
-        self.lm_head: Head = "fp32" if config.dtype == "float32" else "bf16"
-        self.mcore_config, self.chunks = build_model(hf, parallel_config, config, head=head, replay=replay)
+        self.head, self.precision = head, precision
+        self.label_shift = 0  # anything else is a diagnosis' doing
+        self.mcore_config, self.chunks = build_model(hf, parallel_config, config, precision, head=head, replay=replay)
+        round_key_values(self.chunks, precision.kv_cache)
         self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
         self.models: list[Any] = list(self.chunks)
         if trainable:
@@ -128,7 +129,7 @@ class Network:
                 adam_beta2=optimizer.beta2,
                 adam_eps=optimizer.eps,
                 clip_grad=optimizer.clip_grad,
-                bf16=self.config.dtype == "bfloat16",
+                bf16=self.precision.weights == "bfloat16",
                 params_dtype=self.mcore_config.params_dtype,
                 use_distributed_optimizer=True,
                 **(_OFFLOADED if self.config.offload_optimizer else {}),
@@ -237,7 +238,8 @@ class Network:
                 packed=self.config.packing,
                 align=get_fp8_align_size(self.mcore_config.fp8_recipe) if self.mcore_config.fp8 else 1,
             )
-            batches.append(make_micro_batch(indices, samples, layout, self.device, self.shape if replay else None))
+            routed = self.shape if replay else None
+            batches.append(make_micro_batch(indices, samples, layout, self.device, routed, self.label_shift))
         return batches
 
     def _head(self, batch: MicroBatch) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -245,7 +247,11 @@ class Network:
         if self.head == "value":
             return None
         return logprob_head(
-            batch.labels, vocab_size=self.shape.vocab_size, temperature=self.temperature, head=self.lm_head
+            batch.labels,
+            vocab_size=self.shape.vocab_size,
+            temperature=self.precision.temperature,
+            head=self.precision.head,
+            kept=batch.kept,
         )
 
     def _responses(self, batch: MicroBatch, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

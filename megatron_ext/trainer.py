@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ext import parallel
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.exchange import Exchange, exchanged
 from megatron_ext.hf.config import model_shape, read_hf_config
 from megatron_ext.hf.export import Bucket, HFExporter
 from megatron_ext.layout import Sample, pad_values, response_mask
@@ -43,6 +44,9 @@ LossFunction = Callable[[LossBatch], tuple[Tensor, Metrics]]
 """The share of the loss that these sequences have. Shares of all micro-batches and ranks add up to the loss."""
 
 
+_FULL = TrainerPrecision()
+
+
 class Trainer:
     """The policy on this rank, and where asked for a frozen reference of it and a critic beside it. Process groups must
     exist (`parallel.initialize`)."""
@@ -55,7 +59,7 @@ class Trainer:
         optimizer: OptimizerConfig,
         *,
         replay: bool,
-        temperature: float = 1.0,
+        precision: TrainerPrecision = _FULL,
         critic: OptimizerConfig | None = None,
         reference: bool = False,
         load_weights: bool = True,
@@ -63,7 +67,7 @@ class Trainer:
         """Build and load a Hugging Face model directory.
 
         replay:      whether the policy's routers can record routes and take those that samples bring.
-        temperature: of every log-prob, the sampler's.
+        precision:   what it computes with; its temperature is the sampler's.
         critic:      train a value model with this optimizer: the same model, its LM head replaced by a value head.
         reference:   hold a frozen copy of the policy; `keep_reference` says of when.
         Raises FileNotFoundError, UnsupportedModel, ValueError or KeyError where the model does not fit.
@@ -72,14 +76,14 @@ class Trainer:
         shape = model_shape(hf, parallel_config.tensor)
 
         def network(**kind) -> Network:
-            built = Network(hf, shape, parallel_config, config, **kind)
+            built = Network(hf, shape, parallel_config, config, precision, **kind)
             if load_weights:
                 built.load(model_path)
             return built
 
-        self.policy = network(replay=replay and shape.num_experts > 0, temperature=temperature)
+        self.policy = network(replay=replay and shape.num_experts > 0)
         self.policy.restart_optimizer(optimizer)
-        self.reference = network(trainable=False, temperature=temperature) if reference else None
+        self.reference = network(trainable=False) if reference else None
         self.critic = network(head="value") if critic is not None else None
         if self.critic is not None and critic is not None:
             self.critic.restart_optimizer(critic)
@@ -94,12 +98,16 @@ class Trainer:
         assert self.reference is not None
         self.reference.copy_from(self.policy)
 
-    def logprobs(self, samples: Sequence[Sample], routing: Routing | None = None) -> TokenPart:
+    def logprobs(
+        self, samples: Sequence[Sample], routing: Routing | None = None, exchange: Exchange | None = None
+    ) -> TokenPart:
         """log pi(token) and entropy of every response token under the current weights, without gradient.
 
         routing: "replay" routes samples by their routes and counts agreement, "record" returns the routes that were
-        taken, "native" does neither. None: "replay" where the trainer was built for it."""
-        return self._measure(self.policy, samples, routing or self._routing)
+        taken, "native" does neither. None: "replay" where the trainer was built for it.
+        exchange: parts of the computation to exchange for this once."""
+        with exchanged(self.policy, exchange or Exchange()):
+            return self._measure(self.policy, samples, routing or self._routing)
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> TokenPart:
         """The same under the reference, which routes natively: its routes are part of what it says."""

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
 from pipeline.plan.arguments import add_arguments as add_plan_arguments
 
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 130 interrupted."""
+    """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 3 diagnose found that the
+    engines disagree, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="sameroute", description="Reinforcement learning for mixture-of-experts language models."
     )
@@ -28,6 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
         help="train on the steps that a run with debug.dump_rollouts=true left in this directory, or on one of its "
         "files; no server is started, and train.steps does not count",
     )
+    diagnose = commands.add_parser("diagnose", help="why trainer and server disagree, by exchanging one part at a time")
+    diagnose.add_argument("config", type=Path, help="YAML file of the run")
+    diagnose.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of single fields")
+    diagnose.add_argument(
+        "--rollouts", type=Path, metavar="DUMP", help="a dumped step whose rollouts are compared, in place of new ones"
+    )
+    diagnose.add_argument(
+        "--out", type=Path, help="directory of diagnose.html and diagnose.json; default: run.directory with -diagnose"
+    )
     objectives = commands.add_parser("objectives", help="the table of objectives, or one with its equation")
     objectives.add_argument("name", nargs="?", help="a preset of the table")
     report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
@@ -36,13 +51,40 @@ def main(arguments: list[str] | None = None) -> int:
     plan = commands.add_parser("plan", help="whether a configuration fits its machines, and how long a step takes")
     add_plan_arguments(plan)
     options = parser.parse_args(arguments)
-    run = {
-        "train": _train, "objectives": _objectives, "report": _report, "convert": _convert, "plan": _plan,
-    }[options.command]  # fmt: skip
-    return run(options)
+    commands_by_name = {
+        "train": _train,
+        "diagnose": _diagnose,
+        "objectives": _objectives,
+        "report": _report,
+        "convert": _convert,
+        "plan": _plan,
+    }
+    return commands_by_name[options.command](options)
 
 
 def _train(options: argparse.Namespace) -> int:
+    def run(config: Config) -> int:
+        from pipeline.session import train
+
+        print(f"run directory: {train(config, options.from_dump)}")
+        return 0
+
+    return _with_engines(options, run)
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    def run(config: Config) -> int:
+        from pipeline.diagnose.command import run as diagnose
+
+        directory = config.run.directory
+        out = options.out or directory.with_name(f"{directory.name}-diagnose")
+        return 0 if diagnose(config, out, options.rollouts).agree else 3
+
+    return _with_engines(options, run)
+
+
+def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> int:
+    """Load the configuration and run; what goes wrong becomes a message and an exit code."""
     from pipeline.config import ConfigError, load_config
 
     try:
@@ -56,14 +98,13 @@ def _train(options: argparse.Namespace) -> int:
     from pipeline.rewards import RewardError
     from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
-    from pipeline.session import train
     from pipeline.weights import WeightTransferError
     from pipeline.workers import TrainerError
 
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
-        path = train(config, options.from_dump)
-    except (RunDirectoryError, DataError, DumpError, FileNotFoundError) as error:
+        return run(config)
+    except (RunDirectoryError, ConfigError, DataError, DumpError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
@@ -76,8 +117,6 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    print(f"run directory: {path}")
-    return 0
 
 
 def _objectives(options: argparse.Namespace) -> int:

@@ -15,11 +15,14 @@ import ray
 import torch
 
 from megatron_ext.hf.config import model_shape, read_hf_config
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.controller import DisagreementError, Loop, supervise
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
+from pipeline.diagnose import diagnose
+from pipeline.diagnose.bench import new_rollouts
+from pipeline.diagnose.page import write_page
 from pipeline.objectives import resolve
 from pipeline.observe.console import Console
 from pipeline.observe.run_dir import RunDirectory
@@ -50,6 +53,8 @@ def train(config: Config, from_dump: Path | None = None) -> Path:
 
         serve = dumped is None
         with open_loop(config, run.path, run.logs, serve=serve, on_supervised=supervised) as (loop, model_path):
+            if serve and config.checks.first_rollouts:
+                _check_engines(loop, model_path, run, console)
             for number in steps:
                 metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number)
                 run.record(metrics)
@@ -64,8 +69,29 @@ def train(config: Config, from_dump: Path | None = None) -> Path:
     return run.path
 
 
+def _check_engines(loop: Loop, model_path: Path, run: RunDirectory, console: Console) -> None:
+    """Compare the engines on a few rollouts. Raises DisagreementError with the diagnosis where they disagree."""
+    rollouts = new_rollouts(loop, loop.config.checks.first_rollouts, max_new_tokens=64)
+    found = diagnose(loop, model_path, rollouts, in_full=False)
+    found.write_json(run.path / "diagnose.json")
+    if not found.agree:
+        write_page(found, run.path / "diagnose.html", name=run.path.name)
+        raise DisagreementError(f"{found.sentence} See {run.path / 'diagnose.html'}")
+    console.say(found.sentence)
+
+
+def config_device(config: Config) -> Literal["cpu", "cuda"]:
+    """Of both engines."""
+    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_inputs(config: Config) -> None:
-    """What can be known to be wrong before an earlier run is written over: the verifier, the data file, the port."""
+    """What can be known to be wrong before an earlier run is written over: the verifier, the data file, the port, a
+    precision that this device does not have."""
+    try:
+        config.precision.check_device(config_device(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     resolve_reward(config.data.reward)
     if config.data.path is not None and not config.data.path.is_file():
         raise DataError(f"there is no data file {config.data.path}")
@@ -106,8 +132,7 @@ def open_loop(
     on_supervised: called with each supervised step and its loss, nats a token.
     Yields the loop and the model directory it started from.
     """
-    device: Literal["cpu", "cuda"]
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config_device(config)
     model_path = prepare_model(config, directory / "model")
     shape = model_shape(read_hf_config(model_path))
     source = PromptSource(config.data, model_path, seed=config.run.seed)
@@ -118,9 +143,9 @@ def open_loop(
         model_path,
         logs / "sglang.log",
         device=device,
-        dtype=config.trainer.dtype,
         seed=config.run.seed,
         return_routed_experts=routes,
+        precision=config.precision,
     )
     with contextlib.ExitStack() as stack:
         if serve:
@@ -132,7 +157,7 @@ def open_loop(
             config.trainer,
             config.supervised,
             replay=config.replay != "none",
-            temperature=config.rollout.temperature,
+            precision=config.precision,
             critic=config.critic if objective.needs_critic else None,
             reference=objective.needs_reference,
             seed=config.run.seed,
@@ -156,9 +181,10 @@ def open_loop(
                 timeout_s=config.rollout.timeout_s,
                 log_path=server.log_path,
             )
-            trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
+            backend, logs_of_servers = "nccl" if device == "cuda" else "gloo", [server.log_path]
+            trainers.call("connect", [server.url], backend, logs_of_servers, config.precision.rollout_weights)
         loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
-        if config.supervised.steps:
+        if config.supervised.steps or config.precision.rollout_weights != "same":
             loop.sync()
         yield loop, model_path
         trainers.call("close")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,14 @@ from ray.exceptions import RayActorError, RayTaskError
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import TokenPart, UpdatePart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.precision import RolloutWeights
 
 if TYPE_CHECKING:
+    from megatron_ext.exchange import Exchange
+    from megatron_ext.hf.export import Bucket
     from megatron_ext.layout import Sample
     from megatron_ext.network import Routing
+    from pipeline.weights import WeightDifference
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 
@@ -131,8 +135,9 @@ class TrainerRank:
         """The reference becomes the policy as it is now."""
         self.trainer.keep_reference()
 
-    def connect(self, urls: list[str], backend: str, logs: list[Path]) -> None:
-        """Rank 0 joins the weight-transfer group of the servers."""
+    def connect(self, urls: list[str], backend: str, logs: list[Path], weights: RolloutWeights = "same") -> None:
+        """Rank 0 joins the weight-transfer group of the servers, which are to compute with these weights."""
+        self.rollout_weights: RolloutWeights = weights
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
@@ -142,10 +147,24 @@ class TrainerRank:
     def send_weights(self, version: int) -> None:
         """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
         if self.sender is not None:
-            self.sender.send(self.trainer.export(), version)
+            self.sender.send(self._sent(), version)
         else:
             for _ in self.trainer.export():
                 pass
+
+    def weight_differences(self) -> list[WeightDifference]:
+        """On rank 0, what the servers hold otherwise than the trainer would send it."""
+        if self.sender is not None:
+            return self.sender.differences(self._sent())
+        for _ in self.trainer.export():
+            pass
+        return []
+
+    def _sent(self) -> Iterator[Bucket]:
+        """The weights as the servers are to hold them."""
+        from pipeline.rollout_weights import rounded
+
+        return rounded(self.trainer.export(), self.rollout_weights)
 
     def save_hf(self, directory: str) -> None:
         """Write the weights as one Hugging Face safetensors file. Rank 0 writes."""
@@ -202,9 +221,14 @@ class TrainerGroup:
         self.call("load", ray.put(list(samples)))
         self._loaded = len(samples)
 
-    def logprobs(self, routing: Routing | None = None, indices: Sequence[int] | None = None) -> PolicyTokens:
-        """The policy's log-probs of loaded samples; routing: see Trainer.logprobs."""
-        return self._policy(self.call("measure", "logprobs", indices, routing), indices)
+    def logprobs(
+        self,
+        routing: Routing | None = None,
+        indices: Sequence[int] | None = None,
+        exchange: Exchange | None = None,
+    ) -> PolicyTokens:
+        """The policy's log-probs of loaded samples; routing, exchange: see Trainer.logprobs."""
+        return self._policy(self.call("measure", "logprobs", indices, routing, exchange), indices)
 
     def record_routes(self, layers: int, dtype: np.dtype) -> PolicyTokens:
         """The policy's log-probs under its own routes, which the loaded samples have from then on."""
@@ -250,6 +274,11 @@ class TrainerGroup:
     def send_weights(self, version: int) -> None:
         """The current weights to every connected server, under this version."""
         self.call("send_weights", version)
+
+    def weight_differences(self) -> list[WeightDifference]:
+        """Every tensor that a connected server holds otherwise than the trainer does, bit for bit, by its Hugging Face
+        name; an empty list where they agree. The servers must be idle."""
+        return self.call("weight_differences")[0]
 
     def _wait(self, answers: list[Any], method: str) -> list[Any]:
         """Wait for all, but not longer than for the first failure."""

@@ -75,10 +75,15 @@ class PromptSource:
 
     def take(self, n: int) -> list[Prompt]:
         """The next n prompts. Raises DataError for one that is longer than max_prompt_tokens."""
+        prompts = self.peek(n)
+        self._next_prompt += n
+        return prompts
+
+    def peek(self, n: int) -> list[Prompt]:
+        """The same, and the cursor stays."""
         prompts = [self._data.prompt(self._next_prompt + i, self.stream) for i in range(n)]
         for prompt in prompts:
             check_length(prompt, self.config.max_prompt_tokens, f"prompt {prompt.index}")
-        self._next_prompt += n
         return prompts
 
     def take_supervised(self, n: int) -> list[SupervisedPair]:

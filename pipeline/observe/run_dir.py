@@ -9,6 +9,7 @@ rollouts/            step_000012.txt and .json: a few sampled rollouts, for peop
 dumps/               step_000012.safetensors: what a step trained on, where debug.dump_rollouts asks for it
 hf/                  the trained model, where the run wrote one
 summary.png          reward, mismatch, lengths
+diagnose.json        how far the engines were apart before the first step; diagnose.html too where it was too far
 report.html          what `sameroute report` makes of all this
 """
 
@@ -35,7 +36,15 @@ if TYPE_CHECKING:
     from pipeline.objectives import Objective
     from pipeline.observe.events import EventWriter
 
-_FILES = ("config.yaml", "metrics.jsonl", "records.jsonl", "summary.png", "report.html")
+_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "records.jsonl",
+    "summary.png",
+    "report.html",
+    "diagnose.json",
+    "diagnose.html",
+)
 _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 

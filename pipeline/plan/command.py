@@ -124,7 +124,7 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console) -> None:
         _table(
             f"Memory of a trainer rank, GiB (stage {m.stage}, which holds most)",
             [
-                ("weights", _gib(m.weights), config.trainer.dtype),
+                ("weights", _gib(m.weights), config.precision.weights),
                 ("gradients", _gib(m.gradients), "float32"),
                 ("optimizer", _gib(m.optimizer), f"{_gib(m.host)} in the machine's memory" if m.host else "float32"),
                 ("reference, critic", _gib(m.others), ""),

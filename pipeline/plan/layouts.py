@@ -75,7 +75,7 @@ def _variants(config: Config, hf: dict[str, Any], servers: list[int]) -> Iterato
     recomputes = [config.trainer.recompute] + (["full"] if config.trainer.recompute != "full" else [])
     shares = sorted({config.parallel.ranks / (config.cluster.nodes * config.cluster.gpus_per_node), 0.5, 0.75})
     offloads = [config.trainer.offload_optimizer] + (
-        [True] if config.trainer.dtype == "bfloat16" and not config.trainer.offload_optimizer else []
+        [True] if config.precision.weights == "bfloat16" and not config.trainer.offload_optimizer else []
     )
     for times, share, t, p, e, s, recompute, offload in itertools.product(
         _TIMES_NODES, shares, tensors, pipelines, experts, servers, recomputes, offloads

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.config import ParallelConfig, TrainerConfig
+from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.config import model_shape
 from pipeline.plan.hardware import EFFICIENCY, Efficiency
 from pipeline.plan.parameters import Architecture, Count, architecture, rank_count, stage_layers
@@ -49,14 +49,14 @@ class Memory:
         )
 
 
-def item_bytes(trainer: TrainerConfig) -> int:
+def item_bytes(precision: TrainerPrecision) -> int:
     """Of a weight or an activation."""
-    return 2 if trainer.dtype == "bfloat16" else 4
+    return 2 if precision.weights == "bfloat16" else 4
 
 
-def states(count: Count, parallel: ParallelConfig, trainer: TrainerConfig) -> tuple[float, float, float]:
+def states(count: Count, parallel: ParallelConfig, precision: TrainerPrecision) -> tuple[float, float, float]:
     """(weights, gradients, optimizer) of a rank with `count`. Buffers are float32 and count as weights."""
-    item = item_bytes(trainer)
+    item = item_bytes(precision)
     dense_ranks = parallel.data * parallel.context
     expert_ranks = parallel.ranks // ((parallel.expert_tensor or parallel.tensor) * parallel.expert * parallel.pipeline)
     moments = 12 if item == 2 else 8
@@ -105,6 +105,7 @@ def kept(
     hf: dict[str, Any],
     parallel: ParallelConfig,
     trainer: TrainerConfig,
+    precision: TrainerPrecision,
     tokens: float,
     *,
     stage: int = 0,
@@ -133,7 +134,7 @@ def kept(
     whole = sum(block(n, trainer.recompute) for n in layers)
     if stage == parallel.pipeline - 1:
         whole += (2 if fused else 3) * a.hidden  # the last norm, whose output the LM head reads
-    scale = item_bytes(trainer) * tokens / parallel.context / parallel.tensor
+    scale = item_bytes(precision) * tokens / parallel.context / parallel.tensor
     return scale * whole, scale * again
 
 
@@ -141,6 +142,7 @@ def activations(
     hf: dict[str, Any],
     parallel: ParallelConfig,
     trainer: TrainerConfig,
+    precision: TrainerPrecision,
     tokens: float,
     *,
     stage: int = 0,
@@ -148,7 +150,7 @@ def activations(
     skew: float = 1.0,
 ) -> float:
     """Bytes of a stage at its worst moment. micro_batches: that a rank runs in a step; None: as many as stages."""
-    whole, again = kept(hf, parallel, trainer, tokens, stage=stage, skew=skew)
+    whole, again = kept(hf, parallel, trainer, precision, tokens, stage=stage, skew=skew)
     return whole * in_flight(parallel, stage, micro_batches) + again
 
 
@@ -159,10 +161,10 @@ def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int | None = 
     return most if micro_batches is None else min(most, micro_batches)
 
 
-def head(hf: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, tokens: int) -> float:
+def head(hf: dict[str, Any], parallel: ParallelConfig, precision: TrainerPrecision, tokens: int) -> float:
     """What the LM head holds above its inputs at its worst moment, backward: hidden states of the whole sequence, their
     gradient in float32 and rounded, the weight's gradient, and two tiles of float32 logits."""
-    shape, item, t = model_shape(hf, parallel.tensor), item_bytes(trainer), parallel.tensor
+    shape, item, t = model_shape(hf, parallel.tensor), item_bytes(precision), parallel.tensor
     rows, local = shape.padded_vocab_size // t, tokens / parallel.context
     gathered = item if t > 1 else 0
     tile = min(HEAD_TILE, local * rows)
@@ -173,6 +175,7 @@ def rank_memory(
     hf: dict[str, Any],
     parallel: ParallelConfig,
     trainer: TrainerConfig,
+    precision: TrainerPrecision,
     tokens: int,
     *,
     stage: int,
@@ -183,17 +186,19 @@ def rank_memory(
 ) -> Memory:
     """A rank of a pipeline stage on a GPU. tokens: of the largest micro-batch, over all context ranks."""
     count = rank_count(hf, parallel, stage)
-    weights, gradients, optimizer = states(count, parallel, trainer)
+    weights, gradients, optimizer = states(count, parallel, precision)
     others = weights if reference else 0.0
     host = 0.0
     if critic:
-        of_critic = states(rank_count(hf, parallel, stage, value_head=True), parallel, trainer)
+        of_critic = states(rank_count(hf, parallel, stage, value_head=True), parallel, precision)
         others += sum(of_critic[:2] if trainer.offload_optimizer else of_critic)
     if trainer.offload_optimizer:
         host, optimizer = optimizer * 16 / 12 * (2 if critic else 1), 0.0
     last = stage == parallel.pipeline - 1
-    kept = activations(hf, parallel, trainer, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew)
-    at_head = head(hf, parallel, trainer, tokens) if last else 0.0
+    kept = activations(
+        hf, parallel, trainer, precision, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew
+    )
+    at_head = head(hf, parallel, precision, tokens) if last else 0.0
     held = weights + gradients + optimizer + others + kept + at_head
     overhead = efficiency.reserve + efficiency.fragments * held
     return Memory(weights, gradients, optimizer, others, kept, at_head, overhead, host, stage)

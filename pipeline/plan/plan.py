@@ -6,7 +6,6 @@ objective needs them), update, send the weights. Phases follow one another, so t
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +91,7 @@ def expected_lengths(config: Config, mean: float | None = None) -> Lengths:
 
 def cache_bytes(config: Config) -> float:
     """Of an element of the servers' KV cache."""
-    arguments = config.server.extra_args
-    kind = dict(itertools.pairwise(arguments)).get("--kv-cache-dtype", "auto")
-    return 1.0 if kind.startswith("fp8") else item_bytes(config.trainer)
+    return 1.0 if config.precision.kv_cache.startswith("fp8") else item_bytes(config.precision)
 
 
 def bubble(parallel: ParallelConfig, micro_batches: int) -> float:
@@ -135,6 +132,7 @@ def make_plan(
         hf,
         parallel,
         config.trainer,
+        config.precision,
         max(config.trainer.micro_batch_tokens, longest),
         micro_batches=micro_batches,
         reference=objective.needs_reference,
@@ -146,7 +144,7 @@ def make_plan(
         hf,
         card,
         tp=config.server.tensor_parallel,
-        weight_bytes=item_bytes(config.trainer),
+        weight_bytes=item_bytes(config.precision),
         cache_bytes=cache_bytes(config),
         tokens_each=prompt + float(answers.mean()) / 2,
         longest=min(longest, config.server.context_length),
@@ -165,7 +163,7 @@ def make_plan(
     done = once * passes + updates * flops.training(hf, tokens, squares, recompute=config.trainer.recompute)
     waits = bubble(parallel, micro_batches)
     waits_forward = bubble(parallel, micro_batches * config.train.mini_batches)
-    sent = float(item_bytes(config.trainer)) * total(hf)
+    sent = float(item_bytes(config.precision)) * total(hf)
     answer = answers[: math.ceil(samples / servers)]
     generation = Generation(math.inf, 0.0, float(answer.sum()))
     if one.fits and not quick:

@@ -5,6 +5,9 @@ The calls that sample are in `client.py`.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +16,20 @@ import requests
 from pipeline.rollout.server import ServerError
 
 PauseMode = Literal["abort", "in_place", "retract"]
+HELD_WEIGHTS = "sameroute_held_weights"
+"""The action of /weights_checker that `held_weights.py` adds to SGLang's own."""
+
+
+@dataclass(frozen=True)
+class HeldWeights:
+    """What one rank of a server holds.
+
+    tensors:    Hugging Face name -> (elements on this rank, checksum of these).
+    parameters: SGLang's names of the parameters that hold them.
+    """
+
+    tensors: dict[str, tuple[int, int]]
+    parameters: list[str]
 
 
 class SGLangControl:
@@ -108,3 +125,19 @@ class SGLangControl:
         """SGLang's checksum of every parameter, by SGLang's own fused names: one dict per tensor-parallel rank."""
         answer = self.post("/weights_checker", {"action": "checksum"})
         return [rank["checksums"] for rank in answer["ranks"]]
+
+    def held_weights(self, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> list[HeldWeights]:
+        """What the server holds of each tensor (Hugging Face name, dtype, shape), one answer a rank of the server.
+
+        Of no tensors, the answers name all parameters. Raises ServerError where the server cannot say.
+        """
+        body = {"action": HELD_WEIGHTS, "skip_tensor_list": [json.dumps(list(tensors))], "selector": "target"}
+        out = []
+        for rank in self.post("/weights_checker", body)["ranks"]:
+            lines, mark = rank["checksums"], "parameter "
+            parameters = [name.removeprefix(mark) for name in lines if name.startswith(mark)]
+            pairs = {name: line.split() for name, line in lines.items() if not name.startswith(mark)}
+            out.append(
+                HeldWeights({n: (int(elements), int(value)) for n, (elements, value) in pairs.items()}, parameters)
+            )
+        return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from tests.megatron_ext.tiny_families import FAMILIES, tiny_config
 
 
@@ -36,22 +36,22 @@ class States:
     optimizer: int
 
 
-def states(parallel: ParallelConfig, trainer: TrainerConfig, models: list[dict[str, Any]]) -> list[States]:
+def states(parallel: ParallelConfig, precision: TrainerPrecision, models: list[dict[str, Any]]) -> list[States]:
     """Runs on a rank."""
     from megatron_ext.mcore import parallel_state
 
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    return [_states(hf, parallel, trainer, stage) for hf in models]
+    return [_states(hf, parallel, precision, stage) for hf in models]
 
 
-def _states(hf, parallel, trainer, stage) -> States:
+def _states(hf, parallel, precision, stage) -> States:
     import torch
 
     from megatron_ext.hf.config import model_shape
     from megatron_ext.network import Network
 
     shape = model_shape(hf, parallel.tensor)
-    network = Network(hf, shape, parallel, trainer, replay=False)
+    network = Network(hf, shape, parallel, TrainerConfig(), precision, replay=False)
     network.restart_optimizer(OptimizerConfig())
     network.optimizer.step()  # on gradients of 0; it makes the moments
     parameters = [p for chunk in network.chunks for p in chunk.parameters()]
@@ -65,7 +65,7 @@ def _states(hf, parallel, trainer, stage) -> States:
                 if p.untyped_storage().data_ptr() not in weight_storages:
                     optimizer += p.nbytes
                 optimizer += sum(s.nbytes for s in one.optimizer.state[p].values() if torch.is_tensor(s))
-    critic = Network(hf, shape, parallel, trainer, head="value", trainable=False)
+    critic = Network(hf, shape, parallel, TrainerConfig(), precision, head="value", trainable=False)
     return States(
         stage=stage,
         dense=sum(p.numel() for p in parameters if getattr(p, "allreduce", True)),
@@ -90,7 +90,7 @@ def _kept(hf, parallel, trainer, samples) -> int:
     from megatron_ext.hf.config import model_shape
     from megatron_ext.network import Network
 
-    network = Network(hf, model_shape(hf, parallel.tensor), parallel, trainer, replay=False)
+    network = Network(hf, model_shape(hf, parallel.tensor), parallel, trainer, TrainerPrecision(), replay=False)
     network.restart_optimizer(OptimizerConfig())
     weights = {t.untyped_storage().data_ptr() for c in network.chunks for t in (*c.parameters(), *c.buffers())}
     kept: dict[int, torch.Tensor] = {}

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.layout import Sample
 from pipeline.plan import memory, parameters
 from tests.megatron_ext.measured import configs, kept_bytes, states
@@ -38,7 +38,7 @@ def models(layout: str) -> dict:
 def measured(layout: str, dtype: str):
     """[(name, config.json, states of every rank)]"""
     parallel, chosen = ParallelConfig(**LAYOUTS[layout]), models(layout)
-    ranks = run_ranks(states, parallel, TrainerConfig(dtype=dtype), list(chosen.values()))
+    ranks = run_ranks(states, parallel, TrainerPrecision(weights=dtype), list(chosen.values()))
     return [(name, hf, [rank[i] for rank in ranks]) for i, (name, hf) in enumerate(chosen.items())]
 
 
@@ -60,9 +60,9 @@ def test_the_whole_model_is_what_one_rank_holds():
 
 @pytest.mark.parametrize(("layout", "dtype"), [*((layout, "bfloat16") for layout in LAYOUTS), ("one rank", "float32")])
 def test_bytes_of_weights_gradients_and_optimizer_are_those_of_the_tensors(layout, dtype):
-    parallel, trainer = ParallelConfig(**LAYOUTS[layout]), TrainerConfig(dtype=dtype)
+    parallel, precision = ParallelConfig(**LAYOUTS[layout]), TrainerPrecision(weights=dtype)
     for name, hf, ranks in measured(layout, dtype):
-        planned = [memory.states(parameters.rank_count(hf, parallel, r.stage), parallel, trainer) for r in ranks]
+        planned = [memory.states(parameters.rank_count(hf, parallel, r.stage), parallel, precision) for r in ranks]
         for rank, (weights, gradients, optimizer) in zip(ranks, planned, strict=True):
             assert (rank.weights, rank.gradients) == (weights, gradients), name
             assert 0 <= rank.padded - rank.gradients <= BUCKET, name
@@ -80,7 +80,7 @@ def test_what_forward_keeps_for_backward_is_the_formulas_within_five_percent(rec
     samples = [Sample(random.integers(0, 509, LENGTH + 1).astype(np.int32), 1, {}, None) for _ in range(SAMPLES)]
     (found,) = run_ranks(kept_bytes, parallel, trainer, list(chosen.values()), samples)
     for (name, hf), kept in zip(chosen.items(), found, strict=True):
-        planned, _ = memory.kept(hf, parallel, trainer, SAMPLES * LENGTH, fused=False)
+        planned, _ = memory.kept(hf, parallel, trainer, TrainerPrecision(), SAMPLES * LENGTH, fused=False)
         assert planned <= kept <= 1.05 * planned, name
 
 
@@ -101,7 +101,8 @@ def three_steps(config: ParallelConfig, hf, samples, offload: bool):
         torch.Tensor.pin_memory = lambda tensor: tensor
     torch.manual_seed(0)
     shape = model_shape(hf, config.tensor)
-    network = Network(hf, shape, config, TrainerConfig(dtype="bfloat16", offload_optimizer=offload), replay=False)
+    trainer, precision = TrainerConfig(offload_optimizer=offload), TrainerPrecision(weights="bfloat16")
+    network = Network(hf, shape, config, trainer, precision, replay=False)
     network.restart_optimizer(OptimizerConfig(lr=1e-2, weight_decay=0.1))
     norms = [network.step(samples, lambda batch, q: (q[0].square().sum() / 100, {}), "native")[0] for _ in range(3)]
     exporter = HFExporter(network.chunks, hf, shape)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
 
 from pipeline.observe.report import learning, policies, speed
 from pipeline.observe.report.figure import Figure, present
+from pipeline.observe.report.html import Tile, render_page
 from pipeline.observe.report.rollouts import LEVELS, SMALLEST_DECADE, SURPRISE, shown_steps
 from pipeline.observe.report.run import Run, read_run
-from pipeline.observe.report.theme import template
 
 _FILES = (
     ("config.yaml", "the configuration, every default written out"),
     ("metrics.jsonl", "all numbers, a line a step"),
     ("records.jsonl", "routing by layer and histograms, a line a step"),
     ("rollouts", "answers of every step, readable"),
+    ("diagnose.html", "how far the engines were apart before the first step, and why"),
+    ("diagnose.json", "how far the engines were apart before the first step"),
     ("logs", "of both engines, a file a process"),
     ("tensorboard", "the numbers for TensorBoard"),
     ("dumps", "what the steps trained on, for sameroute train --from-dump"),
@@ -46,15 +44,6 @@ _SETTINGS = (
     ("number format", ("trainer", "dtype")),
     ("seed", ("run", "seed")),
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A number at the top of the page, and what it says."""
-
-    label: str
-    value: str
-    note: str
 
 
 def write_report(path: str | Path) -> Path:
@@ -91,15 +80,10 @@ def sections(run: Run) -> list[tuple[str, list[Figure]]]:
 
 def render(run: Run) -> str:
     """The page as text."""
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = sections(run)
-    return pages.get_template("page.html").render(
+    return render_page(
+        Path(__file__).with_name("page.html"),
+        [figure for _, figures in shown for figure in figures],
         name=run.path.resolve().name,
         state=state(run),
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -113,11 +97,6 @@ def render(run: Run) -> str:
         smallest_decade=SMALLEST_DECADE,
         surprise=SURPRISE,
         files=links(run.path),
-        plots=_script_json({f.name: f.plot.to_plotly_json() for _, fs in shown for f in fs if f.plot}),
-        templates=_script_json({scheme: template(scheme).to_plotly_json() for scheme in ("light", "dark")}),
-        style=pages.get_template("page.css").render(levels=LEVELS),
-        script=_asset("page.js"),
-        plotly=get_plotlyjs(),
     )
 
 
@@ -170,14 +149,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _asset(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def _script_json(value: Any) -> str:
-    """JSON that may stand in a script element: nothing in it can end the element or begin a comment."""
-    from plotly.io.json import to_json_plotly
-
-    return str(to_json_plotly(value)).replace("<", "\\u003c")

@@ -81,7 +81,9 @@ def build_configs(paths: list[str]) -> list[str]:
     done = []
     for path in paths:
         config, hf = load_config_and_model(path)
-        built = transformer_config(hf, config.parallel, config.trainer, replay=config.replay != "none")
+        built = transformer_config(
+            hf, config.parallel, config.trainer, config.precision, replay=config.replay != "none"
+        )
         assert config.replay == "none" or replay_conflict(vars(built)) is None
         done.append(path)
     return done

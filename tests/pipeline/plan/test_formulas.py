@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config import ParallelConfig, TrainerConfig
+from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from pipeline.plan import flops, memory, parameters
 from pipeline.plan.hardware import EFFICIENCY, GPUS
 
+BF16 = TrainerPrecision(weights="bfloat16")
 QWEN2_MOE = {
     "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
     "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60,
@@ -123,7 +124,7 @@ def test_selective_and_full_recomputation_keep_less_and_pay_in_flops():
     hf = published("qwen3-30b-a3b")
     kept, paid = [], []
     for recompute in ("none", "selective", "full"):
-        kept.append(memory.kept(hf, ParallelConfig(), TrainerConfig(recompute=recompute), 4096)[0])
+        kept.append(memory.kept(hf, ParallelConfig(), TrainerConfig(recompute=recompute), BF16, 4096)[0])
         paid.append(flops.training(hf, 4096, 4096**2, recompute=recompute))
     assert kept == sorted(kept, reverse=True)
     assert paid == sorted(paid)
@@ -139,18 +140,17 @@ def test_a_pipeline_holds_as_many_micro_batches_as_the_papers_say():
 
 
 def test_tensor_parallel_ranks_divide_what_is_kept_and_context_ranks_too():
-    hf, trainer = published("qwen3-30b-a3b"), TrainerConfig(dtype="bfloat16")
-    one, _ = memory.kept(hf, ParallelConfig(), trainer, 8192)
+    hf, trainer = published("qwen3-30b-a3b"), TrainerConfig()
+    one, _ = memory.kept(hf, ParallelConfig(), trainer, BF16, 8192)
     for settings in ({"tensor": 2, "sequence": True}, {"context": 2}):
-        two, _ = memory.kept(hf, ParallelConfig(ranks=2, **settings), trainer, 8192)
+        two, _ = memory.kept(hf, ParallelConfig(ranks=2, **settings), trainer, BF16, 8192)
         assert two == pytest.approx(one / 2)
 
 
 def test_an_offloaded_optimizer_lies_in_the_machines_memory():
     hf, parallel = published("qwen3-30b-a3b"), ParallelConfig(ranks=8, expert=8)
     on, off = (
-        memory.rank_memory(hf, parallel, TrainerConfig(dtype="bfloat16", offload_optimizer=o), 4096, stage=0)
-        for o in (False, True)
+        memory.rank_memory(hf, parallel, TrainerConfig(offload_optimizer=o), BF16, 4096, stage=0) for o in (False, True)
     )
     assert (on.host, off.optimizer) == (0.0, 0.0)
     assert on.optimizer == pytest.approx(12 * parameters.total(hf) / 8)

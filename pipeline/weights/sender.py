@@ -25,8 +25,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline.rollout.control import SGLangControl
 from pipeline.rollout.server import ServerError
+from pipeline.weights.differences import Bucket, WeightDifference, weight_differences
 
-Bucket = list[tuple[str, Tensor]]
 _POLL_S = 0.0005
 _LEAVE = "/destroy_weights_update_group"
 
@@ -123,6 +123,13 @@ class WeightSender:
         self._everywhere("/end_weight_update", {})
         self._everywhere("/flush_cache", {})
         self._everywhere("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    def differences(self, buckets: Iterable[Bucket]) -> list[WeightDifference]:
+        """Which tensors the servers hold otherwise (`weight_differences`). Needs no group."""
+        try:
+            return weight_differences(buckets, self.controls)
+        except ServerError as error:
+            raise WeightTransferError(f"the weights could not be compared: {error}") from error
 
     def _broadcast(self, flat: Tensor, announced: list[Future[Any]]) -> None:
         """Broadcast and watch the servers meanwhile: one that refuses never takes part, and we would wait for it."""

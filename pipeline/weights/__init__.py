@@ -1,0 +1,9 @@
+"""The trainer's weights to the servers, and the proof that they arrived.
+
+`sender.py` holds the protocol, `transports.py` the two ways that bytes take, `differences.py` the comparison by name.
+"""
+
+from pipeline.weights.differences import WeightDifference, weight_differences
+from pipeline.weights.sender import WeightSender, WeightTransferError
+
+__all__ = ["WeightDifference", "WeightSender", "WeightTransferError", "weight_differences"]
