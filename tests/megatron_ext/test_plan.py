@@ -119,8 +119,8 @@ def test_an_offloaded_optimizer_takes_the_same_steps_and_leaves_nothing_on_the_g
     (norms, weights, _), _ = run_ranks(three_steps, config, hf, samples, False)
     (offloaded, moved, on_gpu), _ = run_ranks(three_steps, config, hf, samples, True)
     assert on_gpu == 0
-    assert offloaded == pytest.approx(norms, rel=1e-3)
-    assert norms[0] != pytest.approx(norms[2], rel=1e-2)  # the weights did move
+    assert offloaded == pytest.approx(norms, rel=1e-2)
+    assert norms[2] > 2 * norms[0]  # the weights did move
     for name, weight in weights.items():
         # bfloat16 after float32 arithmetic in another order
         assert np.abs(moved[name] - weight).max() <= 2**-7 * np.abs(weight).max(), name
