@@ -85,8 +85,10 @@ def test_what_forward_keeps_for_backward_is_the_formulas_within_five_percent(rec
 
 
 def three_steps(config: ParallelConfig, hf, samples, offload: bool):
-    """Gradient norms, and the weights after them. There is no GPU: where the optimizer is offloaded, bfloat16 tensors
-    pass for a GPU's, so that Megatron-Core moves what it would move."""
+    """Gradient norms, and the weights after them; so large an eps keeps rounding small.
+
+    There is no GPU: where the optimizer is offloaded, bfloat16 tensors pass for a GPU's, so that Megatron-Core moves
+    what it would move."""
     import sys
 
     import torch
@@ -103,7 +105,7 @@ def three_steps(config: ParallelConfig, hf, samples, offload: bool):
     shape = model_shape(hf, config.tensor)
     trainer, precision = TrainerConfig(offload_optimizer=offload), TrainerPrecision(weights="bfloat16")
     network = Network(hf, shape, config, trainer, precision, replay=False)
-    network.restart_optimizer(OptimizerConfig(lr=1e-2, weight_decay=0.1))
+    network.restart_optimizer(OptimizerConfig(lr=0.1, eps=1.0, weight_decay=0.1))
     norms = [network.step(samples, lambda batch, q: (q[0].square().sum() / 100, {}), "native")[0] for _ in range(3)]
     exporter = HFExporter(network.chunks, hf, shape)
     weights = {name: tensor.float().numpy().copy() for bucket in exporter.stream() for name, tensor in bucket}
@@ -120,7 +122,7 @@ def test_an_offloaded_optimizer_takes_the_same_steps_and_leaves_nothing_on_the_g
     (offloaded, moved, on_gpu), _ = run_ranks(three_steps, config, hf, samples, True)
     assert on_gpu == 0
     assert offloaded == pytest.approx(norms, rel=1e-2)
-    assert norms[2] > 2 * norms[0]  # the weights did move
+    assert norms[2] != pytest.approx(norms[0], rel=0.03)  # the weights did move
     for name, weight in weights.items():
         # bfloat16 after float32 arithmetic in another order
         assert np.abs(moved[name] - weight).max() <= 2**-7 * np.abs(weight).max(), name
