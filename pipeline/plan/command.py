@@ -89,7 +89,7 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
             "cache_bytes_a_gpu": max(0.0, plan.server.cache),
             "cache_tokens": plan.server.cache_tokens,
             "sequences": plan.server.sequences,
-            "busy": plan.generation.busy,
+            "busy": plan.sampling.busy,
         },
         "step": {
             "tokens": plan.tokens,
@@ -171,7 +171,7 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console) -> None:
             _table(
                 "Seconds of a step, from assumed efficiencies (docs/plan.md)",
                 [
-                    ("rollout", f"{s.rollout:.1f}", f"places of a server busy {plan.generation.busy:.0%} of it"),
+                    ("rollout", f"{s.rollout:.1f}", f"places of a server busy {plan.sampling.busy:.0%} of it"),
                     ("log-probs", f"{s.logprobs:.1f}", ""),
                     ("update", f"{s.update:.1f}", ""),
                     ("sync", f"{s.sync:.1f}", ""),

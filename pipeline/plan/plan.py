@@ -19,7 +19,7 @@ from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
 from pipeline.plan.parameters import active, architecture, total
-from pipeline.plan.rollout import Generation, Lengths, Server, generate, server
+from pipeline.plan.rollout import Lengths, Sampling, Server, sample, server
 from pipeline.types import route_dtype
 
 SEED = 0
@@ -66,7 +66,7 @@ class Plan:
     memory: Memory
     server: Server
     servers: int
-    generation: Generation
+    sampling: Sampling
     flops: float
     model_flops: float
     micro_batches: int
@@ -149,6 +149,7 @@ def make_plan(
         tokens_each=prompt + float(answers.mean()) / 2,
         longest=min(longest, config.server.context_length),
         most=config.server.max_running_requests,
+        most_tokens=config.server.max_total_tokens,
         static=config.server.mem_fraction_static,
         efficiency=efficiency,
     )
@@ -164,12 +165,11 @@ def make_plan(
     waits = bubble(parallel, micro_batches)
     waits_forward = bubble(parallel, micro_batches * config.train.mini_batches)
     sent = float(item_bytes(config.precision)) * total(hf)
-    answer = answers[: math.ceil(samples / servers)]
-    generation = Generation(math.inf, 0.0, float(answer.sum()))
+    sampling = Sampling(math.inf, 0.0, math.inf, math.inf)
     if one.fits and not quick:
-        generation = generate(answer, one.sequences, one.step_s, prompt)
+        sampling = sample(answers, servers, one, prompt)
     seconds = Seconds(
-        rollout=generation.seconds + len(answer) * one.prefill_s(prompt),
+        rollout=sampling.rollout,
         logprobs=once * passes / rate / (1 - waits_forward),
         update=(done - once * passes) / rate / (1 - waits) + _offloaded_s(memory, card, config, efficiency),
         sync=sent / (card.network * efficiency.network),
@@ -189,7 +189,7 @@ def make_plan(
         memory=memory,
         server=one,
         servers=servers,
-        generation=generation,
+        sampling=sampling,
         flops=done,
         model_flops=model,
         micro_batches=micro_batches,

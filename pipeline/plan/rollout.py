@@ -22,6 +22,8 @@ from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
 from pipeline.plan.parameters import architecture, total
 
+_SERVERS = 24  # whose rollout is followed event by event; the others are like them
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -71,6 +73,7 @@ def server(
     tokens_each: float,
     longest: int,
     most: int,
+    most_tokens: int | None = None,
     static: float | None = None,
     efficiency: Efficiency = EFFICIENCY,
 ) -> Server:
@@ -78,7 +81,8 @@ def server(
 
     weight_bytes, cache_bytes: of a parameter, of an element of KV.
     tokens_each: of a running sequence on average, prompt and answer.  longest: of one, at most.
-    most:        sequences that it may run at once.  static: mem_fraction_static.
+    most:        sequences that it may run at once.  most_tokens: in its cache; None: what fits.
+    static:      mem_fraction_static.
     """
     a = architecture(hf)
     ends = a.shape.vocab_size * a.hidden * (1 if a.shape.tied_embeddings else 2)
@@ -90,7 +94,8 @@ def server(
     per_token = a.layers * a.kv_cache(tp) * cache_bytes
     cache = pool - weights
     cache_tokens = max(0, int(cache / per_token))
-    sequences = 0 if cache_tokens < longest else min(most, int(cache_tokens / tokens_each))
+    usable = cache_tokens if most_tokens is None else min(cache_tokens, most_tokens)
+    sequences = 0 if usable < longest else min(most, int(usable / tokens_each))
     head = a.shape.vocab_size * a.hidden
     peak = gpu.bf16
 
@@ -115,7 +120,7 @@ class Generation:
 
     seconds: float
     busy: float
-    tokens: float
+    answers: int
 
 
 def generate(
@@ -149,6 +154,48 @@ def generate(
         while running and running[0][0] <= step:
             starts -= heapq.heappop(running)[1]
         admit()
-    tokens = float(np.sum(np.asarray(lengths)))
     most = min(places, len(lengths))
-    return Generation(seconds, held / (seconds * most) if seconds else 0.0, tokens)
+    return Generation(seconds, held / (seconds * most) if seconds else 0.0, len(lengths))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Seconds of the answers of a step on all servers.
+
+    rollout: until the last is done.  busy: share of the places that the servers began with that held a sequence, on
+    average over `rollout`.
+    steady: of as many tokens while the places stay full, of which there are no more than the answers of 1 + `ahead`
+    steps fill.  full: without that limit.
+    """
+
+    rollout: float
+    busy: float
+    steady: float
+    full: float
+
+
+def sample(answers: np.ndarray, servers: int, one: Server, prompt: float, *, ahead: int = 0) -> Sampling:
+    """answers: [N] tokens, dealt to the servers in turn.
+
+    Where there are many servers, those with the longest answers are followed, which set the end, and as many of the
+    others, which stand for all.
+    """
+    shares = [answers[i::servers] for i in range(min(servers, len(answers)))]
+    shares.sort(key=lambda share: (-share.max(), -share.sum()))
+    half = _SERVERS // 2
+    longest, others = shares[:half], shares[half :: max(1, len(shares) // half)]
+    ends = [generate(share, one.sequences, one.step_s, prompt) for share in longest]
+    rest = [generate(share, one.sequences, one.step_s, prompt) for share in others] or ends
+    decode = max(run.seconds for run in (*ends, *rest))
+    prefill = len(answers) / servers * one.prefill_s(prompt)
+    used = np.mean([run.busy * run.seconds * min(one.sequences, run.answers) for run in rest])
+    places = min(one.sequences, len(shares[0]))
+    busy = float(used) * len(shares) / servers / (decode * places)
+    context = prompt + float((answers**2).sum() / answers.sum()) / 2
+
+    def at(batch: float) -> float:
+        return float(answers.sum()) / servers / batch * one.step_s(batch, context) + prefill
+
+    most = min(float(one.sequences), (1 + ahead) * len(answers) / servers)
+    rollout = decode + prefill
+    return Sampling(rollout, (busy * decode + prefill) / rollout, at(most), at(float(one.sequences)))

@@ -7,10 +7,9 @@ Some GPUs train and the others sample, and
     asynchronous     a place in a server that is free takes the next prompt, across the ends of steps, so the longest
                      answer delays nobody: step = max(steady, train) + sync
 
-rollout is the time until the last answer of a step; steady that of as many tokens while the servers' places stay full,
-of which there are no more than the answers of 1 + STALENESS steps fill. No mode is faster than `bound`, where places
-are full without such a limit. A GPU is idle while it waits for the other task or for weights, and in a server by the
-share of the places it began with that hold no sequence any more.
+`rollout` and `steady` are those of `rollout.Sampling`: with the tail of the longest answers, and without. No mode is
+faster than `bound`, where the servers are always full. A GPU is idle while it waits for the other task or for weights,
+and in a server by the share of the places it began with that hold no sequence any more.
 
 What staleness costs in reward is not simulated, nor are failures.
 """
@@ -18,7 +17,7 @@ What staleness costs in reward is not simulated, nor are failures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,35 +26,28 @@ import numpy as np
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
 from pipeline.plan.parameters import total
-from pipeline.plan.rollout import Lengths, Server, generate
+from pipeline.plan.rollout import Lengths, Sampling, Server, sample
 
 Mode = Literal["synchronous", "one step off", "asynchronous"]
 MODES: tuple[Mode, ...] = ("synchronous", "one step off", "asynchronous")
 STALENESS = 2
 """Steps by which an asynchronous sampler may run ahead."""
 
-_SERVERS = 24  # of which a rollout is followed event by event; the others are like them
 _SPLITS = 32  # divisions of the GPUs that are looked at
 
 
 @dataclass(frozen=True)
 class Phases:
-    """Seconds of what a step needs. busy: share of the servers' places in use, on average over `rollout`.
+    """Seconds of what a step needs."""
 
-    full: of sampling at full places, however many answers that takes.
-    """
-
-    rollout: float
-    busy: float
-    steady: float
-    full: float
+    sampling: Sampling
     train: float
     sync: float
 
     @property
     def bound(self) -> float:
         """Below which no mode can make a step."""
-        return max(self.full, self.train)
+        return max(self.sampling.full, self.train)
 
 
 @dataclass(frozen=True)
@@ -75,17 +67,17 @@ class Outcome:
 
 def outcome(mode: Mode, phases: Phases, trainer_gpus: int, rollout_gpus: int) -> Outcome:
     """A mode with so many GPUs for each task."""
-    p = phases
-    sampled = p.steady if mode == "asynchronous" else p.rollout * p.busy
+    s, train = phases.sampling, phases.train
+    sampled = s.steady if mode == "asynchronous" else s.rollout * s.busy
     seconds = (
-        p.sync
+        phases.sync
         + {
-            "synchronous": p.rollout + p.train,
-            "one step off": max(p.rollout, p.train),
-            "asynchronous": max(p.steady, p.train),
+            "synchronous": s.rollout + train,
+            "one step off": max(s.rollout, train),
+            "asynchronous": max(s.steady, train),
         }[mode]
     )
-    used = trainer_gpus * p.train + rollout_gpus * sampled
+    used = trainer_gpus * train + rollout_gpus * sampled
     return Outcome(mode, trainer_gpus, rollout_gpus, seconds, 1 - used / ((trainer_gpus + rollout_gpus) * seconds))
 
 
@@ -115,9 +107,9 @@ class Workload:
         if servers < 1:
             raise ValueError(f"a server takes {self.server.gpus} GPUs; {rollout_gpus} are too few")
         answers = self.lengths.sample(self.samples, self.seed)
-        rollout, busy, steady, full = sampling(answers, servers, self.server, self.prompt)
+        sampling = sample(answers, servers, self.server, self.prompt, ahead=STALENESS)
         weights = 2.0 * total(self.hf) / (self.gpu.network * self.efficiency.network)
-        return Phases(rollout, busy, steady, full, self._train_s(answers, trainer_gpus), weights)
+        return Phases(sampling, self._train_s(answers, trainer_gpus), weights)
 
     def _train_s(self, answers: np.ndarray, gpus: int) -> float:
         """Log-probs and update. A replica has whole sequences: with fewer of them than replicas, some have none."""
@@ -132,37 +124,6 @@ class Workload:
             reduce = (4 + 2) * total(self.hf) / self.quantum / (self.gpu.network * self.efficiency.network)
         busy = done / (gpus * self.gpu.bf16 * self.efficiency.train)
         return busy * math.ceil(each) / each + reduce * self.mini_batches
-
-
-def sampling(answers: np.ndarray, servers: int, server: Server, prompt: float) -> tuple[float, float, float, float]:
-    """(rollout, busy, steady, full) of Phases, for answers [N] that are dealt to the servers in turn.
-
-    Where there are many servers, those with the longest answers are followed, and as many of the others.
-    """
-    shares = [answers[i::servers] for i in range(min(servers, len(answers)))]
-    shares.sort(key=lambda share: (-share.max(), -share.sum()))
-    followed = [*shares[: _SERVERS // 2], *shares[_SERVERS // 2 :: max(1, 2 * len(shares) // _SERVERS)]]
-    runs = [generate(share, server.sequences, server.step_s, prompt) for share in followed]
-    prefill = len(answers) / servers * server.prefill_s(prompt)
-    decode = max(run.seconds for run in runs)
-    most = min(server.sequences, len(shares[0]))
-    # places that were in use, over the places of all servers until the slowest is done; those without answers count too
-    rest = runs[_SERVERS // 2 :] or runs
-    used = float(np.mean([run.busy * run.seconds * min(server.sequences, len(s)) for run, s in _pairs(rest, followed)]))
-    busy = used * len(shares) / servers / (decode * most)
-    context = prompt + float((answers**2).sum() / answers.sum()) / 2
-    places = min(float(server.sequences), (1 + STALENESS) * len(answers) / servers)
-
-    def at(batch: float) -> float:
-        return float(answers.sum()) / servers / batch * server.step_s(batch, context) + prefill
-
-    rollout = decode + prefill
-    return rollout, (busy * decode + prefill) / rollout, at(places), at(float(server.sequences))
-
-
-def _pairs(runs: Sequence[Any], followed: Sequence[np.ndarray]) -> Iterator[tuple[Any, np.ndarray]]:
-    """Each run with its answers; `runs` are the last of `followed`'s."""
-    return zip(runs, followed[-len(runs) :], strict=True)
 
 
 def best(workload: Workload, gpus: int) -> dict[Mode, Outcome]:

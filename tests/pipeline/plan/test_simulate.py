@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.plan.hardware import GPUS
-from pipeline.plan.rollout import Lengths, Server, generate, server
-from pipeline.plan.simulate import MODES, Phases, Workload, best, outcome, sampling, scaling
+from pipeline.plan.rollout import Lengths, Sampling, Server, generate, sample, server
+from pipeline.plan.simulate import MODES, Phases, Workload, best, outcome, scaling
 
 HF = json.loads(Path("configs/qwen3-30b-a3b/config.json").read_text())
 PLACES = 256
@@ -66,7 +66,7 @@ def test_the_time_of_a_run_is_the_sum_of_its_steps():
 
 
 def test_a_synchronous_loop_waits_with_one_task_for_the_other():
-    phases = Phases(rollout=10, busy=0.5, steady=5, full=4, train=6, sync=0)
+    phases = Phases(Sampling(rollout=10, busy=0.5, steady=5, full=4), train=6, sync=0)
     modes = {mode: outcome(mode, phases, 3, 1) for mode in MODES}
     assert [modes[mode].seconds for mode in MODES] == [16, 10, 6]
     # three GPUs train for 6 s, one samples with half of its places for 10 s, or with all for 5
@@ -80,7 +80,7 @@ def test_no_mode_is_faster_than_its_slower_task_at_full_places_and_each_is_faste
         seconds = [outcome(mode, phases, trainer, rollout).seconds for mode in MODES]
         assert seconds == sorted(seconds, reverse=True)
         assert min(seconds) >= phases.bound
-        assert phases.full <= phases.steady <= phases.rollout
+        assert phases.sampling.full <= phases.sampling.steady <= phases.sampling.rollout
         assert all(0 <= outcome(mode, phases, trainer, rollout).idle < 1 for mode in MODES)
 
 
@@ -88,7 +88,7 @@ def test_a_longer_tail_leaves_more_idle_where_a_step_waits_for_it_and_only_there
     idle = {mode: [] for mode in MODES}
     for deviation in (0.0, 0.3, 0.6, 0.9):
         phases = workload(deviation).phases(8, 8)
-        assert (deviation > 0) == (phases.busy < 0.99)
+        assert (deviation > 0) == (phases.sampling.busy < 0.99)
         for mode in MODES:
             idle[mode].append(outcome(mode, phases, 8, 8).idle)
     assert idle["synchronous"] == sorted(idle["synchronous"])
@@ -119,12 +119,12 @@ def test_the_same_seed_gives_the_same_lengths_and_none_is_longer_than_the_longes
 def test_servers_that_are_followed_stand_for_all():
     one = workload()
     answers = one.lengths.sample(2400, 0)
-    rollout, busy, *_ = sampling(answers, 100, one.server, one.prompt)
+    found = sample(answers, 100, one.server, one.prompt)
     runs = [generate(answers[i::100], PLACES, one.server.step_s, one.prompt) for i in range(100)]
     prefill = 24 * one.server.prefill_s(one.prompt)
-    assert rollout == pytest.approx(max(run.seconds for run in runs) + prefill)
+    assert found.rollout == pytest.approx(max(run.seconds for run in runs) + prefill)
     exact = np.mean([run.busy * run.seconds for run in runs]) / max(run.seconds for run in runs)
-    assert busy == pytest.approx(exact, rel=0.1)
+    assert found.busy == pytest.approx(exact, rel=0.1)
 
 
 def test_too_few_gpus_are_refused():
