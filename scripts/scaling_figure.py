@@ -25,11 +25,27 @@ STRONG, WEAK = 8192, 256
 def main() -> None:
     config, hf = load_config_and_model("configs/qwen3-30b-a3b/1-node.yaml")
     plan = make_plan(config, hf, "h100")
-    one = Workload(hf, plan.gpu, plan.server, plan.lengths, plan.prompt, STRONG, quantum=config.parallel.ranks)
+    one = Workload(
+        hf,
+        plan.gpu,
+        plan.server,
+        plan.lengths,
+        config.data.max_prompt_tokens / 2,
+        STRONG,
+        quantum=config.parallel.ranks,
+    )
     columns = {
         f"{STRONG:,} answers a step": scaling(one, SIZES, weak=False),
         f"{WEAK // 8} answers a step and GPU": scaling(
-            Workload(hf, plan.gpu, plan.server, plan.lengths, plan.prompt, WEAK, quantum=config.parallel.ranks),
+            Workload(
+                hf,
+                plan.gpu,
+                plan.server,
+                plan.lengths,
+                config.data.max_prompt_tokens / 2,
+                WEAK,
+                quantum=config.parallel.ranks,
+            ),
             SIZES,
             weak=True,
         ),

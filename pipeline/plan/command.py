@@ -92,9 +92,9 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
             "busy": plan.sampling.busy,
         },
         "step": {
-            "tokens": plan.tokens,
-            "flops": plan.flops,
-            "micro_batches": plan.micro_batches,
+            "tokens": plan.work.tokens,
+            "flops": plan.work.logprobs + plan.work.update,
+            "micro_batches": plan.work.micro_batches,
             "bubble": plan.bubble,
             "expert_tokens": plan.expert_tokens[0],
             "expert_tokens_deviation": plan.expert_tokens[1],
@@ -151,10 +151,14 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console) -> None:
     )
     console.print(
         _table(
-            f"A step: {plan.tokens:,.0f} tokens, answers of {plan.lengths.mean:,.0f} on average (assumed)",
+            f"A step: {plan.work.tokens:,.0f} tokens, answers of {plan.lengths.mean:,.0f} on average (assumed)",
             [
-                ("FLOPs of the trainer", f"{plan.flops:.2e}", f"{plan.model_flops:.2e} without recomputation"),
-                ("micro-batches a rank", f"{plan.micro_batches}", f"pipeline bubble {plan.bubble:.1%}"),
+                (
+                    "FLOPs of the trainer",
+                    f"{plan.work.logprobs + plan.work.update:.2e}",
+                    f"{plan.work.model:.2e} without recomputation",
+                ),
+                ("micro-batches a rank", f"{plan.work.micro_batches}", f"pipeline bubble {plan.bubble:.1%}"),
                 (
                     "tokens an expert",
                     f"{plan.expert_tokens[0]:,.0f}",

@@ -18,7 +18,7 @@ from pipeline.objectives import resolve
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
-from pipeline.plan.parameters import active, architecture, total
+from pipeline.plan.parameters import Architecture, active, architecture, total
 from pipeline.plan.rollout import Lengths, Sampling, Server, sample, server
 from pipeline.types import route_dtype
 
@@ -44,13 +44,24 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """tokens: of a step, prompts and answers. flops: of its trainer passes, recomputation included, and without.
+class Work:
+    """Of the trainer in a step. tokens: prompts and answers. micro_batches: of a data-parallel rank in one optimizer step.
 
-    bubble:        share of an update's time that a pipeline stage waits.
-    micro_batches: of a data-parallel rank in one optimizer step.
-    expert_tokens: that one expert gets of a micro-batch of all ranks that share it: mean, and deviation if the routers
-                   drew at random.
+    logprobs, update: FLOPs, recomputation included. model: of both, without it.
+    """
+
+    tokens: float
+    micro_batches: int
+    logprobs: float
+    update: float
+    model: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """bubble:        share of an update's time that a pipeline stage waits.
+    expert_tokens: see `expert_tokens`.
+    weight_bytes:  sent once a step.
     route_bytes:   of a step's routes as they are kept and go to the trainer; route_wire_bytes: in the servers' answers.
     reasons:       why it cannot run, a sentence each; empty: it fits.
     """
@@ -59,17 +70,13 @@ class Plan:
     hf: dict[str, Any]
     gpu: GPU
     lengths: Lengths
-    prompt: float
-    tokens: float
     total: int
     active: int
     memory: Memory
     server: Server
     servers: int
     sampling: Sampling
-    flops: float
-    model_flops: float
-    micro_batches: int
+    work: Work
     bubble: float
     expert_tokens: tuple[float, float]
     weight_bytes: float
@@ -116,21 +123,74 @@ def make_plan(
     """
     config.parallel.check_model(hf)
     card, a, parallel = GPUS[gpu], architecture(hf), config.parallel
-    rollout, objective = config.rollout, resolve(config.objective)
     lengths, prompt = expected_lengths(config, mean_response), config.data.max_prompt_tokens / 2
-    samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    answers = lengths.sample(samples, SEED)
-    sequences = prompt + answers
-    tokens, squares = float(sequences.sum()), float((sequences**2).sum())
+    answers = lengths.sample(config.rollout.prompts_per_step * config.rollout.samples_per_prompt, SEED)
+    work = step_work(config, hf, prompt + answers)
+    memory = trainer_memory(config, hf, work.micro_batches, efficiency)
+    one = server_of(config, hf, card, prompt + float(answers.mean()) / 2, efficiency)
+    servers = max(1, config.rollout_gpus // config.server.tensor_parallel)
+    sampling = Sampling(math.inf, 0.0, math.inf, math.inf)
+    if one.fits and not quick:
+        sampling = sample(answers, servers, one, prompt)
+    sent = float(item_bytes(config.precision)) * total(hf)
+    rate = parallel.ranks * card.bf16 * efficiency.train
+    passes = config.train.mini_batches * work.micro_batches  # of log-probs, which need not stop between mini-batches
+    seconds = Seconds(
+        rollout=sampling.rollout,
+        logprobs=work.logprobs / rate / (1 - bubble(parallel, passes)),
+        update=work.update / rate / (1 - bubble(parallel, work.micro_batches))
+        + _offloaded_s(memory, card, config, efficiency),
+        sync=sent / (card.network * efficiency.network),
+    )
+    routes = work.tokens * a.layers * a.shape.topk if config.replay != "none" else 0.0
+    return Plan(
+        config=config,
+        hf=hf,
+        gpu=card,
+        lengths=lengths,
+        total=total(hf),
+        active=active(hf),
+        memory=memory,
+        server=one,
+        servers=servers,
+        sampling=sampling,
+        work=work,
+        bubble=bubble(parallel, work.micro_batches),
+        expert_tokens=expert_tokens(config, a),
+        weight_bytes=sent,
+        route_bytes=routes * np.dtype(route_dtype(a.shape.num_experts)).itemsize,
+        route_wire_bytes=routes * 4 * 4 / 3 if config.replay == "r3" else 0.0,  # int32 in base64
+        seconds=seconds,
+        reasons=tuple(_reasons(config, card, memory, one)),
+    )
 
+
+def step_work(config: Config, hf: dict[str, Any], sequences: np.ndarray) -> Work:
+    """sequences: [N] tokens of each, prompt and answer."""
+    parallel, objective = config.parallel, resolve(config.objective)
+    tokens, squares = float(sequences.sum()), float((sequences**2).sum())
     per_rank = tokens / config.train.mini_batches / parallel.data
     micro_batches = max(1, math.ceil(per_rank / config.trainer.micro_batch_tokens))
     if parallel.virtual_pipeline:
         micro_batches = math.ceil(micro_batches / parallel.pipeline) * parallel.pipeline
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    memory = worst_rank(
+    logprobs = flops.forward(hf, tokens, squares) * (1 + objective.needs_reference + objective.needs_critic)
+    trained = 1 + objective.needs_critic
+    return Work(
+        tokens=tokens,
+        micro_batches=micro_batches,
+        logprobs=logprobs,
+        update=trained * flops.training(hf, tokens, squares, recompute=config.trainer.recompute),
+        model=logprobs + trained * flops.training(hf, tokens, squares),
+    )
+
+
+def trainer_memory(config: Config, hf: dict[str, Any], micro_batches: int, efficiency: Efficiency) -> Memory:
+    """Of the rank that holds most. A sequence longer than a micro-batch has one of its own."""
+    objective = resolve(config.objective)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return worst_rank(
         hf,
-        parallel,
+        config.parallel,
         config.trainer,
         config.precision,
         max(config.trainer.micro_batch_tokens, longest),
@@ -140,67 +200,34 @@ def make_plan(
         efficiency=efficiency,
     )
 
-    one = server(
+
+def server_of(config: Config, hf: dict[str, Any], card: GPU, tokens_each: float, efficiency: Efficiency) -> Server:
+    """tokens_each: of a running sequence, on average."""
+    return server(
         hf,
         card,
         tp=config.server.tensor_parallel,
         weight_bytes=item_bytes(config.precision),
         cache_bytes=cache_bytes(config),
-        tokens_each=prompt + float(answers.mean()) / 2,
-        longest=min(longest, config.server.context_length),
+        tokens_each=tokens_each,
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         most=config.server.max_running_requests,
         most_tokens=config.server.max_total_tokens,
         static=config.server.mem_fraction_static,
         efficiency=efficiency,
     )
-    gpus = max(config.rollout_gpus, config.server.tensor_parallel)
-    servers = max(1, gpus // config.server.tensor_parallel)
 
-    rate = parallel.ranks * card.bf16 * efficiency.train
-    once = flops.forward(hf, tokens, squares)
-    passes = 1 + objective.needs_reference + objective.needs_critic
-    updates = 1 + objective.needs_critic
-    model = once * passes + updates * flops.training(hf, tokens, squares)
-    done = once * passes + updates * flops.training(hf, tokens, squares, recompute=config.trainer.recompute)
-    waits = bubble(parallel, micro_batches)
-    waits_forward = bubble(parallel, micro_batches * config.train.mini_batches)
-    sent = float(item_bytes(config.precision)) * total(hf)
-    sampling = Sampling(math.inf, 0.0, math.inf, math.inf)
-    if one.fits and not quick:
-        sampling = sample(answers, servers, one, prompt)
-    seconds = Seconds(
-        rollout=sampling.rollout,
-        logprobs=once * passes / rate / (1 - waits_forward),
-        update=(done - once * passes) / rate / (1 - waits) + _offloaded_s(memory, card, config, efficiency),
-        sync=sent / (card.network * efficiency.network),
-    )
-    group = parallel.expert * (parallel.expert_tensor or parallel.tensor)  # ranks that share one set of experts
-    spread = config.trainer.micro_batch_tokens / parallel.context / parallel.tensor * group
-    routes = tokens * a.layers * a.shape.topk if config.replay != "none" else 0.0
-    return Plan(
-        config=config,
-        hf=hf,
-        gpu=card,
-        lengths=lengths,
-        prompt=prompt,
-        tokens=tokens,
-        total=total(hf),
-        active=active(hf),
-        memory=memory,
-        server=one,
-        servers=servers,
-        sampling=sampling,
-        flops=done,
-        model_flops=model,
-        micro_batches=micro_batches,
-        bubble=waits,
-        expert_tokens=_expert_tokens(a.shape.num_experts, a.shape.topk, spread),
-        weight_bytes=sent,
-        route_bytes=routes * np.dtype(route_dtype(a.shape.num_experts)).itemsize,
-        route_wire_bytes=routes * 4 * 4 / 3 if config.replay == "r3" else 0.0,  # int32 in base64
-        seconds=seconds,
-        reasons=tuple(_reasons(config, card, memory, one)),
-    )
+
+def expert_tokens(config: Config, a: Architecture) -> tuple[float, float]:
+    """(mean, deviation) of the tokens that an expert gets of one micro-batch of the ranks that share its layer's
+    experts; the deviation if routers drew at random."""
+    if not a.shape.num_experts:
+        return 0.0, 0.0
+    parallel = config.parallel
+    ranks = parallel.expert * (parallel.expert_tensor or parallel.tensor)
+    tokens = config.trainer.micro_batch_tokens / parallel.context / parallel.tensor * ranks
+    mean = tokens * a.shape.topk / a.shape.num_experts
+    return mean, math.sqrt(mean * (1 - a.shape.topk / a.shape.num_experts))
 
 
 def _offloaded_s(memory: Memory, card: GPU, config: Config, efficiency: Efficiency) -> float:
@@ -209,13 +236,6 @@ def _offloaded_s(memory: Memory, card: GPU, config: Config, efficiency: Efficien
     parameters = memory.host / 16
     once = parameters * ((4 + 2) / card.pcie + (3 * 8 + 4) / efficiency.host_adam)
     return config.train.mini_batches * once
-
-
-def _expert_tokens(experts: int, topk: int, tokens: float) -> tuple[float, float]:
-    if not experts:
-        return 0.0, 0.0
-    mean = tokens * topk / experts
-    return mean, math.sqrt(mean * (1 - topk / experts))
 
 
 def _reasons(config: Config, card: GPU, memory: Memory, one: Server):
