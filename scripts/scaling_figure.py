@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -30,25 +31,14 @@ def main() -> None:
         plan.gpu,
         plan.server,
         plan.lengths,
-        config.data.max_prompt_tokens / 2,
-        STRONG,
+        prompt=config.data.max_prompt_tokens / 2,
+        samples=STRONG,
         quantum=config.parallel.ranks,
+        mini_batches=config.train.mini_batches,
     )
     columns = {
         f"{STRONG:,} answers a step": scaling(one, SIZES, weak=False),
-        f"{WEAK // 8} answers a step and GPU": scaling(
-            Workload(
-                hf,
-                plan.gpu,
-                plan.server,
-                plan.lengths,
-                config.data.max_prompt_tokens / 2,
-                WEAK,
-                quantum=config.parallel.ranks,
-            ),
-            SIZES,
-            weak=True,
-        ),
+        f"{WEAK // SIZES[0]} answers a step and GPU": scaling(replace(one, samples=WEAK), SIZES, weak=True),
     }
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
     for column, (title, found) in enumerate(columns.items()):

@@ -93,7 +93,7 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
         },
         "step": {
             "tokens": plan.work.tokens,
-            "flops": plan.work.logprobs + plan.work.update,
+            "flops": plan.flops,
             "micro_batches": plan.work.micro_batches,
             "bubble": plan.bubble,
             "expert_tokens": plan.expert_tokens[0],
@@ -155,7 +155,7 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console) -> None:
             [
                 (
                     "FLOPs of the trainer",
-                    f"{plan.work.logprobs + plan.work.update:.2e}",
+                    f"{plan.flops:.2e}",
                     f"{plan.work.model:.2e} without recomputation",
                 ),
                 ("micro-batches a rank", f"{plan.work.micro_batches}", f"pipeline bubble {plan.bubble:.1%}"),

@@ -45,8 +45,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Work:
-    """Of the trainer in a step. tokens: prompts and answers. micro_batches: of a data-parallel rank in one optimizer step.
+    """Of the trainer in a step.
 
+    tokens: prompts and answers. micro_batches: of a data-parallel rank in one optimizer step.
     logprobs, update: FLOPs, recomputation included. model: of both, without it.
     """
 
@@ -88,6 +89,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return not self.reasons
+
+    @property
+    def flops(self) -> float:
+        """Of the trainer, recomputation included."""
+        return self.work.logprobs + self.work.update
 
 
 def expected_lengths(config: Config, mean: float | None = None) -> Lengths:
