@@ -19,6 +19,7 @@ from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.precision import MOVED, PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.rollout.server import ServerConfig
+from pipeline.weights.config import WeightsConfig
 
 GPU = Literal["a100", "h100", "h200", "b200", "b300"]
 
@@ -150,6 +151,7 @@ class Config(_Frozen):
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)  # pyright: ignore[reportArgumentType]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
     server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)  # pyright: ignore[reportArgumentType]
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]
