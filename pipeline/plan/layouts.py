@@ -109,7 +109,7 @@ def _variants(config: Config, hf: dict[str, Any], servers: list[int]) -> Iterato
                 config.model_copy(
                     update={
                         "cluster": config.cluster.model_copy(update={"nodes": nodes}),
-                        "parallel": type(old)(**parallel),
+                        "parallel": type(old).model_validate(parallel),
                         "trainer": config.trainer.model_copy(
                             update={"recompute": recompute, "offload_optimizer": offload}
                         ),

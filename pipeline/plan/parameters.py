@@ -169,7 +169,7 @@ def rank_count(hf: dict[str, Any], parallel: ParallelConfig, stage: int = 0, *, 
 
 def total(hf: dict[str, Any]) -> int:
     """All parameters. Multi-token-prediction layers are left out, as everywhere here."""
-    return rank_count(hf, ParallelConfig()).parameters
+    return rank_count(hf, ParallelConfig.model_validate({})).parameters
 
 
 def active(hf: dict[str, Any]) -> int:
