@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
+from pipeline.plan.arguments import add_arguments as add_plan_arguments
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
     report.add_argument("run", type=Path, help="run directory; report.html is written into it")
     add_arguments(commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints"))
+    plan = commands.add_parser("plan", help="whether a configuration fits its machines, and how long a step takes")
+    add_plan_arguments(plan)
     options = parser.parse_args(arguments)
     commands_by_name = {
         "train": _train,
@@ -63,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         "objectives": _objectives,
         "report": _report,
         "convert": _convert,
+        "plan": _plan,
     }
     return commands_by_name[options.command](options)
 
@@ -157,6 +161,16 @@ def _report(options: argparse.Namespace) -> int:
     except ReportError as error:
         return _fail(str(error), 2)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pipeline.config import ConfigError
+    from pipeline.plan.command import plan_command
+
+    try:
+        return plan_command(options)
+    except ConfigError as error:
+        return _fail(str(error), 2)
 
 
 def _convert(options: argparse.Namespace) -> int:
