@@ -90,7 +90,9 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> 
 
     from pipeline.controller import DisagreementError, NothingToLearnError
     from pipeline.data.prompts import DataError
+    from pipeline.observe.alerts import AlertStop
     from pipeline.observe.run_dir import RunDirectoryError
+    from pipeline.observe.sinks import ObserveError
     from pipeline.rewards import RewardError
     from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
@@ -100,7 +102,7 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> 
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
         return run(config)
-    except (RunDirectoryError, DataError, DumpError, FileNotFoundError) as error:
+    except (RunDirectoryError, DataError, DumpError, ObserveError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
@@ -109,6 +111,7 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> 
         WeightTransferError,
         DisagreementError,
         NothingToLearnError,
+        AlertStop,
     ) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:

@@ -16,6 +16,8 @@ from megatron_ext.hf.config import model_shape, read_hf_config
 from pipeline.data.prompts import DataConfig
 from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
+from pipeline.observe.alerts import AlertsConfig
+from pipeline.observe.sinks import ObserveConfig
 from pipeline.rollout.server import ServerConfig
 
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
@@ -160,6 +162,8 @@ class Config(_Frozen):
     train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
     checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
     debug: DebugConfig = Field(default_factory=DebugConfig)  # pyright: ignore[reportArgumentType]
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)  # pyright: ignore[reportArgumentType]
+    alerts: AlertsConfig = Field(default_factory=AlertsConfig)  # pyright: ignore[reportArgumentType]
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
 
     @model_validator(mode="after")

@@ -25,7 +25,9 @@ from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
 from pipeline.objectives import resolve
 from pipeline.observe.console import Console
+from pipeline.observe.facts import write_facts
 from pipeline.observe.run_dir import RunDirectory
+from pipeline.observe.sinks import Sinks, check_sinks
 from pipeline.rewards import resolve_reward
 from pipeline.rollout.client import SGLangClient
 from pipeline.rollout.dump import DumpError
@@ -39,20 +41,26 @@ def train(config: Config, from_dump: Path | None = None) -> Path:
     """Run the whole configuration; returns the run directory. Whatever happens, nothing is left running.
 
     from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
-    Raises what the CLI turns into a message: DataError, DumpError, RewardError, RunDirectoryError and ServerError (its
-    port) before anything starts; ServerError, TrainerError, WeightTransferError, DumpError, NothingToLearnError and
-    DisagreementError after.
+    Raises what the CLI turns into a message: DataError, DumpError, ObserveError, RewardError, RunDirectoryError and
+    ServerError (its port) before anything starts; ServerError, TrainerError, WeightTransferError, DumpError,
+    NothingToLearnError, DisagreementError and AlertStop after.
     """
     dumped = None if from_dump is None else _dumped_steps(from_dump, config)
     check_inputs(config)
     steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
-    with RunDirectory.create(config) as run, Console(max(steps, default=0)) as console:
+    with (
+        RunDirectory.create(config) as run,
+        Console(max(steps, default=0)) as console,
+        Sinks(config, run.path, console.say) as sinks,
+    ):
+        write_facts(run.path)
 
         def supervised(number: int, nll: float) -> None:
             console.supervised(number, config.supervised.steps, nll)
 
         serve = dumped is None
         with open_loop(config, run.path, run.logs, serve=serve, on_supervised=supervised) as (loop, model_path):
+            write_facts(run.path, loop.trainers)
             if serve and config.checks.first_rollouts:
                 _check_engines(loop, model_path, run, console)
             for number in steps:
@@ -62,6 +70,7 @@ def train(config: Config, from_dump: Path | None = None) -> Path:
                 assert loop.arrays is not None
                 run.write_arrays(number, groups, loop.arrays, loop.objective, loop.source.tokenizer)
                 console.step(metrics)
+                sinks.record(metrics)
             if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
             loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
@@ -81,7 +90,8 @@ def _check_engines(loop: Loop, model_path: Path, run: RunDirectory, console: Con
 
 
 def check_inputs(config: Config) -> None:
-    """What can be known to be wrong before an earlier run is written over: the verifier, the data file, the port."""
+    """What can be known to be wrong before an earlier run is written over: sinks, the verifier, the data file, the port."""
+    check_sinks(config)
     resolve_reward(config.data.reward)
     if config.data.path is not None and not config.data.path.is_file():
         raise DataError(f"there is no data file {config.data.path}")

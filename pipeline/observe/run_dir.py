@@ -10,6 +10,9 @@ dumps/               step_000012.safetensors: what a step trained on, where debu
 hf/                  the trained model, where the run wrote one
 summary.png          reward, mismatch, lengths
 diagnose.json        how far the engines were apart before the first step; diagnose.html too where it was too far
+facts.json           hosts, GPUs, versions, commit, and where each trainer rank is: see facts
+alerts.jsonl         one JSON object an alert that fired or was resolved, where one did
+wandb/               what observe.wandb keeps here
 report.html          what `sameroute report` makes of all this
 """
 
@@ -44,8 +47,10 @@ _FILES = (
     "report.html",
     "diagnose.json",
     "diagnose.html",
+    "facts.json",
+    "alerts.jsonl",
 )
-_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf")
+_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -123,7 +128,7 @@ class RunDirectory:
             from pipeline.observe.events import EventWriter
 
             self._events = EventWriter(self.path / "tensorboard")
-        self._events.scalars(int(metrics["step"]), {key: v for key, v in row.items() if key != "step"})
+        self._events.record(int(metrics["step"]), {key: v for key, v in row.items() if key != "step"})
         self._records += 1
 
     def write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Path | None:
