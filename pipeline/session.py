@@ -90,7 +90,7 @@ def _check_engines(loop: Loop, model_path: Path, run: RunDirectory, console: Con
 
 
 def check_inputs(config: Config) -> None:
-    """What can be known to be wrong before an earlier run is written over: sinks, the verifier, the data file, the port."""
+    """What can be known to be wrong before an earlier run is written over: sinks, verifier, data file, the port."""
     check_sinks(config)
     resolve_reward(config.data.reward)
     if config.data.path is not None and not config.data.path.is_file():
