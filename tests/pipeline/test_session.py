@@ -230,6 +230,9 @@ def test_a_run_leaves_its_files_and_no_process(finished, command):
     records = [json.loads(line) for line in (run.run / "records.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3]
     assert all(len(r["routing"]) == 4 and sum(r["ratios"]["proximal/rollout"]["counts"]) > 0 for r in records)
+    facts = json.loads((run.run / "facts.json").read_text())
+    assert [rank["rank"] for rank in facts["trainer"]] == [0, 1]
+    assert {rank["node"] for rank in facts["trainer"]} == {node["id"] for node in facts["ray"]["nodes"]}
     page = write_report(run.run).read_text()
     assert "Finished: 3 of 3 steps." in page
     assert "is recorded yet" not in page
@@ -332,6 +335,7 @@ def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp
         cases = [
             (["train.stepz=1"], "train.stepz: there is no such key"),
             ([f"server.port={busy.getsockname()[1]}"], "cannot listen on 127.0.0.1"),
+            ([f"observe.prometheus_port={busy.getsockname()[1]}"], "observe.prometheus_port: cannot listen on"),
             (["model.tiny=null", "model.path=/nowhere"], "/nowhere is no Hugging Face model directory"),
             (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
             (["data.reward=none.such"], "none.such"),
