@@ -1,4 +1,4 @@
-"""What the trainer is told: the layout of its ranks, its precision, its memory, its optimizer. No torch here."""
+"""What the trainer is told: its precision, the layout of its ranks, its memory, its optimizer. No torch here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,29 @@ Head = Literal["bf16", "fp32_accumulate", "fp32"]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainerPrecision(_Frozen):
+    """What the trainer computes with. `pipeline.precision` sets it together with the server's; only code that is to
+    make the two differ builds one of its own."""
+
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32", description="weights and activations; the optimizer is fp32"
+    )
+    head: Head = Field("fp32", description="LM head; null: fp32 for float32 weights, fp32_accumulate for bfloat16")
+    router: Literal["fp32", "bf16"] = Field("fp32", description="router logits; bf16: as bfloat16 weights make them")
+    kv_cache: Literal["same", "bfloat16", "fp8_e4m3", "fp8_e5m2"] = Field(
+        "same",
+        description="keys and values of the server's cache, and of the trainer's attention; same: as activations",
+    )
+    temperature: float = Field(1.0, gt=0, description="of sampling and of every log-prob")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_head(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("head") is None:
+            return fields | {"head": "fp32_accumulate" if fields.get("weights") == "bfloat16" else "fp32"}
+        return fields
 
 
 class ParallelConfig(_Frozen):
@@ -111,12 +134,8 @@ class OptimizerConfig(_Frozen):
 
 
 class TrainerConfig(_Frozen):
-    """Memory, precision and kernels of the trainer."""
+    """Memory and kernels of the trainer."""
 
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="weights and activations; the optimizer is fp32"
-    )
-    router_dtype: Literal["fp32", "fp64"] = Field("fp32", description="router logits and softmax")
     router_fusion: bool = Field(False, description="Transformer Engine's fused router; it bypasses replay")
     micro_batch_tokens: int = Field(
         8192, ge=1, description="most tokens of one packed micro-batch, over all context ranks"

@@ -49,19 +49,19 @@ def exchangeable_rope_theta(hf: dict[str, Any]) -> float | None:
 def exchanged(network: Network, exchange: Exchange) -> Iterator[None]:
     """The network computes as `exchange` says until the block ends. Raises ValueError for a rope_theta where
     `exchangeable_rope_theta` is None."""
-    kept = network.label_shift, network.temperature, network.lm_head
+    kept = network.label_shift, network.precision
     rotary = [chunk.rotary_pos_emb for chunk in network.chunks] if exchange.rope_theta is not None else []
     if rotary and exchangeable_rope_theta(network.hf) is None:
         raise ValueError("the frequencies of this model's rotary embedding do not follow from rope_theta alone")
     network.label_shift += exchange.label_shift
-    network.temperature = exchange.temperature or network.temperature
-    network.lm_head = exchange.head or network.lm_head
+    chosen = {"temperature": exchange.temperature, "head": exchange.head}
+    network.precision = network.precision.model_copy(update={k: v for k, v in chosen.items() if v is not None})
     try:
         for chunk in network.chunks if rotary else ():
             chunk.rotary_pos_emb = _with_base(chunk.rotary_pos_emb, exchange.rope_theta)
         yield
     finally:
-        network.label_shift, network.temperature, network.lm_head = kept
+        network.label_shift, network.precision = kept
         for chunk, embedding in zip(network.chunks, rotary, strict=False):
             chunk.rotary_pos_emb = embedding
 

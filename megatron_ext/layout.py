@@ -33,12 +33,15 @@ class Sample:
     values:        per-response-token arrays [N] float32 or numbers, by name (rollout_logprobs, advantage, ...);
                    the trainer hands them to the loss as [samples, tokens] and [samples] tensors.
     routes:        [P + N - 1, layers, topk] unsigned or signed integers, or None.
+    kept:          [N, K] token ids that each response token was sampled from, -1 behind them; its log-prob and entropy
+                   are over these. None: over the vocabulary.
     """
 
     tokens: np.ndarray
     prompt_length: int
     values: dict[str, np.ndarray | float] = field(default_factory=dict)
     routes: np.ndarray | None = None
+    kept: np.ndarray | None = None
 
     def __post_init__(self):
         if not 1 <= self.prompt_length < len(self.tokens):
@@ -47,6 +50,8 @@ class Sample:
             )
         if self.routes is not None and len(self.routes) != self.input_length:
             raise ValueError(f"{len(self.routes)} route rows for {self.input_length} input tokens")
+        if self.kept is not None and len(self.kept) != self.response_length:
+            raise ValueError(f"{len(self.kept)} kept sets for a response of {self.response_length} tokens")
         for name, value in self.values.items():
             if isinstance(value, np.ndarray) and value.shape != (self.response_length,):
                 raise ValueError(f"{name} has shape {value.shape} for a response of {self.response_length} tokens")

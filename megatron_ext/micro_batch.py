@@ -24,6 +24,8 @@ class MicroBatch:
     packed:    where the sequences lie in a packed row; None for padded rows.
     routes:    [this rank's tokens, layers, topk] int16 in the routers' order, -1 where there is no row to replay.
     counted:   [this rank's tokens] bool, in the routers' order: real tokens.
+    kept:      [rows * tokens / cp, K] int64, token ids that each label was sampled from, -1 behind them; a row of -1
+               for the whole vocabulary. None: so are all.
     """
 
     indices: tuple[int, ...]
@@ -35,6 +37,7 @@ class MicroBatch:
     packed: PackedSeqParams | None
     routes: Tensor | None
     counted: Tensor
+    kept: Tensor | None
 
 
 def make_micro_batch(
@@ -74,6 +77,7 @@ def make_micro_batch(
         packed=packed,
         routes=routes,
         counted=layout.slice_sequence(layout.is_token & bool(chosen)).to(device),
+        kept=_kept(chosen, layout, device),
     )
 
 
@@ -81,6 +85,20 @@ def _labels(tokens: np.ndarray, shift: int) -> np.ndarray:
     """[tokens - 1] int64: what each input token is to predict, the token that follows it."""
     following = np.arange(1, len(tokens)) + shift
     return tokens[following.clip(0, len(tokens) - 1)].astype(np.int64)
+
+
+def _kept(samples: Sequence[Sample], layout: TokenLayout, device: torch.device) -> Tensor | None:
+    """See MicroBatch.kept."""
+    widest = max((s.kept.shape[1] for s in samples if s.kept is not None), default=0)
+    if not widest:
+        return None
+    rows = []
+    for sample in samples:
+        row = np.full((sample.input_length, widest), -1, np.int64)
+        if sample.kept is not None:
+            row[-sample.response_length :, : sample.kept.shape[1]] = sample.kept
+        rows.append(row)
+    return layout.slice_context(layout.pack(rows, fill=-1)).to(device)
 
 
 def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelShape) -> Tensor:

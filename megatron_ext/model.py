@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ext import cpu
-from megatron_ext.config import ParallelConfig, TrainerConfig
+from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.config import ModelShape, model_shape, rope_settings
 from megatron_ext.hf.families import FAMILIES
 from megatron_ext.latent_attention import LatentAttention
@@ -27,11 +27,16 @@ from megatron_ext.mcore import (
 
 
 def transformer_config(
-    hf: dict[str, Any], parallel: ParallelConfig, trainer: TrainerConfig, *, replay: bool
+    hf: dict[str, Any],
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    precision: TrainerPrecision,
+    *,
+    replay: bool,
 ) -> TransformerConfig:
     """Megatron-Core's config for a Hugging Face config. `replay` gives each router its RouterReplay."""
     shape, on_cpu = model_shape(hf), cpu.needed()
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[trainer.dtype]
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision.weights]
     fields: dict[str, Any] = {
         "num_layers": shape.num_layers,
         "hidden_size": hf["hidden_size"],
@@ -55,7 +60,7 @@ def transformer_config(
         "sequence_parallel": parallel.sequence,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        "bf16": trainer.dtype == "bfloat16",
+        "bf16": precision.weights == "bfloat16",
         "variable_seq_lengths": True,  # packed micro-batches differ in length
         "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths; checked for dense too
         "calculate_per_token_loss": True,  # the three-tuple loss; the two-tuple form is multiplied by the CP size
@@ -73,7 +78,7 @@ def transformer_config(
         "attention_softmax_in_fp32": True,
     }
     if shape.num_experts:
-        fields |= _moe_fields(shape, trainer, replay=replay)
+        fields |= _moe_fields(shape, trainer, precision, replay=replay)
     if trainer.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif trainer.recompute == "selective":
@@ -87,7 +92,9 @@ def transformer_config(
     return kind(**(fields | trainer.extra))
 
 
-def _moe_fields(shape: ModelShape, trainer: TrainerConfig, *, replay: bool) -> dict[str, Any]:
+def _moe_fields(
+    shape: ModelShape, trainer: TrainerConfig, precision: TrainerPrecision, *, replay: bool
+) -> dict[str, Any]:
     """What every mixture of experts has."""
     sparse = [int(layer in shape.moe_layers) for layer in range(shape.num_layers)]
     return {
@@ -96,7 +103,7 @@ def _moe_fields(shape: ModelShape, trainer: TrainerConfig, *, replay: bool) -> d
         "moe_layer_freq": 1 if all(sparse) else sparse,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_router_dtype": trainer.router_dtype,
+        "moe_router_dtype": "fp32" if precision.router == "fp32" else None,  # None: that of the activations
         "moe_router_fusion": trainer.router_fusion,
         "moe_grouped_gemm": True,
         "moe_permute_fusion": not cpu.needed(),
@@ -144,6 +151,7 @@ def build_model(
     hf: dict[str, Any],
     parallel: ParallelConfig,
     trainer: TrainerConfig,
+    precision: TrainerPrecision,
     *,
     head: Literal["lm", "value"] = "lm",
     replay: bool,
@@ -155,7 +163,7 @@ def build_model(
     """
     parallel.check_model(hf)
     shape, rope = model_shape(hf, parallel.tensor), rope_settings(hf)
-    config = transformer_config(hf, parallel, trainer, replay=replay)
+    config = transformer_config(hf, parallel, trainer, precision, replay=replay)
     chunks = []
     for chunk in range(parallel.virtual_pipeline or 1):
         stage = chunk if parallel.virtual_pipeline else None

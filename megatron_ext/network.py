@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext import cpu
-from megatron_ext.config import Head, OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.config import ModelShape
 from megatron_ext.hf.load import load_hf
+from megatron_ext.kv_cache import round_key_values
 from megatron_ext.layout import Sample, TokenLayout, plan_micro_batches
 from megatron_ext.lm_head import logprob_head
 from megatron_ext.mcore import (
@@ -68,25 +69,24 @@ class Network:
         shape: ModelShape,
         parallel_config: ParallelConfig,
         config: TrainerConfig,
+        precision: TrainerPrecision,
         *,
         head: Literal["lm", "value"] = "lm",
         trainable: bool = True,
         replay: bool = False,
-        temperature: float = 1.0,
     ):
         """Build it, with random weights.
 
         head:        "lm" gives log-probs and entropies of tokens, "value" one number a token.
         trainable:   whether it has gradients; then `restart_optimizer` before the first step.
         replay:      whether its routers can record and replay routes.
-        temperature: of every log-prob.
         Raises UnsupportedModel or ValueError where the model cannot be built in this layout.
         """
         self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
-        self.head, self.temperature = head, temperature
-        self.lm_head: Head = "fp32" if config.dtype == "float32" else "bf16"
+        self.head, self.precision = head, precision
         self.label_shift = 0  # anything else is a diagnosis' doing
-        self.mcore_config, self.chunks = build_model(hf, parallel_config, config, head=head, replay=replay)
+        self.mcore_config, self.chunks = build_model(hf, parallel_config, config, precision, head=head, replay=replay)
+        round_key_values(self.chunks, precision.kv_cache)
         self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
         self.models: list[Any] = list(self.chunks)
         if trainable:
@@ -121,7 +121,7 @@ class Network:
                 adam_beta2=optimizer.beta2,
                 adam_eps=optimizer.eps,
                 clip_grad=optimizer.clip_grad,
-                bf16=self.config.dtype == "bfloat16",
+                bf16=self.precision.weights == "bfloat16",
                 params_dtype=self.mcore_config.params_dtype,
                 use_distributed_optimizer=True,
             ),
@@ -238,7 +238,11 @@ class Network:
         if self.head == "value":
             return None
         return logprob_head(
-            batch.labels, vocab_size=self.shape.vocab_size, temperature=self.temperature, head=self.lm_head
+            batch.labels,
+            vocab_size=self.shape.vocab_size,
+            temperature=self.precision.temperature,
+            head=self.precision.head,
+            kept=batch.kept,
         )
 
     def _responses(self, batch: MicroBatch, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

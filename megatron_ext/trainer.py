@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ext import parallel
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchanged
 from megatron_ext.hf.config import model_shape, read_hf_config
 from megatron_ext.hf.export import Bucket, HFExporter
@@ -44,6 +44,9 @@ LossFunction = Callable[[LossBatch], tuple[Tensor, Metrics]]
 """The share of the loss that these sequences have. Shares of all micro-batches and ranks add up to the loss."""
 
 
+_FULL = TrainerPrecision()
+
+
 class Trainer:
     """The policy on this rank, and where asked for a frozen reference of it and a critic beside it. Process groups must
     exist (`parallel.initialize`)."""
@@ -56,7 +59,7 @@ class Trainer:
         optimizer: OptimizerConfig,
         *,
         replay: bool,
-        temperature: float = 1.0,
+        precision: TrainerPrecision = _FULL,
         critic: OptimizerConfig | None = None,
         reference: bool = False,
         load_weights: bool = True,
@@ -64,7 +67,7 @@ class Trainer:
         """Build and load a Hugging Face model directory.
 
         replay:      whether the policy's routers can record routes and take those that samples bring.
-        temperature: of every log-prob, the sampler's.
+        precision:   what it computes with; its temperature is the sampler's.
         critic:      train a value model with this optimizer: the same model, its LM head replaced by a value head.
         reference:   hold a frozen copy of the policy; `keep_reference` says of when.
         Raises FileNotFoundError, UnsupportedModel, ValueError or KeyError where the model does not fit.
@@ -73,14 +76,14 @@ class Trainer:
         shape = model_shape(hf, parallel_config.tensor)
 
         def network(**kind) -> Network:
-            built = Network(hf, shape, parallel_config, config, **kind)
+            built = Network(hf, shape, parallel_config, config, precision, **kind)
             if load_weights:
                 built.load(model_path)
             return built
 
-        self.policy = network(replay=replay and shape.num_experts > 0, temperature=temperature)
+        self.policy = network(replay=replay and shape.num_experts > 0)
         self.policy.restart_optimizer(optimizer)
-        self.reference = network(trainable=False, temperature=temperature) if reference else None
+        self.reference = network(trainable=False) if reference else None
         self.critic = network(head="value") if critic is not None else None
         if self.critic is not None and critic is not None:
             self.critic.restart_optimizer(critic)

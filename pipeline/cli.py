@@ -102,7 +102,7 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> 
     signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
     try:
         return run(config)
-    except (RunDirectoryError, DataError, DumpError, ObserveError, FileNotFoundError) as error:
+    except (RunDirectoryError, ConfigError, DataError, DumpError, ObserveError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,

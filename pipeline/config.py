@@ -18,10 +18,11 @@ from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.observe.alerts import AlertsConfig
 from pipeline.observe.sinks import ObserveConfig
+from pipeline.precision import MOVED, PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.rollout.server import ServerConfig
 
-LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
-"""Nats by the trainer's dtype; see ChecksConfig.max_abs_logprob."""
+LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
+"""Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
 
 
 class ConfigError(ValueError):
@@ -62,9 +63,6 @@ class RolloutConfig(_Frozen):
     prompts_per_step: int = Field(32, ge=1, description="prompts, each a group")
     samples_per_prompt: int = Field(8, ge=1, description="rollouts in a group (G)")
     max_new_tokens: int = Field(1024, ge=1, description="longest response, tokens")
-    temperature: float = Field(1.0, gt=0, description="of sampling and of every log-prob")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, description="-1: all")
     max_sampling_rounds: int = Field(
         10,
         ge=1,
@@ -101,7 +99,7 @@ class ChecksConfig(_Frozen):
         None,
         gt=0,
         description="largest mean |log pi_o - log mu| of a step, nats; beyond it trainer and server hold different "
-        "models. null: 1e-3 in float32, 0.1 in bfloat16",
+        "models. null: 1e-3 in float32, 0.1 in bfloat16, 0.3 where precision.rollout_weights rounds",
     )
     first_rollouts: int = Field(
         16,
@@ -147,6 +145,7 @@ class Config(_Frozen):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     model: ModelConfig
     data: DataConfig
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)  # pyright: ignore[reportArgumentType]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
     server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
@@ -175,11 +174,8 @@ class Config(_Frozen):
                 f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "
                 "change rollout.prompts_per_step or train.mini_batches"
             )
-        if self.rollout.top_p < 1.0 or self.rollout.top_k != -1:
-            raise ValueError(
-                "the trainer's log-probs are over the whole vocabulary, so top-p and top-k would make the policies "
-                "differ; set rollout.top_p=1 and rollout.top_k=-1"
-            )
+        check_server_arguments(self.server.extra_args)
+        check_trainer_fields(self.trainer.extra)
         objective = resolve(self.objective)
         if self.rollout.samples_per_prompt == 1 and objective.needs_group:
             raise ValueError(
@@ -200,7 +196,8 @@ class Config(_Frozen):
     @property
     def logprob_bound(self) -> float:
         """Nats; see ChecksConfig.max_abs_logprob."""
-        return self.checks.max_abs_logprob or LOGPROB_BOUNDS[self.trainer.dtype]
+        rounds = self.precision.rollout_weights != "same"
+        return self.checks.max_abs_logprob or LOGPROB_BOUNDS["rounded" if rounds else self.precision.weights]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -255,7 +252,10 @@ def _explain(error: ValidationError) -> str:
         where = ".".join(str(part) for part in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
             known = _fields_at(mistake["loc"][:-1])
-            lines.append(f"{where}: there is no such key" + (f"; there are {', '.join(known)}" if known else ""))
+            instead = f"; there are {', '.join(known)}" if known else ""
+            if where in MOVED:
+                instead = f"; set precision.{MOVED[where]}, which sets both engines"
+            lines.append(f"{where}: there is no such key{instead}")
         else:
             lines.append(
                 f"{where}: {mistake['msg'].removeprefix('Value error, ')}"

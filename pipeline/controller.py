@@ -71,10 +71,14 @@ class Loop:
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
-        rollout = self.config.rollout
+        precision = self.config.precision
         self.sampling = Sampling(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            temperature=precision.temperature,
+            top_p=precision.top_p,
+            top_k=precision.top_k,
+            min_p=precision.min_p,
+            return_kept=precision.masks_sampling,
             stop_token_ids=self.source.stop_token_ids,
         )
 
@@ -262,9 +266,9 @@ def supervise(config: Config, source: PromptSource, trainers: TrainerGroup) -> I
 
 
 def to_sample(rollout: Rollout) -> Sample:
-    """A rollout as the trainer reads it, its routes beside it."""
+    """A rollout as the trainer reads it, its routes and kept tokens beside it."""
     tokens = np.concatenate([rollout.prompt_ids, rollout.response_ids]).astype(np.int32)
-    return Sample(tokens, len(rollout.prompt_ids), routes=rollout.routes)
+    return Sample(tokens, len(rollout.prompt_ids), routes=rollout.routes, kept=rollout.kept)
 
 
 def mismatch_of(rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str, float]:

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from megatron_ext.hf.config import model_shape, read_hf_config
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.controller import DisagreementError, Loop, supervise
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
@@ -89,9 +89,19 @@ def _check_engines(loop: Loop, model_path: Path, run: RunDirectory, console: Con
     console.say(found.sentence)
 
 
+def config_device(config: Config) -> Literal["cpu", "cuda"]:
+    """Of both engines."""
+    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_inputs(config: Config) -> None:
-    """What can be known to be wrong before an earlier run is written over: sinks, verifier, data file, the port."""
+    """What can be known to be wrong before an earlier run is written over: sinks, the verifier, the data file, the
+    port, a precision that this device does not have."""
     check_sinks(config)
+    try:
+        config.precision.check_device(config_device(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     resolve_reward(config.data.reward)
     if config.data.path is not None and not config.data.path.is_file():
         raise DataError(f"there is no data file {config.data.path}")
@@ -132,8 +142,7 @@ def open_loop(
     on_supervised: called with each supervised step and its loss, nats a token.
     Yields the loop and the model directory it started from.
     """
-    device: Literal["cpu", "cuda"]
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config_device(config)
     model_path = prepare_model(config, directory / "model")
     shape = model_shape(read_hf_config(model_path))
     source = PromptSource(config.data, model_path, seed=config.run.seed)
@@ -144,9 +153,9 @@ def open_loop(
         model_path,
         logs / "sglang.log",
         device=device,
-        dtype=config.trainer.dtype,
         seed=config.run.seed,
         return_routed_experts=routes,
+        precision=config.precision,
     )
     with contextlib.ExitStack() as stack:
         if serve:
@@ -158,7 +167,7 @@ def open_loop(
             config.trainer,
             config.supervised,
             replay=config.replay != "none",
-            temperature=config.rollout.temperature,
+            precision=config.precision,
             critic=config.critic if objective.needs_critic else None,
             reference=objective.needs_reference,
             seed=config.run.seed,
@@ -182,9 +191,10 @@ def open_loop(
                 timeout_s=config.rollout.timeout_s,
                 log_path=server.log_path,
             )
-            trainers.call("connect", [server.url], "nccl" if device == "cuda" else "gloo", [server.log_path])
+            backend, logs_of_servers = "nccl" if device == "cuda" else "gloo", [server.log_path]
+            trainers.call("connect", [server.url], backend, logs_of_servers, config.precision.rollout_weights)
         loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
-        if config.supervised.steps:
+        if config.supervised.steps or config.precision.rollout_weights != "same":
             loop.sync()
         yield loop, model_path
         trainers.call("close")

@@ -5,6 +5,7 @@ All arrays are numpy, so that they travel between processes without a copy of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,11 +36,13 @@ class Rollout:
 
     prompt_ids:       [P] int32.
     response_ids:     [N] int32, the stop token included where there was one.
-    rollout_logprobs: [N] float32, log mu(y_t | x, y_<t) at the sampling temperature.
+    rollout_logprobs: [N] float32, log mu(y_t | x, y_<t) at the sampling temperature, over the kept tokens if any.
     routes:           [P + N - 1, layers, topk] uint8 or int16: row t holds the experts chosen where token t was the
                       input. The last sampled token was never an input, so it has no row. None: not asked for.
     weight_versions:  [N] int32, the version of the weights that sampled each token.
     finish_reason:    "stop" (a stop token), "length" (the limit), "abort" (interrupted; what is there is valid).
+    kept:             [N, K] int32, the token ids that top-k, top-p and min-p left to the sampler, -1 behind them. None:
+                      all of the vocabulary.
     retractions:      how often the server dropped this request's KV cache and computed it again, tokens and routes of
                       what had been sampled included; those rows are then of the second computation.
     """
@@ -50,6 +53,7 @@ class Rollout:
     routes: np.ndarray | None
     weight_versions: np.ndarray
     finish_reason: FinishReason
+    kept: np.ndarray | None = None
     retractions: int = 0
 
     def __len__(self) -> int:
@@ -77,6 +81,8 @@ class Rollout:
                 have = None if more.routes is None else len(more.routes)
                 raise ValueError(f"a continuation of {len(more)} tokens brings as many route rows, not {have}")
             routes = np.concatenate([self.routes, more.routes])
+        if (self.kept is None) != (more.kept is None):
+            raise ValueError("a continuation is sampled from kept tokens where its beginning was, and only there")
         return Rollout(
             prompt_ids=self.prompt_ids,
             response_ids=np.concatenate([self.response_ids, more.response_ids]),
@@ -84,8 +90,19 @@ class Rollout:
             routes=routes,
             weight_versions=np.concatenate([self.weight_versions, more.weight_versions]),
             finish_reason=more.finish_reason,
+            kept=None if self.kept is None or more.kept is None else stack_kept([self.kept, more.kept]),
             retractions=self.retractions + more.retractions,
         )
+
+
+def stack_kept(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Kept sets [n, K] of several widths, one behind the other: [sum n, widest K] int32, -1 behind each."""
+    out = np.full((sum(len(p) for p in parts), max(p.shape[1] for p in parts)), -1, np.int32)
+    row = 0
+    for part in parts:
+        out[row : row + len(part), : part.shape[1]] = part
+        row += len(part)
+    return out
 
 
 @dataclass(frozen=True)

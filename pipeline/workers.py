@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import TokenPart, UpdatePart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.precision import RolloutWeights
 
 if TYPE_CHECKING:
     from megatron_ext.exchange import Exchange
+    from megatron_ext.hf.export import Bucket
     from megatron_ext.layout import Sample
     from megatron_ext.network import Routing
     from pipeline.weights import WeightDifference
@@ -146,8 +148,9 @@ class TrainerRank:
         """The reference becomes the policy as it is now."""
         self.trainer.keep_reference()
 
-    def connect(self, urls: list[str], backend: str, logs: list[Path]) -> None:
-        """Rank 0 joins the weight-transfer group of the servers."""
+    def connect(self, urls: list[str], backend: str, logs: list[Path], weights: RolloutWeights = "same") -> None:
+        """Rank 0 joins the weight-transfer group of the servers, which are to compute with these weights."""
+        self.rollout_weights: RolloutWeights = weights
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
@@ -157,18 +160,24 @@ class TrainerRank:
     def send_weights(self, version: int) -> None:
         """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
         if self.sender is not None:
-            self.sender.send(self.trainer.export(), version)
+            self.sender.send(self._sent(), version)
         else:
             for _ in self.trainer.export():
                 pass
 
     def weight_differences(self) -> list[WeightDifference]:
-        """On rank 0, what the servers hold otherwise than the trainer."""
+        """On rank 0, what the servers hold otherwise than the trainer would send it."""
         if self.sender is not None:
-            return self.sender.differences(self.trainer.export())
+            return self.sender.differences(self._sent())
         for _ in self.trainer.export():
             pass
         return []
+
+    def _sent(self) -> Iterator[Bucket]:
+        """The weights as the servers are to hold them."""
+        from pipeline.rollout_weights import rounded
+
+        return rounded(self.trainer.export(), self.rollout_weights)
 
     def save_hf(self, directory: str) -> None:
         """Write the weights as one Hugging Face safetensors file. Rank 0 writes."""

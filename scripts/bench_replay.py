@@ -99,7 +99,6 @@ def rollout(model: Path, sequences: int, tokens: int, turns: int) -> None:
                     model,
                     Path(folder) / f"{name}.log",
                     device="cuda" if torch.cuda.is_available() else "cpu",
-                    dtype="float32",
                     seed=0,
                     return_routed_experts=name != "without",
                 )

@@ -45,7 +45,6 @@ def main() -> None:
                 model,
                 Path(folder) / f"{backend}.log",
                 device="cpu",
-                dtype="float32",
                 seed=0,
                 return_routed_experts=True,
             )

@@ -34,22 +34,10 @@ OBJECTIVES = {
     "dr_gspo": "{preset: dr_gspo, clip_low: 0.02, clip_high: 0.03, correction: {kind: geometric_tis, high: 2}}",
 }
 REPLAYS, MINI_BATCHES = ("none", "r2", "r3"), (1, 4, 8)
-SETTINGS = ["rollout.prompts_per_step=16", "train.warmup_steps=0", "train.decay_steps=null", "train.lr=3e-4",
+SETTINGS = ["precision.rollout_weights=int8", "rollout.prompts_per_step=16", "train.warmup_steps=0",
+            "train.decay_steps=null", "train.lr=3e-4",
             "checks.max_abs_logprob=10", "checks.probe_every=0"]  # fmt: skip
 KEYS = ("reward/mean", "mismatch/k3", "mismatch/f2", "policy/entropy", "routing/agreement", "train/grad_norm")
-
-
-def round_to_int8(rank) -> None:
-    """Runs in a trainer rank: its exports are what an int8 engine would compute with."""
-    trainer, export = rank.trainer, rank.trainer.export
-
-    def rounded(name, tensor):
-        if tensor.dim() != 2 or "_proj." not in name:
-            return tensor
-        scale = tensor.abs().amax(1, keepdim=True) / 127
-        return (tensor / scale).round() * scale
-
-    trainer.export = lambda: ([(name, rounded(name, tensor)) for name, tensor in bucket] for bucket in export())
 
 
 def to_start(rank) -> None:
@@ -134,18 +122,19 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "logs").mkdir()
-        with open_loop(start, Path(folder), Path(folder) / "logs") as (session, model):
-            ray.get([rank.__ray_call__.remote(round_to_int8) for rank in session.trainers.ranks])
-            with (options.out / "policy_drift.jsonl").open("w") as file:
-                for seed in options.seeds:
-                    for objective in OBJECTIVES:
-                        for count in MINI_BATCHES:
-                            for replay in REPLAYS:
-                                runs.append(run(session, objective, replay, count, seed, options.steps, model))
-                                file.write(json.dumps(runs[-1]) + "\n")
-                                file.flush()
-                                last = np.mean(runs[-1]["curves"]["reward/mean"][-10:])
-                                print(f"seed {seed} {objective} {replay} {count}: {last:.3f}", flush=True)
+        with (
+            open_loop(start, Path(folder), Path(folder) / "logs") as (session, model),
+            (options.out / "policy_drift.jsonl").open("w") as file,
+        ):
+            for seed in options.seeds:
+                for objective in OBJECTIVES:
+                    for count in MINI_BATCHES:
+                        for replay in REPLAYS:
+                            runs.append(run(session, objective, replay, count, seed, options.steps, model))
+                            file.write(json.dumps(runs[-1]) + "\n")
+                            file.flush()
+                            last = np.mean(runs[-1]["curves"]["reward/mean"][-10:])
+                            print(f"seed {seed} {objective} {replay} {count}: {last:.3f}", flush=True)
     table(runs)
     draw(runs, options.out / "policy_drift.png")
 

@@ -30,7 +30,7 @@ def measure(dtype: str, prompts: int) -> tuple[dict[str, np.ndarray], dict[str, 
     """Token log-ratios and mismatch by kind of routing, and the routers' counts [layers, 3] under replay."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "logs").mkdir()
-        config = load_config(QUICKSTART, [*SETTINGS, f"trainer.dtype={dtype}"])
+        config = load_config(QUICKSTART, [*SETTINGS, f"precision.weights={dtype}"])
         with open_loop(config, Path(folder), Path(folder) / "logs") as (loop, _):
             sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
             groups = sample_groups_sync(loop.client, loop.source.take(prompts), 4, sampling)

@@ -49,7 +49,6 @@ def server(tiny_model_dir, tmp_path_factory):
         tiny_model_dir,
         tmp_path_factory.mktemp("server") / "sglang.log",
         device="cpu",
-        dtype="float32",
         seed=0,
         return_routed_experts=True,
     ) as running:

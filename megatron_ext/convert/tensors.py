@@ -28,7 +28,7 @@ from megatron_ext.checkpoint import (
     sharded_state,
     shards_of,
 )
-from megatron_ext.config import ParallelConfig, TrainerConfig
+from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.convert.reader import CheckpointReader
 from megatron_ext.hf.config import exported_config, model_shape, read_hf_config
 from megatron_ext.hf.files import TensorFiles, copy_companions
@@ -63,9 +63,9 @@ def source_dtype(files: TensorFiles) -> Dtype:
 
 def meta_model(hf: dict[str, Any], parallel: ParallelConfig, dtype: Dtype) -> list[GPTModel]:
     """This rank's chunks, without storage."""
-    trainer = TrainerConfig(dtype=dtype, extra={"perform_initialization": False})
+    trainer = TrainerConfig(extra={"perform_initialization": False})
     with torch.device("meta"):
-        return build_model(hf, parallel, trainer, replay=False)[1]
+        return build_model(hf, parallel, trainer, TrainerPrecision(weights=dtype), replay=False)[1]
 
 
 def write_checkpoint(hf_dir: Path, out: Path, parallel: ParallelConfig, dtype: Dtype, watch: Watch) -> None:

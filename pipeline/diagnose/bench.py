@@ -26,6 +26,7 @@ class Setting:
     """One way to compute both engines' log-probs. None: as the run does.
 
     offset:      the server's value of token t is held against the trainer's of token t + offset.
+    unmasked:    the trainer's log-probs are over the whole vocabulary, whatever the sampler kept.
     label_shift, temperature, head, rope_theta: of the trainer, see Exchange.
     routes:      that the trainer takes: its own, those that came with the rollouts, or those of the server's second
                  pass over the same tokens.
@@ -35,6 +36,7 @@ class Setting:
     """
 
     offset: int = 0
+    unmasked: bool = False
     label_shift: int = 0
     temperature: float | None = None
     head: Head | None = None
@@ -72,7 +74,7 @@ class Bench:
     def __init__(self, loop: Loop, hf: dict[str, Any], rollouts: Sequence[Rollout]):
         """hf: the model's config.json. rollouts: at least one, none without a response."""
         self.loop, self.hf, self.rollouts = loop, hf, list(rollouts)
-        self._loaded: Any = None
+        self._loaded: tuple[str, bool] | None = None
         self._scored: dict[Server, tuple[list[np.ndarray], list[np.ndarray] | None]] = {}
         self._trainer: dict[Any, PolicyTokens] = {}
 
@@ -80,6 +82,11 @@ class Bench:
     def has_routes(self) -> bool:
         """Whether the rollouts came with routes that the trainer can take."""
         return self.loop.config.replay != "none" and all(r.routes is not None for r in self.rollouts)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the sampler kept some tokens only, and says which."""
+        return any(r.kept is not None for r in self.rollouts)
 
     @property
     def can_score(self) -> bool:
@@ -104,9 +111,10 @@ class Bench:
         routes: str = setting.routes
         if routes == "rollout" and setting.server != "sampled":
             routes = setting.server
-        key = exchange, routes
+        masked = self.has_mask and not setting.unmasked and setting.server == "sampled"
+        key = exchange, routes, masked
         if key not in self._trainer:
-            self._load(routes)
+            self._load(routes, masked)
             routing = "native" if routes == "native" else "replay"
             self._trainer[key] = self.loop.trainers.logprobs(routing, exchange=exchange)
         return self._trainer[key]
@@ -123,15 +131,17 @@ class Bench:
         replayed, agreed = self.trainer(Setting(routes="rollout")).routing[:, :2].astype(np.float64).T
         return np.divide(agreed, replayed, out=np.full(len(replayed), np.nan), where=replayed > 0)
 
-    def _load(self, routes: str) -> None:
-        if self._loaded != routes:
+    def _load(self, routes: str, masked: bool) -> None:
+        if self._loaded != (routes, masked):
             samples = [to_sample(r) for r in self.rollouts]
+            if not masked:
+                samples = [replace(s, kept=None) for s in samples]
             if routes in ("rescored", "resent"):
                 found = self._score("rescored" if routes == "rescored" else "resent")[1]
                 assert found is not None
                 samples = [replace(s, routes=rows) for s, rows in zip(samples, found, strict=True)]
             self.loop.trainers.load(samples)
-            self._loaded = routes
+            self._loaded = routes, masked
 
     def _score(self, kind: Server) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         """The server's log-probs and routes of the whole sequences, by prefill."""

@@ -52,6 +52,8 @@ def try_part(part: str, bench: Bench, setting: Setting) -> Trial:
 def _labels(bench: Bench, setting: Setting) -> Iterable[tuple[str, Setting]]:
     if setting.server != "sampled":
         raise NotMeasured("the server's second pass has its own labels")
+    if bench.has_mask and not setting.unmasked:
+        raise NotMeasured("a token beside the sampled one may be none of those that the sampler kept")
     for by in (-1, 1):
         words = f"the trainer's label is the token one place {'earlier' if by < 0 else 'later'}"
         yield words, replace(setting, label_shift=setting.label_shift + by)
@@ -65,9 +67,17 @@ def _labels(bench: Bench, setting: Setting) -> Iterable[tuple[str, Setting]]:
 def _temperature(bench: Bench, setting: Setting) -> Iterable[tuple[str, Setting]]:
     if setting.server != "sampled":
         raise NotMeasured("the server's second pass is at temperature 1")
-    now = setting.temperature or bench.loop.config.rollout.temperature
+    now = setting.temperature or bench.loop.config.precision.temperature
     best = _fit(lambda t: replace(setting, temperature=t), bench, [now * factor for factor in TEMPERATURES])
     yield f"the trainer's log-probs are taken at temperature {best:.4g}", replace(setting, temperature=best)
+
+
+def _mask(bench: Bench, setting: Setting) -> Iterable[tuple[str, Setting]]:
+    if not bench.has_mask:
+        raise NotMeasured("the sampler kept all tokens")
+    if setting.server != "sampled" or setting.unmasked:
+        raise NotMeasured("it is exchanged already")
+    yield "the trainer's log-probs are over the whole vocabulary", replace(setting, unmasked=True)
 
 
 def _head(bench: Bench, setting: Setting) -> Iterable[tuple[str, Setting]]:
@@ -119,6 +129,7 @@ def _needs_server(bench: Bench) -> None:
 PARTS: dict[str, Candidates] = {
     "tokens and labels": _labels,
     "temperature": _temperature,
+    "sampling mask": _mask,
     "LM head": _head,
     "routing": _routing,
     "rotary embedding": _rope,

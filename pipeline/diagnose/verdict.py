@@ -58,7 +58,12 @@ def _change(trial: Trial, config: Config) -> str:
         case "temperature":
             return (
                 f"The engines divide the logits by different temperatures, and the run's is "
-                f"{config.rollout.temperature:g}: give both the same."
+                f"{config.precision.temperature:g}: give both the same."
+            )
+        case "sampling mask":
+            return (
+                "The server's log-probs are over the whole vocabulary, the trainer's over the tokens that the sampler "
+                "kept: let both be over the same (precision.top_k, top_p, min_p)."
             )
         case "LM head":
             return "The engines round the logits differently: give both LM heads the same precision."

@@ -155,7 +155,7 @@ def run_info(config: Config) -> dict[str, str]:
         "objective": config.objective.preset,
         "replay": config.replay,
         "ranks": config.parallel.ranks,
-        "dtype": config.trainer.dtype,
+        "dtype": config.precision.weights,
         "seed": config.run.seed,
         "steps": config.train.steps,
     }

@@ -32,7 +32,10 @@ class Sampling:
 
     max_new_tokens: limit of the answer in tokens.
     temperature:    the log-probs that come back are of softmax(logits / temperature); 0 is greedy.
-    top_p, top_k:   kept probability mass and kept number of tokens; -1 keeps all. Log-probs are not renormalised.
+    top_p, top_k:   kept probability mass and kept number of tokens; -1 keeps all.
+    min_p:          a token is kept that is at least this likely against the likeliest.
+    return_kept:    ask for the kept tokens of every sample, and take log-probs over them. Without, log-probs are over
+                    the whole vocabulary, whatever was kept. Needs a finite top_k.
     stop_token_ids: an answer ends after any of these, and after the model's own end-of-sequence ids.
     ignore_eos:     neither kind of stop token ends an answer.
     seed:           sample i of a group draws from the stream seed + i; needs a server with `deterministic`.
@@ -42,9 +45,15 @@ class Sampling:
     temperature: float
     top_p: float = 1.0
     top_k: int = -1
+    min_p: float = 0.0
+    return_kept: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+
+    def __post_init__(self):
+        if self.min_p > 0 and self.seed is not None:
+            raise ValueError("SGLang's scheduler dies of min_p with a seed; leave one of them out")
 
     def parameters(self, n: int) -> list[dict[str, Any]]:
         """SGLang's sampling_params of the n samples of a group."""
@@ -53,6 +62,7 @@ class Sampling:
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "min_p": self.min_p,
             "stop_token_ids": list(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
         }
@@ -128,6 +138,7 @@ class SGLangClient(SGLangControl):
             "sampling_params": sampling.parameters(n),
             "return_logprob": True,
             "return_routed_experts": self.routes,
+            "return_sampling_mask": sampling.return_kept,
         }
         answers = await self._post_generate(body)
         if not isinstance(answers, list) or len(answers) != n:
@@ -150,6 +161,7 @@ class SGLangClient(SGLangControl):
             "return_logprob": True,
             "return_routed_experts": self.routes,
             "routed_experts_start_len": start,
+            "return_sampling_mask": sampling.return_kept,
         }
         answer = await self._post_generate(body)
         return rollout.extended(self._rollout(ids, answer, sampling, routes_from=start))
@@ -223,7 +235,12 @@ class SGLangClient(SGLangControl):
         pairs = meta["output_token_logprobs"]
         if [pair[1] for pair in pairs] != answer["output_ids"]:
             raise AnswerError(f"{len(pairs)} log-probs do not belong to the {count} tokens of the answer")
-        logprobs = np.array([pair[0] for pair in pairs], np.float32)
+        kept = None
+        if sampling.return_kept:
+            kept = self._decode_kept(meta, response_ids)
+            logprobs = np.array(meta["output_token_sampling_logprobs"], np.float32)
+        else:
+            logprobs = np.array([pair[0] for pair in pairs], np.float32)
         if not np.all(logprobs <= 1e-3):  # also catches NaN
             raise AnswerError(f"log-probs must be at most 0, got {logprobs.max()}")
         return Rollout(
@@ -233,8 +250,23 @@ class SGLangClient(SGLangControl):
             routes=self._decode_routes(meta, len(prompt_ids) + count - 1 - routes_from),
             weight_versions=_decode_versions(meta, count),
             finish_reason=reason,
+            kept=kept,
             retractions=int(meta.get("num_retractions") or 0),
         )
+
+    def _decode_kept(self, meta: dict[str, Any], response_ids: np.ndarray) -> np.ndarray:
+        """[N, K] int32, -1 behind each row. Every row holds the token that was sampled from it, once."""
+        rows = meta.get("output_token_sampling_mask")
+        if rows is None or not len(rows) == len(response_ids) == len(meta["output_token_sampling_logprobs"]):
+            raise AnswerError(f"{None if rows is None else len(rows)} kept sets for {len(response_ids)} tokens")
+        kept = np.full((len(rows), max(map(len, rows), default=1)), -1, np.int32)
+        for out, row in zip(kept, rows, strict=True):
+            out[: len(row)] = row
+        if kept.min(initial=-1) < -1 or kept.max(initial=0) >= self.vocab_size:
+            raise AnswerError(f"kept token ids {kept.min()} .. {kept.max()} are outside the vocabulary")
+        if not np.all((kept == response_ids[:, None]).sum(1) == 1):
+            raise AnswerError("a sampled token is not among those that were kept for it")
+        return kept
 
     def _decode_routes(self, meta: dict[str, Any], rows: int) -> np.ndarray | None:
         """[rows, layers, topk] uint8 where that holds every expert id, else int16."""

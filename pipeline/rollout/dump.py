@@ -8,12 +8,13 @@ dumps/step_000012.safetensors holds flat arrays, all rollouts one behind the oth
     prompt_ids        [sum P] int32
     response_lengths  [rollouts] int32     N
     response_ids      [sum N] int32
-    rollout_logprobs  [sum N] float32      nats, at the sampling temperature
+    rollout_logprobs  [sum N] float32      nats, at the sampling temperature, over the kept tokens if any
     weight_versions   [sum N] int32
     finish_reasons    [rollouts] uint8     position in FINISH_REASONS
     rewards           [rollouts] float32
     has_routes        [rollouts] bool
     routes            [sum of P + N - 1 where has_routes, layers, topk] uint8 or int16; absent where no rollout has any
+    kept              [sum N, K] int32, as Rollout says; absent where sampling was from the whole vocabulary
 
 and in its header: format, format_version, step, weight_version, temperature. Nothing in it is code, and a file appears
 whole or not at all.
@@ -31,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.types import FinishReason, Group, Prompt, Rollout
+from pipeline.types import FinishReason, Group, Prompt, Rollout, stack_kept
 
 FORMAT, FORMAT_VERSION = "sameroute.rollouts", 1
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
@@ -48,7 +49,10 @@ _ARRAYS: dict[str, tuple[str, ...]] = {
     "rewards": ("float32",),
     "has_routes": ("bool",),
     "routes": ("uint8", "int16"),
+    "kept": ("int32",),
 }
+_OPTIONAL = {"routes": 3, "kept": 2}
+"""Arrays that a step may lack, and their dimensions; all others have one."""
 
 
 class DumpError(ValueError):
@@ -139,10 +143,15 @@ def _flatten(groups: Sequence[Group]) -> dict[str, np.ndarray]:
             rows = len(rollout.prompt_ids) + len(rollout) - 1
             if rollout.routes is not None and len(rollout.routes) != rows:
                 raise DumpError(f"{where} has {len(rollout.routes)} route rows for {rows} input tokens")
+            if rollout.kept is not None and len(rollout.kept) != len(rollout):
+                raise DumpError(f"{where} has {len(rollout.kept)} kept sets for {len(rollout)} tokens")
     routes = [r.routes for r in rollouts if r.routes is not None]
     kinds = {f"{rows.shape[1:]} {rows.dtype}" for rows in routes}
     if len(kinds) > 1:
         raise DumpError(f"routes of one step have one shape and dtype, not {' and '.join(sorted(kinds))}")
+    kept = [r.kept for r in rollouts if r.kept is not None]
+    if kept and len(kept) != len(rollouts):
+        raise DumpError(f"{len(kept)} of {len(rollouts)} rollouts have kept tokens; a step has them for all or none")
     arrays = {
         "group_sizes": np.array([len(g.rollouts) for g in groups], np.int32),
         "prompts": np.frombuffer(_prompts_json([g.prompt for g in groups]), np.uint8),
@@ -156,7 +165,8 @@ def _flatten(groups: Sequence[Group]) -> dict[str, np.ndarray]:
         "rewards": np.concatenate([g.rewards for g in groups]),
         "has_routes": np.array([r.routes is not None for r in rollouts]),
     }
-    return arrays | ({"routes": np.concatenate(routes)} if routes else {})
+    arrays |= {"routes": np.concatenate(routes)} if routes else {}
+    return arrays | ({"kept": stack_kept(kept)} if kept else {})
 
 
 def _prompts_json(prompts: Sequence[Prompt]) -> bytes:
@@ -190,8 +200,8 @@ def _open(path: Path, *, header_only: bool) -> tuple[dict[str, str], dict[str, n
         raise DumpError(f"{path} has format version {header.get('format_version')}; this code reads {FORMAT_VERSION}")
     for name, read in (("step", int), ("weight_version", int), ("temperature", float)):
         _number(path, header, name, read)
-    if names - {"routes"} != set(_ARRAYS) - {"routes"}:
-        odd = sorted((names ^ set(_ARRAYS)) - {"routes"})
+    if names - _OPTIONAL.keys() != _ARRAYS.keys() - _OPTIONAL.keys():
+        odd = sorted((names ^ _ARRAYS.keys()) - _OPTIONAL.keys())
         raise DumpError(f"{path} lacks or has more than it should: {', '.join(odd)}")
     return header, arrays
 
@@ -209,13 +219,14 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
     """Raise DumpError where dtypes, lengths or values cannot be those of a step."""
     for name, array in arrays.items():
         _must(array.dtype.name in _ARRAYS[name], f"{name} is {array.dtype}, not {' or '.join(_ARRAYS[name])}")
-        _must(array.ndim == (3 if name == "routes" else 1), f"{name} has shape {list(array.shape)}")
+        _must(array.ndim == _OPTIONAL.get(name, 1), f"{name} has shape {list(array.shape)}")
     sizes, prompt_lengths, lengths = (arrays[n] for n in ("group_sizes", "prompt_lengths", "response_lengths"))
     _must(len(sizes) and sizes.min() > 0, "a group has no rollouts")
     _must(prompt_lengths.min(initial=1) > 0, "a prompt has no tokens")
     _must(lengths.min(initial=0) >= 0, "a response has a negative length")
     count, tokens = int(sizes.sum(dtype=np.int64)), int(lengths.sum(dtype=np.int64))
-    expected = dict.fromkeys(("response_lengths", "finish_reasons", "rewards", "has_routes"), count)
+    expected = {"kept": tokens} if "kept" in arrays else {}
+    expected |= dict.fromkeys(("response_lengths", "finish_reasons", "rewards", "has_routes"), count)
     expected |= dict.fromkeys(("response_ids", "rollout_logprobs", "weight_versions"), tokens)
     expected |= {"prompt_lengths": len(sizes), "prompt_ids": int(prompt_lengths.sum(dtype=np.int64))}
     for name, size in expected.items():
@@ -226,6 +237,10 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
         _must(np.isfinite(arrays[name]).all(), f"{name} holds a number that is not finite")
     _must(arrays["rollout_logprobs"].max(initial=0) <= 1e-3, "rollout_logprobs holds a number above 0")
     _must(arrays["finish_reasons"].max(initial=0) < len(FINISH_REASONS), "finish_reasons holds an unknown one")
+    if "kept" in arrays:
+        kept = arrays["kept"]
+        _must(kept.min(initial=-1) >= -1, f"kept holds token {kept.min(initial=-1)}")
+        _must((kept == arrays["response_ids"][:, None]).any(1).all(), "kept lacks a token that was sampled")
     if "routes" in arrays:
         routes, rows = arrays["routes"], _route_rows(arrays).sum()
         _must(len(routes) == rows, f"routes has {len(routes)} rows, not {rows}")
@@ -249,11 +264,13 @@ def _restore(arrays: dict[str, np.ndarray]) -> tuple[Group, ...]:
     sizes, lengths, has_routes = (arrays[n] for n in ("group_sizes", "response_lengths", "has_routes"))
     prompts = _read_prompts(arrays["prompts"], split("prompt_ids", arrays["prompt_lengths"]))
     rows = split("routes", _route_rows(arrays)) if "routes" in arrays else [None] * len(lengths)
+    kept = [_narrow(k) for k in split("kept", lengths)] if "kept" in arrays else [None] * len(lengths)
     rollouts = iter(
         zip(
             *(split(name, lengths) for name in ("response_ids", "rollout_logprobs", "weight_versions")),
             (r if has else None for r, has in zip(rows, has_routes, strict=True)),
             (FINISH_REASONS[i] for i in arrays["finish_reasons"]),
+            kept,
             strict=True,
         )
     )
@@ -264,6 +281,11 @@ def _restore(arrays: dict[str, np.ndarray]) -> tuple[Group, ...]:
     return tuple(groups)
 
 
+def _narrow(kept: np.ndarray) -> np.ndarray:
+    """Without the columns that only rows of other rollouts fill."""
+    return kept[:, : max(1, int((kept >= 0).sum(1).max(initial=0)))]
+
+
 def _rollout(
     prompt: Prompt,
     ids: np.ndarray,
@@ -271,6 +293,7 @@ def _rollout(
     versions: np.ndarray,
     routes: np.ndarray | None,
     reason: FinishReason,
+    kept: np.ndarray | None,
 ) -> Rollout:
     return Rollout(
         prompt_ids=prompt.ids,
@@ -279,6 +302,7 @@ def _rollout(
         routes=routes,
         weight_versions=versions,
         finish_reason=reason,
+        kept=kept,
     )
 
 

@@ -54,10 +54,16 @@ class DumpedSteps:
             raise DumpError(f"{file}: a rollout has no response, so there is nothing to train on")
         if max(lengths) > config.rollout.max_new_tokens:
             raise DumpError(f"{file}: a response has {max(lengths)} tokens; set rollout.max_new_tokens={max(lengths)}")
-        if dump.temperature != config.rollout.temperature:
+        if dump.temperature != config.precision.temperature:
             raise DumpError(
-                f"{file}: its log-probs are at another temperature; set rollout.temperature={dump.temperature}"
+                f"{file}: its log-probs are at another temperature; set precision.temperature={dump.temperature}"
             )
+        if (rollouts[0].kept is not None) != config.precision.masks_sampling:
+            instead = "top_k=-1, top_p=1, min_p=0" if config.precision.masks_sampling else "top_k as its run had it"
+            raise DumpError(f"{file}: its log-probs are over other tokens; set precision: {instead}")
+        largest = max((int(r.kept.max(initial=0)) for r in rollouts if r.kept is not None), default=0)
+        if largest >= shape.vocab_size:
+            raise DumpError(f"{file}: kept token {largest} is outside the model's vocabulary of {shape.vocab_size}")
         routes = [r.routes for r in rollouts if r.routes is not None]
         if config.replay == "r3" and shape.num_experts and not routes:
             raise DumpError(f"{file}: it holds no routes; set replay=none")

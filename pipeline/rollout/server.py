@@ -22,6 +22,7 @@ from typing import Literal, Self
 import requests
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.precision import PrecisionConfig
 from pipeline.rollout.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
@@ -42,7 +43,7 @@ class ServerError(RuntimeError):
 
 
 class ServerConfig(BaseModel):
-    """How SGLang is run. Model, device, dtype and seed come from the run's own settings."""
+    """How SGLang is run. Model, device, precision and seed come from the run's own settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,11 +73,14 @@ class ServerConfig(BaseModel):
     extra_args: list[str] = Field(default=[], description="further arguments of SGLang's command line, last")
 
 
+_FULL = PrecisionConfig()  # pyright: ignore[reportCallIssue]
+
+
 class SGLangServer:
     """One server process tree.
 
     model_path: Hugging Face folder (config, weights). log_path: file that gets all output of the server.
-    device: "cpu" or "cuda". dtype: SGLang's --dtype ("float32", "bfloat16", ...). seed: of the sampler.
+    device: "cpu" or "cuda". precision: what it computes with. seed: of the sampler.
     return_routed_experts: let requests ask for the experts of every token (mixture-of-experts models only).
     """
 
@@ -87,15 +91,15 @@ class SGLangServer:
         log_path: Path,
         *,
         device: Literal["cpu", "cuda"],
-        dtype: str,
         seed: int,
         return_routed_experts: bool,
+        precision: PrecisionConfig = _FULL,
     ) -> None:
         self.config = config
         self.model_path = Path(model_path)
         self.log_path = Path(log_path)
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
         self.seed = seed
         self.return_routed_experts = return_routed_experts
         self._port: int | None = None
@@ -148,7 +152,6 @@ class SGLangServer:
             "--host": config.host,
             "--port": self._port,
             "--device": self.device,
-            "--dtype": self.dtype,
             "--random-seed": self.seed,
             "--tp-size": config.tensor_parallel,
             "--context-length": config.context_length,
@@ -168,7 +171,8 @@ class SGLangServer:
         if not (self.device == "cuda" if config.prefix_cache is None else config.prefix_cache):
             flags.append("--disable-radix-cache")
         if self.device == "cpu":
-            batched = CPU_ATTENTION_BACKEND if self.dtype == "float32" else "torch_native"
+            plain = self.precision.weights == "float32" and self.precision.kv_cache == "same"
+            batched = CPU_ATTENTION_BACKEND if plain else "torch_native"
             arguments["--attention-backend"] = config.attention_backend or batched
             arguments["--max-total-tokens"] = config.max_total_tokens or _CPU_TOTAL_TOKENS
             arguments["--sampling-backend"] = "pytorch"
@@ -176,7 +180,7 @@ class SGLangServer:
             flags += ["--disable-overlap-schedule", "--skip-server-warmup", "--sleep-on-idle"]
             flags += ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
         pairs = [text for name, value in arguments.items() if value is not None for text in (name, str(value))]
-        return pairs + flags + config.extra_args
+        return pairs + flags + self.precision.server_arguments() + config.extra_args
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
@@ -184,6 +188,7 @@ class SGLangServer:
         environment["TMPDIR"] = str(self._scratch)
         environment["SPT_NOENV"] = "1"  # else setproctitle overwrites the environment that carries the token
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
+        environment |= self.precision.server_environment()
         if self.device == "cpu":
             environment["SGLANG_USE_CPU_ENGINE"] = "1"
             environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from megatron_ext.config import ParallelConfig, TrainerConfig
+from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from tests.megatron_ext.ranks import run_ranks
 from tests.megatron_ext.tiny_families import save_family
 
@@ -27,7 +27,11 @@ def built(config: ParallelConfig, model: str):
     from megatron_ext.model import build_model
 
     hf = read_hf_config(model)
-    return build_model(hf, config, TrainerConfig(), replay=False)[1], hf, model_shape(hf, config.tensor)
+    return (
+        build_model(hf, config, TrainerConfig(), TrainerPrecision(), replay=False)[1],
+        hf,
+        model_shape(hf, config.tensor),
+    )
 
 
 def saved(config: ParallelConfig, jobs):

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchangeable_rope_theta
 from megatron_ext.parts import merge_tokens
 from tests.megatron_ext.jobs import SAMPLES, make_samples
@@ -33,7 +33,9 @@ def measure(layout, model, other, temperature, samples):
     trainer = build(model)
     found = {name: trainer.logprobs(samples, exchange=exchange) for name, exchange in EXCHANGES.items()}
     found["none"] = trainer.logprobs(samples)
-    found["built at the temperature"] = build(model, temperature=temperature).logprobs(samples)
+    found["built at the temperature"] = build(model, precision=TrainerPrecision(temperature=temperature)).logprobs(
+        samples
+    )
     found["built with the base"] = build(other).logprobs(samples)
     return found
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.parts import merge_tokens
 from tests.megatron_ext.jobs import SAMPLES, Outcome, make_samples, outcome
 from tests.megatron_ext.ranks import run_ranks
@@ -149,7 +149,8 @@ def in_bfloat16(config: ParallelConfig, model: str):
     from megatron_ext.trainer import Trainer
     from tests.megatron_ext.jobs import weighted_likelihood
 
-    it = Trainer(model, config, TrainerConfig(dtype="bfloat16"), OptimizerConfig(lr=1e-3), replay=True)
+    half = TrainerPrecision(weights="bfloat16")
+    it = Trainer(model, config, TrainerConfig(), OptimizerConfig(lr=1e-3), replay=True, precision=half)
     samples = make_samples(routes=True)
     update = it.update(samples, weighted_likelihood)
     return it.logprobs(samples), update, {str(p.dtype) for c in it.policy.chunks for p in c.parameters()}

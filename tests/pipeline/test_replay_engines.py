@@ -10,7 +10,7 @@ from pipeline.config import load_config
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.session import open_loop
 
-SETTINGS = ["supervised.steps=0", "trainer.dtype=bfloat16", "model.tiny.experts=16", "model.tiny.init_std=0.15",
+SETTINGS = ["supervised.steps=0", "precision.weights=bfloat16", "model.tiny.experts=16", "model.tiny.init_std=0.15",
             "rollout.max_new_tokens=48", "checks.probe_rollouts=256", "run.seed=0"]  # fmt: skip
 
 

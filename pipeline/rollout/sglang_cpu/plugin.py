@@ -1,7 +1,8 @@
 """What SGLang 0.5.23 needs in each of its processes to run without a GPU. Its plugin loader calls `activate`.
 
 The entry point stands in pyproject.toml, so SGLang calls this wherever the project is installed: it does nothing in a
-server that `server.py` did not start, and in one for GPUs no more than add the answer of `held_weights.py`.
+server that `server.py` did not start. In one for GPUs it adds the answer of `held_weights.py`, and hands the call on to
+`sglang_router`, which acts on any device where it is switched on.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import os
 import sys
 from typing import Any
 
+from pipeline.rollout import sglang_router
 from pipeline.rollout.processes import TOKEN_VARIABLE
 from pipeline.rollout.server import CPU_ATTENTION_BACKEND
 
 
 def activate() -> None:
     """Answer what the server holds; on the CPU, register the batched attention backend and make SGLang start."""
+    sglang_router.activate()
     if TOKEN_VARIABLE in os.environ:
         from pipeline.rollout import held_weights
 

@@ -38,6 +38,16 @@ def set_on_policy(name, value):
     return lambda rank: setattr(rank.trainer.policy, name, value)
 
 
+def with_precision(**changes):
+    """Runs in a trainer rank."""
+
+    def change(rank):
+        policy = rank.trainer.policy
+        policy.precision = policy.precision.model_copy(update=changes)
+
+    return change
+
+
 def turn_positions(base):
     def turn(rank):
         for chunk in rank.trainer.policy.chunks:
@@ -69,11 +79,11 @@ def with_routes_of_others(rollouts):
 
 IN_THE_TRAINER = {
     "temperature": (
-        set_on_policy("temperature", 0.7), set_on_policy("temperature", 1.0), "at temperature 1 ",
+        with_precision(temperature=0.7), with_precision(temperature=1.0), "at temperature 1 ",
         "give both the same",
     ),
     "LM head": (
-        set_on_policy("lm_head", "bf16"), set_on_policy("lm_head", "fp32"), "LM head is fp32",
+        with_precision(head="bf16"), with_precision(head="fp32"), "LM head is fp32",
         "give both LM heads the same precision",
     ),
     "tokens and labels": (
@@ -94,7 +104,7 @@ def test_healthy_engines_agree_and_no_part_is_named(engines):
     assert found.gap["abs_logprob"] < 1e-5
     assert found.findings == ()
     assert found.weights == ()
-    assert found.not_measured == {}
+    assert found.not_measured == {"sampling mask": "the sampler kept all tokens"}
     assert len(found.parts) == 7
     assert sum(row["tokens"] for row in found.by_position) == found.tokens
     assert found.by_lag[0]["lag"] == 0
@@ -139,6 +149,20 @@ def test_log_probs_that_arrive_one_place_late_are_named(engines):
     assert "misaligned by one" in found.sentence
 
 
+def test_a_mask_on_the_trainers_side_alone_is_named(engines):
+    loop, model = engines
+    rollouts = new_rollouts(loop, ROLLOUTS)
+    rng = np.random.default_rng(0)
+    masked = []
+    for rollout in rollouts:
+        others = np.stack([rng.permutation(np.delete(np.arange(64), token))[:20] for token in rollout.response_ids])
+        masked.append(replace(rollout, kept=np.column_stack([rollout.response_ids, others]).astype(np.int32)))
+    found = diagnose(loop, model, masked)
+    assert [trial.part for trial in found.findings] == ["sampling mask"]
+    assert "let both be over the same" in found.sentence
+    assert found.rest < 1e-5
+
+
 def test_a_mask_on_sampling_is_seen_though_log_probs_agree(engines):
     loop, model = engines
     masked = replace(loop, version=loop.version)
@@ -153,11 +177,11 @@ def test_a_mask_on_sampling_is_seen_though_log_probs_agree(engines):
 def test_two_faults_at_once_are_both_named(engines):
     loop, model = engines
     rollouts = with_routes_of_others(new_rollouts(loop, ROLLOUTS))
-    on_ranks(loop, set_on_policy("temperature", 0.7))
+    on_ranks(loop, with_precision(temperature=0.7))
     try:
         found = diagnose(loop, model, rollouts)
     finally:
-        on_ranks(loop, set_on_policy("temperature", 1.0))
+        on_ranks(loop, with_precision(temperature=1.0))
     assert {trial.part for trial in found.findings} == {"temperature", "routing"}
     assert found.rest < 1e-5
 

@@ -21,6 +21,13 @@ def logprobs(model, ids, temperature=1.0):
 
 
 @torch.no_grad()
+def scores(model, ids, temperature=1.0):
+    """log p(every token | tokens <= t), [T, vocabulary]."""
+    tokens = torch.tensor(np.asarray(ids, np.int64))
+    return torch.log_softmax(model(tokens[None]).logits[0] / temperature, -1).numpy()
+
+
+@torch.no_grad()
 def routes(model, ids):
     """Expert choices [T, layers, topk], best first, and the gap in logits to the best expert left out [T, layers]."""
     output = model(torch.tensor(np.asarray(ids, np.int64))[None], output_router_logits=True)

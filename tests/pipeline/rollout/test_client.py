@@ -271,3 +271,74 @@ def test_checksums_name_every_parameter_and_do_not_change_by_themselves(client):
     assert "model.layers.3.mlp.experts.w13_weight" in before[0]
     generate(client, [1, 2])
     assert client.checksums() == before
+
+
+def test_kept_tokens_and_logprobs_over_them_equal_transformers(client, model):
+    sampling = Sampling(12, 0.3, top_k=10, top_p=0.6, min_p=0.05, return_kept=True, ignore_eos=True)
+    widths = []
+    for group in sample_groups_sync(client, random_prompts(4, seed=7), 3, sampling):
+        for rollout in group.rollouts:
+            ids = np.concatenate([rollout.prompt_ids, rollout.response_ids])
+            table = reference.scores(model, ids, 0.3)[len(rollout.prompt_ids) - 1 : -1]
+            assert rollout.kept.dtype == np.int32
+            for row, kept, token, logprob in zip(
+                table, rollout.kept, rollout.response_ids, rollout.rollout_logprobs, strict=True
+            ):
+                kept = kept[kept >= 0]
+                best = np.argsort(-row)[:10]
+                chance = np.exp(row[best])
+                # what top-p of the whole distribution and min-p leave of the ten
+                expected = best[(np.cumsum(chance) - chance <= 0.6) & (chance >= 0.05 * chance[0])]
+                assert set(kept) == set(expected)
+                assert token in kept
+                assert abs(logprob - (row[token] - np.log(np.exp(row[kept]).sum()))) < 1e-5
+                widths.append(len(kept))
+    assert 1 <= min(widths) < max(widths) <= 10
+
+
+def test_a_continuation_brings_its_kept_tokens(client):
+    sampling = Sampling(4, 1.0, top_k=5, top_p=0.5, return_kept=True, ignore_eos=True)
+
+    async def run():
+        async with client:
+            (begun,) = await client.generate([1, 2, 3], 1, sampling)
+            return begun, await client.extend(begun, sampling)
+
+    begun, whole = asyncio.run(run())
+    assert len(whole.kept) == len(whole) == 8
+    assert [set(row) - {-1} for row in whole.kept[:4]] == [set(row) - {-1} for row in begun.kept]
+    assert all(token in row for token, row in zip(whole.response_ids, whole.kept, strict=True))
+
+
+def test_without_being_asked_a_mask_leaves_logprobs_over_the_vocabulary(client, model):
+    (rollout,) = generate(client, [1, 2, 3], 1, Sampling(8, 1.0, top_k=5, ignore_eos=True))
+    expected = reference.logprobs(model, rollout.token_ids)[2:]
+    assert rollout.kept is None
+    assert np.abs(rollout.rollout_logprobs - expected).max() < 1e-5
+
+
+def test_a_vocabulary_smaller_than_top_k_is_kept_whole(client, model):
+    (rollout,) = generate(client, [1, 2, 3], 1, Sampling(4, 1.0, top_k=4096, return_kept=True, ignore_eos=True))
+    assert rollout.kept.shape == (4, 512)
+    assert np.abs(rollout.rollout_logprobs - reference.logprobs(model, rollout.token_ids)[2:]).max() < 1e-5
+
+
+def test_min_p_with_a_seed_would_kill_the_scheduler_and_is_refused():
+    with pytest.raises(ValueError, match="dies of min_p with a seed"):
+        Sampling(4, 1.0, min_p=0.1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_token_sampling_mask": None}, "None kept sets for 2 tokens"),
+        ({"output_token_sampling_mask": [[5]]}, "1 kept sets for 2 tokens"),
+        ({"output_token_sampling_mask": [[5], [6, 9999]]}, "outside the vocabulary"),
+        ({"output_token_sampling_mask": [[5], [7]]}, "is not among those that were kept"),
+        ({"output_token_sampling_mask": [[5, 5], [6]]}, "is not among those that were kept"),
+    ],
+)
+def test_kept_tokens_that_cannot_be_are_refused(client, changes, message):
+    meta = {"output_token_sampling_mask": [[5], [6]], "output_token_sampling_logprobs": [0.0, 0.0]} | changes
+    with pytest.raises(AnswerError, match=message):
+        client._decode_kept(meta, np.array([5, 6], np.int32))

@@ -30,7 +30,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
-def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, metadata=None):
+def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, metadata=None, kept=False):
     ids = rng.integers(0, VOCAB, prompt_length).astype(np.int32)
     rollouts = []
     for n in lengths:
@@ -40,15 +40,25 @@ def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, m
         rollouts.append(
             Rollout(
                 prompt_ids=ids,
-                response_ids=rng.integers(0, VOCAB, n).astype(np.int32),
+                response_ids=(ids_of_response := rng.integers(0, VOCAB, n).astype(np.int32)),
                 rollout_logprobs=-rng.random(n).astype(np.float32),
                 routes=None if routes is None else rows.astype(routes),
                 weight_versions=rng.integers(0, 9, n).astype(np.int32),
                 finish_reason=FINISH_REASONS[int(rng.integers(3))],
+                kept=make_kept(rng, ids_of_response) if kept else None,
             )
         )
     prompt = Prompt(ids, f"prompt {index} <|é\u2028", metadata if metadata is not None else {"answer": "1"}, index)
     return Group(prompt, tuple(rollouts), rng.normal(size=len(lengths)).astype(np.float32))
+
+
+def make_kept(rng, ids):
+    """Up to four tokens beside each, its own among them."""
+    rows = [rng.permutation(np.unique(np.append(rng.integers(0, VOCAB, rng.integers(5)), i))) for i in ids]
+    out = np.full((len(ids), max(map(len, rows), default=1)), -1, np.int32)
+    for row, tokens in zip(out, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return out
 
 
 @st.composite
@@ -56,11 +66,11 @@ def dumps(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = st.lists(st.integers(0, 6), min_size=1, max_size=3)
     dtype = draw(st.sampled_from([np.uint8, np.int16]))
-    groups = []
+    groups, kept = [], draw(st.booleans())
     for index, lengths in enumerate(draw(st.lists(shape, min_size=1, max_size=3))):
         routes = dtype if draw(st.booleans()) else None
         metadata = draw(st.dictionaries(st.text(), json_values, max_size=3))
-        groups.append(make_group(rng, index, draw(st.integers(1, 4)), lengths, routes, metadata))
+        groups.append(make_group(rng, index, draw(st.integers(1, 4)), lengths, routes, metadata, kept))
     temperature = draw(st.floats(1e-3, 10))
     return Dump(draw(st.integers(0, 10**6)), draw(st.integers(0, 10**6)), temperature, tuple(groups))
 
@@ -135,6 +145,8 @@ def with_metadata(dump, metadata):
         (lambda d: with_rollout(d, rollout_logprobs=np.array([0, 0.5, 0], np.float32)), "above 0"),
         (lambda d: with_rollout(d, response_ids=np.array([1, -2, 1], np.int32)), "response_ids holds -2"),
         (lambda d: with_group(d, rewards=np.zeros(0, np.float32)), "prompt 0 has 0 rewards for 2 rollouts"),
+        (lambda d: with_rollout(d, kept=np.zeros((2, 1), np.int32)), "prompt 0 has 2 kept sets for 3 tokens"),
+        (lambda d: with_rollout(d, kept=np.zeros((3, 1), np.int32)), "1 of 4 rollouts have kept tokens"),
         (lambda d: with_group(d, rewards=np.zeros(2)), "rewards is float64, not float32"),
         (lambda d: with_metadata(d, {"key": {1, 2}}), "metadata of prompt 0 is not JSON"),
         (lambda d: with_metadata(d, {"key": float("nan")}), "metadata of prompt 0 is not JSON"),
@@ -169,6 +181,9 @@ def without(arrays, name):
         (lambda a: a | {"finish_reasons": a["finish_reasons"] + np.uint8(9)}, "finish_reasons holds an unknown"),
         (lambda a: a | {"has_routes": ~a["has_routes"]}, "routes has 19 rows, not 0"),
         (lambda a: a | {"routes": a["routes"].astype(np.int16) - 50}, "routes holds expert -"),
+        (lambda a: a | {"kept": a["response_ids"]}, "kept has shape"),
+        (lambda a: a | {"kept": a["response_ids"][1:, None]}, "kept has .* entries, not"),
+        (lambda a: a | {"kept": a["response_ids"][:, None] + 1}, "kept lacks a token that was sampled"),
         (lambda a: without(a, "routes"), "there are no routes, though has_routes says so"),
         (lambda a: a | {"prompts": a["prompts"][:-1]}, "prompts is not JSON"),
         (lambda a: a | {"prompts": np.frombuffer(b"[]", np.uint8)}, "prompts is not a list of 2"),
@@ -231,9 +246,11 @@ def test_a_path_without_dumps_says_where_they_might_be(tmp_path, dump):
         DumpedSteps(tmp_path)
 
 
-def config(temperature=1.0, max_new_tokens=5, replay="r3"):
+def config(temperature=1.0, max_new_tokens=5, replay="r3", masks=False):
     return SimpleNamespace(
-        rollout=SimpleNamespace(temperature=temperature, max_new_tokens=max_new_tokens), replay=replay
+        rollout=SimpleNamespace(max_new_tokens=max_new_tokens),
+        precision=SimpleNamespace(temperature=temperature, masks_sampling=masks),
+        replay=replay,
     )
 
 
@@ -246,7 +263,8 @@ def test_a_step_is_read_for_the_model_and_the_configuration_that_it_fits(tmp_pat
     ("asked", "shape", "message"),
     [
         (config(), {"vocab_size": 20}, "is outside the model's vocabulary of 20"),
-        (config(temperature=0.5), {}, "set rollout.temperature=1.0"),
+        (config(temperature=0.5), {}, "set precision.temperature=1.0"),
+        (config(masks=True), {}, "over other tokens; set precision: top_k=-1"),
         (config(max_new_tokens=4), {}, "set rollout.max_new_tokens=5"),
         (config(), {"num_layers": 4}, "for 3 layers, top 2; the model has 4, top 2"),
         (config(), {"num_experts": 3}, "outside the model's 3"),

@@ -28,7 +28,6 @@ def make_server(model, folder, **config):
         model,
         folder / "sglang.log",
         device="cpu",
-        dtype="float32",
         seed=0,
         return_routed_experts=True,
     )
@@ -141,7 +140,7 @@ import sys, time
 from pathlib import Path
 from pipeline.rollout.server import ServerConfig, SGLangServer
 server = SGLangServer(ServerConfig(context_length=1024), Path(sys.argv[1]), Path(sys.argv[2]) / "sglang.log",
-                      device="cpu", dtype="float32", seed=0, return_routed_experts=True)
+                      device="cpu", seed=0, return_routed_experts=True)
 server.start()
 print(server.pid, flush=True)
 server.wait_ready()
