@@ -43,7 +43,7 @@ _SETTINGS = (
     ("mini-batches", ("train", "mini_batches")),
     ("learning rate", ("train", "lr")),
     ("trainer ranks", ("parallel", "ranks")),
-    ("number format", ("trainer", "dtype")),
+    ("number format", ("precision", "weights")),
     ("seed", ("run", "seed")),
 )
 
