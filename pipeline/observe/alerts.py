@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -41,18 +42,18 @@ class AlertRule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     metric: str = Field(description="as in metrics.jsonl")
-    above: float | None = Field(None, description="fires above this value")
-    below: float | None = Field(None, description="fires below this value")
+    above: float | None = Field(default=None, description="fires above this value")
+    below: float | None = Field(default=None, description="fires below this value")
     falls_by: float | None = Field(
-        None,
+        default=None,
         gt=0,
         lt=1,
         description="fires below (1 - falls_by) of the metric's best so far, the mean of for_steps steps; not while "
         "that is 0 or less",
     )
-    for_steps: int = Field(1, ge=1, description="steps in a row; a step without the metric counts neither way")
-    stop: bool = Field(False, description="end the run when it fires")
-    why: str = Field("", description="said with the alert")
+    for_steps: int = Field(default=1, ge=1, description="steps in a row; a step without the metric counts neither way")
+    stop: bool = Field(default=False, description="end the run when it fires")
+    why: str = Field(default="", description="said with the alert")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -258,7 +259,7 @@ def post(url: str, body: str, timeout_s: float) -> None:
     its host is said."""
     import requests
 
-    host = requests.utils.urlparse(url).hostname
+    host = urlparse(url).hostname
     try:
         answer = requests.post(url, data=body.encode(), headers={"Content-Type": "application/json"}, timeout=timeout_s)
     except requests.RequestException as error:

@@ -138,17 +138,18 @@ def _cpu_model() -> str | None:
 
 def _cuda() -> Mapping[str, Any]:
     import torch
+    from torch.cuda import nccl
 
     available = torch.cuda.is_available()
     return {
         "version": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if available else None,
-        "nccl": _dotted(torch.cuda.nccl.version()) if available else None,
+        "nccl": _dotted(nccl.version()) if available else None,
         "devices": torch.cuda.device_count() if available else 0,
     }
 
 
-def _dotted(parts: Sequence[int]) -> str:
+def _dotted(parts: Sequence[object]) -> str:
     return ".".join(str(part) for part in parts)
 
 

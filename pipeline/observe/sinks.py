@@ -104,14 +104,10 @@ class Sinks:
             self._add(alerts)
             failing["alerts"] = lambda: alerts.failures
             try:
-                for name, settings, kind in (
-                    ("wandb", observe.wandb, WandbSink),
-                    ("mlflow", observe.mlflow, MlflowSink),
-                ):
-                    if settings is not None:
-                        distant = Distant(name, kind(settings, directory, plain), say)
-                        self._add(distant)
-                        failing[name] = lambda distant=distant: distant.failures
+                if observe.wandb is not None:
+                    failing["wandb"] = self._add_distant("wandb", WandbSink(observe.wandb, directory, plain), say)
+                if observe.mlflow is not None:
+                    failing["mlflow"] = self._add_distant("mlflow", MlflowSink(observe.mlflow, directory, plain), say)
                 if observe.prometheus_port is not None:
                     endpoint = PrometheusEndpoint(
                         observe.prometheus_host,
@@ -129,6 +125,11 @@ class Sinks:
     def _add(self, sink: Sink) -> None:
         self._sinks.append(sink)
         self._stack.callback(lambda: sink.close(self._finished))
+
+    def _add_distant(self, name: str, sink: Sink, say: Callable[[str], None]) -> Callable[[], int]:
+        distant = Distant(name, sink, say)
+        self._add(distant)
+        return lambda: distant.failures
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import time
 
 import pytest
 
@@ -26,11 +27,25 @@ def wandb_records(file):
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
         parts.append(data[position + 7 : position + 7 + length])
         position += 7 + length
+        if len(parts[-1]) < length:  # not written yet
+            return
         if kind in (1, 4):  # a whole record, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(b"".join(parts))
             parts = []
             yield record
+
+
+def finished_records(folder, deadline_s=20.0):
+    """All records of the one offline run below a folder, once W&B's process has written its end."""
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + deadline_s
+    while True:
+        records = list(wandb_records(file))
+        if any(r.WhichOneof("record_type") == "exit" for r in records):
+            return records
+        assert time.monotonic() < deadline, f"{file} has no end: {[r.WhichOneof('record_type') for r in records]}"
+        time.sleep(0.05)
 
 
 def names(item):
@@ -68,8 +83,7 @@ def test_wandb_and_mlflow_hold_every_number_the_configuration_and_how_the_run_en
         history = client.get_metric_history(found.info.run_id, key)
         assert [(m.step, m.value) for m in history] == [(row["step"], row[key]) for row in rows]
 
-    (file,) = (run.path / "wandb").glob("offline-run-*/*.wandb")
-    records = list(wandb_records(file))
+    records = finished_records(run.path)
     history = [
         {names(item): json.loads(item.value_json) for item in r.history.item}
         for r in records
@@ -99,8 +113,7 @@ def test_a_run_that_fails_is_failed_in_both(offline, tmp_path):
     client = MlflowClient(tracking_uri=f"file://{tmp_path / 'mlruns'}")
     (found,) = client.search_runs([client.get_experiment_by_name("sorting").experiment_id])
     assert found.info.status == "FAILED"
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    codes = [r.exit.exit_code for r in wandb_records(file) if r.WhichOneof("record_type") == "exit"]
+    codes = [r.exit.exit_code for r in finished_records(tmp_path) if r.WhichOneof("record_type") == "exit"]
     assert codes == [1]
 
 
