@@ -132,9 +132,10 @@ class Trainer:
         assert self.critic is not None
         return self._update(self.critic, samples, loss, "native")
 
-    def export(self) -> Iterator[Bucket]:
-        """The weights under Hugging Face names, a bucket at a time. Every rank must walk it to the end."""
-        return self.exporter.stream()
+    def export(self, *, everywhere: bool = True) -> Iterator[Bucket]:
+        """The weights under Hugging Face names, a bucket at a time, on every rank or on rank 0 only. Every rank must
+        walk it to the end."""
+        return self.exporter.stream(everywhere=everywhere)
 
     @property
     def _routing(self) -> Routing:

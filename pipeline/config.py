@@ -20,6 +20,7 @@ from pipeline.observe.alerts import AlertsConfig
 from pipeline.observe.sinks import ObserveConfig
 from pipeline.precision import MOVED, PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.rollout.server import ServerConfig
+from pipeline.weights.config import WeightsConfig
 
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
 """Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
@@ -148,6 +149,7 @@ class Config(_Frozen):
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)  # pyright: ignore[reportArgumentType]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
     server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)  # pyright: ignore[reportArgumentType]
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]

@@ -191,8 +191,8 @@ def open_loop(
                 timeout_s=config.rollout.timeout_s,
                 log_path=server.log_path,
             )
-            backend, logs_of_servers = "nccl" if device == "cuda" else "gloo", [server.log_path]
-            trainers.call("connect", [server.url], backend, logs_of_servers, config.precision.rollout_weights)
+            rounding = config.precision.rollout_weights
+            trainers.connect([server.url], config.weights, device, [server.log_path], rounding)
         loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
         if config.supervised.steps or config.precision.rollout_weights != "same":
             loop.sync()

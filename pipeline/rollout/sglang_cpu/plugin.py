@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 needs in each of its processes to run without a GPU. Its plugin loader calls `activate`.
 
 The entry point stands in pyproject.toml, so SGLang calls this wherever the project is installed: it does nothing in a
-server that `server.py` did not start. In one for GPUs it adds the answer of `held_weights.py`, and hands the call on to
+server that `server.py` did not start. In one for GPUs it registers `server_hooks.py`, and hands the call on to
 `sglang_router`, which acts on any device where it is switched on.
 """
 
@@ -18,12 +18,12 @@ from pipeline.rollout.server import CPU_ATTENTION_BACKEND
 
 
 def activate() -> None:
-    """Answer what the server holds; on the CPU, register the batched attention backend and make SGLang start."""
+    """Register the hooks of every server; on the CPU, the batched attention backend, and make SGLang start."""
     sglang_router.activate()
     if TOKEN_VARIABLE in os.environ:
-        from pipeline.rollout import held_weights
+        from pipeline.rollout import server_hooks
 
-        held_weights.install()
+        server_hooks.install()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
     # It comes with SGLang, serves GPUs only, and takes 2 s to import.
