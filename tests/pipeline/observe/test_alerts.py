@@ -14,6 +14,14 @@ from tests.pipeline.observe.receivers import Said, config_of, webhook
 from tests.pipeline.observe.report.runs import metrics
 
 
+def gone(pid):
+    """Dead, if not yet waited for."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def rule(**cells):
     return AlertsConfig.model_validate({"rules": [{"metric": "x", **cells}]}).rules[0]
 
@@ -108,13 +116,10 @@ def test_a_command_that_hangs_holds_up_no_step_and_is_killed_with_what_it_starte
     assert time.monotonic() - start < 0.5
     alerts.close(True)
     assert "sh took longer than alerts.timeout_s=1, and was killed (failures so far: 1)" in said[-1]
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(started := int(pid.read_text())) and time.monotonic() < deadline:
-        if psutil.Process(started).status() == psutil.STATUS_ZOMBIE:
-            break
+    started, deadline = int(pid.read_text()), time.monotonic() + 5
+    while not gone(started) and time.monotonic() < deadline:
         time.sleep(0.05)
-    else:
-        assert not psutil.pid_exists(started)
+    assert gone(started)
 
 
 def test_a_rule_that_stops_ends_the_run_once_it_is_delivered(tmp_path):
