@@ -27,6 +27,7 @@ from pipeline.observe.report.page import write_report
 from pipeline.rollout.dump import DumpError
 from pipeline.session import _replay, open_loop, train
 from tests.megatron_ext.ranks import run_ranks
+from tests.pipeline.observe.receivers import free_port, scrape
 
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
@@ -295,8 +296,12 @@ def test_a_replay_from_other_weights_says_so():
     ("victim", "message"), [("sglang::scheduler", "sglang.log"), ("ray::TrainerRank", "trainer rank 0 died")]
 )
 def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(command, victim, message):
-    run = command(*SMALL, "supervised.steps=0", "train.steps=9999")
+    port = free_port()
+    run = command(*SMALL, "supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}")
     run.wait_for("step    2/9999")
+    served = scrape(port)
+    assert served["sameroute_steps_total"][0][1] >= 2
+    assert served["sameroute_routing_replayed_fraction"] == [({}, 1.0)]
     victims = [
         int(folder.name)
         for folder in Path("/proc").iterdir()

@@ -6,8 +6,11 @@ import contextlib
 import json
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.config import Config, load_config
 
@@ -21,6 +24,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def scrape(port: int) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """name -> [(labels, value)] of every sample that an endpoint serves."""
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        assert family.type in ("gauge", "counter", "info") or family.name == "sameroute_run_info", family
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
 
 
 class Said(list):

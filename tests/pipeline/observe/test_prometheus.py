@@ -5,27 +5,14 @@ import socket
 import threading
 import time
 import urllib.error
-import urllib.request
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.observe.prometheus import PrometheusEndpoint, gauge_name, port_error
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks import ObserveError, Sinks, check_sinks
-from tests.pipeline.observe.receivers import Said, config_of, free_port
+from tests.pipeline.observe.receivers import Said, config_of, free_port, scrape
 from tests.pipeline.observe.report.runs import metrics
-
-
-def scrape(port):
-    """name -> [(labels, value)] of every sample."""
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-    found = {}
-    for family in text_string_to_metric_families(text):
-        assert family.type in ("gauge", "counter", "info") or family.name == "sameroute_run_info", family
-        for sample in family.samples:
-            found.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return found
 
 
 def test_every_number_of_the_last_step_is_served_from_the_start_to_the_end_of_a_run(tmp_path):
