@@ -300,7 +300,7 @@ def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(command, vict
     run = command(*SMALL, "supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}")
     run.wait_for("step    2/9999")
     served = scrape(port)
-    assert served["sameroute_steps_total"][0][1] >= 2
+    assert served["sameroute_steps_total"][0][1] >= 1
     assert served["sameroute_routing_replayed_fraction"] == [({}, 1.0)]
     victims = [
         int(folder.name)
