@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_ext.hf.export import Bucket
     from megatron_ext.layout import Sample
     from megatron_ext.network import Routing
+    from megatron_ext.staged_save import StagedSave
     from pipeline.weights import WeightDifference, WeightsConfig
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
@@ -60,6 +61,7 @@ class TrainerRank:
         self.rank, self.threads = rank, threads
         self.samples: list[Sample] = []
         self.sender = None
+        self.save: StagedSave | None = None
 
     def meeting_point(self) -> str:
         """Where the ranks meet: an address and a free port of this rank's machine."""
@@ -168,6 +170,25 @@ class TrainerRank:
             self.sender.send(self._sent(), version)
         else:
             _walk(self._sent())
+
+    def begin_save(self, directory: str) -> None:
+        """Begin to write a training checkpoint into an empty directory that every rank sees."""
+        self.save = self.trainer.begin_save(Path(directory))
+
+    def save_written(self, wait: bool) -> bool:
+        """Whether this rank has written its part. Raises what went wrong."""
+        assert self.save is not None
+        return self.save.written(wait=wait)
+
+    def finish_save(self) -> None:
+        """Every rank has written: describe the whole."""
+        assert self.save is not None
+        self.save.finish()
+        self.save = None
+
+    def resume(self, directory: str) -> None:
+        """Everything as a training checkpoint has it."""
+        self.trainer.resume(Path(directory))
 
     def weight_differences(self) -> list[WeightDifference]:
         """On rank 0, what the servers hold otherwise than the trainer would send it."""

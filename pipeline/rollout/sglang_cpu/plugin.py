@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.rollout import sglang_router
 from pipeline.rollout.processes import TOKEN_VARIABLE
 from pipeline.rollout.server import CPU_ATTENTION_BACKEND
+from pipeline.rollout.sglang_cpu import batch_invariance
 
 
 def activate() -> None:
@@ -50,19 +51,14 @@ def _after_configuration(result: Any, *args: Any, **kwargs: Any) -> None:
     register_attention_backend(CPU_ATTENTION_BACKEND)(_create_attention_backend)
     # The table of routes is page-locked for the GPU by cudaHostRegister; there is none.
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate  # pyright: ignore[reportArgumentType]
-    # Deterministic inference replaces matrix products by Triton kernels; on the CPU they do not depend on the batch
-    # in a way that this could cure, and Triton is missing. What remains of the mode is the seed of each request.
-    batch_invariant_ops.enable_batch_invariant_mode = _no_batch_invariant_kernels
+    # Deterministic inference replaces matrix products by Triton kernels, which need a GPU.
+    batch_invariant_ops.enable_batch_invariant_mode = batch_invariance.install
 
 
 def _allocate(dims: tuple[int, ...], *, dtype: Any, device: str, pin_memory: bool, allocator: Any, **_: Any) -> Any:
     import torch
 
     return torch.empty(dims, dtype=dtype, device="cpu")
-
-
-def _no_batch_invariant_kernels(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _create_attention_backend(runner: Any) -> Any:
