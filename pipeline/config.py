@@ -128,7 +128,10 @@ class DebugConfig(_Frozen):
 class ClusterConfig(_Frozen):
     """Where Ray runs."""
 
+    nodes: int = Field(1, ge=1, description="machines of the run")
+    gpus_per_node: int = Field(8, ge=1, description="GPUs of one of them")
     address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")
+    join_timeout_s: float = Field(300.0, gt=0, description="nodes of a running cluster that join later fail the run")
     object_store_gb: float = Field(0.5, gt=0.08, description="shared memory of a Ray started here, GB")
     call_timeout_s: float = Field(
         1800.0, gt=0, description="one call to the trainer ranks that takes longer fails the run"
@@ -188,6 +191,11 @@ class Config(_Frozen):
         if self.model.tiny is not None:
             self.parallel.check_model(self.model.tiny.hf_config())
         return self
+
+    @property
+    def rollout_gpus(self) -> int:
+        """GPUs of the cluster that the trainer does not take."""
+        return self.cluster.nodes * self.cluster.gpus_per_node - self.parallel.ranks
 
     @property
     def logprob_bound(self) -> float:

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from pipeline.rollout.client import Sampling, SGLangClient
+from pipeline.rollout.pool import ClientPool
 from pipeline.types import Group, Prompt
 
 
 async def sample_groups(
-    client: SGLangClient,
+    client: SGLangClient | ClientPool,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,
@@ -40,7 +41,7 @@ async def sample_groups(
 
 
 def sample_groups_sync(
-    client: SGLangClient,
+    client: SGLangClient | ClientPool,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,
