@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import launch
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
 
@@ -47,13 +48,20 @@ def main(arguments: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
     report.add_argument("run", type=Path, help="run directory; report.html is written into it")
     add_arguments(commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints"))
-    options = parser.parse_args(arguments)
+    launch.add_arguments(commands.add_parser("launch", help="submit a configuration to a cluster"))
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes the overrides before the first option only; they may stand anywhere.
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     commands_by_name = {
         "train": _train,
         "diagnose": _diagnose,
         "objectives": _objectives,
         "report": _report,
         "convert": _convert,
+        "launch": _launch,
     }
     return commands_by_name[options.command](options)
 
@@ -91,6 +99,7 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> 
     from pipeline.controller import DisagreementError, NothingToLearnError
     from pipeline.data.prompts import DataError
     from pipeline.observe.run_dir import RunDirectoryError
+    from pipeline.placement import PlacementError
     from pipeline.rewards import RewardError
     from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
@@ -104,6 +113,7 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> 
         return _fail(str(error), 2)
     except (
         ServerError,
+        PlacementError,
         TrainerError,
         RewardError,
         WeightTransferError,
@@ -148,6 +158,14 @@ def _convert(options: argparse.Namespace) -> int:
         return _fail(str(error), error.code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    try:
+        print(launch.run(options))
+    except launch.LaunchError as error:
+        return _fail(str(error), error.code)
     return 0
 
 
