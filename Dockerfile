@@ -76,7 +76,7 @@ COPY --from=packages /opt/venv /opt/venv
 COPY . /opt/sameroute
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:/opt/uv/bin:$PATH HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 WORKDIR /opt/sameroute
-RUN uv pip install --no-cache --no-deps --editable . \
+RUN uv pip install --no-cache --no-deps --no-build-isolation --editable . \
     && ln -s /opt/sameroute/configs /work/configs
 USER 10001:10001
 WORKDIR /work

@@ -88,6 +88,7 @@ class Image:
         self.root, self.overrides = folder / "root", overrides
         self.environment = {k: v for k, v in os.environ.items() if k.startswith(KEPT)}
         self.environment |= {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+        self.environment |= overrides
         self.directory, self.user, self.instructions = "/", "0:0", dict[str, str]()
         for name in ("upper", "work", "root"):
             (folder / name).mkdir()
@@ -197,7 +198,7 @@ def build(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="instead of what ENV says")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="whatever ENV says")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # given by the call of itself below
     arguments = parser.parse_args()
     if os.geteuid() != 0:
