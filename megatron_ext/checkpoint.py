@@ -151,11 +151,12 @@ class _SaveOneByOne(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict, checkpoint_dir):
         state, _, _ = replace_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        planner = _Planner(self.resolve)
+        planner = SavePlanner(self.resolve)
         dcp.save(mcore_to_pyt_state_dict(state), storage_writer=_Writer(checkpoint_dir), planner=planner)
 
 
-def _serialized(tensor: Tensor) -> io.BytesIO:
+def serialized(tensor: Tensor) -> io.BytesIO:
+    """As torch.distributed.checkpoint keeps a tensor in its files."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()  # torch.save writes the whole storage
     buffer = io.BytesIO()  # written to a file directly, torch.save hides why it failed
@@ -163,8 +164,10 @@ def _serialized(tensor: Tensor) -> io.BytesIO:
     return buffer
 
 
-class _Planner(MCoreSavePlanner):
-    def __init__(self, resolve: Resolve):
+class SavePlanner(MCoreSavePlanner):
+    """Megatron-Core's, with the values of a tensor asked for when they are written."""
+
+    def __init__(self, resolve: Resolve = lambda tensor: tensor):
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
         self.resolve = resolve
 
@@ -185,7 +188,7 @@ class _Writer(dcp.FileSystemWriter):
                 for item in sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO):
                     data = planner.resolve_data(item)
                     if isinstance(data, Tensor):
-                        data = _serialized(data.detach().cpu())
+                        data = serialized(data.detach().cpu())
                     where = _StorageInfo(name, stream.tell(), stream.write(data.getbuffer()))
                     results.append(WriteResult(item.index, where.length, where))
         future: Future = Future()

@@ -83,7 +83,7 @@ class Network:
         Raises UnsupportedModel or ValueError where the model cannot be built in this layout.
         """
         self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
-        self.head, self.precision = head, precision
+        self.head, self.trainable, self.precision = head, trainable, precision
         self.label_shift = 0  # anything else is a diagnosis' doing
         self.mcore_config, self.chunks = build_model(hf, parallel_config, config, precision, head=head, replay=replay)
         round_key_values(self.chunks, precision.kv_cache)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ext import parallel
+from megatron_ext import parallel, training_checkpoint
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchanged
 from megatron_ext.hf.config import model_shape, read_hf_config
@@ -21,6 +21,8 @@ from megatron_ext.layout import Sample, pad_values, response_mask
 from megatron_ext.micro_batch import MicroBatch
 from megatron_ext.network import Network, Routing
 from megatron_ext.parts import Metrics, TokenPart, UpdatePart, add_metrics
+from megatron_ext.staged_save import StagedSave
+from megatron_ext.training_checkpoint import Networks
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,22 @@ class Trainer:
         assert self.critic is not None
         return self._update(self.critic, samples, loss, "native")
 
-    def export(self) -> Iterator[Bucket]:
-        """The weights under Hugging Face names, a bucket at a time. Every rank must walk it to the end."""
-        return self.exporter.stream()
+    def export(self, *, everywhere: bool = True) -> Iterator[Bucket]:
+        """The weights under Hugging Face names, a bucket at a time, on every rank or on rank 0 only. Every rank must
+        walk it to the end."""
+        return self.exporter.stream(everywhere=everywhere)
+
+    def begin_save(self, path: Path) -> StagedSave:
+        """Copy everything that resuming needs; a thread writes it into an empty directory that every rank sees."""
+        return training_checkpoint.begin_save(path, self._networks)
+
+    def resume(self, path: Path) -> None:
+        """Become what the trainer was that saved, in whatever layout; see training_checkpoint.load."""
+        training_checkpoint.load(path, self._networks)
+
+    @property
+    def _networks(self) -> Networks:
+        return Networks(self.policy, self.critic, self.reference)
 
     @property
     def _routing(self) -> Routing:

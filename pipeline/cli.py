@@ -15,11 +15,14 @@ from pipeline.convert import run as convert
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.stop import StopRequest
+
+TO_BE_RESUMED = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 3 diagnose found that the
-    engines disagree, 130 interrupted."""
+    engines disagree, 75 ended by a signal and to be resumed, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="sameroute", description="Reinforcement learning for mixture-of-experts language models."
     )
@@ -33,6 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATH",
         help="train on the steps that a run with debug.dump_rollouts=true left in this directory, or on one of its "
         "files; no server is started, and train.steps does not count",
+    )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of the run directory, and refuse where there is none. Without it, a run "
+        "with checkpoints is resumed if run.overwrite is false, and deleted if that is true",
+    )
+    train.add_argument(
+        "--requeued",
+        action="store_true",
+        help="this is a later attempt of a job: resume as --resume does, or begin anew where no attempt has come to "
+        "its first checkpoint",
     )
     diagnose = commands.add_parser("diagnose", help="why trainer and server disagree, by exchanging one part at a time")
     diagnose.add_argument("config", type=Path, help="YAML file of the run")
@@ -67,17 +82,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    def run(config: Config) -> int:
+    def run(config: Config, stop: StopRequest) -> int:
+        from pipeline.checkpoints import CheckpointStore
         from pipeline.session import train
 
-        print(f"run directory: {train(config, options.from_dump)}")
+        resume = options.resume
+        if options.requeued:
+            resume = CheckpointStore(config.run.directory / "checkpoints").latest() is not None
+            if not resume:
+                config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
+        print(f"run directory: {train(config, options.from_dump, resume=resume, stop=stop)}")
         return 0
 
     return _with_engines(options, run)
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    def run(config: Config) -> int:
+    def run(config: Config, stop: StopRequest) -> int:
         from pipeline.diagnose.command import run as diagnose
 
         directory = config.run.directory
@@ -87,7 +108,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     return _with_engines(options, run)
 
 
-def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> int:
+def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopRequest], int]) -> int:
     """Load the configuration and run; what goes wrong becomes a message and an exit code."""
     from pipeline.config import ConfigError, load_config
 
@@ -96,20 +117,27 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> 
     except ConfigError as error:
         return _fail(str(error), 2)
 
+    from pipeline.checkpoints import CheckpointError, CheckpointStore
     from pipeline.controller import DisagreementError, NothingToLearnError
     from pipeline.data.prompts import DataError
     from pipeline.observe.run_dir import RunDirectoryError
     from pipeline.placement import PlacementError
+    from pipeline.resume import ResumeError
     from pipeline.rewards import RewardError
     from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
+    from pipeline.stop import Stopped, StopRequest
     from pipeline.weights import WeightTransferError
     from pipeline.workers import TrainerError
 
-    signal.signal(signal.SIGTERM, _interrupt)  # a termination request ends the run as Ctrl-C does
+    checkpoints = config.checkpoint.every_steps is not None
+    stop = StopRequest(config.checkpoint.grace_s if checkpoints else None)
+    stop.listen()
     try:
-        return run(config)
-    except (RunDirectoryError, ConfigError, DataError, DumpError, FileNotFoundError) as error:
+        return run(config, stop)
+    except Stopped as error:
+        return _fail(str(error), TO_BE_RESUMED)
+    except (RunDirectoryError, ConfigError, DataError, DumpError, ResumeError, FileNotFoundError) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
@@ -119,9 +147,13 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config], int]) -> 
         WeightTransferError,
         DisagreementError,
         NothingToLearnError,
+        CheckpointError,
     ) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
+        latest = CheckpointStore(config.run.directory / "checkpoints").latest()
+        if options.command == "train" and stop.at_once and checkpoints and latest is not None:
+            return _fail(f"ended by {stop.signal_name}; --resume goes on from {latest}", TO_BE_RESUMED)
         return _fail("interrupted", 130)
 
 

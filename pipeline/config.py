@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.config import model_shape, read_hf_config
+from pipeline.checkpoints import CheckpointConfig
 from pipeline.data.prompts import DataConfig
 from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.precision import MOVED, PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.rollout.server import ServerConfig
+from pipeline.weights.config import WeightsConfig
 
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
 """Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
@@ -35,7 +37,11 @@ class RunConfig(_Frozen):
     """Where a run leaves its files, and what makes it repeatable."""
 
     directory: Path = Field(Path("runs/run"), description="run directory, made by the run")
-    overwrite: bool = Field(False, description="delete a run that is already there")
+    overwrite: bool = Field(
+        False,
+        description="delete a run that is already there, unless --resume is given; false: resume it from its newest "
+        "checkpoint where it has one, else refuse",
+    )
     seed: int = Field(0, ge=0, description="of weights, prompts and sampling")
     rollouts_shown: int = Field(4, ge=0, description="sampled rollouts written in readable form, each step")
 
@@ -149,6 +155,7 @@ class Config(_Frozen):
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)  # pyright: ignore[reportArgumentType]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
     server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)  # pyright: ignore[reportArgumentType]
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]
@@ -162,6 +169,7 @@ class Config(_Frozen):
     train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
     checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
     debug: DebugConfig = Field(default_factory=DebugConfig)  # pyright: ignore[reportArgumentType]
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # pyright: ignore[reportArgumentType]
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
 
     @model_validator(mode="after")

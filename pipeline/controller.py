@@ -81,6 +81,7 @@ class Loop:
             min_p=precision.min_p,
             return_kept=precision.masks_sampling,
             stop_token_ids=self.source.stop_token_ids,
+            seed=self.config.run.seed if self.config.server.deterministic else None,
         )
 
     def step(self, number: int, dumped: Dump | None = None) -> tuple[dict[str, float], list[Group]]:
@@ -259,11 +260,14 @@ class Loop:
         self.compare(rollouts, self.trainers.logprobs("replay" if self.replay == "r3" else "native"))
 
 
-def supervise(config: Config, source: PromptSource, trainers: TrainerGroup) -> Iterator[float]:
-    """Supervised steps on the task's own answers, through the same trainer; yields each step's loss, nats a token."""
-    for _ in range(config.supervised.steps):
+def supervise(
+    config: Config, source: PromptSource, trainers: TrainerGroup, done: int = 0
+) -> Iterator[tuple[int, float]]:
+    """Supervised steps on the task's own answers, through the same trainer; yields each step's number and loss, nats a
+    token. done: steps that were made before."""
+    for number in range(done + 1, config.supervised.steps + 1):
         pairs = source.take_supervised(config.supervised.batch_size)
-        yield trainers.update_supervised([Sample(p.tokens, p.prompt_length) for p in pairs])["loss/nll"]
+        yield number, trainers.update_supervised([Sample(p.tokens, p.prompt_length) for p in pairs])["loss/nll"]
 
 
 def to_sample(rollout: Rollout) -> Sample:

@@ -15,8 +15,10 @@ import ray
 import torch
 
 from megatron_ext.hf.config import model_shape, read_hf_config
+from megatron_ext.hf.files import copy_companions
+from pipeline.checkpoints import CheckpointStore, Progress, progress_of
 from pipeline.config import Config, ConfigError
-from pipeline.controller import DisagreementError, Loop, supervise
+from pipeline.controller import DisagreementError, Loop, NothingToLearnError, supervise
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
@@ -27,6 +29,7 @@ from pipeline.objectives import resolve
 from pipeline.observe.console import Console
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.placement import wait_and_place
+from pipeline.resume import Start, choose_start
 from pipeline.rewards import resolve_reward
 from pipeline.rollout.client import SGLangClient
 from pipeline.rollout.dump import DumpError
@@ -34,42 +37,125 @@ from pipeline.rollout.dumped import DumpedSteps
 from pipeline.rollout.pool import ClientPool
 from pipeline.rollout.remote import RemoteServer
 from pipeline.rollout.server import ServerError, SGLangServer, reserve_port
+from pipeline.saver import Saver
+from pipeline.stop import Stopped, StopRequest
 from pipeline.types import Group
 from pipeline.workers import TrainerGroup
 
 
-def train(config: Config, from_dump: Path | None = None) -> Path:
+def train(
+    config: Config, from_dump: Path | None = None, *, resume: bool = False, stop: StopRequest | None = None
+) -> Path:
     """Run the whole configuration; returns the run directory. Whatever happens, nothing is left running.
 
     from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
-    Raises what the CLI turns into a message: DataError, DumpError, RewardError, RunDirectoryError and ServerError (its
-    port) before anything starts; ServerError, TrainerError, WeightTransferError, DumpError, NothingToLearnError and
-    DisagreementError after.
+    resume: go on from the newest checkpoint, and refuse where there is none; see pipeline.resume.choose_start.
+    stop: signals that may ask for the end.
+    Raises what the CLI turns into a message: DataError, DumpError, RewardError, ResumeError, CheckpointError,
+    RunDirectoryError and ServerError (its port) before anything starts; ServerError, TrainerError, WeightTransferError,
+    DumpError, NothingToLearnError, DisagreementError and CheckpointError after; Stopped where a signal ended the run.
     """
     dumped = None if from_dump is None else _dumped_steps(from_dump, config)
     check_inputs(config)
+    store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep_last)
+    start = choose_start(config, store, asked=resume)
     steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
-    with RunDirectory.create(config) as run, Console(max(steps, default=0)) as console:
-
-        def supervised(number: int, nll: float) -> None:
-            console.supervised(number, config.supervised.steps, nll)
-
+    last = max(steps, default=0)
+    done = 0 if start is None else start.progress.step
+    steps = [step for step in steps if step > done]
+    stop = stop or StopRequest(None)
+    with (
+        RunDirectory.create(config, resume_after=None if start is None else done) as run,
+        Console(last) as console,
+    ):
+        if start is not None:
+            removed = [f"removed {name}, which was interrupted" for name in store.clean()]
+            for note in (*removed, *start.notes):
+                console.say(note)
+            if not steps and (run.path / "hf" / "model.safetensors").is_file():
+                console.say(f"all {last} steps are done; a larger train.steps goes on")
+                run.finish()
+                return run.path
         serve = dumped is None and config.train.steps > 0
-        with open_loop(config, run.path, run.logs, serve=serve, on_supervised=supervised) as (loop, model_path):
+        session = _Session(config, store, stop, console, run)
+        with (
+            stop.saving(),
+            open_loop(config, run.path, run.logs, serve=serve, start=start, on_supervised=session.supervised_done) as (
+                loop,
+                model_path,
+            ),
+        ):
             if serve and config.checks.first_rollouts:
                 _check_engines(loop, model_path, run, console)
+            saver = session.saver(loop.trainers)
+            stop.arm()
             for number in steps:
-                metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+                try:
+                    metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+                except (DisagreementError, NothingToLearnError):
+                    saver.wait()  # the trainer lives, and so may what it has begun to save
+                    raise
                 run.record(metrics)
                 run.write_rollouts(number, groups, loop.source.tokenizer)
                 assert loop.arrays is not None
                 run.write_arrays(number, groups, loop.arrays, loop.objective, loop.source.tokenizer)
                 console.step(metrics)
+                session.step_done(loop, saver, number, last)
             if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
             loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
+            saver.wait()
         run.finish()
     return run.path
+
+
+class _Session:
+    """What happens between steps: checkpoints, and the end where a signal asked for it."""
+
+    def __init__(self, config: Config, store: CheckpointStore, stop: StopRequest, console: Console, run: RunDirectory):
+        self.config, self.store, self.stop, self.console, self.run = config, store, stop, console, run
+
+    def saver(self, trainers: TrainerGroup) -> Saver:
+        model = self.config.model.path or self.run.path / "model"
+        return Saver(
+            self.store, self.config.checkpoint, trainers, lambda hf: copy_companions(model, hf), self.console.say
+        )
+
+    def supervised_done(self, number: int, nll: float, trainers: TrainerGroup, source: PromptSource) -> None:
+        """A supervised step. Only a signal saves here; the phase is short."""
+        self.stop.arm()
+        steps = self.config.supervised.steps
+        self.console.supervised(number, steps, nll)
+        if self.stop.requested:
+            progress = progress_of(self.config, step=0, supervised=number, version=0, cursor=source.state())
+            self._end(self.saver(trainers), progress)
+
+    def step_done(self, loop: Loop, saver: Saver, number: int, last: int) -> None:
+        """An RL step, recorded and synchronised."""
+        saver.poll()
+        every = self.config.checkpoint.every_steps
+        due = every is not None and (number % every == 0 or number == last)
+        if not (due or self.stop.requested):
+            return
+        self.run.to_disk()
+        progress = progress_of(
+            self.config,
+            step=number,
+            supervised=self.config.supervised.steps,
+            version=loop.version,
+            cursor=loop.source.state(),
+        )
+        if self.stop.requested and number < last:
+            self._end(saver, progress)
+        saver.save(progress)
+
+    def _end(self, saver: Saver, progress: Progress) -> None:
+        saver.save(progress)
+        saver.wait()
+        raise Stopped(
+            f"ended by {self.stop.signal_name} after {progress.name.replace('_', ' ')}; the same command with --resume "
+            f"goes on from {self.store.directory / progress.name}"
+        )
 
 
 def _check_engines(loop: Loop, model_path: Path, run: RunDirectory, console: Console) -> None:
@@ -126,13 +212,15 @@ def open_loop(
     logs: Path,
     *,
     serve: bool = True,
-    on_supervised: Callable[[int, float], None] = lambda *_: None,
+    start: Start | None = None,
+    on_supervised: Callable[[int, float, TrainerGroup, PromptSource], None] = lambda *_: None,
 ) -> Iterator[tuple[Loop, Path]]:
     """Server, Ray and trainer ranks up, supervised steps done, weights synchronised: a loop ready for its first step.
 
     directory: where a tiny model and dumps are written. logs: existing folder for the logs of both engines.
     serve: false starts no server, for a loop that replays.
-    on_supervised: called with each supervised step and its loss, nats a token.
+    start: a checkpoint to go on from.
+    on_supervised: called after each supervised step with its number, its loss, nats a token, and what it was made with.
     Yields the loop and the model directory it started from.
     """
     device = config_device(config)
@@ -148,7 +236,8 @@ def open_loop(
             model_path,
             logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
             device=device,
-            seed=config.run.seed + number,
+            # Another draw for each server, and not those of the first steps again after a resumption.
+            seed=config.run.seed + number + (0 if start is None else start.progress.step),
             return_routed_experts=routes,
             precision=config.precision,
         )
@@ -166,12 +255,21 @@ def open_loop(
             critic=config.critic if objective.needs_critic else None,
             reference=objective.needs_reference,
             seed=config.run.seed,
+            load_weights=start is None,
         )
-        for number, nll in enumerate(supervise(config, source, trainers), start=1):
-            on_supervised(number, nll)
-        trainers.restart_optimizer(config.train)
-        if objective.needs_reference:
-            trainers.call("keep_reference")
+        in_loop = start is not None and start.progress.step > 0
+        if in_loop:
+            trainers.restart_optimizer(config.train)
+        if start is not None:
+            trainers.call("resume", str(start.path.resolve()))
+            source.restore(start.progress.cursor)
+        if not in_loop:
+            done = 0 if start is None else start.progress.supervised
+            for number, nll in supervise(config, source, trainers, done):
+                on_supervised(number, nll, trainers, source)
+            trainers.restart_optimizer(config.train)
+            if objective.needs_reference:
+                trainers.call("keep_reference")
         client = None
         if serve:
             for server in servers:
@@ -192,10 +290,11 @@ def open_loop(
             ]
             client = clients[0] if len(clients) == 1 else ClientPool(clients)
             urls, logs_of_servers = [s.url for s in servers], [s.log_path for s in servers]
-            backend = "nccl" if device == "cuda" else "gloo"
-            trainers.call("connect", urls, backend, logs_of_servers, config.precision.rollout_weights)
+            trainers.connect(urls, config.weights, device, logs_of_servers, config.precision.rollout_weights)
         loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
-        if config.supervised.steps or config.precision.rollout_weights != "same":
+        if start is not None and in_loop:
+            loop.version = start.progress.version - 1  # which the sync makes good
+        if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
             loop.sync()
         yield loop, model_path
         trainers.call("close")

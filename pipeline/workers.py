@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from megatron_ext.hf.export import Bucket
     from megatron_ext.layout import Sample
     from megatron_ext.network import Routing
-    from pipeline.weights import WeightDifference
+    from megatron_ext.staged_save import StagedSave
+    from pipeline.weights import WeightDifference, WeightsConfig
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
+ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class TrainerRank:
         self.rank, self.threads = rank, threads
         self.samples: list[Sample] = []
         self.sender = None
+        self.save: StagedSave | None = None
 
     def meeting_point(self) -> str:
         """Where the ranks meet: an address and a free port of this rank's machine."""
@@ -136,13 +140,15 @@ class TrainerRank:
         """The reference becomes the policy as it is now."""
         self.trainer.keep_reference()
 
-    def connect(self, urls: list[str], backend: str, logs: list[Path], weights: RolloutWeights = "same") -> None:
-        """Rank 0 joins the weight-transfer group of the servers, which are to compute with these weights."""
-        self.rollout_weights: RolloutWeights = weights
+    def connect(
+        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights
+    ) -> None:
+        """From now on weights go to these servers, from rank 0, rounded as the servers are to compute with them."""
+        self.trainer.exporter.bucket_bytes, self.rollout_weights = config.bucket_bytes, rounding
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
-            self.sender = WeightSender(urls, backend=backend, logs=logs)
+            self.sender = WeightSender(urls, config, device=device, logs=logs)
             self.sender.connect()
 
     def send_weights(self, version: int) -> None:
@@ -150,31 +156,52 @@ class TrainerRank:
         if self.sender is not None:
             self.sender.send(self._sent(), version)
         else:
-            for _ in self.trainer.export():
-                pass
+            _walk(self._sent())
+
+    def begin_save(self, directory: str) -> None:
+        """Begin to write a training checkpoint into an empty directory that every rank sees."""
+        self.save = self.trainer.begin_save(Path(directory))
+
+    def save_written(self, wait: bool) -> bool:
+        """Whether this rank has written its part. Raises what went wrong."""
+        assert self.save is not None
+        return self.save.written(wait=wait)
+
+    def finish_save(self) -> None:
+        """Every rank has written: describe the whole."""
+        assert self.save is not None
+        self.save.finish()
+        self.save = None
+
+    def resume(self, directory: str) -> None:
+        """Everything as a training checkpoint has it."""
+        self.trainer.resume(Path(directory))
 
     def weight_differences(self) -> list[WeightDifference]:
         """On rank 0, what the servers hold otherwise than the trainer would send it."""
         if self.sender is not None:
             return self.sender.differences(self._sent())
-        for _ in self.trainer.export():
-            pass
+        _walk(self._sent())
         return []
 
     def _sent(self) -> Iterator[Bucket]:
-        """The weights as the servers are to hold them."""
+        """On rank 0, the weights as the servers are to hold them."""
         from pipeline.rollout_weights import rounded
 
-        return rounded(self.trainer.export(), self.rollout_weights)
+        return rounded(self.trainer.export(everywhere=False), self.rollout_weights)
+
+    @ray.method(concurrency_group="watch")
+    def position(self) -> int:
+        """Buckets that this rank has passed in the stream of weights; answered while another method runs."""
+        return self.trainer.exporter.position if hasattr(self, "trainer") else 0
 
     def save_hf(self, directory: str) -> None:
         """Write the weights as one Hugging Face safetensors file. Rank 0 writes."""
         from safetensors.torch import save_file
 
         tensors = {}
-        for bucket in self.trainer.export():
-            if self.rank == 0:
-                tensors |= {name: tensor.detach().clone().contiguous().cpu() for name, tensor in bucket}
+        for bucket in self.trainer.export(everywhere=False):
+            tensors |= {name: tensor.detach().clone().contiguous().cpu() for name, tensor in bucket}
         if self.rank == 0:
             save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
 
@@ -182,6 +209,12 @@ class TrainerRank:
         """Leave the groups."""
         if self.sender is not None:
             self.sender.close()
+
+
+def _walk(buckets: Iterator[Bucket]) -> None:
+    """Take part in a stream whose tensors go elsewhere."""
+    for _ in buckets:
+        pass
 
 
 class TrainerGroup:
@@ -204,7 +237,13 @@ class TrainerGroup:
         nodes: the Ray node of each rank; None: wherever there is room.
         """
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
-        actor = ray.remote(num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0, max_restarts=0)(TrainerRank)
+        self.weights_timeout_s = timeout_s
+        actor = ray.remote(
+            num_cpus=0 if gpus else 1,
+            num_gpus=1 if gpus else 0,
+            max_restarts=0,
+            concurrency_groups={"watch": 1},
+        )(TrainerRank)
         self.ranks = [
             actor.options(**on_node(node)).remote(r, str(self.log_path(r)), threads)
             for r, node in enumerate(nodes or [None] * parallel.ranks)
@@ -277,18 +316,34 @@ class TrainerGroup:
         """A new phase of training begins: its own settings, no moments of the last."""
         self.call("restart_optimizer", optimizer)
 
+    def connect(
+        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights = "same"
+    ) -> None:
+        """See TrainerRank.connect."""
+        self.weights_timeout_s = config.timeout_s
+        self.call("connect", urls, config, device, logs, rounding)
+
     def send_weights(self, version: int) -> None:
-        """The current weights to every connected server, under this version."""
-        self.call("send_weights", version)
+        """The current weights to every connected server, under this version.
+
+        Raises TrainerError where a rank gets no further for `weights.timeout_s`, naming it; where a server does not, it
+        is named instead.
+        """
+        answers = [rank.send_weights.remote(version) for rank in self.ranks]
+        # rank 0 times its servers; the ranks are looked at once it has had time to say so
+        self._wait(answers, "send_weights", 1.2 * self.weights_timeout_s + POLL_S, restart=True)
 
     def weight_differences(self) -> list[WeightDifference]:
         """Every tensor that a connected server holds otherwise than the trainer does, bit for bit, by its Hugging Face
         name; an empty list where they agree. The servers must be idle."""
         return self.call("weight_differences")[0]
 
-    def _wait(self, answers: list[Any], method: str) -> list[Any]:
-        """Wait for all, but not longer than for the first failure."""
-        deadline, pending, results = time.monotonic() + self.timeout_s, list(answers), {}
+    def _wait(
+        self, answers: list[Any], method: str, timeout_s: float | None = None, *, restart: bool = False
+    ) -> list[Any]:
+        """Wait for all, but not longer than for the first failure. restart: the time begins anew while ranks get on."""
+        timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
+        deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             # A rank that died leaves the others waiting in a collective: look at what failed first.
@@ -296,12 +351,42 @@ class TrainerGroup:
                 try:
                     results[answer] = ray.get(answer)
                 except (RayTaskError, RayActorError) as error:
-                    raise TrainerError(self._explain(answers.index(answer), method, error)) from error
+                    words = self._explain(answers.index(answer), method, error)
+                    # a collective that timed out fails on those who waited, not on who kept them waiting
+                    silent = self._silent(self._positions([answers.index(p) for p in pending]))
+                    raise TrainerError("; ".join([words, *silent])) from error
             self.watch()
             if pending and time.monotonic() > deadline:
-                waiting = [answers.index(p) for p in pending]
-                raise TrainerError(f"trainer ranks {waiting} did not finish {method} in {self.timeout_s:g} s")
+                before, positions = positions, self._positions([answers.index(p) for p in pending])
+                if not restart or None in positions.values() or positions == before:
+                    raise TrainerError(self._stalled(positions, method, timeout_s, streaming=restart))
+                deadline = time.monotonic() + timeout_s
         return [results[a] for a in answers]
+
+    def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
+        """rank -> its position in the stream of weights, None for one that does not answer at all."""
+        asked = {self.ranks[r].position.remote(): r for r in ranks}
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+        positions: dict[int, int | None] = dict.fromkeys(ranks)
+        for answer in done:
+            with contextlib.suppress(RayActorError):  # it died meanwhile: no answer either
+                positions[asked[answer]] = ray.get(answer)
+        return positions
+
+    def _stalled(self, positions: dict[int, int | None], method: str, timeout_s: float, *, streaming: bool) -> str:
+        late = f"trainer ranks {list(positions)} did not finish {method} in {timeout_s:g} s"
+        silent = self._silent(positions)
+        if streaming and not silent:
+            at, rank = min((p, r) for r, p in positions.items() if p is not None)
+            return f"{late}; rank {rank} is furthest behind, at bucket {at} (log: {self.log_path(rank)})"
+        return "; ".join([late, *silent])
+
+    def _silent(self, positions: dict[int, int | None]) -> list[str]:
+        return [
+            f"rank {rank} does not answer, it hangs or was stopped (log: {self.log_path(rank)})"
+            for rank, position in positions.items()
+            if position is None
+        ]
 
     def _explain(self, rank: int, method: str, error: Exception) -> str:
         log = self.log_path(rank)

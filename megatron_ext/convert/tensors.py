@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -157,10 +158,10 @@ class CheckpointTensors:
 def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes: int, advance: Advance) -> None:
     """The weights of a checkpoint as safetensors files with an index, or as one file where that is enough."""
 
-    def cast(name: str, tensor: Tensor) -> Tensor:
+    def as_written(name: str, tensor: Tensor) -> Tensor:
         return tensor if name in checkpoint.own_dtype else tensor.to(_TORCH[dtype])
 
-    sizes = {name: cast(name, tensor).nbytes for name, tensor in checkpoint.outputs()}
+    sizes = {name: as_written(name, tensor).nbytes for name, tensor in checkpoint.outputs()}
     files: list[set[str]] = [set()]
     filled = 0
     for name, size in sizes.items():
@@ -171,7 +172,7 @@ def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes
         filled += size
     weight_map, number, tensors = {}, 1, {}
     for name, tensor in checkpoint.stream():
-        tensors[name] = cast(name, tensor).contiguous()
+        tensors[name] = as_written(name, tensor).contiguous()
         advance(sizes[name])
         if tensors.keys() == files[number - 1]:
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
@@ -207,7 +208,7 @@ def compare(checkpoint: CheckpointTensors, files: TensorFiles, *, to_hf: bool, a
     to_hf: which side was made from which. Raises ConversionError naming the first tensor that differs.
     """
     out = Comparison()
-    for name, ours in checkpoint.stream():
+    for name, ours in _ahead(checkpoint.stream()):
         theirs = files[name]
         source, target = (ours, theirs) if to_hf else (theirs, ours)
         expected = source.to(target.dtype)
@@ -218,6 +219,16 @@ def compare(checkpoint: CheckpointTensors, files: TensorFiles, *, to_hf: bool, a
             out.cast.append(name)
         advance(ours.nbytes)
     return out
+
+
+def _ahead[T](items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one being made in a thread while one is used: checksums and copies let others run."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        pending = thread.submit(next, items, end)
+        while (item := pending.result()) is not end:
+            pending = thread.submit(next, items, end)
+            yield cast("T", item)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """All ranks' shards into a stream of Hugging Face tensors, in buckets of bounded size.
 
-One pipeline stage after another: its ranks gather a bucket of flattened shards over tensor, expert-tensor and expert
-parallelism (one collective each), the bucket goes to the other stages, and every rank cuts it into Hugging Face
-tensors. So rank 0 sees the whole model without ever holding more of it than a bucket.
+One pipeline stage after another: its ranks gather a bucket of flattened shards, over tensor parallelism or, of
+experts, over expert-tensor and expert parallelism, in one collective. Where the stream is for rank 0 only, one replica
+gathers to the first rank of the stage, which sends the bucket to rank 0, and no other rank receives any of it.
+Otherwise the bucket goes to every rank. Each receiver cuts it into Hugging Face tensors. So it sees the whole model
+without ever holding more of it than a bucket.
 """
 
 from __future__ import annotations
@@ -55,22 +57,35 @@ class HFExporter:
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.stages: list[Any] = [None] * self.pp_group.size()
         dist.all_gather_object(self.stages, mine, group=self.pp_group)
+        heads = [dist.get_process_group_ranks(self.pp_group)]
+        dist.broadcast_object_list(heads, src=0)
+        self.heads = heads[0]  # of every stage, the rank that gathers for rank 0
+        self.position = 0  # buckets that this rank has passed in the stream it walks
 
     def __iter__(self) -> Iterator[Bucket]:
         return self.stream()
 
     @torch.no_grad()
-    def stream(self) -> Iterator[Bucket]:
+    def stream(self, *, everywhere: bool = True) -> Iterator[Bucket]:
         """Buckets of (name, tensor on the training device, in the dtype it has there), each name exactly once.
 
+        everywhere: to every rank; else to rank 0, and the others' streams are empty.
         With tied embeddings there is no LM head. A bucket has one dtype."""
+        self.position = 0
+        gather = self._gather if everywhere else self._gather_to_first
         for stage, items in enumerate(self.stages):
             own = [p for _, p, _ in self.parameters] if stage == self.pp_group.rank() else [None] * len(items)
             for expert in (False, True):
-                pairs = [(i, p) for i, p in zip(items, own, strict=True) if i.match.row.expert == expert]
+                pairs = [(i, p) for i, p in zip(items, own, strict=True) if self._sent(i, expert)]
                 for bucket in self._buckets(pairs, self._ways(expert)):
-                    shards = self._gather(bucket, expert, stage)
-                    yield from self._merge([item for item, _ in bucket], shards)
+                    flat = gather(bucket, expert, stage)
+                    if flat is not None:
+                        yield self._merge([item for item, _ in bucket], flat, expert)
+                    self.position += 1
+
+    def _sent(self, item: _Item, expert: bool) -> bool:
+        tied = self.shape.tied_embeddings and item.match.row.megatron == "output_layer.weight"
+        return item.match.row.expert == expert and not tied
 
     @staticmethod
     def _ways(expert: bool) -> int:
@@ -95,39 +110,64 @@ class HFExporter:
             yield bucket
 
     def _gather(self, bucket: list, expert: bool, stage: int) -> Tensor:
-        """[expert ranks, tensor ranks, elements of one rank's part of the bucket], on every rank."""
+        """[elements of all shards of the bucket], on every rank."""
         if bucket[0][1] is not None:
             flat = torch.cat([p.detach().reshape(-1) for _, p in bucket])
-            if expert:
-                flat = _all_gather(flat, parallel_state.get_expert_tensor_parallel_group())
-                flat = _all_gather(flat, parallel_state.get_expert_model_parallel_group())
-            else:
-                flat = _all_gather(flat, parallel_state.get_tensor_model_parallel_group())
+            flat = _all_gather(flat, _shard_group(expert))
         else:
-            elements = sum(math.prod(item.shape) for item, _ in bucket) * self._ways(expert)
-            flat = torch.empty(elements, dtype=bucket[0][0].dtype, device=self.device)
+            flat = self._empty(bucket, expert)
         if self.pp_group.size() > 1:
             dist.broadcast(flat, dist.get_global_rank(self.pp_group, stage), group=self.pp_group)
-        experts = parallel_state.get_expert_model_parallel_world_size() if expert else 1
-        return flat.view(experts, self._ways(expert) // experts, -1)
+        return flat
 
-    def _merge(self, items: list[_Item], flat: Tensor) -> Iterator[Bucket]:
-        """Cut gathered shards into whole tensors under their Hugging Face names: one bucket, or none."""
-        experts_here = self.shape.num_experts // flat.shape[0]
+    def _gather_to_first(self, bucket: list, expert: bool, stage: int) -> Tensor | None:
+        """The same on rank 0, None elsewhere."""
+        rank, head, flat = dist.get_rank(), self.heads[stage], None
+        group = _shard_group(expert)
+        if bucket[0][1] is not None and head in dist.get_process_group_ranks(group):
+            shard = torch.cat([p.detach().reshape(-1) for _, p in bucket])
+            flat = shard
+            if group.size() > 1:
+                flat = self._empty(bucket, expert) if rank == head else None
+                shards = None if flat is None else list(flat.chunk(group.size()))
+                dist.gather(shard, shards, dst=head, group=group)
+        if head != 0 and rank == head:
+            assert flat is not None
+            dist.send(flat, dst=0, group=self.pp_group)
+        elif head != 0 and rank == 0:
+            flat = self._empty(bucket, expert)
+            dist.recv(flat, src=head, group=self.pp_group)
+        return flat if rank == 0 else None
+
+    def _empty(self, bucket: list, expert: bool) -> Tensor:
+        """Room for all shards of a bucket."""
+        elements = sum(math.prod(item.shape) for item, _ in bucket) * self._ways(expert)
+        return torch.empty(elements, dtype=bucket[0][0].dtype, device=self.device)
+
+    def _merge(self, items: list[_Item], flat: Tensor, expert: bool) -> Bucket:
+        """Cut gathered shards into whole tensors under their Hugging Face names."""
+        expert_ranks = parallel_state.get_expert_model_parallel_world_size() if expert else 1
+        flat = flat.view(expert_ranks, self._ways(expert) // expert_ranks, -1)
+        experts_here = self.shape.num_experts // expert_ranks
         out: Bucket = []
         offset = 0
         for item in items:
             n, match = math.prod(item.shape), item.match
-            for rank in range(flat.shape[0]):
+            for rank in range(expert_ranks):
                 shards = [part[offset : offset + n].view(item.shape) for part in flat[rank]]
                 names = match.hf_names
                 if match.expert is not None:  # the item carries the expert of the rank that described it
                     names = match.row.hf_names(match.layer, match.expert % experts_here + rank * experts_here)
-                if not (self.shape.tied_embeddings and match.row.megatron == "output_layer.weight"):
-                    out += zip(names, match.row.transform.merge(shards, self.dims), strict=True)
+                out += zip(names, match.row.transform.merge(shards, self.dims), strict=True)
             offset += n
-        if out:
-            yield out
+        return out
+
+
+def _shard_group(expert: bool) -> dist.ProcessGroup:
+    """The ranks that hold a parameter's shards together; of experts, tensor ranks within expert ranks."""
+    if expert:
+        return parallel_state.get_expert_tensor_and_model_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def _all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:

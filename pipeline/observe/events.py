@@ -10,11 +10,20 @@ from pathlib import Path
 class EventWriter:
     """Scalars of one run."""
 
-    def __init__(self, directory: Path):
-        """Makes an event file in the directory."""
+    def __init__(self, directory: Path, *, resume_after: int | None = None):
+        """Makes an event file in the directory.
+
+        resume_after: TensorBoard forgets what other files there say of later steps.
+        """
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._writer = EventFileWriter(str(directory))
+        if resume_after is not None:
+            from tensorboard.compat.proto import event_pb2  # see below
+
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # pyright: ignore[reportAttributeAccessIssue]
+            event = event_pb2.Event(wall_time=time.time(), step=resume_after + 1, session_log=start)  # pyright: ignore[reportAttributeAccessIssue]
+            self._writer.add_event(event)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write every value under its own tag."""

@@ -7,6 +7,8 @@ tensorboard/         the same as events
 logs/                one log a process of both engines
 rollouts/            step_000012.txt and .json: a few sampled rollouts, for people and for the report
 dumps/               step_000012.safetensors: what a step trained on, where debug.dump_rollouts asks for it
+checkpoints/         step_12: all that resuming after that step needs, where checkpoint.every_steps asks for it
+dropped/             what a resumed run had written after its checkpoint: rows of both files, rollouts
 hf/                  the trained model, where the run wrote one
 summary.png          reward, mismatch, lengths
 diagnose.json        how far the engines were apart before the first step; diagnose.html too where it was too far
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +48,7 @@ _FILES = (
     "diagnose.json",
     "diagnose.html",
 )
-_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf")
+_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "checkpoints", "dropped")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -60,33 +63,49 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False, rollouts_shown: int = 4
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        rollouts_shown: int = 4,
+        resume_after: int | None = None,
     ):
         """Make the directory and write config.yaml.
 
         config: the resolved configuration as plain values. overwrite: remove the run that is there.
+        resume_after: go on with the run that is there, after this step; what it wrote of later ones goes to dropped/.
         Raises RunDirectoryError where the path holds another run, or anything that no run has written.
         """
         self.path = Path(path)
         self.rollouts_shown = rollouts_shown
-        _clear(self.path, overwrite)
         self.logs, self.metrics_path = self.path / "logs", self.path / "metrics.jsonl"
-        for directory in (self.logs, self.path / "rollouts", self.path / "tensorboard"):
-            directory.mkdir(parents=True)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        self._metrics = self.metrics_path.open("x", encoding="utf-8")
-        self._steps = (self.path / "records.jsonl").open("x", encoding="utf-8")
-        self._events: EventWriter | None = None
+        records = self.path / "records.jsonl"
         self._records = 0
+        if resume_after is None:
+            _clear(self.path, overwrite)
+        else:
+            self._records = drop_rows(self.metrics_path, resume_after, self.path / "dropped")
+            drop_rows(records, resume_after, self.path / "dropped")
+            _drop_rollouts(self.path / "rollouts", resume_after, self.path / "dropped" / "rollouts")
+            (self.path / "summary.png").unlink(missing_ok=True)  # it says that a run is finished
+        for directory in (self.logs, self.path / "rollouts", self.path / "tensorboard"):
+            directory.mkdir(parents=True, exist_ok=resume_after is not None)
+        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        self._resume_after = resume_after
+        self._metrics = self.metrics_path.open("x" if resume_after is None else "a", encoding="utf-8")
+        self._steps = records.open("x" if resume_after is None else "a", encoding="utf-8")
+        self._events: EventWriter | None = None
 
     @classmethod
-    def create(cls, config: Config) -> Self:
+    def create(cls, config: Config, *, resume_after: int | None = None) -> Self:
         """The directory that a run's configuration asks for."""
         return cls(
             config.run.directory,
             config.model_dump(mode="json"),
             overwrite=config.run.overwrite,
             rollouts_shown=config.run.rollouts_shown,
+            resume_after=resume_after,
         )
 
     def __enter__(self) -> Self:
@@ -122,9 +141,15 @@ class RunDirectory:
         if self._events is None:
             from pipeline.observe.events import EventWriter
 
-            self._events = EventWriter(self.path / "tensorboard")
+            self._events = EventWriter(self.path / "tensorboard", resume_after=self._resume_after)
         self._events.scalars(int(metrics["step"]), {key: v for key, v in row.items() if key != "step"})
         self._records += 1
+
+    def to_disk(self) -> None:
+        """Rows of finished steps survive a power cut from here on: a checkpoint is to come after them."""
+        for file in (self._metrics, self._steps):
+            file.flush()
+            os.fsync(file.fileno())
 
     def write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Path | None:
         """Write `rollouts_shown` rollouts of a step to rollouts/step_NNNNNN.txt; None where none are shown."""
@@ -184,7 +209,8 @@ def _clear(path: Path, overwrite: bool) -> None:
         raise RunDirectoryError(f"{path} holds what no run has written ({what}); set run.directory to another path")
     if not overwrite:
         raise RunDirectoryError(
-            f"{path} holds a run already; set run.directory to another path, or run.overwrite=true to delete that run"
+            f"{path} holds a run already; set run.directory to another path, or run.overwrite=true to delete that run; "
+            "it has no complete checkpoint to resume from"
         )
     for name in present:
         target = path / name
@@ -192,3 +218,34 @@ def _clear(path: Path, overwrite: bool) -> None:
             shutil.rmtree(target)
         else:
             target.unlink()
+
+
+def drop_rows(file: Path, step: int, aside: Path) -> int:
+    """Move a file's rows after a step, and a last one that is cut off, to a file of the same name in `aside`.
+
+    Returns how many rows are left. The file changes in one act.
+    """
+    if not file.is_file():
+        return 0
+    kept, dropped = [], []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            late = not line.endswith("\n") or json.loads(line)["step"] > step
+        except (json.JSONDecodeError, KeyError, TypeError):
+            late = True
+        (dropped if late else kept).append(line)
+    if dropped:
+        aside.mkdir(exist_ok=True)
+        with (aside / file.name).open("a", encoding="utf-8") as target:
+            target.writelines(line.rstrip("\n") + "\n" for line in dropped)
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(file)
+    return len(kept)
+
+
+def _drop_rollouts(directory: Path, step: int, aside: Path) -> None:
+    for file in sorted(directory.glob("step_*")):
+        if int(file.stem.removeprefix("step_")) > step:
+            aside.mkdir(parents=True, exist_ok=True)
+            file.replace(aside / file.name)

@@ -17,7 +17,7 @@ from pipeline.rollout.server import ServerError
 
 PauseMode = Literal["abort", "in_place", "retract"]
 HELD_WEIGHTS = "sameroute_held_weights"
-"""The action of /weights_checker that `held_weights.py` adds to SGLang's own."""
+"""The action of /weights_checker that `server_hooks.py` adds to SGLang's own."""
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,16 @@ pieces of parameters. Given probes in place of tensors, each such copy is turned
 parameter holds. A probe that no copy reached was ignored.
 
 A loader that computes anything other than views, `torch.cat` and casts of a tensor cannot be run backwards; that is an
-error, and leaves the parameters as they are. Runs in the server's schedulers, beside `/weights_checker`.
+error, and leaves the parameters as they are. `server_hooks.py` calls this in the server's schedulers.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.rollout.control import HELD_WEIGHTS
 from pipeline.weights.checksum import checksum
 
 Described = Iterable[tuple[str, str, list[int]]]
@@ -26,30 +23,6 @@ Described = Iterable[tuple[str, str, list[int]]]
 
 class CannotReadBackError(RuntimeError):
     """The loader does with a tensor what cannot be undone; the message names it."""
-
-
-def install() -> None:
-    """Answer HELD_WEIGHTS; call while SGLang loads its plugins."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", _handle, HookType.AROUND)
-
-
-def _handle(original: Callable[..., Any], checker: Any, action: str, *args: Any, **kwargs: Any) -> Any:
-    if action != HELD_WEIGHTS:
-        return original(checker, action, *args, **kwargs)
-    (text,) = kwargs["skip_tensor_list"]
-    described, model = json.loads(text), checker._get_model()
-    if described:
-        found, reached = held_checksums(model, described)
-        answer = {name: f"{elements} {value}" for name, (elements, value) in found.items()}
-    else:
-        answer, reached = {}, [name for name, _ in model.named_parameters()]
-    return {
-        "checksums": answer | {f"parameter {name}": "" for name in reached},
-        "per_gpu_checksum": "",
-        "parallelism_info": checker._parallelism_info(role=kwargs["role"]).model_dump(),
-    }
 
 
 def held_checksums(model: nn.Module, described: Described) -> tuple[dict[str, tuple[int, int]], list[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.pool import ClientPool
@@ -19,13 +21,15 @@ async def sample_groups(
 ) -> list[Group]:
     """Sample n answers to every prompt; the server decides what runs together.
 
+    sampling.seed: each prompt draws from streams of its own, that depend on this seed and on the prompt's index.
+
     on_group(position, group): called as soon as a group is complete, in the order of completion.
     Returns the groups, ungraded, in the order of the prompts.
     Raises the first error of any group, after the requests of all others have been given up.
     """
 
     async def one(position: int, prompt: Prompt) -> Group:
-        group = Group(prompt, tuple(await client.generate(prompt.ids, n, sampling)))
+        group = Group(prompt, tuple(await client.generate(prompt.ids, n, of_prompt(sampling, prompt))))
         if on_group is not None:
             on_group(position, group)
         return group
@@ -38,6 +42,14 @@ async def sample_groups(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def of_prompt(sampling: Sampling, prompt: Prompt) -> Sampling:
+    """With the seed of a prompt's first sample; those of two prompts are 2^48 to one not near one another."""
+    if sampling.seed is None:
+        return sampling
+    digest = hashlib.blake2b(f"{sampling.seed}/{prompt.index}".encode(), digest_size=6).digest()
+    return replace(sampling, seed=int.from_bytes(digest))
 
 
 def sample_groups_sync(

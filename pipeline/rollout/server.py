@@ -72,7 +72,9 @@ class ServerConfig(BaseModel):
         None, description="keep the KV cache of finished prompts; null: on GPUs only, where prefill costs more than it"
     )
     deterministic: bool = Field(
-        False, description="batch-invariant kernels and seeded sampling; Sampling.seed needs it"
+        False,
+        description="batch-invariant kernels, and samples that depend on run.seed and the prompt only: the same run "
+        "again, or resumed, gives the same numbers",
     )
     startup_timeout_s: float = Field(600.0, gt=0, description="seconds until the server must answer")
     extra_args: list[str] = Field(default=[], description="further arguments of SGLang's command line, last")

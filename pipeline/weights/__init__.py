@@ -3,7 +3,9 @@
 `sender.py` holds the protocol, `transports.py` the two ways that bytes take, `differences.py` the comparison by name.
 """
 
+from pipeline.weights.config import WeightsConfig
 from pipeline.weights.differences import WeightDifference, weight_differences
-from pipeline.weights.sender import WeightSender, WeightTransferError
+from pipeline.weights.sender import WeightSender
+from pipeline.weights.servers import WeightTransferError
 
-__all__ = ["WeightDifference", "WeightSender", "WeightTransferError", "weight_differences"]
+__all__ = ["WeightDifference", "WeightSender", "WeightTransferError", "WeightsConfig", "weight_differences"]

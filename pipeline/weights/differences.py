@@ -51,7 +51,7 @@ def tensor_sums(bucket: Bucket) -> list[TensorSum]:
 
 
 def weight_differences(buckets: Iterable[Bucket], servers: Sequence[SGLangControl]) -> list[WeightDifference]:
-    """Every tensor that some server holds otherwise than it is in `buckets`, bit for bit; empty where all agree.
+    """Every tensor that some server holds otherwise than `buckets` do, bit for bit; an empty list where all agree.
 
     buckets: the whole model under Hugging Face names, in the dtypes that were sent. servers: idle meanwhile.
     Raises ServerError where a server does not answer, or cannot tell what it holds (quantized weights).

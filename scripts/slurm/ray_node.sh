@@ -67,7 +67,7 @@ until reachable; do
     sleep 0.2
 done
 resume=()
-if [ "$ATTEMPT" -gt 0 ]; then resume=(--resume); fi
+if [ "$ATTEMPT" -gt 0 ]; then resume=(--requeued); fi
 allocated=(cluster.address="$HEAD_ADDRESS:$RAY_PORT" cluster.nodes="$NODES")
 if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then allocated+=(cluster.gpus_per_node="$SLURM_GPUS_ON_NODE"); fi
 sameroute train "${resume[@]}" "$@" "${allocated[@]}" &

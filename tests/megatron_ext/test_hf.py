@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
@@ -51,6 +52,48 @@ def test_every_rank_streams_every_tensor_bit_for_bit(tiny_model_dir, tiny_dense_
             assert len(bucket) <= 3 or sum(t.nbytes for _, t in bucket) <= bound
             for name, tensor in bucket:
                 assert np.array_equal(tensor, original[name]), name
+
+
+def sent(config: ParallelConfig, model: str, bucket_bytes: int):
+    import torch.distributed as dist
+
+    trainer = make(model, config)
+    for _, parameter, _ in trainer.exporter.parameters:
+        parameter.data = parameter.data.bfloat16()
+    trainer.exporter = type(trainer.exporter)(trainer.policy.chunks, trainer.policy.hf, trainer.policy.shape)
+    trainer.exporter.bucket_bytes = bucket_bytes
+    received = []
+    gather, recv = dist.gather, dist.recv
+
+    def counted_gather(tensor, gather_list, dst, group):
+        received.extend(t.nbytes for t in gather_list or [])
+        return gather(tensor, gather_list, dst=dst, group=group)
+
+    def counted_recv(tensor, src, group):
+        received.append(tensor.nbytes)
+        return recv(tensor, src=src, group=group)
+
+    dist.gather, dist.recv = counted_gather, counted_recv
+    buckets = list(trainer.export(everywhere=False))
+    assert all(t.dtype.itemsize == 2 for bucket in buckets for _, t in bucket)
+    buckets = [[(n, t.float().numpy()) for n, t in bucket] for bucket in buckets]
+    return buckets, sum(received), trainer.exporter.position
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[5], LAYOUTS[6], {"ranks": 4, "expert": 2}], ids=str)
+def test_a_stream_to_rank_0_gives_it_everything_and_other_ranks_only_their_stages_share(tiny_model_dir, layout):
+    original = load_file(tiny_model_dir / "model.safetensors")
+    config = ParallelConfig(**layout)
+    first, *others = run_ranks(sent, config, str(tiny_model_dir), 100_000)
+    weights = {name: tensor for bucket in first[0] for name, tensor in bucket}
+    assert sorted(weights) == sorted(original)
+    for name, tensor in weights.items():
+        assert np.array_equal(tensor, torch.from_numpy(original[name]).bfloat16().float()), name
+    heads = [r for r in range(config.ranks) if r % (config.ranks // config.pipeline) == 0]
+    for rank, (buckets, received, position) in enumerate(others, start=1):
+        assert buckets == []
+        assert position == first[2]
+        assert bool(received) == (rank in heads)
 
 
 def failures(config: ParallelConfig, models: list[str]) -> list[str]:

@@ -36,7 +36,7 @@ class Job:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        submit = ["sbatch", "--parsable", f"--output={self.output}", "--time=10", *options]
+        submit = ["sbatch", "--parsable", f"--output={self.output}", "--time=10", "--signal=B:USR1@60", *options]
         script = ["scripts/slurm/train.sbatch", "configs/quickstart.yaml", f"run.directory={self.run}"]
         self.number = int(slurm.run(*submit, *script, *SHORT, *overrides, env=environment | variables))
 
@@ -86,7 +86,7 @@ def test_exit_codes_of_the_run_and_of_the_health_check_reach_the_job_record(slur
 
 
 def test_a_run_on_two_nodes_saves_on_usr1_is_queued_again_and_resumes_from_its_checkpoint(slurm):
-    job = Job(slurm, "two", ["--nodes=2"], ["train.steps=8"], SAMEROUTE_ROLLOUT_NODES="1")
+    job = Job(slurm, "two", ["--nodes=2"], ["train.steps=8", "checkpoint.every_steps=100"], SAMEROUTE_ROLLOUT_NODES="1")
     slurm.wait_for_text(job.log("node1"), "step 2/8")
     # Every process is where it belongs: the server on the second node, the trainer on the first.
     slurm.run("scancel", "--signal=USR1", "--batch", str(job.number))

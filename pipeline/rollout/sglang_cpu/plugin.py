@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 needs in each of its processes to run without a GPU. Its plugin loader calls `activate`.
 
 The entry point stands in pyproject.toml, so SGLang calls this wherever the project is installed: it does nothing in a
-server that `server.py` did not start. In one for GPUs it adds the answer of `held_weights.py`, and hands the call on to
+server that `server.py` did not start. In one for GPUs it registers `server_hooks.py`, and hands the call on to
 `sglang_router`, which acts on any device where it is switched on.
 """
 
@@ -15,15 +15,16 @@ from typing import Any
 from pipeline.rollout import sglang_router
 from pipeline.rollout.processes import TOKEN_VARIABLE
 from pipeline.rollout.server import CPU_ATTENTION_BACKEND
+from pipeline.rollout.sglang_cpu import batch_invariance
 
 
 def activate() -> None:
-    """Answer what the server holds; on the CPU, register the batched attention backend and make SGLang start."""
+    """Register the hooks of every server; on the CPU, the batched attention backend, and make SGLang start."""
     sglang_router.activate()
     if TOKEN_VARIABLE in os.environ:
-        from pipeline.rollout import held_weights
+        from pipeline.rollout import server_hooks
 
-        held_weights.install()
+        server_hooks.install()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
     # It comes with SGLang, serves GPUs only, and takes 2 s to import.
@@ -50,19 +51,14 @@ def _after_configuration(result: Any, *args: Any, **kwargs: Any) -> None:
     register_attention_backend(CPU_ATTENTION_BACKEND)(_create_attention_backend)
     # The table of routes is page-locked for the GPU by cudaHostRegister; there is none.
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate  # pyright: ignore[reportArgumentType]
-    # Deterministic inference replaces matrix products by Triton kernels; on the CPU they do not depend on the batch
-    # in a way that this could cure, and Triton is missing. What remains of the mode is the seed of each request.
-    batch_invariant_ops.enable_batch_invariant_mode = _no_batch_invariant_kernels
+    # Deterministic inference replaces matrix products by Triton kernels, which need a GPU.
+    batch_invariant_ops.enable_batch_invariant_mode = batch_invariance.install
 
 
 def _allocate(dims: tuple[int, ...], *, dtype: Any, device: str, pin_memory: bool, allocator: Any, **_: Any) -> Any:
     import torch
 
     return torch.empty(dims, dtype=dtype, device="cpu")
-
-
-def _no_batch_invariant_kernels(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _create_attention_backend(runner: Any) -> Any:

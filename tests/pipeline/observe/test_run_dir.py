@@ -128,3 +128,39 @@ def test_a_step_shows_as_many_rollouts_as_asked_for(tmp_path):
     assert "question 2" in file.read_text()
     with RunDirectory(tmp_path / "b", CONFIG, rollouts_shown=0) as run:
         assert run.write_rollouts(1, groups, Digits()) is None
+
+
+def test_resuming_moves_what_came_after_the_checkpoint_aside(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        for step in (1, 2, 3, 4):
+            run.record({"step": step, **METRICS})
+            (tmp_path / "rollouts" / f"step_{step:06d}.txt").write_text(str(step))
+        run.finish()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')  # killed in the middle of a row
+    with RunDirectory(tmp_path, {"train": {"steps": 9}}, resume_after=2) as run:
+        assert [row["step"] for row in read(run.metrics_path)] == [1, 2]
+        assert not (tmp_path / "summary.png").exists()
+        run.record({"step": 3, **METRICS, "reward/mean": 0.75})
+        run.to_disk()
+    assert [row["reward/mean"] for row in read(tmp_path / "metrics.jsonl")] == [0.5, 0.5, 0.75]
+    dropped = (tmp_path / "dropped" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in dropped[:2]] == [3, 4]
+    assert dropped[2] == '{"step": 5, "rew'
+    assert sorted(f.name for f in (tmp_path / "rollouts").iterdir()) == ["step_000001.txt", "step_000002.txt"]
+    assert (tmp_path / "dropped" / "rollouts" / "step_000004.txt").read_text() == "4"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"train": {"steps": 9}}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 0.5), (3, 0.75)]
+
+
+def test_a_run_can_be_resumed_a_second_time_and_from_before_its_first_step(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        run.record({"step": 1, **METRICS})
+    for _ in range(2):
+        with RunDirectory(tmp_path, CONFIG, resume_after=0) as run:
+            assert read(run.metrics_path) == []
+            run.record({"step": 1, **METRICS})
+    assert len(read(tmp_path / "dropped" / "metrics.jsonl")) == 2

@@ -1,4 +1,4 @@
-"""New weights over a gloo group into a running server: they arrive, they count, and what goes wrong is told."""
+"""New weights into a running server, by both transports: they arrive, they count, and what goes wrong is told."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.rollout.client import Sampling
-from pipeline.weights import WeightSender, WeightTransferError
+from pipeline.weights import WeightsConfig, WeightSender, WeightTransferError
 from tests.conftest import save_tiny_model
 from tests.pipeline.rollout import reference
 
@@ -32,9 +32,13 @@ def buckets(weights, tensors_per_bucket=20):
     return [items[i : i + tensors_per_bucket] for i in range(0, len(items), tensors_per_bucket)]
 
 
-@pytest.fixture
-def sender(server):
-    sender = WeightSender([server.url], backend="gloo", timeout_s=30)
+def make_sender(url, timeout_s=30.0, **settings):
+    return WeightSender([url], WeightsConfig(timeout_s=timeout_s, **settings), device="cpu")
+
+
+@pytest.fixture(params=["distributed", "shared_memory"])
+def sender(server, request):
+    sender = make_sender(server.url, transport=request.param)
     sender.connect()
     yield sender
     sender.close()
@@ -89,7 +93,7 @@ def test_a_bucket_may_mix_dtypes(client, sender, original):
     before = client.checksums()
     odd = ("model.layers.0.nonexistent.weight", torch.zeros(3, dtype=torch.bfloat16))
     norm = ("model.norm.weight", original["model.norm.weight"] * 2)
-    sender.send([[odd, norm]], 8)
+    sender.send([[odd, norm]], 8)  # a version that is not compared: the server ignores the first
     changed = [name for name, value in client.checksums()[0].items() if value != before[0][name]]
     assert changed == ["model.norm.weight"]
 
@@ -102,9 +106,10 @@ def test_a_wrong_shape_is_an_error_that_names_server_and_reason(client, server, 
 
 def test_a_server_that_refuses_is_noticed_at_once_not_after_the_time_out(server, tiny_model_dir):
     """It answers over HTTP and never joins the broadcast."""
-    lonely = WeightSender([server.url], backend="gloo", timeout_s=30)
+    lonely = make_sender(server.url, transport="distributed")
     lonely.connect()
-    requests.post(f"{server.url}/destroy_weights_update_group", json={"group_name": lonely.group}, timeout=30)
+    group = lonely.transport.group
+    requests.post(f"{server.url}/destroy_weights_update_group", json={"group_name": group}, timeout=30)
     began = time.monotonic()
     with pytest.raises(WeightTransferError, match=server.url):
         lonely.send(buckets(load_file(tiny_model_dir / "model.safetensors")), 9)
@@ -115,5 +120,5 @@ def test_a_server_that_refuses_is_noticed_at_once_not_after_the_time_out(server,
 def test_a_server_that_is_not_there_fails_to_connect_in_time():
     began = time.monotonic()
     with pytest.raises(WeightTransferError, match=r"127\.0\.0\.1:9"):
-        WeightSender(["http://127.0.0.1:9"], backend="gloo", timeout_s=5).connect()
+        make_sender("http://127.0.0.1:9", timeout_s=5).connect()
     assert time.monotonic() - began < 10

@@ -1,0 +1,54 @@
+"""Calls to all servers at once, each failure under its server's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from pipeline.rollout.control import SGLangControl
+from pipeline.rollout.server import ServerError
+
+
+class WeightTransferError(RuntimeError):
+    """A server did not take the weights, or holds others; the message names it."""
+
+
+class Servers:
+    """The servers that get the weights. timeout_s: of one call. logs: in the order of the urls, for error messages."""
+
+    def __init__(self, urls: Sequence[str], *, timeout_s: float, logs: Sequence[Path | None] | None = None):
+        self.timeout_s = timeout_s
+        self.controls = [
+            SGLangControl(url, timeout_s=timeout_s, log_path=log)
+            for url, log in zip(urls, logs or [None] * len(urls), strict=True)
+        ]
+        self._threads = ThreadPoolExecutor(max_workers=len(urls))
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """POST the same to every server and wait for all. Raises WeightTransferError for the first that refuses."""
+        self.answers([self.later(control, path, body or {}) for control in self.controls])
+
+    def later(self, control: SGLangControl, path: str, body: dict[str, Any]) -> Future[Any]:
+        """POST in the background."""
+        return self._threads.submit(self.guard, control, lambda: control.post(path, body))
+
+    @staticmethod
+    def answers(futures: Sequence[Future[Any]]) -> None:
+        """Wait for calls. Raises WeightTransferError for the first that failed."""
+        for future in futures:
+            future.result()
+
+    @staticmethod
+    def guard(control: SGLangControl, call: Callable[[], Any]) -> Any:
+        """`call()`, its failure a WeightTransferError that names the server."""
+        try:
+            return call()
+        except (ServerError, requests.RequestException) as error:
+            raise WeightTransferError(f"weight transfer to {control.url} failed: {error}") from error
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)

@@ -1,0 +1,153 @@
+"""A trainer saves, trains on while the files are written, and another goes on from what was saved."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from tests.megatron_ext.jobs import SAMPLES, make_samples, weighted_likelihood
+from tests.megatron_ext.ranks import run_ranks
+
+EXPERT = {"ranks": 2, "expert": 2}
+ALL = {"ranks": 4, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "expert_tensor": 1}
+CHUNKS = {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2}
+
+
+def trainer_of(config: ParallelConfig, model: str, dtype: str, *, load_weights: bool):
+    from megatron_ext.trainer import Trainer
+
+    return Trainer(
+        model,
+        config,
+        TrainerConfig(micro_batch_tokens=100),
+        OptimizerConfig(lr=1e-3, warmup_steps=4),
+        replay=True,
+        precision=TrainerPrecision(weights=dtype),
+        critic=OptimizerConfig(lr=1e-3),
+        reference=True,
+        load_weights=load_weights,
+    )
+
+
+def squared_error(batch):
+    return ((batch.quantities[0] - 1) ** 2 * batch.mask).sum() / SAMPLES, {}
+
+
+def train(it, steps: int):
+    """Learning rates, gradient norms of policy and critic, the policy's weights, the critic's values, the reference's
+    log-probs."""
+    samples, rates, norms = make_samples(routes=True), [], []
+    for _ in range(steps):
+        parts = it.update(samples, weighted_likelihood), it.update_critic(samples, squared_error)
+        rates.append(parts[0].lr)
+        norms.append([p.grad_norm for p in parts])
+    weights = {name: t.float().numpy().copy() for bucket in it.export() for name, t in bucket}
+    seen = [it.values(samples).quantities, it.reference_logprobs(samples).quantities]
+    rows = [np.concatenate([q[0][i] for i in range(SAMPLES)]) if q and len(q[0]) == SAMPLES else None for q in seen]
+    return rates, np.array(norms), weights, rows
+
+
+def saved(config: ParallelConfig, model: str, dtype: str, folder: str):
+    """Three updates, a save, three more while it is written. What the last three came to, and two random numbers."""
+    import torch
+    import torch.distributed as dist
+
+    it = trainer_of(config, model, dtype, load_weights=True)
+    train(it, 3)
+    torch.rand(7)
+    if dist.get_rank() == 0:
+        Path(folder).mkdir()
+    dist.barrier()
+    save = it.begin_save(Path(folder))
+    after, drawn = train(it, 3), torch.rand(2).tolist()
+    save.written(wait=True)
+    dist.barrier()
+    save.finish()
+    return after, drawn
+
+
+def resumed(config: ParallelConfig, model: str, dtype: str, folder: str):
+    import torch
+
+    it = trainer_of(config, model, dtype, load_weights=False)
+    it.resume(Path(folder))
+    return train(it, 3), torch.rand(2).tolist()
+
+
+@functools.cache
+def first_run(model: str, layout: tuple, dtype: str, folder: str):
+    return run_ranks(saved, ParallelConfig(**dict(layout)), model, dtype, folder)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [({}, "float32"), ({}, "bfloat16"), (EXPERT, "float32")], ids=str)
+def test_a_resumed_trainer_is_the_same_bit_for_bit(tiny_model_dir, tmp_path_factory, layout, dtype):
+    folder = str(tmp_path_factory.getbasetemp() / f"same_{len(layout)}_{dtype}")
+    straight = first_run(str(tiny_model_dir), tuple(layout.items()), dtype, folder)
+    again = run_ranks(resumed, ParallelConfig(**layout), str(tiny_model_dir), dtype, folder)
+    for (one, drawn), (other, drawn_again) in zip(straight, again, strict=True):
+        assert drawn == drawn_again
+        assert one[0] == other[0] == pytest.approx([8e-4, 1e-3, 1e-3])
+        assert np.array_equal(one[1], other[1])
+        assert one[1].min() > 0
+        assert one[2].keys() == other[2].keys()
+        assert all(np.array_equal(one[2][name], other[2][name]) for name in one[2])
+        assert all(a is None if b is None else np.array_equal(a, b) for a, b in zip(one[3], other[3], strict=True))
+
+
+@pytest.mark.parametrize(("written", "read"), [(EXPERT, {}), (EXPERT, ALL), ({}, CHUNKS)], ids=str)
+def test_another_layout_resumes_to_1e_5(tiny_model_dir, tmp_path_factory, written, read):
+    folder = str(tmp_path_factory.getbasetemp() / f"same_{len(written)}_float32")
+    straight = first_run(str(tiny_model_dir), tuple(written.items()), "float32", folder)
+    again = run_ranks(resumed, ParallelConfig(**read), str(tiny_model_dir), "float32", folder)
+    one, other = straight[0][0], again[0][0]
+    assert one[0] == other[0]
+    assert other[1] == pytest.approx(one[1], rel=1e-5)
+    assert max(np.abs(one[2][name] - other[2][name]).max() for name in one[2]) < 1e-5
+    values, logprobs = [
+        next(np.array(r[0][3][k]) for r in again if r[0][3][k] is not None) for k in (0, 1)
+    ]  # of a rank that speaks for its replica
+    for mine, theirs in ((values, 0), (logprobs, 1)):
+        expected = next((r[0][3][theirs] for r in straight if r[0][3][theirs] is not None), None)
+        if expected is not None:
+            assert np.abs(mine - expected).max() < 1e-4
+
+
+def damaged(config: ParallelConfig, model: str, folder: str):
+    """What loading says of a byte that changed in a rank's file, in the description, and of a file that is gone."""
+    from megatron_ext.checkpoint import CheckpointError
+
+    it = trainer_of(config, model, "float32", load_weights=True)
+    said = []
+    for name in ("__0_0.distcp", ".metadata"):
+        file = Path(folder) / name
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        try:
+            it.resume(Path(folder))
+        except CheckpointError as error:
+            said.append(str(error))
+        file.write_bytes(content)
+    it.resume(Path(folder))
+    (Path(folder) / "__0_0.distcp").unlink()
+    try:
+        it.resume(Path(folder))
+    except CheckpointError as error:
+        said.append(str(error))
+    return said
+
+
+def test_a_changed_byte_and_a_missing_file_are_named(tiny_model_dir, tmp_path, tmp_path_factory):
+    folder = str(tmp_path / "it")
+    saved_before = str(tmp_path_factory.getbasetemp() / "same_0_float32")
+    first_run(str(tiny_model_dir), (), "float32", saved_before)
+    shutil.copytree(saved_before, folder)
+    ((data, description, missing),) = run_ranks(damaged, ParallelConfig(), str(tiny_model_dir), folder)
+    assert "__0_0.distcp is damaged: its bytes are not those that were written" in data
+    assert ".metadata is damaged" in description
+    assert "__0_0.distcp is missing" in missing
