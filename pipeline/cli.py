@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline import launch
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
+from pipeline.plan.arguments import add_arguments as add_plan_arguments
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument("run", type=Path, help="run directory; report.html is written into it")
     add_arguments(commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints"))
     launch.add_arguments(commands.add_parser("launch", help="submit a configuration to a cluster"))
+    plan = commands.add_parser("plan", help="whether a configuration fits its machines, and how long a step takes")
+    add_plan_arguments(plan)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes the overrides before the first option only; they may stand anywhere.
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in options):
@@ -77,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         "report": _report,
         "convert": _convert,
         "launch": _launch,
+        "plan": _plan,
     }
     return commands_by_name[options.command](options)
 
@@ -179,6 +183,16 @@ def _report(options: argparse.Namespace) -> int:
     except ReportError as error:
         return _fail(str(error), 2)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pipeline.config import ConfigError
+    from pipeline.plan.command import plan_command
+
+    try:
+        return plan_command(options)
+    except ConfigError as error:
+        return _fail(str(error), 2)
 
 
 def _convert(options: argparse.Namespace) -> int:

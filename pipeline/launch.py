@@ -55,10 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """The script of a dry run, or a sentence on the submitted job. Raises LaunchError."""
-    from pipeline.config import ConfigError, load_config
+    from pipeline.config import ConfigError, load_config_and_model
 
     try:
-        config = load_config(options.config, options.overrides)
+        # The model need not be on the machine that submits.
+        config, _ = load_config_and_model(options.config, options.overrides)
     except ConfigError as error:
         raise LaunchError(str(error)) from error
     script = render(config, options)
