@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,8 @@ def run(options: argparse.Namespace) -> str:
     except ConfigError as error:
         raise LaunchError(str(error)) from error
     script = render(config, options)
+    if config.checkpoint.every_steps is None:
+        print("sameroute: checkpoint.every_steps is null, so what ends this job early ends the run", file=sys.stderr)
     if options.dry_run:
         return script
     logs = ROOT / "runs" / "slurm"

@@ -102,7 +102,9 @@ def test_a_submission_names_the_job_its_log_and_how_to_end_it_and_a_refusal_says
     assert "scancel 4711" in output
     assert "train.steps=0" in (tmp_path / "submitted").read_text()
     sbatch.write_text("#!/bin/bash\necho 'invalid partition' >&2\nexit 1\n")
-    assert launch(QUICKSTART) == (1, "sameroute: sbatch refused the job: invalid partition\n")
+    refused = (1, "sameroute: sbatch refused the job: invalid partition\n")
+    assert launch(QUICKSTART, "checkpoint.every_steps=5") == refused
+    assert "checkpoint.every_steps is null, so what ends this job early ends the run" in launch(QUICKSTART)[1]
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     code, output = launch(QUICKSTART)
     assert code == 2
