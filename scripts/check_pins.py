@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/check_pins.py PATH_OF_UV
 
-A resolver is given each lock file as its only requirements: it must find every version, and come to the same set. The
-digests of the base images and the commit of apex are not looked up; `docker build` does.
+A resolver is given pyproject.toml under the constraints of a lock file: it must come to just that set. The digests of
+the base images and the commit of apex are not looked up; `docker build` does.
 """
 
 from __future__ import annotations
@@ -14,25 +14,32 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESOLVE = ["pip", "compile", "--quiet", "--python-version", "3.12", "--no-header", "--no-annotate", "-"]
+LOCKS = {"requirements.lock": "dev", "requirements-gpu.lock": "gpu"}
 
 
-def resolved(uv: str, pins: set[str]) -> set[str]:
-    """What a resolver makes of the pins. Raises SystemExit with its reason where it cannot."""
-    done = subprocess.run([uv, *RESOLVE], input="\n".join(pins), text=True, capture_output=True)
+def resolved(uv: str, *arguments: str, given: str = "") -> set[str]:
+    """What a resolver makes of the requirements. Raises SystemExit with its reason where it cannot."""
+    command = [uv, "pip", "compile", "--quiet", "--python-version", "3.12", "--no-header", "--no-annotate", *arguments]
+    done = subprocess.run(command, input=given, text=True, capture_output=True, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stderr)
-    return {line for line in done.stdout.splitlines() if "==" in line}
+    return _pins(done.stdout)
+
+
+def _pins(text: str) -> set[str]:
+    return {line for line in text.splitlines() if "==" in line}
 
 
 def main(uv: str) -> None:
-    for name in ("requirements.lock", "requirements-gpu.lock"):
-        pins = {line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")}
-        if added := resolved(uv, pins) - pins:
-            sys.exit(f"{name} is not complete: {', '.join(sorted(added))}; run make lock")
-        print(f"{name}: {len(pins)} packages")
+    for name, extra in LOCKS.items():
+        locked = _pins((ROOT / name).read_text())
+        found = resolved(uv, "pyproject.toml", "--extra", extra, "--constraint", name)
+        if found != locked:
+            missing, more = ", ".join(sorted(found - locked)), ", ".join(sorted(locked - found))
+            sys.exit(f"{name} is not what pyproject.toml asks for (missing: {missing}; too much: {more}): make lock")
+        print(f"{name}: {len(locked)} packages")
     named = set(re.findall(r"[a-z][\w.-]+==[\d.]+", (ROOT / "Dockerfile").read_text()))
-    resolved(uv, named)
+    resolved(uv, "-", given="\n".join(named))
     print(f"Dockerfile: {', '.join(sorted(named))}")
 
 
