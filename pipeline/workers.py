@@ -144,7 +144,8 @@ class TrainerRank:
         self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights
     ) -> None:
         """From now on weights go to these servers, from rank 0, rounded as the servers are to compute with them."""
-        self.trainer.exporter.bucket_bytes, self.rollout_weights = config.bucket_bytes, rounding
+        self.trainer.exporter.bucket_bytes = config.bucket_bytes
+        self.rollout_weights: RolloutWeights = rounding
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
@@ -238,12 +239,8 @@ class TrainerGroup:
         """
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
         self.weights_timeout_s = timeout_s
-        actor = ray.remote(
-            num_cpus=0 if gpus else 1,
-            num_gpus=1 if gpus else 0,
-            max_restarts=0,
-            concurrency_groups={"watch": 1},
-        )(TrainerRank)
+        resources = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
+        actor = ray.remote(**resources, concurrency_groups={"watch": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
         self.ranks = [
             actor.options(**on_node(node)).remote(r, str(self.log_path(r)), threads)
             for r, node in enumerate(nodes or [None] * parallel.ranks)

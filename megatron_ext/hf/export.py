@@ -165,9 +165,10 @@ class HFExporter:
 
 def _shard_group(expert: bool) -> dist.ProcessGroup:
     """The ranks that hold a parameter's shards together; of experts, tensor ranks within expert ranks."""
-    if expert:
-        return parallel_state.get_expert_tensor_and_model_parallel_group()
-    return parallel_state.get_tensor_model_parallel_group()
+    groups = parallel_state
+    group = groups.get_expert_tensor_and_model_parallel_group() if expert else groups.get_tensor_model_parallel_group()
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _all_gather(flat: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -11,7 +11,7 @@ error, and leaves the parameters as they are. `server_hooks.py` calls this in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ def held_checksums(model: nn.Module, described: Described) -> tuple[dict[str, tu
     _Probe.reading = reading
     try:
         with torch.no_grad():
-            model.load_weights(iter([(name, reading.probe(tensor)) for name, tensor in probes.items()]))
+            load: Callable[..., object] = model.load_weights  # pyright: ignore[reportAssignmentType]
+            load(iter([(name, reading.probe(tensor)) for name, tensor in probes.items()]))
             reading.undo()
     finally:
         _Probe.reading = None

@@ -42,11 +42,14 @@ class WeightSender:
         """
         sums: list[list[TensorSum]] = []
         self.servers.call("/begin_weight_update")
-        for bucket in buckets:
-            # SGLang reads every tensor where the last one ends, and wants it aligned: widest types first.
-            self.transport.send(sorted(bucket, key=lambda item: -item[1].dtype.itemsize))
-            if self.config.checks(version):
-                sums.append(tensor_sums(bucket))
+        try:
+            for bucket in buckets:
+                # SGLang reads every tensor where the last one ends, and wants it aligned: widest types first.
+                self.transport.send(sorted(bucket, key=lambda item: -item[1].dtype.itemsize))
+                if self.config.checks(version):
+                    sums.append(tensor_sums(bucket))
+        finally:
+            self.transport.release()
         self.servers.call("/end_weight_update")
         self.servers.call("/flush_cache")
         self.servers.call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})

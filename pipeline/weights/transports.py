@@ -55,6 +55,10 @@ class Transport(ABC):
         """
 
     @abstractmethod
+    def release(self) -> None:
+        """Called when the last bucket is sent, or one has failed."""
+
+    @abstractmethod
     def close(self) -> None:
         """Leave nothing behind."""
 
@@ -150,6 +154,9 @@ class Distributed(Transport):
             self.servers.answers(announced)  # a server's own words say more
             raise WeightTransferError(f"the broadcast failed: {error}") from error
 
+    def release(self) -> None:
+        """The group stays."""
+
     def close(self) -> None:
         group, self.process_group = self.process_group, None
         if group is None:
@@ -163,8 +170,8 @@ class Distributed(Transport):
 
 
 class SharedMemory(Transport):
-    """One buffer that all servers map. On a GPU a buffer a bucket: there a server's copies may outlast its answer, and
-    CUDA IPC keeps a buffer until they are done."""
+    """One buffer a transfer, which all servers map. On a GPU a buffer a bucket: there a server's copies may outlast its
+    answer, and CUDA IPC keeps a buffer until they are done."""
 
     def __init__(self, servers: Servers, device: str):
         super().__init__(servers)
@@ -211,8 +218,12 @@ class SharedMemory(Transport):
                 self.buffer.share_memory_()
         return torch.cat(parts, out=self.buffer[:size])
 
-    def close(self) -> None:
+    def release(self) -> None:
+        """The file goes with the buffer: a rank that is killed between transfers leaves none."""
         self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def close(self) -> None:
+        self.release()
 
 
 @contextlib.contextmanager

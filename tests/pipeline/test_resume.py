@@ -23,7 +23,7 @@ from tests.pipeline.test_session import DUMPED, QUICKSTART, SMALL, Command
 CURSOR = {"prompts": 24, "supervised": 0}
 RUN = [*SMALL, *DUMPED, "checkpoint.every_steps=3", "server.deterministic=true", "debug.dump_rollouts=true",
        "run.overwrite=false", "train.steps=9999", "train.lr=1e-4", "checkpoint.keep_last=9", "parallel={}",
-       "supervised.steps=0", "checks.first_rollouts=0"]  # fmt: skip
+       "checks.first_rollouts=0"]  # fmt: skip
 
 
 def start_of(folder: Path, saved: list[str], now: list[str], *, asked: bool = False):
@@ -198,7 +198,7 @@ def test_three_steps_a_kill_and_three_more_are_six_steps_straight_bit_for_bit(ru
         assert arrays[0].keys() == arrays[1].keys()
         assert all(np.array_equal(arrays[0][key], arrays[1][key]) for key in arrays[0])
     progress = [read_progress(d / "checkpoints" / "step_6") for d in (runs.resumed, runs.straight)]
-    assert [(p.step, p.version, p.cursor) for p in progress] == [(6, 6, {"prompts": 48, "supervised": 0})] * 2
+    assert [(p.step, p.version, p.cursor) for p in progress] == [(6, 7, {"prompts": 48, "supervised": 320})] * 2
 
 
 @pytest.mark.slow

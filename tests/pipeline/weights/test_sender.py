@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +78,7 @@ def test_a_transfer_gives_the_new_model_and_its_version_to_every_token(
 
     sender.send(buckets(original), 4)
     assert client.checksums() == checksums
+    assert list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*")) == []
 
 
 def test_the_size_of_the_buckets_does_not_matter(client, sender, original):
