@@ -90,7 +90,7 @@ class SlurmCluster:
         """The job's record: `scontrol show job`."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", str(number), "--oneliner")))
 
-    def wait_for_state(self, number: int, *states: str, timeout_s: float = 150) -> dict[str, str]:
+    def wait_for_state(self, number: int, *states: str, timeout_s: float = 240) -> dict[str, str]:
         """The job's record once it is in one of the states."""
         deadline = time.monotonic() + timeout_s
         while (job := self.job(number))["JobState"] not in states:
@@ -98,7 +98,7 @@ class SlurmCluster:
             time.sleep(0.3)
         return job
 
-    def wait_for_text(self, file: Path, words: str, timeout_s: float = 120) -> None:
+    def wait_for_text(self, file: Path, words: str, timeout_s: float = 200) -> None:
         """Until a file is there and holds the words."""
         deadline = time.monotonic() + timeout_s
         while not file.is_file() or words not in file.read_text():

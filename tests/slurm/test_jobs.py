@@ -10,7 +10,7 @@ import pytest
 
 from tests.slurm.cluster import SlurmCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 SHORT = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
          "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "checks.first_rollouts=0"]  # fmt: skip
