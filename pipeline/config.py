@@ -141,6 +141,7 @@ class ClusterConfig(_Frozen):
         None, description="kind of GPU, for `sameroute plan`; given, a layout that asks for more GPUs is refused"
     )
     address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")
+    join_timeout_s: float = Field(300.0, gt=0, description="nodes of a running cluster that join later fail the run")
     object_store_gb: float = Field(0.5, gt=0.08, description="shared memory of a Ray started here, GB")
     call_timeout_s: float = Field(
         1800.0, gt=0, description="one call to the trainer ranks that takes longer fails the run"
