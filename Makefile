@@ -1,5 +1,8 @@
 # make quickstart: a small mixture-of-experts model learns by reinforcement, on this machine, without a GPU.
 # make test:       every test that needs no GPU.
+# make test-slurm: the jobs of scripts/slurm/ on a real Slurm, started and stopped here; needs root, and installs Debian's.
+# make test-image: the steps of the Dockerfile's CPU image, run here without Docker; needs root.
+# make pins:       whether every pinned package can be had.
 # Each sets up .venv on its first call (Python 3.12; uv is fetched into .tools when it is not on PATH).
 
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
@@ -8,7 +11,7 @@ READY := .venv/.ready
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart test browser lint format lock clean
+.PHONY: setup quickstart test test-slurm test-image pins slurm browser lint format lock clean
 
 setup: $(READY)
 
@@ -25,10 +28,30 @@ browser:
 	    || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
 	    || echo "no browser was found or installed"
 
+test-slurm: $(READY) slurm
+	$(BIN)/pytest -m slurm tests/slurm
+
+# A controller, a daemon and munge; nothing is started but by the tests.
+slurm:
+	@test "$$(id -u)" = 0 || { echo "make test-slurm makes network namespaces and runs slurmd: run it as root"; exit 1; }
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null \
+	    || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	         slurmctld slurmd slurm-client munge iproute2 >/dev/null; }
+
+# All modules would be compiled for the image, 100 s on two cores; here only those that the short run imports are.
+test-image: $(READY)
+	$(BIN)/python scripts/image_steps.py --env UV_COMPILE_BYTECODE=0 --env PYTHONPYCACHEPREFIX=/tmp/pycache
+
+# requirements*.lock are complete: a resolver that may not choose must come to the same set.
+pins: $(READY)
+	$(BIN)/python scripts/check_pins.py $(UV)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck -x .ci/run scripts/slurm/* tests/slurm/*.sh
+	$(BIN)/hadolint Dockerfile
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -46,6 +69,8 @@ lock:
 	@command -v $(UV) >/dev/null || { python3 -m venv .tools && .tools/bin/pip install --quiet uv; }
 	$(UV) pip compile --quiet --python-version 3.12 --extra dev --no-header --no-annotate --no-emit-index-url \
 	    -o requirements.lock pyproject.toml
+	$(UV) pip compile --quiet --python-version 3.12 --extra gpu --no-header --no-annotate --no-emit-index-url \
+	    --constraint requirements.lock -o requirements-gpu.lock pyproject.toml
 
 clean:
 	rm -rf .venv .tools runs

@@ -48,6 +48,10 @@ class ParallelConfig(_Frozen):
     sequence: bool = Field(False, description="sequence parallelism among the tensor-parallel ranks")
     pipeline: int = Field(1, ge=1, description="pipeline stages")
     virtual_pipeline: int | None = Field(None, ge=2, description="model chunks a pipeline stage (interleaved)")
+    first_stage_layers: int | None = Field(
+        None, ge=1, description="layers of the first pipeline stage; null: as many as the others"
+    )
+    last_stage_layers: int | None = Field(None, ge=1, description="layers of the last pipeline stage, the same")
     context: int = Field(1, ge=1, description="context-parallel ranks")
     expert: int = Field(1, ge=1, description="expert-parallel ranks")
     expert_tensor: int | None = Field(None, ge=1, description="tensor-parallel ranks inside an expert; null: `tensor`")
@@ -77,7 +81,26 @@ class ParallelConfig(_Frozen):
             raise ValueError("sequence parallelism needs tensor parallelism; set parallel.sequence=false")
         if self.virtual_pipeline and self.pipeline == 1:
             raise ValueError("virtual_pipeline needs pipeline > 1; leave parallel.virtual_pipeline out")
+        if self.pipeline == 1 and (self.first_stage_layers or self.last_stage_layers):
+            raise ValueError("stages of their own size need pipeline > 1; leave parallel.*_stage_layers out")
         return self
+
+    def stage_layers(self, layers: int) -> list[int]:
+        """How many layers each pipeline stage has. Raises ValueError where they do not divide."""
+        ends = [self.first_stage_layers, self.last_stage_layers]
+        stages, left = self.pipeline - sum(e is not None for e in ends), layers - sum(e or 0 for e in ends)
+        chunks = self.virtual_pipeline or 1
+        if left % (stages * chunks) if stages else left:
+            raise ValueError(
+                f"the model's {layers} layers do not divide among parallel.pipeline x parallel.virtual_pipeline="
+                f"{self.pipeline * chunks}; use a divisor of {layers}, or give the ends layers of their own "
+                "(parallel.first_stage_layers, parallel.last_stage_layers)"
+            )
+        middle = left // stages if stages else 0
+        each = [ends[0] or middle, *[middle] * (self.pipeline - 2), ends[1] or middle][: self.pipeline]
+        if min(each) < 1 or any(n % chunks for n in each):
+            raise ValueError(f"{layers} layers give stages of {each}, with {chunks} chunks each; every chunk needs one")
+        return each
 
     def check_model(self, hf: dict[str, Any]) -> None:
         """Raise ValueError where a model (its Hugging Face config) does not divide into this layout."""
@@ -89,8 +112,7 @@ class ParallelConfig(_Frozen):
 
         divides("attention heads", hf["num_attention_heads"], self.tensor, "parallel.tensor")
         divides("key-value heads", hf["num_key_value_heads"], self.tensor, "parallel.tensor")
-        chunks = self.pipeline * (self.virtual_pipeline or 1)
-        divides("layers", hf["num_hidden_layers"], chunks, "parallel.pipeline x parallel.virtual_pipeline")
+        self.stage_layers(hf["num_hidden_layers"])
         if experts:
             divides("experts", experts, self.expert, "parallel.expert")
             if self.tensor > 1 and not self.sequence:
@@ -144,6 +166,9 @@ class TrainerConfig(_Frozen):
         True, description="pack sequences into one row; false: a row each, padded to the longest (wasteful; to compare)"
     )
     recompute: Literal["none", "selective", "full"] = Field("none", description="activations recomputed in backward")
+    offload_optimizer: bool = Field(
+        False, description="Adam's float32 weights and moments in the machine's memory, its step on the CPU"
+    )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="further fields of Megatron-Core's TransformerConfig"
     )

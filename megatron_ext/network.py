@@ -44,6 +44,14 @@ Use = Callable[[MicroBatch, tuple[Tensor, ...]], tuple[Tensor, Any]]
 anything. For a policy the matrices are log-probs and entropies, for a critic values."""
 
 
+_OFFLOADED: dict[str, Any] = {
+    "optimizer_cpu_offload": True,
+    "optimizer_offload_fraction": 1.0,
+    "overlap_cpu_optimizer_d2h_h2d": True,
+    "use_precision_aware_optimizer": True,  # else float32 weights would stay on the GPU beside those of the CPU
+}
+
+
 class _ContextGather(torch.autograd.Function):
     """[t] -> [cp, t]. Every context-parallel rank computes the same loss from the whole sequence, so the gradient of
     its own part is just that part: no sum over ranks."""
@@ -124,6 +132,7 @@ class Network:
                 bf16=self.precision.weights == "bfloat16",
                 params_dtype=self.mcore_config.params_dtype,
                 use_distributed_optimizer=True,
+                **(_OFFLOADED if self.config.offload_optimizer else {}),
             ),
             self.models,
         )

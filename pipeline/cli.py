@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import launch
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
+from pipeline.plan.arguments import add_arguments as add_plan_arguments
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -42,6 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="go on from the newest checkpoint of the run directory, and refuse where there is none. Without it, a run "
         "with checkpoints is resumed if run.overwrite is false, and deleted if that is true",
     )
+    train.add_argument(
+        "--requeued",
+        action="store_true",
+        help="this is a later attempt of a job: resume as --resume does, or begin anew where no attempt has come to "
+        "its first checkpoint",
+    )
     diagnose = commands.add_parser("diagnose", help="why trainer and server disagree, by exchanging one part at a time")
     diagnose.add_argument("config", type=Path, help="YAML file of the run")
     diagnose.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of single fields")
@@ -56,22 +64,38 @@ def main(arguments: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="figures of a finished or running run, in one HTML file")
     report.add_argument("run", type=Path, help="run directory; report.html is written into it")
     add_arguments(commands.add_parser("convert", help="Hugging Face directories and Megatron-Core checkpoints"))
-    options = parser.parse_args(arguments)
+    launch.add_arguments(commands.add_parser("launch", help="submit a configuration to a cluster"))
+    plan = commands.add_parser("plan", help="whether a configuration fits its machines, and how long a step takes")
+    add_plan_arguments(plan)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes the overrides before the first option only; they may stand anywhere.
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     commands_by_name = {
         "train": _train,
         "diagnose": _diagnose,
         "objectives": _objectives,
         "report": _report,
         "convert": _convert,
+        "launch": _launch,
+        "plan": _plan,
     }
     return commands_by_name[options.command](options)
 
 
 def _train(options: argparse.Namespace) -> int:
     def run(config: Config, stop: StopRequest) -> int:
+        from pipeline.checkpoints import CheckpointStore
         from pipeline.session import train
 
-        print(f"run directory: {train(config, options.from_dump, resume=options.resume, stop=stop)}")
+        resume = options.resume
+        if options.requeued:
+            resume = CheckpointStore(config.run.directory / "checkpoints").latest() is not None
+            if not resume:
+                config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
+        print(f"run directory: {train(config, options.from_dump, resume=resume, stop=stop)}")
         return 0
 
     return _with_engines(options, run)
@@ -100,7 +124,10 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
     from pipeline.checkpoints import CheckpointError, CheckpointStore
     from pipeline.controller import DisagreementError, NothingToLearnError
     from pipeline.data.prompts import DataError
+    from pipeline.observe.alerts import AlertStop
     from pipeline.observe.run_dir import RunDirectoryError
+    from pipeline.observe.sinks import ObserveError
+    from pipeline.placement import PlacementError
     from pipeline.resume import ResumeError
     from pipeline.rewards import RewardError
     from pipeline.rollout.dump import DumpError
@@ -116,16 +143,26 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
         return run(config, stop)
     except Stopped as error:
         return _fail(str(error), TO_BE_RESUMED)
-    except (RunDirectoryError, ConfigError, DataError, DumpError, ResumeError, FileNotFoundError) as error:
+    except (
+        RunDirectoryError,
+        ConfigError,
+        DataError,
+        DumpError,
+        ObserveError,
+        ResumeError,
+        FileNotFoundError,
+    ) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
+        PlacementError,
         TrainerError,
         RewardError,
         WeightTransferError,
         DisagreementError,
         NothingToLearnError,
         CheckpointError,
+        AlertStop,
     ) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -159,6 +196,16 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from pipeline.config import ConfigError
+    from pipeline.plan.command import plan_command
+
+    try:
+        return plan_command(options)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+
+
 def _convert(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -168,6 +215,14 @@ def _convert(options: argparse.Namespace) -> int:
         return _fail(str(error), error.code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    try:
+        print(launch.run(options))
+    except launch.LaunchError as error:
+        return _fail(str(error), error.code)
     return 0
 
 

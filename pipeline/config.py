@@ -14,19 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.config import model_shape, read_hf_config
 from pipeline.checkpoints import CheckpointConfig
+from pipeline.config_file import ConfigError, read_tree
 from pipeline.data.prompts import DataConfig
 from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
+from pipeline.observe.alerts import AlertsConfig
+from pipeline.observe.sinks import ObserveConfig
 from pipeline.precision import MOVED, PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.rollout.server import ServerConfig
 from pipeline.weights.config import WeightsConfig
 
+GPU = Literal["a100", "h100", "h200", "b200", "b300"]
+
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
 """Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be run; the message says what to write instead."""
 
 
 class _Frozen(BaseModel):
@@ -132,9 +133,15 @@ class DebugConfig(_Frozen):
 
 
 class ClusterConfig(_Frozen):
-    """Where Ray runs."""
+    """The machines, and where Ray runs on them. The trainer takes `parallel.ranks` GPUs, rollout servers the rest."""
 
+    nodes: int = Field(1, ge=1, description="machines of the run")
+    gpus_per_node: int = Field(8, ge=1, description="GPUs of one of them")
+    gpu: GPU | None = Field(
+        None, description="kind of GPU, for `sameroute plan`; given, a layout that asks for more GPUs is refused"
+    )
     address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")
+    join_timeout_s: float = Field(300.0, gt=0, description="nodes of a running cluster that join later fail the run")
     object_store_gb: float = Field(0.5, gt=0.08, description="shared memory of a Ray started here, GB")
     call_timeout_s: float = Field(
         1800.0, gt=0, description="one call to the trainer ranks that takes longer fails the run"
@@ -167,12 +174,19 @@ class Config(_Frozen):
     checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
     debug: DebugConfig = Field(default_factory=DebugConfig)  # pyright: ignore[reportArgumentType]
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # pyright: ignore[reportArgumentType]
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)  # pyright: ignore[reportArgumentType]
+    alerts: AlertsConfig = Field(default_factory=AlertsConfig)  # pyright: ignore[reportArgumentType]
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
 
     @model_validator(mode="after")
     def _together(self):
         if self.replay != "none":
             self.trainer.check_replay()
+        if self.trainer.offload_optimizer and self.precision.weights != "bfloat16":
+            raise ValueError(
+                "Megatron-Core offloads the optimizer of bfloat16 weights only; set precision.weights=bfloat16, or "
+                "trainer.offload_optimizer=false"
+            )
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "
@@ -186,6 +200,13 @@ class Config(_Frozen):
                 "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2, or "
                 "objective.advantage to gae or batch_std"
             )
+        if self.cluster.gpu is not None and self.rollout_gpus < self.server.tensor_parallel:
+            cluster = self.cluster
+            raise ValueError(
+                f"{cluster.nodes} x {cluster.gpus_per_node} GPUs less parallel.ranks={self.parallel.ranks} leave "
+                f"{self.rollout_gpus} for a server of server.tensor_parallel={self.server.tensor_parallel}; set "
+                "cluster.nodes higher or parallel.ranks lower"
+            )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.server.context_length:
             raise ValueError(
@@ -198,6 +219,11 @@ class Config(_Frozen):
         return self
 
     @property
+    def rollout_gpus(self) -> int:
+        """GPUs of the cluster that the trainer does not take."""
+        return self.cluster.nodes * self.cluster.gpus_per_node - self.parallel.ranks
+
+    @property
     def logprob_bound(self) -> float:
         """Nats; see ChecksConfig.max_abs_logprob."""
         rounds = self.precision.rollout_weights != "same"
@@ -205,33 +231,50 @@ class Config(_Frozen):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply overrides of the form `a.b=c` (c is YAML), validate.
+    """Read a YAML file and its bases, apply overrides of the form `a.b=c` (c is YAML), validate.
 
     Raises ConfigError: file missing, not YAML, unknown key, wrong type, or settings that do not go together.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"there is no config file {path}")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    config, _ = _read(path, overrides)
+    if config.model.path is not None:
+        _check_model(config, config.model.path)
+    return config
+
+
+def load_config_and_model(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
+    """The same where the model need not be on this machine, for plans and dry runs, with the model's config.json.
+
+    Where there is no directory `model.path`, the `config.json` beside the YAML file counts, or beside its nearest base
+    that has one. Raises ConfigError as load_config does, and where there is none.
+    """
+    config, files = _read(path, overrides)
+    if config.model.tiny is not None:
+        return config, config.model.tiny.hf_config()
+    assert config.model.path is not None
+    places = [config.model.path, *(file.parent for file in files)]
+    place = next((p for p in places if (p / "config.json").is_file()), config.model.path)
+    return config, _check_model(config, place)
+
+
+def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[Path]]:
+    tree, files = read_tree(Path(path))
     for override in overrides or []:
         _apply(tree, override)
     try:
-        config = Config.model_validate(tree)
+        return Config.model_validate(tree), files
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
-    if config.model.path is not None:
-        try:
-            hf = read_hf_config(config.model.path)
-            model_shape(hf)
-            config.parallel.check_model(hf)
-        except (FileNotFoundError, ValueError) as error:
-            raise ConfigError(f"model.path: {error}") from error
-    return config
+
+
+def _check_model(config: Config, directory: Path) -> dict[str, Any]:
+    """config.json of a model that is supported and divides into the layout."""
+    try:
+        hf = read_hf_config(directory)
+        model_shape(hf)
+        config.parallel.check_model(hf)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
+    return hf
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -23,6 +23,7 @@ from pipeline.observe.step_record import StepArrays
 from pipeline.rewards import grade
 from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.dump import Dump, write_dump
+from pipeline.rollout.pool import ClientPool
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Group, Rollout, route_dtype
 from pipeline.workers import PolicyTokens, TrainerGroup
@@ -63,7 +64,7 @@ class Loop:
     config: Config
     shape: ModelShape
     source: PromptSource
-    client: SGLangClient | None
+    client: SGLangClient | ClientPool | None
     trainers: TrainerGroup
     version: int = 0
     dumps: Path | None = None

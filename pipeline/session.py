@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +26,19 @@ from pipeline.diagnose import diagnose
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
 from pipeline.objectives import resolve
+from pipeline.observe.alerts import AlertStop
 from pipeline.observe.console import Console
+from pipeline.observe.facts import write_facts
 from pipeline.observe.run_dir import RunDirectory
+from pipeline.observe.sinks import Sinks, check_sinks
+from pipeline.placement import wait_and_place
 from pipeline.resume import Start, choose_start
 from pipeline.rewards import resolve_reward
 from pipeline.rollout.client import SGLangClient
 from pipeline.rollout.dump import DumpError
 from pipeline.rollout.dumped import DumpedSteps
+from pipeline.rollout.pool import ClientPool
+from pipeline.rollout.remote import RemoteServer
 from pipeline.rollout.server import ServerError, SGLangServer, reserve_port
 from pipeline.saver import Saver
 from pipeline.stop import Stopped, StopRequest
@@ -48,9 +54,10 @@ def train(
     from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
     resume: go on from the newest checkpoint, and refuse where there is none; see pipeline.resume.choose_start.
     stop: signals that may ask for the end.
-    Raises what the CLI turns into a message: DataError, DumpError, RewardError, ResumeError, CheckpointError,
-    RunDirectoryError and ServerError (its port) before anything starts; ServerError, TrainerError, WeightTransferError,
-    DumpError, NothingToLearnError, DisagreementError and CheckpointError after; Stopped where a signal ended the run.
+    Raises what the CLI turns into a message: DataError, DumpError, ObserveError, RewardError, ResumeError,
+    CheckpointError, RunDirectoryError and ServerError (its port) before anything starts; ServerError, TrainerError,
+    WeightTransferError, DumpError, NothingToLearnError, DisagreementError, CheckpointError and AlertStop after; Stopped
+    where a signal ended the run.
     """
     dumped = None if from_dump is None else _dumped_steps(from_dump, config)
     check_inputs(config)
@@ -73,9 +80,11 @@ def train(
                 console.say(f"all {last} steps are done; a larger train.steps goes on")
                 run.finish()
                 return run.path
-        serve, session = dumped is None, _Session(config, store, stop, console, run)
+        write_facts(run.path)
+        serve, session = dumped is None and config.train.steps > 0, _Session(config, store, stop, console, run)
         with (
             stop.saving(),
+            Sinks(config, run.path, console.say) as sinks,
             open_loop(
                 config,
                 run.path,
@@ -86,6 +95,7 @@ def train(
                 may_stop=session.supervised_done,
             ) as (loop, model_path),
         ):
+            write_facts(run.path, loop.trainers)
             if serve and config.checks.first_rollouts:
                 _check_engines(loop, model_path, run, console)
             saver = session.saver(loop.trainers)
@@ -101,6 +111,11 @@ def train(
                 assert loop.arrays is not None
                 run.write_arrays(number, groups, loop.arrays, loop.objective, loop.source.tokenizer)
                 console.step(metrics)
+                try:
+                    sinks.record(metrics)
+                except AlertStop:
+                    saver.wait()
+                    raise
                 session.step_done(loop, saver, number, last)
             if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
@@ -177,8 +192,9 @@ def config_device(config: Config) -> Literal["cpu", "cuda"]:
 
 
 def check_inputs(config: Config) -> None:
-    """What can be known to be wrong before an earlier run is written over: the verifier, the data file, the port, a
-    precision that this device does not have."""
+    """What can be known to be wrong before an earlier run is written over: sinks, the verifier, the data file, the
+    port, a precision that this device does not have."""
+    check_sinks(config)
     try:
         config.precision.check_device(config_device(config))
     except ValueError as error:
@@ -233,20 +249,23 @@ def open_loop(
     source = PromptSource(config.data, model_path, seed=config.run.seed)
     objective = resolve(config.objective)
     routes = config.replay == "r3" and shape.num_experts > 0
-    server = SGLangServer(
-        config.server,
-        model_path,
-        logs / "sglang.log",
-        device=device,
-        seed=config.run.seed + (0 if start is None else start.progress.step),  # not the draws of the first steps again
-        return_routed_experts=routes,
-        precision=config.precision,
-    )
+    count = server_count(config, gpus=device == "cuda") if serve else 0
+    local = [
+        SGLangServer(
+            config.server,
+            model_path,
+            logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
+            device=device,
+            # Another draw for each server, and not those of the first steps again after a resumption.
+            seed=config.run.seed + number + (0 if start is None else start.progress.step),
+            return_routed_experts=routes,
+            precision=config.precision,
+        )
+        for number in range(count)
+    ]
     with contextlib.ExitStack() as stack:
-        if serve:
-            stack.callback(server.stop)
-            server.start()  # it loads while Ray and the trainer do
-        trainers = stack.enter_context(trainer_group(config, device, logs, server if serve else None))
+        servers, nodes = stack.enter_context(cluster(config, local, gpus=device == "cuda"))
+        trainers = stack.enter_context(trainer_group(config, device, logs, servers, nodes))
         trainers.build(
             model_path,
             config.trainer,
@@ -274,20 +293,25 @@ def open_loop(
                 trainers.call("keep_reference")
         client = None
         if serve:
-            server.wait_ready()
-            client = SGLangClient(
-                server.url,
-                vocab_size=shape.vocab_size,
-                num_layers=shape.num_layers,
-                topk=shape.topk,
-                num_experts=shape.num_experts,
-                moe_layers=shape.moe_layers,
-                routes=routes,
-                timeout_s=config.rollout.timeout_s,
-                log_path=server.log_path,
-            )
-            rounding = config.precision.rollout_weights
-            trainers.connect([server.url], config.weights, device, [server.log_path], rounding)
+            for server in servers:
+                server.wait_ready()
+            clients = [
+                SGLangClient(
+                    server.url,
+                    vocab_size=shape.vocab_size,
+                    num_layers=shape.num_layers,
+                    topk=shape.topk,
+                    num_experts=shape.num_experts,
+                    moe_layers=shape.moe_layers,
+                    routes=routes,
+                    timeout_s=config.rollout.timeout_s,
+                    log_path=server.log_path,
+                )
+                for server in servers
+            ]
+            client = clients[0] if len(clients) == 1 else ClientPool(clients)
+            urls, logs_of_servers = [s.url for s in servers], [s.log_path for s in servers]
+            trainers.connect(urls, config.weights, device, logs_of_servers, config.precision.rollout_weights)
         loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
         if start is not None and in_loop:
             loop.version = start.progress.version - 1  # which the sync makes good
@@ -297,16 +321,48 @@ def open_loop(
         trainers.call("close")
 
 
+def server_count(config: Config, *, gpus: bool) -> int:
+    """How many servers the run has: see ServerConfig.replicas."""
+    if config.server.replicas is not None or not gpus or config.cluster.address is None:
+        return config.server.replicas or 1
+    return max(1, config.rollout_gpus // config.server.tensor_parallel)
+
+
 @contextlib.contextmanager
-def trainer_group(
-    config: Config, device: Literal["cpu", "cuda"], logs: Path, server: SGLangServer | None
-) -> Iterator[TrainerGroup]:
-    """Ray up (or joined), one actor a trainer rank; all gone on leaving. A server that dies ends what they wait for."""
+def cluster(
+    config: Config, servers: list[SGLangServer], *, gpus: bool
+) -> Iterator[tuple[Sequence[SGLangServer | RemoteServer], list[str] | None]]:
+    """Ray up and the servers started, as children of this process, or in a cluster that was there on their nodes.
 
-    def watch() -> None:
-        if server is not None and not server.alive():
-            raise ServerError(f"the SGLang server died\n{server.log_tail()}")
+    Yields the servers, and the node of each trainer rank in such a cluster. All is gone on leaving. Raises ServerError
+    for a server that could never work, and PlacementError for a cluster that does not hold the run.
+    """
+    with contextlib.ExitStack() as stack:
+        if config.cluster.address is None:
+            for server in servers:
+                stack.callback(server.stop)
+                server.start()  # it loads while Ray and the trainer do
+            stack.enter_context(_ray(config))
+            yield servers, None
+            return
+        stack.enter_context(_ray(config))
+        placement = wait_and_place(
+            config.parallel.ranks,
+            [config.server.tensor_parallel] * len(servers),
+            gpus=gpus,
+            timeout_s=config.cluster.join_timeout_s,
+        )
+        remote = [RemoteServer(s, node, gpus=gpus) for s, node in zip(servers, placement.servers, strict=True)]
+        for server in remote:
+            stack.callback(server.stop)
+        for server in remote:
+            server.start()
+        yield remote, placement.trainers
 
+
+@contextlib.contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """Ray started here, or joined."""
     on_termination = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
@@ -325,20 +381,39 @@ def trainer_group(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_termination)
     try:
-        group = TrainerGroup(
-            config.parallel,
-            gpus=device == "cuda",
-            log_directory=logs,
-            threads=config.cluster.cpu_threads,
-            timeout_s=config.cluster.call_timeout_s,
-            watch=watch,
-        )
-        try:
-            yield group
-        finally:
-            group.stop()
+        yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def trainer_group(
+    config: Config,
+    device: Literal["cpu", "cuda"],
+    logs: Path,
+    servers: Sequence[SGLangServer | RemoteServer],
+    nodes: list[str] | None,
+) -> Iterator[TrainerGroup]:
+    """One actor a trainer rank; all gone on leaving. A server that dies ends what they wait for."""
+
+    def watch() -> None:
+        for server in servers:
+            if not server.alive():
+                raise ServerError(f"the SGLang server died\n{server.log_tail()}")
+
+    group = TrainerGroup(
+        config.parallel,
+        gpus=device == "cuda",
+        log_directory=logs,
+        threads=config.cluster.cpu_threads,
+        timeout_s=config.cluster.call_timeout_s,
+        watch=watch,
+        nodes=nodes,
+    )
+    try:
+        yield group
+    finally:
+        group.stop()
 
 
 def prepare_model(config: Config, directory: Path) -> Path:

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import TokenPart, UpdatePart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.placement import on_node
 from pipeline.precision import RolloutWeights
 
 if TYPE_CHECKING:
@@ -71,6 +72,19 @@ class TrainerRank:
         with socket.socket() as probe:
             probe.bind((host, 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def where(self) -> dict[str, Any]:
+        """This rank's host, Ray node, process and GPUs."""
+        import socket
+
+        context = ray.get_runtime_context()
+        return {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "node": context.get_node_id(),
+            "pid": os.getpid(),
+            "gpus": context.get_accelerator_ids().get("GPU", []),
+        }
 
     def build(
         self,
@@ -229,24 +243,29 @@ class TrainerGroup:
         threads: int,
         timeout_s: float,
         watch: Callable[[], None] = lambda: None,
+        nodes: Sequence[str | None] | None = None,
     ):
         """Actors start at once and in the background. Ray must be up.
 
         timeout_s: of one call. watch: called every second while a call waits; raises to end it.
+        nodes: the Ray node of each rank; None: wherever there is room.
         """
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
         self.weights_timeout_s = timeout_s
         resources = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
         actor = ray.remote(**resources, concurrency_groups={"watch": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
-        self.ranks = [actor.remote(r, str(self.log_path(r)), threads) for r in range(parallel.ranks)]
+        self.ranks = [
+            actor.options(**on_node(node)).remote(r, str(self.log_path(r)), threads)
+            for r, node in enumerate(nodes or [None] * parallel.ranks)
+        ]
 
     def log_path(self, rank: int) -> Path:
-        return self.log_directory / f"trainer_rank{rank}.log"
+        return self.log_directory.resolve() / f"trainer_rank{rank}.log"
 
     def build(self, model_path: Path, *args: Any, **kwargs: Any) -> None:
         """Make the process groups and the model on every rank (see TrainerRank.build)."""
         (meeting_point,) = self._wait([self.ranks[0].meeting_point.remote()], "meeting_point")
-        self.call("build", meeting_point, str(model_path), self.parallel, *args, **kwargs)
+        self.call("build", meeting_point, str(Path(model_path).resolve()), self.parallel, *args, **kwargs)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """`method` on every rank, together. Answers in rank order."""

@@ -29,7 +29,7 @@ def run(config: Config, out: Path, dump: Path | None = None) -> Diagnosis:
             with_routes(config),
             out,
             logs,
-            on_supervised=lambda number, nll: console.supervised(number, config.supervised.steps, nll),
+            on_supervised=lambda number, nll, *_: console.supervised(number, config.supervised.steps, nll),
         ) as (loop, model_path):
             if dumped is None:
                 rollouts = new_rollouts(loop, config.checks.probe_rollouts)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipeline.rollout.client import Sampling, SGLangClient
+from pipeline.rollout.pool import ClientPool
 from pipeline.types import Group, Prompt
 
 
 async def sample_groups(
-    client: SGLangClient,
+    client: SGLangClient | ClientPool,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,
@@ -52,7 +53,7 @@ def of_prompt(sampling: Sampling, prompt: Prompt) -> Sampling:
 
 
 def sample_groups_sync(
-    client: SGLangClient,
+    client: SGLangClient | ClientPool,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,

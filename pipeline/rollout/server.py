@@ -49,6 +49,11 @@ class ServerConfig(BaseModel):
 
     host: str = Field("127.0.0.1", description="address that the server listens on")
     port: int | None = Field(None, ge=1, le=65535, description="TCP port; null takes a free one")
+    replicas: int | None = Field(
+        None,
+        ge=1,
+        description="servers; null: one, and in a Ray cluster with GPUs as many as the GPUs beside the trainer hold",
+    )
     tensor_parallel: int = Field(1, ge=1, description="GPUs (or processes, on the CPU) that hold one copy of the model")
     max_running_requests: int = Field(256, ge=1, description="requests decoded together; more wait in a queue")
     max_total_tokens: int | None = Field(

@@ -20,6 +20,7 @@ LAYOUTS = {
     "pipeline 2": {"ranks": 2, "pipeline": 2},
     "expert 2": {"ranks": 2, "expert": 2},
     "pipeline 2, two chunks each": {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "pipeline 2, one layer first": {"ranks": 2, "pipeline": 2, "first_stage_layers": 1},
     "tensor 2, expert tensor 1": {"ranks": 2, "tensor": 2, "sequence": True, "expert_tensor": 1},
     "tensor 2, pipeline 2, expert 2": {
         "ranks": 4, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "expert_tensor": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,14 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
 }
+
+
+def tiny_config(name: str) -> dict[str, Any]:
+    """config.json of one."""
+    from transformers import AutoConfig
+
+    model_type, settings = FAMILIES[name]
+    return AutoConfig.for_model(model_type, **(_COMMON | settings)).to_dict()
 
 
 def save_family(name: str, folder: Path) -> Path:

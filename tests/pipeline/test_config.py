@@ -61,6 +61,8 @@ def test_every_step_is_dumped_or_none_or_those_that_are_listed(override, dumped)
         ("parallel={ranks: 2, tensor: 2}", "set parallel.sequence=true"),
         ("parallel={ranks: 3, tensor: 2, sequence: true}", "set parallel.ranks to a multiple of 2"),
         ("parallel={ranks: 3, pipeline: 3}", "4 layers do not divide among"),
+        ("parallel={ranks: 2, pipeline: 2, first_stage_layers: 4}", r"stages of \[4, 0\]|4 layers do not divide"),
+        ("trainer.offload_optimizer=true", "set precision.weights=bfloat16"),
         ("parallel={ranks: 3, expert: 3}", "8 experts do not divide among parallel.expert=3"),
         ("parallel={ranks: 4, tensor: 4, sequence: true}", "2 key-value heads do not divide among parallel.tensor=4"),
         ("parallel={ranks: 2, expert: 2, tensor: 2, sequence: true}", r"parallel\.expert_tensor=1"),

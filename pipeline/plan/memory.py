@@ -1,0 +1,210 @@
+"""What one trainer rank holds, in bytes.
+
+    weights      b a parameter                        b = 2 (bfloat16) or 4 (float32)
+    gradients    4 a parameter, reduced in float32
+    optimizer    12 a parameter in bfloat16 (float32 weights, two moments), 8 in float32 (two moments), divided among
+                 the ranks that hold the same parameter (ZeRO stage 1, 1910.02054, section 5.1); offloaded, nothing on
+                 the GPU and 16 in the machine's memory (the gradient is copied there)
+    activations  what the layers of a stage keep for backward, for every micro-batch in flight: `p` of them on the first
+                 of p stages, and (1 + (p-1)/(p v)) times that where stages are interleaved in v chunks (2205.05198,
+                 section 4.2.3)
+
+What a layer keeps is a sum of tensors, `kept_attention` and `kept_mlp`: 2205.05198's 34 H bytes a token, with the
+attention matrix gone (an attention kernel keeps its output and one number a head), a gated MLP, grouped-query or latent
+attention, and k experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.hf.config import model_shape
+from pipeline.plan.hardware import EFFICIENCY, Efficiency
+from pipeline.plan.parameters import Architecture, Count, architecture, rank_count, stage_layers
+
+HEAD_TILE = 2**27
+"""Logits that the LM head holds at once on a GPU (`megatron_ext.logprobs.TILE`)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. host: in the machine's memory. others: all that the reference and the critic hold."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    others: float
+    activations: float
+    head: float
+    overhead: float
+    host: float
+    stage: int
+
+    @property
+    def total(self) -> float:
+        return (
+            self.weights + self.gradients + self.optimizer + self.others + self.activations + self.head + self.overhead
+        )
+
+
+def item_bytes(precision: TrainerPrecision) -> int:
+    """Of a weight or an activation."""
+    return 2 if precision.weights == "bfloat16" else 4
+
+
+def states(count: Count, parallel: ParallelConfig, precision: TrainerPrecision) -> tuple[float, float, float]:
+    """(weights, gradients, optimizer) of a rank with `count`. Buffers are float32 and count as weights."""
+    item = item_bytes(precision)
+    dense_ranks = parallel.data * parallel.context
+    expert_ranks = parallel.ranks // ((parallel.expert_tensor or parallel.tensor) * parallel.expert * parallel.pipeline)
+    moments = 12 if item == 2 else 8
+    weights = item * count.parameters + 4.0 * count.buffers
+    return weights, 4.0 * count.parameters, moments * (count.dense / dense_ranks + count.expert / expert_ranks)
+
+
+def kept_attention(a: Architecture, *, fused: bool = True) -> int:
+    """Elements a token that one attention block keeps for backward, before division by tensor parallelism.
+
+    fused:   input and output of the norm (2 H); what the projections made (q + 2 kv) and, rotated, queries and keys
+             (q + kv); the output (v). Latent attention: both latents before and after their norms, queries, keys and
+             values whole (Megatron-Core pads the values of packed sequences to the queries' width), the output.
+    without: each norm keeps the normalised tensor too, the kernel's inputs are copies, its output is kept as it left
+             the kernel and as it enters the projection.
+    """
+    f, extra = a.fields, 0 if fused else 1
+    norm = (2 + extra) * a.hidden
+    if a.latent:
+        latents = (2 + extra) * ((f["q_lora_rank"] or 0) + f["kv_lora_rank"]) + f["qk_pos_emb_head_dim"]
+        return norm + latents + (3 + extra) * a.query + a.value
+    if fused:
+        return norm + (a.query + 2 * a.key_value) + (a.query + a.key_value) + a.value
+    norms = (a.query + 2 * a.key_value) + a.query + (a.query + a.key_value) if f.get("qk_layernorm") else 0
+    return norm + norms + (a.query + 2 * a.key_value) + 2 * a.value
+
+
+def kept_mlp(a: Architecture, *, sparse: bool, fused: bool = True, skew: float = 1.0) -> float:
+    """The same for an MLP, its norm included.
+
+    fused:   the norm's input and output (2 H); of each of k experts its input (H), gate and up (2 F), and what enters
+             `down` (F).
+    without: the normalised tensor, the activated gate and a copy of `up` too; an expert's product before its weight.
+    skew:    tokens of this rank's experts, by the mean.
+    """
+    extra = 0 if fused else 1
+    norm, dense = (2 + extra) * a.hidden, 3 + 2 * extra
+    if not sparse:
+        return norm + dense * a.ffn
+    routed = skew * a.shape.topk * (a.hidden + (dense + extra) * a.expert_ffn)
+    gated = a.hidden if a.fields.get("moe_shared_expert_gate") else 0
+    return norm + routed + dense * a.shared_ffn + gated
+
+
+def kept(
+    hf: dict[str, Any],
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    precision: TrainerPrecision,
+    tokens: float,
+    *,
+    stage: int = 0,
+    fused: bool = True,
+    skew: float = 1.0,
+) -> tuple[float, float]:
+    """(bytes that a stage keeps of one micro-batch, bytes of one layer that is there while it is recomputed).
+
+    tokens: of the micro-batch, over all context ranks. Full recomputation keeps the input of each layer; selective all
+    but the inside of the (sparse) MLPs.
+    """
+    a = architecture(hf)
+
+    def block(number: int, recompute: str) -> float:
+        attention, sparse = kept_attention(a, fused=fused), number in a.shape.moe_layers
+        if recompute == "full":
+            return a.hidden
+        if recompute == "selective" and sparse == bool(a.moe):
+            # a dense MLP takes its norm along; a router's stands before what is recomputed
+            norm = (2 if fused else 3) if sparse else 1
+            return attention + norm * a.hidden
+        return attention + kept_mlp(a, sparse=sparse, fused=fused, skew=skew)
+
+    layers = stage_layers(a, parallel, stage)
+    again = max((block(n, "none") - block(n, trainer.recompute) for n in layers), default=0.0)
+    whole = sum(block(n, trainer.recompute) for n in layers)
+    if stage == parallel.pipeline - 1:
+        whole += (2 if fused else 3) * a.hidden  # the last norm, whose output the LM head reads
+    scale = item_bytes(precision) * tokens / parallel.context / parallel.tensor
+    return scale * whole, scale * again
+
+
+def activations(
+    hf: dict[str, Any],
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    precision: TrainerPrecision,
+    tokens: float,
+    *,
+    stage: int = 0,
+    micro_batches: int | None = None,
+    skew: float = 1.0,
+) -> float:
+    """Bytes of a stage at its worst moment. micro_batches: that a rank runs in a step; None: as many as stages."""
+    whole, again = kept(hf, parallel, trainer, precision, tokens, stage=stage, skew=skew)
+    return whole * in_flight(parallel, stage, micro_batches) + again
+
+
+def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int | None = None) -> float:
+    """Micro-batches whose activations a stage holds at once, of its whole stage. See the module."""
+    p, v = parallel.pipeline, parallel.virtual_pipeline
+    most = p - stage if v is None else p * (1 + (p - 1) / (p * v)) - 2 * stage / v
+    return most if micro_batches is None else min(most, micro_batches)
+
+
+def head(hf: dict[str, Any], parallel: ParallelConfig, precision: TrainerPrecision, tokens: int) -> float:
+    """What the LM head holds above its inputs at its worst moment, backward: hidden states of the whole sequence, their
+    gradient in float32 and rounded, the weight's gradient, and two tiles of float32 logits."""
+    shape, item, t = model_shape(hf, parallel.tensor), item_bytes(precision), parallel.tensor
+    rows, local = shape.padded_vocab_size // t, tokens / parallel.context
+    gathered = item if t > 1 else 0
+    tile = min(HEAD_TILE, local * rows)
+    return local * hf["hidden_size"] * (gathered + 4 + item) + item * rows * hf["hidden_size"] + 2 * 4 * tile
+
+
+def rank_memory(
+    hf: dict[str, Any],
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    precision: TrainerPrecision,
+    tokens: int,
+    *,
+    stage: int,
+    micro_batches: int | None = None,
+    reference: bool = False,
+    critic: bool = False,
+    efficiency: Efficiency = EFFICIENCY,
+) -> Memory:
+    """A rank of a pipeline stage on a GPU. tokens: of the largest micro-batch, over all context ranks."""
+    count = rank_count(hf, parallel, stage)
+    weights, gradients, optimizer = states(count, parallel, precision)
+    others = weights if reference else 0.0
+    host = 0.0
+    if critic:
+        of_critic = states(rank_count(hf, parallel, stage, value_head=True), parallel, precision)
+        others += sum(of_critic[:2] if trainer.offload_optimizer else of_critic)
+    if trainer.offload_optimizer:
+        host, optimizer = optimizer * 16 / 12 * (2 if critic else 1), 0.0
+    last = stage == parallel.pipeline - 1
+    kept = activations(
+        hf, parallel, trainer, precision, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew
+    )
+    at_head = head(hf, parallel, precision, tokens) if last else 0.0
+    held = weights + gradients + optimizer + others + kept + at_head
+    overhead = efficiency.reserve + efficiency.fragments * held
+    return Memory(weights, gradients, optimizer, others, kept, at_head, overhead, host, stage)
+
+
+def worst_rank(hf: dict[str, Any], parallel: ParallelConfig, *args: Any, **settings: Any) -> Memory:
+    """`rank_memory` of the stage that holds most."""
+    ranks = (rank_memory(hf, parallel, *args, stage=s, **settings) for s in range(parallel.pipeline))
+    return max(ranks, key=lambda memory: memory.total)

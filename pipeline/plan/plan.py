@@ -1,0 +1,276 @@
+"""The plan of a configuration: everything `sameroute plan` says, as one object.
+
+A step of the loop is: sample, read the log-probs of the proximal policy (and of the reference, and values, where the
+objective needs them), update, send the weights. Phases follow one another, so their times add up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.config import ParallelConfig
+from pipeline.config import Config
+from pipeline.objectives import resolve
+from pipeline.plan import flops
+from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
+from pipeline.plan.memory import Memory, item_bytes, worst_rank
+from pipeline.plan.parameters import Architecture, active, architecture, total
+from pipeline.plan.rollout import Lengths, Sampling, Server, sample, server
+from pipeline.types import route_dtype
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of the phases of a step."""
+
+    rollout: float
+    logprobs: float
+    update: float
+    sync: float
+
+    @property
+    def train(self) -> float:
+        return self.logprobs + self.update
+
+    @property
+    def step(self) -> float:
+        return self.rollout + self.train + self.sync
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of the trainer in a step.
+
+    tokens: prompts and answers. micro_batches: of a data-parallel rank in one optimizer step.
+    logprobs, update: FLOPs, recomputation included. model: of both, without it.
+    """
+
+    tokens: float
+    micro_batches: int
+    logprobs: float
+    update: float
+    model: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """bubble:        share of an update's time that a pipeline stage waits.
+    expert_tokens: see `expert_tokens`.
+    weight_bytes:  sent once a step.
+    route_bytes:   of a step's routes as they are kept and go to the trainer; route_wire_bytes: in the servers' answers.
+    reasons:       why it cannot run, a sentence each; empty: it fits.
+    """
+
+    config: Config
+    hf: dict[str, Any]
+    gpu: GPU
+    lengths: Lengths
+    total: int
+    active: int
+    memory: Memory
+    server: Server
+    servers: int
+    sampling: Sampling
+    work: Work
+    bubble: float
+    expert_tokens: tuple[float, float]
+    weight_bytes: float
+    route_bytes: float
+    route_wire_bytes: float
+    seconds: Seconds
+    reasons: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.reasons
+
+    @property
+    def flops(self) -> float:
+        """Of the trainer, recomputation included."""
+        return self.work.logprobs + self.work.update
+
+
+def expected_lengths(config: Config, mean: float | None = None) -> Lengths:
+    """Of answers: a lognormal around `mean`, or a third of the longest, where nobody knows yet."""
+    longest = config.rollout.max_new_tokens
+    return Lengths(mean or longest / 3, longest)
+
+
+def cache_bytes(config: Config) -> float:
+    """Of an element of the servers' KV cache."""
+    return 1.0 if config.precision.kv_cache.startswith("fp8") else item_bytes(config.precision)
+
+
+def bubble(parallel: ParallelConfig, micro_batches: int) -> float:
+    """(p - 1) / (v m + p - 1): the share of a pipelined pass in which a stage waits (2104.04473, section 2.2)."""
+    idle = parallel.pipeline - 1
+    return idle / ((parallel.virtual_pipeline or 1) * micro_batches + idle)
+
+
+def make_plan(
+    config: Config,
+    hf: dict[str, Any],
+    gpu: str,
+    *,
+    mean_response: float | None = None,
+    efficiency: Efficiency = EFFICIENCY,
+    quick: bool = False,
+) -> Plan:
+    """hf: the model's config.json. gpu: a name of hardware.GPUS. mean_response: tokens of an answer. quick: leave out
+    how long a rollout takes, for a search that asks only what fits.
+
+    Raises ValueError where the model does not divide into the layout.
+    """
+    config.parallel.check_model(hf)
+    card, a, parallel = GPUS[gpu], architecture(hf), config.parallel
+    lengths, prompt = expected_lengths(config, mean_response), config.data.max_prompt_tokens / 2
+    answers = lengths.sample(config.rollout.prompts_per_step * config.rollout.samples_per_prompt, SEED)
+    work = step_work(config, hf, prompt + answers)
+    memory = trainer_memory(config, hf, work.micro_batches, efficiency)
+    one = server_of(config, hf, card, prompt + float(answers.mean()) / 2, efficiency)
+    servers = max(1, config.rollout_gpus // config.server.tensor_parallel)
+    sampling = Sampling(math.inf, 0.0, math.inf, math.inf)
+    if one.fits and not quick:
+        sampling = sample(answers, servers, one, prompt)
+    sent = float(item_bytes(config.precision)) * total(hf)
+    rate = parallel.ranks * card.bf16 * efficiency.train
+    passes = config.train.mini_batches * work.micro_batches  # of log-probs, which need not stop between mini-batches
+    seconds = Seconds(
+        rollout=sampling.rollout,
+        logprobs=work.logprobs / rate / (1 - bubble(parallel, passes)),
+        update=work.update / rate / (1 - bubble(parallel, work.micro_batches))
+        + _offloaded_s(memory, card, config, efficiency),
+        sync=sent / (card.network * efficiency.network),
+    )
+    routes = work.tokens * a.layers * a.shape.topk if config.replay != "none" else 0.0
+    return Plan(
+        config=config,
+        hf=hf,
+        gpu=card,
+        lengths=lengths,
+        total=total(hf),
+        active=active(hf),
+        memory=memory,
+        server=one,
+        servers=servers,
+        sampling=sampling,
+        work=work,
+        bubble=bubble(parallel, work.micro_batches),
+        expert_tokens=expert_tokens(config, a),
+        weight_bytes=sent,
+        route_bytes=routes * np.dtype(route_dtype(a.shape.num_experts)).itemsize,
+        route_wire_bytes=routes * 4 * 4 / 3 if config.replay == "r3" else 0.0,  # int32 in base64
+        seconds=seconds,
+        reasons=tuple(_reasons(config, card, memory, one)),
+    )
+
+
+def step_work(config: Config, hf: dict[str, Any], sequences: np.ndarray) -> Work:
+    """sequences: [N] tokens of each, prompt and answer."""
+    parallel, objective = config.parallel, resolve(config.objective)
+    tokens, squares = float(sequences.sum()), float((sequences**2).sum())
+    per_rank = tokens / config.train.mini_batches / parallel.data
+    micro_batches = max(1, math.ceil(per_rank / config.trainer.micro_batch_tokens))
+    if parallel.virtual_pipeline:
+        micro_batches = math.ceil(micro_batches / parallel.pipeline) * parallel.pipeline
+    logprobs = flops.forward(hf, tokens, squares) * (1 + objective.needs_reference + objective.needs_critic)
+    trained = 1 + objective.needs_critic
+    return Work(
+        tokens=tokens,
+        micro_batches=micro_batches,
+        logprobs=logprobs,
+        update=trained * flops.training(hf, tokens, squares, recompute=config.trainer.recompute),
+        model=logprobs + trained * flops.training(hf, tokens, squares),
+    )
+
+
+def trainer_memory(config: Config, hf: dict[str, Any], micro_batches: int, efficiency: Efficiency) -> Memory:
+    """Of the rank that holds most. A sequence longer than a micro-batch has one of its own."""
+    objective = resolve(config.objective)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return worst_rank(
+        hf,
+        config.parallel,
+        config.trainer,
+        config.precision,
+        max(config.trainer.micro_batch_tokens, longest),
+        micro_batches=micro_batches,
+        reference=objective.needs_reference,
+        critic=objective.needs_critic,
+        efficiency=efficiency,
+    )
+
+
+def server_of(config: Config, hf: dict[str, Any], card: GPU, tokens_each: float, efficiency: Efficiency) -> Server:
+    """tokens_each: of a running sequence, on average."""
+    return server(
+        hf,
+        card,
+        tp=config.server.tensor_parallel,
+        weight_bytes=item_bytes(config.precision),
+        cache_bytes=cache_bytes(config),
+        tokens_each=tokens_each,
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        most=config.server.max_running_requests,
+        most_tokens=config.server.max_total_tokens,
+        static=config.server.mem_fraction_static,
+        efficiency=efficiency,
+    )
+
+
+def expert_tokens(config: Config, a: Architecture) -> tuple[float, float]:
+    """(mean, deviation) of the tokens that an expert gets of one micro-batch of the ranks that share its layer's
+    experts; the deviation if routers drew at random."""
+    if not a.shape.num_experts:
+        return 0.0, 0.0
+    parallel = config.parallel
+    ranks = parallel.expert * (parallel.expert_tensor or parallel.tensor)
+    tokens = config.trainer.micro_batch_tokens / parallel.context / parallel.tensor * ranks
+    mean = tokens * a.shape.topk / a.shape.num_experts
+    return mean, math.sqrt(mean * (1 - a.shape.topk / a.shape.num_experts))
+
+
+def _offloaded_s(memory: Memory, card: GPU, config: Config, efficiency: Efficiency) -> float:
+    """Adam on the CPU, all optimizer steps of a step: of each 16 bytes there, the gradient (4) comes over PCIe, 28 are
+    read and written (weight, two moments; the gradient read), and a weight (2) goes back."""
+    parameters = memory.host / 16
+    once = parameters * ((4 + 2) / card.pcie + (3 * 8 + 4) / efficiency.host_adam)
+    return config.train.mini_batches * once
+
+
+def _reasons(config: Config, card: GPU, memory: Memory, one: Server):
+    if config.rollout_gpus < config.server.tensor_parallel:
+        yield (
+            f"{config.cluster.nodes} x {config.cluster.gpus_per_node} GPUs less {config.parallel.ranks} of the trainer "
+            f"leave {config.rollout_gpus}, and a server takes {config.server.tensor_parallel}"
+        )
+    if config.server.tensor_parallel > config.cluster.gpus_per_node:
+        yield (
+            f"a server of server.tensor_parallel={config.server.tensor_parallel} would span machines of "
+            f"{config.cluster.gpus_per_node} GPUs, and one is started on one machine"
+        )
+    if memory.total > card.memory:
+        yield (
+            f"a trainer rank of pipeline stage {memory.stage} needs {memory.total / GIB:.1f} GiB of the {card.name}'s "
+            f"{card.memory / GIB:.1f}"
+        )
+    if memory.host > card.host:
+        yield (
+            f"the optimizer states of a rank take {memory.host / GIB:.0f} GiB of its machine's memory, "
+            f"of {card.host / GIB:.0f} a GPU"
+        )
+    if not one.fits:
+        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        yield (
+            f"a server on {one.gpus} GPUs holds {one.weights / GIB:.1f} GiB of weights on each and has room for "
+            f"{one.cache_tokens:,} tokens of KV cache, less than one sequence of {longest:,}"
+        )
+    total_tokens = config.server.max_total_tokens
+    if total_tokens is not None and total_tokens > one.cache_tokens:
+        yield f"server.max_total_tokens={total_tokens:,} is more than the {one.cache_tokens:,} that fit"

@@ -1,0 +1,137 @@
+"""docs/config.md from the configuration's own classes: every field, its type, its default, what it means.
+
+.venv/bin/python scripts/config_reference.py            # writes the page
+.venv/bin/python scripts/config_reference.py --check    # ends with 1 where the page is another
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from pipeline.config import Config
+
+PAGE = Path("docs/config.md")
+HEAD = """# Configuration
+
+A run is one YAML file. Any field can be set on the command line as `section.field=value`, where the value is YAML. A
+file may inherit: `base: other.yaml`, or a list of files of which a later one wins; paths are relative to the file that
+names them, mappings are merged key by key, the file wins over its bases and the command line over the file. What is not
+named has its default. What cannot run is refused before anything starts.
+
+This page is made by `.venv/bin/python scripts/config_reference.py` from the classes themselves.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    top, sections = [], []
+    for name, field in Config.model_fields.items():
+        model = _model_of(field.annotation)
+        if model is None:
+            top.append(_row(name, field))
+        else:
+            sections += _section(name, model, required=field.is_required())
+    return "\n".join([HEAD, "## At the top", "", *_table(top), *sections]) + "\n"
+
+
+def _section(path: str, model: type[BaseModel], *, required: bool) -> list[str]:
+    """A heading, the class's own words, its fields, then the sections inside it."""
+    rows, inner = [], []
+    for name, field in model.model_fields.items():
+        below = _model_of(field.annotation)
+        rows.append(_row(name, field))
+        if below is not None:
+            inner += _section(f"{path}.{name}", below, required=field.is_required())
+    words = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " ")
+    return ["", f"## `{path}`" + (" (required)" if required else ""), "", words, "", *_table(rows), *inner]
+
+
+def _table(rows: list[str]) -> list[str]:
+    return ["| field | type | default | |", "|---|---|---|---|", *rows]
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    cells = (f"`{name}`", _type(field), _default(field), field.description or "")
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is PydanticUndefined:
+        assert field.default_factory is not None
+        value = field.default_factory()  # pyright: ignore[reportCallIssue]
+    if isinstance(value, BaseModel):
+        return "see below"
+    if isinstance(value, dict | list | tuple):
+        return f"`{value!r}`" if value else "none"
+    return f"`{json.dumps(value) if value is None or isinstance(value, bool) else value}`"
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, if it holds one (or a list of one)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_of, typing.get_args(annotation))), None)
+
+
+def _type(field: FieldInfo) -> str:
+    """`int, 1 or more`, `bf16 or fp32`, `list of text`."""
+    limits = []
+    for limit in field.metadata:
+        for attribute, words in (
+            ("ge", "{} or more"),
+            ("gt", "more than {}"),
+            ("le", "{} at most"),
+            ("lt", "less than {}"),
+        ):
+            if (bound := getattr(limit, attribute, None)) is not None:
+                limits.append(words.format(bound))
+    return ", ".join([_words(field.annotation), *limits])
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if one is type(None) else _words(one) for one in arguments)
+    if origin in (list, tuple):
+        return f"list of {_words(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if origin is typing.Annotated:
+        return _words(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    made = page()
+    if parser.parse_args().check:
+        if PAGE.read_text() == made:
+            return 0
+        print(f"{PAGE} is not what the classes say; run scripts/config_reference.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(made)
+    print(PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Formulas against published figures; docs/plan.md names where each was read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
+from pipeline.plan import flops, memory, parameters
+from pipeline.plan.hardware import EFFICIENCY, GPUS
+
+BF16 = TrainerPrecision(weights="bfloat16")
+QWEN2_MOE = {
+    "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+    "norm_topk_prob": False, "decoder_sparse_step": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+MIXTRAL = {
+    "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "sliding_window": None, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def published(name):
+    return json.loads(Path(f"configs/{name}/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("hf", "total", "tolerance"),
+    [
+        ("qwen3-30b-a3b", 30.5e9, 0.01),
+        ("qwen3-235b-a22b", 235e9, 0.01),
+        ("deepseek-v3", 671e9, 0.01),
+        ("glm-4.5-air", 106e9, 0.01),
+        ("moonlight-16b-a3b", 16e9, 0.01),
+        (QWEN2_MOE, 14.3e9, 0.01),
+        (MIXTRAL, 46.7e9, 0.01),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
+)
+def test_total_parameters_are_the_published_ones_within_one_percent(hf, total, tolerance):
+    hf = published(hf) if isinstance(hf, str) else hf
+    assert parameters.total(hf) == pytest.approx(total, rel=tolerance)
+
+
+def test_kimi_k2_has_the_parameters_of_its_published_files_to_the_digit():
+    hf = published("kimi-k2")
+    biases = parameters.rank_count(hf, ParallelConfig()).buffers // 2  # the other half counts tokens
+    assert parameters.total(hf) + biases == 1_026_408_232_448
+
+
+@pytest.mark.parametrize(
+    ("name", "active", "digit", "ends"),
+    [
+        ("qwen3-30b-a3b", 3.3e9, 0.1e9, True),
+        ("qwen3-235b-a22b", 22e9, 1e9, True),
+        ("deepseek-v3", 37e9, 1e9, True),
+        ("kimi-k2", 32e9, 1e9, True),
+        # these two are published without embedding and LM head
+        ("glm-4.5-air", 12e9, 1e9, False),
+        ("moonlight-16b-a3b", 2.24e9, 0.01e9, False),
+    ],
+)
+def test_active_parameters_are_the_published_ones_within_one_of_their_last_digit(name, active, digit, ends):
+    hf = published(name)
+    outside = 0 if ends else 2 * hf["vocab_size"] * hf["hidden_size"]
+    assert abs(parameters.active(hf) - outside - active) < digit
+
+
+def test_moonlight_without_embedding_and_head_has_the_published_total():
+    hf = published("moonlight-16b-a3b")
+    assert parameters.total(hf) - 2 * hf["vocab_size"] * hf["hidden_size"] == pytest.approx(15.29e9, abs=0.005e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_s", "tflops"),
+    [
+        ("qwen3-30b-a3b", 10494, 241),
+        ("qwen3-30b-a3b", 28934, 666),
+        ("qwen3-235b-a22b", 1204, 178),
+        ("qwen3-235b-a22b", 5350, 792),
+    ],
+)
+def test_flops_of_a_token_are_those_of_published_throughputs(name, tokens_s, tflops):
+    """Megatron-Bridge's tables give both for sequences of 4,096 tokens; three digits are printed."""
+    assert flops.training(published(name), 4096, 4096**2) / 4096 == pytest.approx(tflops * 1e12 / tokens_s, rel=0.01)
+
+
+@pytest.mark.parametrize(("tokens_s", "tflops"), [(1297, 338), (3943, 1026)])
+def test_flops_of_deepseek_v3_are_published_with_its_layer_that_predicts_a_second_token(tokens_s, tflops):
+    hf = published("deepseek-v3")
+    a = parameters.architecture(hf)
+    last = parameters.layer(a, 60, ParallelConfig())
+    idle = (a.shape.num_experts - a.shape.topk) * 3 * a.hidden * a.expert_ffn
+    second = last.parameters - idle + 2 * a.hidden**2 + a.hidden * a.shape.vocab_size
+    both = (flops.training(hf, 4096, 4096**2) + 6 * second * 4096) / 4096 + 3 * (a.query + a.value) * 4096
+    assert both == pytest.approx(tflops * 1e12 / tokens_s, rel=0.01)
+
+
+def test_the_trainers_efficiency_lies_within_what_is_published_for_bf16_on_h100():
+    reached = EFFICIENCY.train * GPUS["h100"].bf16
+    assert 153e12 <= reached <= 276e12
+
+
+def test_a_layer_keeps_34_bytes_a_hidden_element_where_it_is_the_papers_layer():
+    """2205.05198, equation 2 without its attention matrices: 34 s b h = 11 attention + 19 MLP + 4 norms, of which two
+    masks of dropout are 2. That layer has no gate and no rotation, so neither the gate's F = 4 H nor the rotated copies
+    of queries and keys count."""
+    h = 64
+    a = parameters.architecture(
+        {
+            "model_type": "qwen3", "vocab_size": 512, "hidden_size": h, "intermediate_size": 4 * h, "head_dim": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
+        }
+    )  # fmt: skip
+    attention = memory.kept_attention(a) - (a.query + a.key_value)
+    mlp = memory.kept_mlp(a, sparse=False) - a.ffn
+    assert 2 * (attention + mlp) + 2 * h == 34 * h
+
+
+def test_selective_and_full_recomputation_keep_less_and_pay_in_flops():
+    hf = published("qwen3-30b-a3b")
+    kept, paid = [], []
+    for recompute in ("none", "selective", "full"):
+        kept.append(memory.kept(hf, ParallelConfig(), TrainerConfig(recompute=recompute), BF16, 4096)[0])
+        paid.append(flops.training(hf, 4096, 4096**2, recompute=recompute))
+    assert kept == sorted(kept, reverse=True)
+    assert paid == sorted(paid)
+    assert paid[2] == pytest.approx(paid[0] * 4 / 3)
+
+
+def test_a_pipeline_holds_as_many_micro_batches_as_the_papers_say():
+    plain = ParallelConfig(ranks=8, pipeline=8)
+    assert [memory.in_flight(plain, stage) for stage in range(8)] == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert memory.in_flight(plain, 0, micro_batches=3) == 3
+    chunked = ParallelConfig(ranks=8, pipeline=8, virtual_pipeline=3)
+    assert memory.in_flight(chunked, 0) == pytest.approx(8 * (1 + 7 / 24))  # 2205.05198, section 4.2.3
+
+
+def test_tensor_parallel_ranks_divide_what_is_kept_and_context_ranks_too():
+    hf, trainer = published("qwen3-30b-a3b"), TrainerConfig()
+    one, _ = memory.kept(hf, ParallelConfig(), trainer, BF16, 8192)
+    for settings in ({"tensor": 2, "sequence": True}, {"context": 2}):
+        two, _ = memory.kept(hf, ParallelConfig(ranks=2, **settings), trainer, BF16, 8192)
+        assert two == pytest.approx(one / 2)
+
+
+def test_an_offloaded_optimizer_lies_in_the_machines_memory():
+    hf, parallel = published("qwen3-30b-a3b"), ParallelConfig(ranks=8, expert=8)
+    on, off = (
+        memory.rank_memory(hf, parallel, TrainerConfig(offload_optimizer=o), BF16, 4096, stage=0) for o in (False, True)
+    )
+    assert (on.host, off.optimizer) == (0.0, 0.0)
+    assert on.optimizer == pytest.approx(12 * parameters.total(hf) / 8)
+    assert off.host == pytest.approx(16 * parameters.total(hf) / 8)

@@ -1,0 +1,125 @@
+"""A real Slurm (Debian's slurmctld, slurmd and munge) of two nodes on this machine; see cluster.sh."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+_HERE = Path(__file__).parent
+_NAMESPACES = ("--net", "--uts", "--mount", "--pid")
+COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare", "nsenter", "ip")
+
+
+class SlurmCluster:
+    """A context: up when it is entered; nothing of it is left on leaving, or when this process dies.
+
+    folder: everything of it, and where jobs may write; all nodes see it. Its path is short: sockets stand below it.
+    """
+
+    def __enter__(self):
+        if os.geteuid() != 0:
+            raise RuntimeError("the Slurm of the tests runs in namespaces of its own and needs root: run this as root")
+        if missing := [c for c in COMMANDS if shutil.which(c) is None]:
+            raise RuntimeError(f"there is no {', '.join(missing)}; `make test-slurm` installs Debian's packages")
+        self.folder = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))
+        for name in ("state", "scratch", "spool.node1", "spool.node2"):
+            (self.folder / name).mkdir()
+        conf = self.folder / "slurm.conf"
+        conf.write_text((_HERE / "slurm.conf").read_text().replace("FOLDER", str(self.folder)))
+        arguments = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", _HERE / "cluster.sh"]
+        with (self.folder / "cluster.out").open("wb") as output:
+            self._process = subprocess.Popen(
+                [*arguments, self.folder], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait_until_up(self, timeout_s: float = 30) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            children = psutil.Process(self._process.pid).children()
+            self._init = children[0].pid if children else None
+            if self._init and self.run("sinfo", "-h", "-o", "%D %t", check=False).split() == ["2", "idle"]:
+                return
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                logs = "".join(f"\n{p}:\n{p.read_text()[-2000:]}" for p in self.folder.glob("*.out"))
+                raise RuntimeError(f"the Slurm of the tests did not start{logs}")
+            time.sleep(0.1)
+
+    def __exit__(self, *_):
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # and with it, --kill-child, the first process of the namespaces
+            self._process.wait()
+        shutil.rmtree(self.folder)
+
+    def run(self, *command: str | Path, check: bool = True, env: dict[str, str] | None = None) -> str:
+        """Run on the control node, in the current folder; its output, errors too."""
+        inside = ["nsenter", "--target", str(self._init), *_NAMESPACES, f"--wdns={Path.cwd()}"]
+        done = subprocess.run(
+            [*inside, *map(str, command)],
+            env=self.environment() | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{command} exited with {done.returncode}: {done.stdout}")
+        return done.stdout
+
+    def environment(self) -> dict[str, str]:
+        """That of a user of this cluster."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SAMEROUTE_", "RAY_"))}
+        return kept | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def job(self, number: int) -> dict[str, str]:
+        """The job's record: `scontrol show job`."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", str(number), "--oneliner")))
+
+    def wait_for_state(self, number: int, *states: str, timeout_s: float = 240) -> dict[str, str]:
+        """The job's record once it is in one of the states."""
+        deadline = time.monotonic() + timeout_s
+        while (job := self.job(number))["JobState"] not in states:
+            assert time.monotonic() < deadline, f"job {number} is {job['JobState']}\n{self.logs()}"
+            time.sleep(0.3)
+        return job
+
+    def wait_for_text(self, file: Path, words: str, timeout_s: float = 200) -> None:
+        """Until a file is there and holds the words."""
+        deadline = time.monotonic() + timeout_s
+        while not file.is_file() or words not in file.read_text():
+            assert time.monotonic() < deadline, f"no {words!r} in {file}\n{self.logs()}"
+            time.sleep(0.2)
+
+    def processes(self) -> list[str]:
+        """Command lines of all processes on the two nodes but Slurm's own, as the machine sees them."""
+        init = psutil.Process(self._init)
+        nodes = [c for c in init.children() if c.name() == "unshare"]
+        below = [p for node in nodes for p in node.children()[0].children(recursive=True)]
+        return [line for p in below if p.name() != "slurmd" and (line := _command_line(p))]
+
+    def logs(self) -> str:
+        """The ends of all logs, for a failed test."""
+        files = sorted(self.folder.rglob("*.log")) + sorted(self.folder.rglob("*.out"))
+        return "\n".join(f"--- {f}\n{f.read_text(errors='replace')[-3000:]}" for f in files)
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:200]
+    except psutil.NoSuchProcess:
+        return ""
