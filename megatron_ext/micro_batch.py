@@ -24,7 +24,7 @@ class MicroBatch:
     packed:    where the sequences lie in a packed row; None for padded rows.
     routes:    [this rank's tokens, layers, topk] int16 in the routers' order, -1 where there is no row to replay.
     counted:   [this rank's tokens] bool, in the routers' order: real tokens.
-    kept:      [rows * tokens / cp, K] int64, token ids that each label was sampled from, -1 behind them; a row of -1
+    kept:      [rows * tokens / cp, K] int32, token ids that each label was sampled from, -1 behind them; a row of -1
                for the whole vocabulary. None: so are all.
     """
 
@@ -59,7 +59,7 @@ def make_micro_batch(
     """
     chosen = tuple(samples[i] for i in indices)
     inputs = [s.tokens[:-1].astype(np.int64) for s in chosen] or [np.zeros(1, np.int64)]
-    labels = [_labels(s.tokens, label_shift) for s in chosen] or [np.zeros(1, np.int64)]
+    labels = [_following(s.tokens, label_shift).astype(np.int64) for s in chosen] or [np.zeros(1, np.int64)]
     packed = None
     if layout.packed:
         cu, longest = layout.cu_seqlens.to(device), max(layout.padded_lengths)
@@ -77,28 +77,28 @@ def make_micro_batch(
         packed=packed,
         routes=routes,
         counted=layout.slice_sequence(layout.is_token & bool(chosen)).to(device),
-        kept=_kept(chosen, layout, device),
+        kept=_kept(chosen, layout, device, label_shift),
     )
 
 
-def _labels(tokens: np.ndarray, shift: int) -> np.ndarray:
-    """[tokens - 1] int64: what each input token is to predict, the token that follows it."""
-    following = np.arange(1, len(tokens)) + shift
-    return tokens[following.clip(0, len(tokens) - 1)].astype(np.int64)
-
-
-def _kept(samples: Sequence[Sample], layout: TokenLayout, device: torch.device) -> Tensor | None:
+def _kept(samples: Sequence[Sample], layout: TokenLayout, device: torch.device, shift: int) -> Tensor | None:
     """See MicroBatch.kept."""
     widest = max((s.kept.shape[1] for s in samples if s.kept is not None), default=0)
     if not widest:
         return None
     rows = []
     for sample in samples:
-        row = np.full((sample.input_length, widest), -1, np.int64)
+        of_tokens = np.full((len(sample.tokens), widest), -1, np.int32)
         if sample.kept is not None:
-            row[-sample.response_length :, : sample.kept.shape[1]] = sample.kept
-        rows.append(row)
+            of_tokens[sample.prompt_length :, : sample.kept.shape[1]] = sample.kept
+        rows.append(_following(of_tokens, shift))
     return layout.slice_context(layout.pack(rows, fill=-1)).to(device)
+
+
+def _following(of_tokens: np.ndarray, shift: int) -> np.ndarray:
+    """[tokens, ...] -> [tokens - 1, ...]: what each input token is to predict, the token that follows it."""
+    following = np.arange(1, len(of_tokens)) + shift
+    return of_tokens[following.clip(0, len(of_tokens) - 1)]
 
 
 def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelShape) -> Tensor:

@@ -17,7 +17,6 @@ import json
 import logging
 import random
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,10 +142,10 @@ def _restore_network(network: Network, loaded: dict[str, Any], counts: dict[str,
         network.optimizer.reload_model_params()
         return
     for i, optimizer in enumerate(_chained(network)):
-        optimizer.load_state_dict(
-            optimizer.state_dict()
-            | {"param_state": loaded["optimizer"][str(i)], "param_state_sharding_type": "fully_reshardable"}
-        )
+        if moments := loaded.get("optimizer", {}).get(str(i)):  # else this stage has no parameter of that kind
+            optimizer.load_state_dict(
+                optimizer.state_dict() | {"param_state": moments, "param_state_sharding_type": "fully_reshardable"}
+            )
         for group in optimizer.optimizer.param_groups:
             group["step"] = counts["adam_steps"]
 
@@ -210,27 +209,23 @@ def checksum(file: Path) -> tuple[int, int]:
 
 def verify(path: Path) -> None:
     """Read every file back, each rank its share. Raises CheckpointError on all of them, naming what is damaged."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    found = damaged_files(path, lambda names: names[rank::world], checksum)
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, found)
-    if problems := sorted({p for part in everyone for p in part}):
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, _damaged(path, dist.get_rank(), dist.get_world_size()))
+    if problems := sorted({problem for found in everyone for problem in found}):
         raise CheckpointError("; ".join(problems))
 
 
-def damaged_files(
-    path: Path, share: Callable[[list[str]], list[str]], measure: Callable[[Path], tuple[int, int]]
-) -> list[str]:
-    """What is wrong with some of the files of a checkpoint, a sentence each."""
+def _damaged(path: Path, rank: int, world: int) -> list[str]:
+    """What is wrong with this rank's share of the files, a sentence each."""
     try:
         expected = json.loads((path / CHECKSUMS).read_text())
     except (OSError, ValueError) as error:
         return [f"{path / CHECKSUMS} cannot be read: {error}"]
     problems = []
-    for name in share(sorted(expected)):
+    for name in sorted(expected)[rank::world]:
         file = path / name
         if not file.is_file():
             problems.append(f"{file} is missing")
-        elif list(measure(file)) != expected[name]:
+        elif list(checksum(file)) != expected[name]:
             problems.append(f"{file} is damaged: its bytes are not those that were written")
     return problems

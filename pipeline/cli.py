@@ -124,7 +124,9 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
     from pipeline.checkpoints import CheckpointError, CheckpointStore
     from pipeline.controller import DisagreementError, NothingToLearnError
     from pipeline.data.prompts import DataError
+    from pipeline.observe.alerts import AlertStop
     from pipeline.observe.run_dir import RunDirectoryError
+    from pipeline.observe.sinks import ObserveError
     from pipeline.placement import PlacementError
     from pipeline.resume import ResumeError
     from pipeline.rewards import RewardError
@@ -141,7 +143,15 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
         return run(config, stop)
     except Stopped as error:
         return _fail(str(error), TO_BE_RESUMED)
-    except (RunDirectoryError, ConfigError, DataError, DumpError, ResumeError, FileNotFoundError) as error:
+    except (
+        RunDirectoryError,
+        ConfigError,
+        DataError,
+        DumpError,
+        ObserveError,
+        ResumeError,
+        FileNotFoundError,
+    ) as error:
         return _fail(str(error), 2)
     except (
         ServerError,
@@ -152,6 +162,7 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
         DisagreementError,
         NothingToLearnError,
         CheckpointError,
+        AlertStop,
     ) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:

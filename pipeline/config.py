@@ -18,6 +18,8 @@ from pipeline.config_file import ConfigError, read_tree
 from pipeline.data.prompts import DataConfig
 from pipeline.data.tiny_model import TinyModelConfig
 from pipeline.objectives import ObjectiveConfig, resolve
+from pipeline.observe.alerts import AlertsConfig
+from pipeline.observe.sinks import ObserveConfig
 from pipeline.precision import MOVED, PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.rollout.server import ServerConfig
 from pipeline.weights.config import WeightsConfig
@@ -172,6 +174,8 @@ class Config(_Frozen):
     checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
     debug: DebugConfig = Field(default_factory=DebugConfig)  # pyright: ignore[reportArgumentType]
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # pyright: ignore[reportArgumentType]
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)  # pyright: ignore[reportArgumentType]
+    alerts: AlertsConfig = Field(default_factory=AlertsConfig)  # pyright: ignore[reportArgumentType]
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
 
     @model_validator(mode="after")

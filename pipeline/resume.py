@@ -20,6 +20,8 @@ _INCIDENTAL = (
     "run.rollouts_shown",
     "checkpoint.",
     "debug.",
+    "observe.",
+    "alerts.",
     "cluster.",
     "model.path",
 )

@@ -26,8 +26,11 @@ from pipeline.diagnose import diagnose
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
 from pipeline.objectives import resolve
+from pipeline.observe.alerts import AlertStop
 from pipeline.observe.console import Console
+from pipeline.observe.facts import write_facts
 from pipeline.observe.run_dir import RunDirectory
+from pipeline.observe.sinks import Sinks, check_sinks
 from pipeline.placement import wait_and_place
 from pipeline.resume import Start, choose_start
 from pipeline.rewards import resolve_reward
@@ -51,9 +54,10 @@ def train(
     from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
     resume: go on from the newest checkpoint, and refuse where there is none; see pipeline.resume.choose_start.
     stop: signals that may ask for the end.
-    Raises what the CLI turns into a message: DataError, DumpError, RewardError, ResumeError, CheckpointError,
-    RunDirectoryError and ServerError (its port) before anything starts; ServerError, TrainerError, WeightTransferError,
-    DumpError, NothingToLearnError, DisagreementError and CheckpointError after; Stopped where a signal ended the run.
+    Raises what the CLI turns into a message: DataError, DumpError, ObserveError, RewardError, ResumeError,
+    CheckpointError, RunDirectoryError and ServerError (its port) before anything starts; ServerError, TrainerError,
+    WeightTransferError, DumpError, NothingToLearnError, DisagreementError, CheckpointError and AlertStop after; Stopped
+    where a signal ended the run.
     """
     dumped = None if from_dump is None else _dumped_steps(from_dump, config)
     check_inputs(config)
@@ -76,15 +80,18 @@ def train(
                 console.say(f"all {last} steps are done; a larger train.steps goes on")
                 run.finish()
                 return run.path
+        write_facts(run.path)
         serve = dumped is None and config.train.steps > 0
         session = _Session(config, store, stop, console, run)
         with (
             stop.saving(),
+            Sinks(config, run.path, console.say) as sinks,
             open_loop(config, run.path, run.logs, serve=serve, start=start, on_supervised=session.supervised_done) as (
                 loop,
                 model_path,
             ),
         ):
+            write_facts(run.path, loop.trainers)
             if serve and config.checks.first_rollouts:
                 _check_engines(loop, model_path, run, console)
             saver = session.saver(loop.trainers)
@@ -100,6 +107,11 @@ def train(
                 assert loop.arrays is not None
                 run.write_arrays(number, groups, loop.arrays, loop.objective, loop.source.tokenizer)
                 console.step(metrics)
+                try:
+                    sinks.record(metrics)
+                except AlertStop:
+                    saver.wait()
+                    raise
                 session.step_done(loop, saver, number, last)
             if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
@@ -175,8 +187,9 @@ def config_device(config: Config) -> Literal["cpu", "cuda"]:
 
 
 def check_inputs(config: Config) -> None:
-    """What can be known to be wrong before an earlier run is written over: the verifier, the data file, the port, a
-    precision that this device does not have."""
+    """What can be known to be wrong before an earlier run is written over: sinks, the verifier, the data file, the
+    port, a precision that this device does not have."""
+    check_sinks(config)
     try:
         config.precision.check_device(config_device(config))
     except ValueError as error:

@@ -73,6 +73,19 @@ class TrainerRank:
             probe.bind((host, 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
+    def where(self) -> dict[str, Any]:
+        """This rank's host, Ray node, process and GPUs."""
+        import socket
+
+        context = ray.get_runtime_context()
+        return {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "node": context.get_node_id(),
+            "pid": os.getpid(),
+            "gpus": context.get_accelerator_ids().get("GPU", []),
+        }
+
     def build(
         self,
         meeting_point: str,

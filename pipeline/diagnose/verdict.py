@@ -66,7 +66,7 @@ def _change(trial: Trial, config: Config) -> str:
                 "kept: let both be over the same (precision.top_k, top_p, min_p)."
             )
         case "LM head":
-            return "The engines round the logits differently: give both LM heads the same precision."
+            return "The engines round the logits differently: give both LM heads the same precision (precision.head)."
         case "routing":
             if setting.routes == "rollout":
                 return "The engines choose different experts: set replay=r3."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class EventWriter:
-    """Scalars of one run."""
+    """A sink: scalars of one run."""
 
     def __init__(self, directory: Path, *, resume_after: int | None = None):
         """Makes an event file in the directory.
@@ -25,15 +25,15 @@ class EventWriter:
             event = event_pb2.Event(wall_time=time.time(), step=resume_after + 1, session_log=start)  # pyright: ignore[reportAttributeAccessIssue]
             self._writer.add_event(event)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write every value under its own tag."""
         # protobuf makes these classes at import time, where a type checker does not see them.
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()])
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
         """Write out what is left."""
         self._writer.close()

@@ -12,6 +12,9 @@ dropped/             what a resumed run had written after its checkpoint: rows o
 hf/                  the trained model, where the run wrote one
 summary.png          reward, mismatch, lengths
 diagnose.json        how far the engines were apart before the first step; diagnose.html too where it was too far
+facts.json           hosts, GPUs, versions, commit, and where each trainer rank is: see facts
+alerts.jsonl         one JSON object an alert that fired or was resolved, where one did
+wandb/               what observe.wandb keeps here
 report.html          what `sameroute report` makes of all this
 """
 
@@ -47,8 +50,10 @@ _FILES = (
     "report.html",
     "diagnose.json",
     "diagnose.html",
+    "facts.json",
+    "alerts.jsonl",
 )
-_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "checkpoints", "dropped")
+_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb", "checkpoints", "dropped")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -142,7 +147,7 @@ class RunDirectory:
             from pipeline.observe.events import EventWriter
 
             self._events = EventWriter(self.path / "tensorboard", resume_after=self._resume_after)
-        self._events.scalars(int(metrics["step"]), {key: v for key, v in row.items() if key != "step"})
+        self._events.record(int(metrics["step"]), {key: v for key, v in row.items() if key != "step"})
         self._records += 1
 
     def to_disk(self) -> None:

@@ -27,6 +27,7 @@ from pipeline.observe.report.page import write_report
 from pipeline.rollout.dump import DumpError
 from pipeline.session import _replay, open_loop, train
 from tests.megatron_ext.ranks import run_ranks
+from tests.pipeline.observe.receivers import free_port, scrape
 
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
@@ -230,6 +231,9 @@ def test_a_run_leaves_its_files_and_no_process(finished, command):
     records = [json.loads(line) for line in (run.run / "records.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3]
     assert all(len(r["routing"]) == 4 and sum(r["ratios"]["proximal/rollout"]["counts"]) > 0 for r in records)
+    facts = json.loads((run.run / "facts.json").read_text())
+    assert [rank["rank"] for rank in facts["trainer"]] == [0, 1]
+    assert {rank["node"] for rank in facts["trainer"]} == {node["id"] for node in facts["ray"]["nodes"]}
     page = write_report(run.run).read_text()
     assert "Finished: 3 of 3 steps." in page
     assert "is recorded yet" not in page
@@ -292,8 +296,12 @@ def test_a_replay_from_other_weights_says_so():
     ("victim", "message"), [("sglang::scheduler", "sglang.log"), ("ray::TrainerRank", "trainer rank 0 died")]
 )
 def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(command, victim, message):
-    run = command(*SMALL, "supervised.steps=0", "train.steps=9999")
+    port = free_port()
+    run = command(*SMALL, "supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}")
     run.wait_for("step    2/9999")
+    served = scrape(port)
+    assert served["sameroute_steps_total"][0][1] >= 1
+    assert served["sameroute_routing_replayed_fraction"] == [({}, 1.0)]
     victims = [
         int(folder.name)
         for folder in Path("/proc").iterdir()
@@ -332,6 +340,7 @@ def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp
         cases = [
             (["train.stepz=1"], "train.stepz: there is no such key"),
             ([f"server.port={busy.getsockname()[1]}"], "cannot listen on 127.0.0.1"),
+            ([f"observe.prometheus_port={busy.getsockname()[1]}"], "observe.prometheus_port: cannot listen on"),
             (["model.tiny=null", "model.path=/nowhere"], "/nowhere is no Hugging Face model directory"),
             (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
             (["data.reward=none.such"], "none.such"),

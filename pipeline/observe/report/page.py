@@ -22,6 +22,8 @@ _FILES = (
     ("rollouts", "answers of every step, readable"),
     ("diagnose.html", "how far the engines were apart before the first step, and why"),
     ("diagnose.json", "how far the engines were apart before the first step"),
+    ("facts.json", "hosts, GPUs, versions, commit, where each trainer rank was"),
+    ("alerts.jsonl", "alerts that fired or were resolved, a line each"),
     ("logs", "of both engines, a file a process"),
     ("tensorboard", "the numbers for TensorBoard"),
     ("dumps", "what the steps trained on, for sameroute train --from-dump"),
@@ -41,7 +43,7 @@ _SETTINGS = (
     ("mini-batches", ("train", "mini_batches")),
     ("learning rate", ("train", "lr")),
     ("trainer ranks", ("parallel", "ranks")),
-    ("number format", ("trainer", "dtype")),
+    ("number format", ("precision", "weights")),
     ("seed", ("run", "seed")),
 )
 

@@ -11,6 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from pipeline.rollout.server import CPU_STUBS
@@ -117,6 +118,27 @@ def experts(all_to_one):
     return largest_difference(ours, expected)
 
 
+def routers():
+    """The float32 logits of a bfloat16 router, against the product in float64; a router of another kind is refused."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    from pipeline.rollout.sglang_router import make_routers_float32
+
+    def model_with(gate):
+        block = torch.nn.Module()
+        block.gate, block.experts = gate, torch.nn.Module()
+        return torch.nn.ModuleDict({"mlp": block})
+
+    gate, x = ReplicatedLinear(64, 8, bias=False, params_dtype=torch.bfloat16), torch.randn(50, 64).bfloat16()
+    gate.weight.data.normal_()
+    expected = x.double() @ gate.weight.double().t()
+    assert largest_difference(gate(x)[0], expected) > 1e-2
+    make_routers_float32(model_with(gate))
+    with pytest.raises(RuntimeError, match=r"mlp\.gate is a Linear, .* set precision\.router=bf16"):
+        make_routers_float32(model_with(torch.nn.Linear(64, 8)))
+    return largest_difference(gate(x)[0], expected)
+
+
 def main():
     torch.manual_seed(0)
     decode = [1, 2, 17, 40, 333]
@@ -130,6 +152,7 @@ def main():
         "rotation": rotation(),
         "experts": experts(all_to_one=False),
         "experts when all tokens choose the same": experts(all_to_one=True),
+        "routers": routers(),
     }
     print(json.dumps(report))
 

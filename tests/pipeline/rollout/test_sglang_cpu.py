@@ -14,6 +14,7 @@ from pipeline.rollout.sglang_cpu import kernels, plugin
 COMPARED = [
     "decode", "short prompts", "short prompts after a cached prefix", "a long prompt among short ones",
     "a long prompt after a cached prefix", "norms", "rotation", "experts", "experts when all tokens choose the same",
+    "routers",
 ]  # fmt: skip
 
 

@@ -1,0 +1,111 @@
+"""The pages name only what there is: fields, metrics, error messages, files."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from pipeline.config import Config
+from pipeline.observe.alerts import known_metrics
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@cache
+def messages() -> list[str]:
+    """Every text of the source with {} for its values."""
+    found = []
+    for package in ("pipeline", "megatron_ext"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def field_exists(path: list[str]) -> bool:
+    """Whether the configuration has the field a.b.c; below a free mapping anything is."""
+    models: list[type[BaseModel]] = [Config]
+    for position, part in enumerate(path):
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        if not fields:
+            return False
+        types, models = [field.annotation for field in fields], []
+        while types:
+            kind = types.pop()
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                models.append(kind)
+            types += get_args(kind)
+        if not models:
+            return position == len(path) - 1 or "dict" in str(fields[0].annotation)
+    return True
+
+
+def function_exists(module: str, name: str) -> bool:
+    """Whether it is a function of a module, as a page of formulas names it."""
+    files = (ROOT / "pipeline").rglob(f"{module}.py")
+    return any(f"\ndef {name}(" in file.read_text(encoding="utf-8") for file in files)
+
+
+def test_a_field_that_a_page_names_is_one_of_the_configuration():
+    assert field_exists(["train", "lr"])
+    assert field_exists(["observe", "wandb", "mode"])
+    assert not field_exists(["train", "stepz"])
+    sections = "|".join(Config.model_fields)
+    wrong = [
+        f"{page.name}: {found}"
+        for page in PAGES
+        for found in re.findall(rf"(?<![\w./-])(?:{sections})(?:\.[a-z_]\w*)+(?![\w/(])", page.read_text())
+        if not re.search(r"\.(py|md|yaml|jsonl?|html|png|log|safetensors|stepz)$", found)
+        and not field_exists(found.split("."))
+        and not function_exists(*found.split(".")[:2])
+    ]
+    assert wrong == []
+
+
+def test_a_metric_that_a_page_names_is_measured():
+    families = known_metrics()
+    wrong = [
+        f"{page.name}: {family}/{name}"
+        for page in PAGES
+        for family, name in re.findall(rf"(?<![\w/.])({'|'.join(families)})/(\w+)", page.read_text())
+        if f"{family}/{name}" not in families[family]
+    ]
+    assert wrong == []
+
+
+def test_a_file_that_a_page_links_or_runs_is_there():
+    for page in PAGES:
+        text = page.read_text()
+        linked = [page.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+        run = [ROOT / file for file in re.findall(r"\b((?:scripts|tests|configs)/[\w/.-]+\.(?:py|yaml|sbatch))", text)]
+        assert [str(file) for file in (*linked, *run) if not file.exists()] == [], page
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+def symptoms() -> list[str]:
+    """What the tables of troubleshoot.md quote in their first column as words of this project."""
+    rows = [line.split("|")[1] for line in (ROOT / "docs" / "troubleshoot.md").read_text().splitlines() if "|" in line]
+    quoted = [words for row in rows for words in re.findall(r"`([^`]+)`", row)]
+    return [words for words in quoted if " " in words]
+
+
+@pytest.mark.parametrize("symptom", symptoms())
+def test_an_error_that_the_table_explains_is_one_that_is_raised(symptom):
+    pattern = ".*".join(re.escape(words.strip()) for words in symptom.split("..."))
+    assert any(re.search(pattern, message, re.DOTALL) for message in messages())
+
+
+def test_the_table_explains_many():
+    assert len(symptoms()) > 40
