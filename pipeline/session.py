@@ -81,7 +81,8 @@ def train(
                 run.finish()
                 return run.path
         write_facts(run.path)
-        serve, session = dumped is None and config.train.steps > 0, _Session(config, store, stop, console, run)
+        serve = dumped is None and config.train.steps > 0
+        session = _Session(config, store, stop, console, run)
         with (
             stop.saving(),
             Sinks(config, run.path, console.say) as sinks,
