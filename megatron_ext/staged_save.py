@@ -48,14 +48,14 @@ class StagedSave:
         self._writer, self._finished = _Writer(path, live), finished
         request = dist_checkpointing.save(state, str(path), _Strategy(self._writer), async_sharded_save=True)
         self._finalize = request.finalize_fns
-        self._error: OSError | RuntimeError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
         self._thread.start()
 
     def _write(self) -> None:
         try:
             self._writer.write()
-        except (OSError, RuntimeError) as error:  # raised where the trainer asks
+        except Exception as error:  # raised where the trainer asks; without one the file would count as written
             self._error = error
 
     def written(self, *, wait: bool = False) -> bool:
