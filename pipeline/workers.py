@@ -210,14 +210,17 @@ class TrainerRank:
         return self.trainer.exporter.position if hasattr(self, "trainer") else 0
 
     def save_hf(self, directory: str) -> None:
-        """Write the weights as one Hugging Face safetensors file. Rank 0 writes."""
+        """Write the weights as one Hugging Face safetensors file, which appears whole or not at all. Rank 0 writes."""
         from safetensors.torch import save_file
 
         tensors = {}
         for bucket in self.trainer.export(everywhere=False):
             tensors |= {name: tensor.detach().clone().contiguous().cpu() for name, tensor in bucket}
         if self.rank == 0:
-            save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+            target = Path(directory) / "model.safetensors"  # a resumed run takes one for the end of the run
+            partial = target.with_name(f".{target.name}.partial")
+            save_file(tensors, partial, metadata={"format": "pt"})
+            os.replace(partial, target)
 
     def close(self) -> None:
         """Leave the groups."""
