@@ -79,6 +79,9 @@ class HFExporter:
                 pairs = [(i, p) for i, p in zip(items, own, strict=True) if self._sent(i, expert)]
                 for bucket in self._buckets(pairs, self._ways(expert)):
                     flat = gather(bucket, expert, stage)
+                    if self.device.type == "cuda":
+                        # NCCL's calls return at once: a rank that need not wait would queue copies of all its shards
+                        torch.cuda.current_stream().synchronize()
                     if flat is not None:
                         yield self._merge([item for item, _ in bucket], flat, expert)
                     self.position += 1
