@@ -50,9 +50,9 @@ def exchanged(network: Network, exchange: Exchange) -> Iterator[None]:
     """The network computes as `exchange` says until the block ends. Raises ValueError for a rope_theta where
     `exchangeable_rope_theta` is None."""
     kept = network.label_shift, network.precision
-    rotary = [chunk.rotary_pos_emb for chunk in network.chunks] if exchange.rope_theta is not None else []
-    if rotary and exchangeable_rope_theta(network.hf) is None:
+    if exchange.rope_theta is not None and exchangeable_rope_theta(network.hf) is None:
         raise ValueError("the frequencies of this model's rotary embedding do not follow from rope_theta alone")
+    rotary = [chunk.rotary_pos_emb for chunk in network.chunks] if exchange.rope_theta is not None else []
     network.label_shift += exchange.label_shift
     chosen = {"temperature": exchange.temperature, "head": exchange.head}
     network.precision = network.precision.model_copy(update={k: v for k, v in chosen.items() if v is not None})
