@@ -17,6 +17,7 @@ from pipeline.workers import PolicyTokens
 BUCKETS = 24  # of positions, at most
 WORST = 20
 CONTEXT = 8  # tokens shown before a worst one
+RARE = 10  # improbable tokens that can be absent by chance: at ten expected, once in 20,000
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,18 @@ class Calibration:
     A token that is drawn from pi has E[-log pi(y_t) | y_<t] = H_t, so that the difference is 0 but for chance; a mask
     on sampling (top-k, top-p, min-p), or sampling at a lower temperature than the log-probs', makes it negative.
     error: standard error of the difference.
+    least: what the difference must exceed besides. A policy that is sure of most tokens owes its entropy to tokens that
+           are seldom drawn, and where none was, the standard error knows nothing of them.
     """
 
     difference: float
     error: float
+    least: float
 
     @property
     def off(self) -> bool:
-        """Beyond chance: five standard errors, and not only a rounding."""
-        return abs(self.difference) > max(5 * self.error, 0.01)
+        """Beyond chance: five standard errors, and `least`."""
+        return abs(self.difference) > max(5 * self.error, self.least)
 
 
 def by_position(rollouts: Sequence[Rollout], policy: PolicyTokens) -> list[dict[str, float]]:
@@ -99,7 +103,12 @@ def worst_tokens(loop: Loop, rollouts: Sequence[Rollout], policy: PolicyTokens) 
     return out
 
 
-def calibration(policy: PolicyTokens) -> Calibration:
-    """Of the tokens that the policy's log-probs and entropies are of. At least two."""
+def calibration(policy: PolicyTokens, vocab_size: int) -> Calibration:
+    """Of the tokens that the policy's log-probs and entropies are of. At least two.
+
+    Tokens that n draws miss have about 1/n of the probability, and share it among the vocabulary at most: such a one is
+    log(n * vocab_size) nats.
+    """
     x = -np.concatenate(policy.logprobs).astype(np.float64) - np.concatenate(policy.entropy)
-    return Calibration(float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))))
+    least = max(RARE * float(np.log(len(x) * vocab_size)) / len(x), 0.01)  # .01: roundings
+    return Calibration(float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))), least)

@@ -107,7 +107,7 @@ def diagnose(
     measured: dict[str, Any] = {}
     uncompared: dict[str, str] = {}
     if tokens > 1:
-        measured["calibration"] = calibration(policy)
+        measured["calibration"] = calibration(policy, loop.shape.vocab_size)
     beyond = not gap["abs_logprob"] <= bound
     if in_full or beyond:
         layers = bench.agreement()

@@ -167,7 +167,7 @@ def test_a_mask_on_sampling_is_seen_though_log_probs_agree(engines):
     loop, model = engines
     masked = replace(loop, version=loop.version)
     masked.sampling = replace(loop.sampling, top_k=2)
-    found = diagnose(loop, model, new_rollouts(masked, 64))
+    found = diagnose(loop, model, new_rollouts(masked, 192))
     assert found.gap["abs_logprob"] < 1e-5
     assert not found.agree
     assert found.sentence.startswith("The server does not sample from the distribution")

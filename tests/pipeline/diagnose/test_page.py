@@ -27,7 +27,7 @@ FOUND = Diagnosis(
     findings=(TEMPERATURE,),
     rest=3e-7,
     weights=("model.layers.0.mlp.gate.weight (differs)",),
-    calibration=Calibration(-0.2, 0.01),
+    calibration=Calibration(-0.2, 0.01, 0.01),
     by_position=tuple(
         {"start": 4 * k, "tokens": 8.0, "abs_logprob": 0.1 * k, "max_abs_logprob": 1.0} for k in range(9)
     ),
