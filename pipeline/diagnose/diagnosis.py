@@ -104,6 +104,7 @@ def diagnose(
     policy = bench.trainer(base)
     gap = {name.removeprefix("mismatch/"): value for name, value in mismatch_of(rollouts, policy).items()}
     bound, tokens = loop.config.logprob_bound, sum(len(r) for r in rollouts)
+    version = loop.version  # weights that are sent again are the same under the next number
     measured: dict[str, Any] = {}
     uncompared: dict[str, str] = {}
     if tokens > 1:
@@ -114,7 +115,7 @@ def diagnose(
         measured |= {
             "by_position": tuple(by_position(rollouts, policy)),
             "by_layer": tuple(layers) if layers is not None else (),
-            "by_lag": tuple(by_lag(rollouts, policy, loop.version)),
+            "by_lag": tuple(by_lag(rollouts, policy, version)),
             "worst": tuple(worst_tokens(loop, rollouts, policy)),
         }
         if loop.client is not None:
@@ -131,7 +132,7 @@ def diagnose(
         gap=gap,
         rollouts=len(rollouts),
         tokens=tokens,
-        weight_version=loop.version,
+        weight_version=version,
         routes=base.routes,
         rest=gap["abs_logprob"],
     )

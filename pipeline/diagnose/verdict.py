@@ -22,9 +22,9 @@ def verdict(found: Diagnosis, config: Config) -> str:
     largest = found.findings[0] if found.findings else None
     if found.weights:
         return f"The engines hold different weights: {_names(found.weights)}; {bound}. {_RESEND}"
+    if within and found.calibration is not None and found.calibration.off:
+        return f"The server does not sample from the distribution whose log-probs it returns: {_mask(found)}"
     if within and (largest is None or largest.abs_logprob > _AVOIDABLE * found.gap["abs_logprob"]):
-        if found.calibration is not None and found.calibration.off:
-            return f"The server does not sample from the distribution whose log-probs it returns: {_mask(found)}"
         agree = f"The engines agree: {bound}, the largest on any token {found.gap['max_abs_logprob']:.1e}."
         return agree if largest is None else f"{agree} {_share(found, largest)}. {_change(largest, config)}"
     if largest is None:
