@@ -118,10 +118,10 @@ def train(
                     saver.wait()
                     raise
                 session.step_done(loop, saver, number, last)
+            saver.wait()  # whatever the last check finds, the last checkpoint is there
             if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
             loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
-            saver.wait()
         run.finish()
     return run.path
 
