@@ -43,6 +43,7 @@ from pipeline.rollout.server import ServerError, SGLangServer, reserve_port
 from pipeline.saver import Saver
 from pipeline.stop import Stopped, StopRequest
 from pipeline.types import Group
+from pipeline.weights import WeightsConfig
 from pipeline.workers import TrainerGroup
 
 
@@ -312,7 +313,8 @@ def open_loop(
             ]
             client = clients[0] if len(clients) == 1 else ClientPool(clients)
             urls, logs_of_servers = [s.url for s in servers], [s.log_path for s in servers]
-            trainers.connect(urls, config.weights, device, logs_of_servers, config.precision.rollout_weights)
+            weights = weights_config(config, gpus=device == "cuda")
+            trainers.connect(urls, weights, device, logs_of_servers, config.precision.rollout_weights)
         loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
         if start is not None and in_loop:
             loop.version = start.progress.version - 1  # which the sync makes good
@@ -327,6 +329,14 @@ def server_count(config: Config, *, gpus: bool) -> int:
     if config.server.replicas is not None or not gpus or config.cluster.address is None:
         return config.server.replicas or 1
     return max(1, config.rollout_gpus // config.server.tensor_parallel)
+
+
+def weights_config(config: Config, *, gpus: bool) -> WeightsConfig:
+    """How weights travel, with `auto` settled where servers run on GPUs of a Ray cluster: each sees its own only, and
+    cannot map the memory of a trainer's, even on one machine."""
+    if config.weights.transport != "auto" or not gpus or config.cluster.address is None:
+        return config.weights
+    return config.weights.model_copy(update={"transport": "distributed"})
 
 
 @contextlib.contextmanager
