@@ -15,8 +15,8 @@ class WeightsConfig(BaseModel):
     transport: Literal["auto", "distributed", "shared_memory"] = Field(
         "auto",
         description="distributed: a process group of trainer rank 0 and the servers. shared_memory: memory that both "
-        "map, CUDA IPC on a GPU. auto: shared_memory where every server runs on the machine of trainer rank 0 "
-        "and, on a GPU, in no Ray cluster that was there",
+        "map, CUDA IPC on a GPU. auto: shared_memory where every server runs on the machine of trainer rank 0, "
+        "and distributed to GPUs of their own",
     )
     bucket_bytes: int = Field(
         1 << 28, ge=1, description="bytes of whole tensors sent at once, at most; a larger tensor goes alone"

@@ -25,7 +25,7 @@ from pipeline.losses import policy_loss
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 from pipeline.observe.report.page import write_report
 from pipeline.rollout.dump import DumpError
-from pipeline.session import _replay, open_loop, train, weights_config
+from pipeline.session import _replay, open_loop, train
 from tests.megatron_ext.ranks import run_ranks
 from tests.pipeline.observe.receivers import free_port, scrape
 
@@ -355,14 +355,3 @@ def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp
             assert run.orphans() == []
 
     assert (earlier / "config.yaml").read_text() == "of an earlier run"
-
-
-def test_weights_go_by_a_group_to_servers_on_gpus_of_their_own():
-    def chosen(*overrides, gpus):
-        return weights_config(load_config(QUICKSTART, list(overrides)), gpus=gpus).transport
-
-    cluster = "cluster.address=head:6379"
-    assert chosen(cluster, gpus=True) == "distributed"
-    assert chosen(cluster, gpus=False) == "auto"
-    assert chosen(gpus=True) == "auto"
-    assert chosen(cluster, "weights.transport=shared_memory", gpus=True) == "shared_memory"
