@@ -152,8 +152,8 @@ def _directives(options: argparse.Namespace, nodes: int, gpus: int, partition: s
 
 
 def _rollout_nodes(config: Config, options: argparse.Namespace, nodes: int, gpus: int) -> int:
-    """As asked for, or all that the trainer leaves whole; 0 where it leaves part of a node, nothing is sampled, or there
-    are no GPUs."""
+    """As asked for, or all that the trainer leaves whole; 0 where it leaves part of a node, there are no GPUs, or there
+    is no sampling."""
     if options.rollout_nodes is not None:
         if not 0 <= options.rollout_nodes < nodes:
             raise LaunchError(f"--rollout-nodes {options.rollout_nodes} of {nodes} nodes leave none for the trainer")
