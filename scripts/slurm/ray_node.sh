@@ -26,7 +26,7 @@ driver="" ended=""
 # shellcheck disable=SC2329 # the trap calls it
 clean_up() {
     local pid
-    if [ "$node" = "$HEAD_NODE" ]; then touch "$ATTEMPT_FOLDER/head_ended"; fi
+    if [ "$node" = "$HEAD_NODE" ]; then touch "$ATTEMPT_FOLDER/head_ended" || true; fi
     for pid in $(grep -lzsx "SAMEROUTE_TASK_MARK=$SAMEROUTE_TASK_MARK" /proc/[0-9]*/environ | tr -dc '0-9\n'); do
         kill -KILL "$pid" 2> /dev/null || true # gone meanwhile, or the grep itself
     done
