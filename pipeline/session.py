@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-import ray
 import torch
 
 from megatron_ext.hf.config import model_shape, read_hf_config
 from megatron_ext.hf.files import copy_companions
 from pipeline.checkpoints import CheckpointStore, Progress, progress_of
+from pipeline.cluster import cluster, server_count, trainer_group
 from pipeline.config import Config, ConfigError
 from pipeline.controller import DisagreementError, Loop, NothingToLearnError, supervise
 from pipeline.data.chat import DataError
@@ -31,15 +27,13 @@ from pipeline.observe.console import Console
 from pipeline.observe.facts import write_facts
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks import Sinks, check_sinks
-from pipeline.placement import wait_and_place
 from pipeline.resume import Start, choose_start
 from pipeline.rewards import resolve_reward
 from pipeline.rollout.client import SGLangClient
 from pipeline.rollout.dump import DumpError
 from pipeline.rollout.dumped import DumpedSteps
 from pipeline.rollout.pool import ClientPool
-from pipeline.rollout.remote import RemoteServer
-from pipeline.rollout.server import ServerError, SGLangServer, reserve_port
+from pipeline.rollout.server import SGLangServer, reserve_port
 from pipeline.saver import Saver
 from pipeline.stop import Stopped, StopRequest
 from pipeline.types import Group
@@ -250,7 +244,8 @@ def open_loop(
     source = PromptSource(config.data, model_path, seed=config.run.seed)
     objective = resolve(config.objective)
     routes = config.replay == "r3" and shape.num_experts > 0
-    count = server_count(config, gpus=device == "cuda") if serve else 0
+    gpus = max(1, torch.cuda.device_count()) if device == "cuda" else 0
+    count = server_count(config, gpus) if serve else 0
     local = [
         SGLangServer(
             config.server,
@@ -265,7 +260,7 @@ def open_loop(
         for number in range(count)
     ]
     with contextlib.ExitStack() as stack:
-        servers, nodes = stack.enter_context(cluster(config, local, gpus=device == "cuda"))
+        servers, nodes = stack.enter_context(cluster(config, local, gpus))
         trainers = stack.enter_context(trainer_group(config, device, logs, servers, nodes))
         trainers.build(
             model_path,
@@ -320,101 +315,6 @@ def open_loop(
             loop.sync()
         yield loop, model_path
         trainers.call("close")
-
-
-def server_count(config: Config, *, gpus: bool) -> int:
-    """How many servers the run has: see ServerConfig.replicas."""
-    if config.server.replicas is not None or not gpus or config.cluster.address is None:
-        return config.server.replicas or 1
-    return max(1, config.rollout_gpus // config.server.tensor_parallel)
-
-
-@contextlib.contextmanager
-def cluster(
-    config: Config, servers: list[SGLangServer], *, gpus: bool
-) -> Iterator[tuple[Sequence[SGLangServer | RemoteServer], list[str] | None]]:
-    """Ray up and the servers started, as children of this process, or in a cluster that was there on their nodes.
-
-    Yields the servers, and the node of each trainer rank in such a cluster. All is gone on leaving. Raises ServerError
-    for a server that could never work, and PlacementError for a cluster that does not hold the run.
-    """
-    with contextlib.ExitStack() as stack:
-        if config.cluster.address is None:
-            for server in servers:
-                stack.callback(server.stop)
-                server.start()  # it loads while Ray and the trainer do
-            stack.enter_context(_ray(config))
-            yield servers, None
-            return
-        stack.enter_context(_ray(config))
-        placement = wait_and_place(
-            config.parallel.ranks,
-            [config.server.tensor_parallel] * len(servers),
-            gpus=gpus,
-            timeout_s=config.cluster.join_timeout_s,
-        )
-        remote = [RemoteServer(s, node, gpus=gpus) for s, node in zip(servers, placement.servers, strict=True)]
-        for server in remote:
-            stack.callback(server.stop)
-        for server in remote:
-            server.start()
-        yield remote, placement.trainers
-
-
-@contextlib.contextmanager
-def _ray(config: Config) -> Iterator[None]:
-    """Ray started here, or joined."""
-    on_termination = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
-    if config.cluster.address is None:
-        ray.init(
-            address="local",  # never another run's cluster on this machine
-            num_cpus=config.parallel.ranks + 1,
-            include_dashboard=False,
-            object_store_memory=int(config.cluster.object_store_gb * 1e9),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    else:
-        ray.init(address=config.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-    # Ray takes SIGTERM over and aborts the process in the middle of its own clean-up (2.60); the caller's stays.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_termination)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def trainer_group(
-    config: Config,
-    device: Literal["cpu", "cuda"],
-    logs: Path,
-    servers: Sequence[SGLangServer | RemoteServer],
-    nodes: list[str] | None,
-) -> Iterator[TrainerGroup]:
-    """One actor a trainer rank; all gone on leaving. A server that dies ends what they wait for."""
-
-    def watch() -> None:
-        for server in servers:
-            if not server.alive():
-                raise ServerError(f"the SGLang server died\n{server.log_tail()}")
-
-    group = TrainerGroup(
-        config.parallel,
-        gpus=device == "cuda",
-        log_directory=logs,
-        threads=config.cluster.cpu_threads,
-        timeout_s=config.cluster.call_timeout_s,
-        watch=watch,
-        nodes=nodes,
-    )
-    try:
-        yield group
-    finally:
-        group.stop()
 
 
 def prepare_model(config: Config, directory: Path) -> Path:

@@ -52,7 +52,7 @@ class ServerConfig(BaseModel):
     replicas: int | None = Field(
         None,
         ge=1,
-        description="servers; null: one, and in a Ray cluster with GPUs as many as the GPUs beside the trainer hold",
+        description="servers; null: as many as the GPUs beside the trainer hold, at least one",
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs (or processes, on the CPU) that hold one copy of the model")
     max_running_requests: int = Field(256, ge=1, description="requests decoded together; more wait in a queue")

@@ -1,0 +1,31 @@
+"""How many servers a run has, and whether they have GPUs of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.cluster import server_count, shares_gpus
+from pipeline.config import load_config
+
+JOINED = ["cluster={address: auto, nodes: 2, gpus_per_node: 8}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "servers", "shared"),
+    [
+        ([], 0, 1, True),  # no GPUs: nothing is placed
+        ([], 1, 1, True),  # one GPU: both engines on it
+        ([], 2, 1, False),
+        ([], 8, 7, False),
+        (["parallel.ranks=4", "server.tensor_parallel=2"], 8, 2, False),
+        (["parallel.ranks=8"], 8, 1, True),  # the trainer takes them all
+        (["server.replicas=2"], 8, 2, False),
+        (["server.replicas=8"], 8, 8, True),
+        ([*JOINED, "parallel.ranks=8"], 8, 8, False),
+        ([*JOINED, "parallel.ranks=8"], 1, 8, False),  # the controller's own machine does not count
+    ],
+)
+def test_servers_take_the_gpus_beside_the_trainer(settings, gpus, servers, shared):
+    config = load_config("configs/quickstart.yaml", settings)
+    assert server_count(config, gpus) == servers
+    assert shares_gpus(config, gpus) == shared
