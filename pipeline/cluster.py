@@ -69,7 +69,8 @@ def cluster(
             gpus=gpus > 0,
             timeout_s=config.cluster.join_timeout_s,
         )
-        remote = [RemoteServer(s, node, gpus=gpus > 0) for s, node in zip(servers, placement.servers, strict=True)]
+        kind = {"gpus": gpus > 0, "reachable": config.cluster.address is not None}
+        remote = [RemoteServer(s, node, **kind) for s, node in zip(servers, placement.servers, strict=True)]
         for server in remote:
             stack.callback(server.stop)
         for server in remote:

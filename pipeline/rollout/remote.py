@@ -18,10 +18,9 @@ _ANSWER_S = 60.0  # of a call that only looks; a node that needs longer is gone
 class _Host:
     """Runs in the actor. Calls come from several threads, so that one can look while another waits."""
 
-    def __init__(self, server: SGLangServer):
-        # What listens on a loopback address cannot be reached from the other nodes.
-        host = ray.util.get_node_ip_address()
-        server.config = server.config.model_copy(update={"host": host})
+    def __init__(self, server: SGLangServer, reachable: bool):
+        if reachable:  # what listens on a loopback address cannot be reached from the other nodes
+            server.config = server.config.model_copy(update={"host": ray.util.get_node_ip_address()})
         self.server = server
 
     def start(self) -> str:
@@ -44,7 +43,8 @@ class RemoteServer:
     Its log is written to the same path on that node: the run directory is one that every node sees.
     """
 
-    def __init__(self, server: SGLangServer, node: str, *, gpus: bool):
+    def __init__(self, server: SGLangServer, node: str, *, gpus: bool, reachable: bool):
+        """reachable: from other nodes, at an address of its node whatever `server.host` says."""
         server.log_path = server.log_path.resolve()
         server.model_path = server.model_path.resolve()
         self._server, self._url = server, ""
@@ -52,7 +52,7 @@ class RemoteServer:
         actor: Any = ray.remote(_Host)
         self._actor = actor.options(
             num_cpus=0, num_gpus=gpu_count, max_restarts=0, max_concurrency=4, **on_node(node)
-        ).remote(server)
+        ).remote(server, reachable)
 
     @property
     def log_path(self) -> Path:

@@ -61,7 +61,7 @@ def whole_gradients(network) -> dict[str, np.ndarray]:
                     dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
     exporter = HFExporter(network.chunks, network.hf, network.shape, value_head=network.head == "value")
     exporter.parameters = [(n, torch.nn.Parameter(p.main_grad), m) for n, p, m in exporter.parameters]
-    out = {name: tensor.numpy().copy() for bucket in exporter.stream() for name, tensor in bucket}
+    out = {name: tensor.numpy().copy() for bucket in exporter.stream(everywhere=False) for name, tensor in bucket}
     if network.head == "value" and network.chunks[-1].post_process:
         out["value_head"] = network.chunks[-1].output_layer.weight.main_grad.numpy().copy()
     return out
