@@ -278,6 +278,8 @@ def _check_model(config: Config, directory: Path) -> dict[str, Any]:
         config.parallel.check_model(hf)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
+    if hf.get("kv_lora_rank") and config.precision.kv_cache != "same":
+        raise ConfigError("the cache of latent attention holds latents, not keys; set precision.kv_cache=same")
     return hf
 
 
