@@ -204,12 +204,13 @@ class Config(_Frozen):
                 "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2, or "
                 "objective.advantage to gae or batch_std"
             )
-        if self.cluster.gpu is not None and self.rollout_gpus < self.server.tensor_parallel:
+        server = self.server.tensor_parallel if self.train.steps else 0  # supervised steps alone start none
+        if self.cluster.gpu is not None and self.rollout_gpus < server:
             cluster = self.cluster
             raise ValueError(
                 f"{cluster.nodes} x {cluster.gpus_per_node} GPUs less parallel.ranks={self.parallel.ranks} leave "
-                f"{self.rollout_gpus} for a server of server.tensor_parallel={self.server.tensor_parallel}; set "
-                "cluster.nodes higher or parallel.ranks lower"
+                f"{self.rollout_gpus} for a server of server.tensor_parallel={server}; set cluster.nodes higher or "
+                "parallel.ranks lower"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.server.context_length:

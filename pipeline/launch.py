@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("config", type=Path, help="YAML file")
     add("overrides", nargs="*", metavar="section.field=value", help="overrides of single fields")
     add("--job", choices=JOBS, default="train", help="train, or the supervised steps alone")
-    add("--nodes", type=_positive, help="machines; else cluster.nodes")
+    add("--nodes", type=_positive, help="machines; else cluster.nodes, or for sft those of the trainer")
     add("--rollout-nodes", type=int, help="how many of them run the servers only; else those the trainer leaves whole")
     add("--partition")
     add("--rollout-partition", help="the rollout nodes are of this one: a heterogeneous job")
@@ -86,10 +87,12 @@ def render(config: Config, options: argparse.Namespace) -> str:
         raise LaunchError("there are no supervised steps; set supervised.steps")
     if options.runtime != "bare" and not options.image:
         raise LaunchError(f"--runtime {options.runtime} needs --image, a path or an address")
-    nodes = options.nodes or config.cluster.nodes
     gpus = config.cluster.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     if config.device == "cpu":
         gpus = 0
+    nodes = options.nodes or config.cluster.nodes
+    if options.job == "sft" and gpus and not options.nodes:
+        nodes = math.ceil(config.parallel.ranks / gpus)  # no server, so no node for one
     rollout_nodes = _rollout_nodes(config, options, nodes, gpus)
     rollout_gpus = gpus if options.rollout_gpus_per_node is None else options.rollout_gpus_per_node
     mixed = options.rollout_partition is not None or rollout_gpus != gpus
@@ -149,12 +152,13 @@ def _directives(options: argparse.Namespace, nodes: int, gpus: int, partition: s
 
 
 def _rollout_nodes(config: Config, options: argparse.Namespace, nodes: int, gpus: int) -> int:
-    """As asked for, or all that the trainer leaves whole; 0 where it leaves part of a node, or there are no GPUs."""
+    """As asked for, or all that the trainer leaves whole; 0 where it leaves part of a node, there are no GPUs, or there
+    is no sampling."""
     if options.rollout_nodes is not None:
         if not 0 <= options.rollout_nodes < nodes:
             raise LaunchError(f"--rollout-nodes {options.rollout_nodes} of {nodes} nodes leave none for the trainer")
         return options.rollout_nodes
-    if not gpus or config.parallel.ranks % gpus:
+    if options.job == "sft" or not gpus or config.parallel.ranks % gpus:
         return 0
     return max(0, nodes - config.parallel.ranks // gpus)
 

@@ -96,7 +96,8 @@ class Sinks:
     def __init__(self, config: Config, directory: Path, say: Callable[[str], None]):
         """directory: the run's. say: takes a line for people. Raises ObserveError where a sink cannot be had."""
         self._stack, self._finished, self._sinks = ExitStack(), False, list[Sink]()
-        observe, plain = config.observe, config.model_dump(mode="json")
+        # A webhook's address is often a secret.
+        observe, plain = config.observe, config.model_dump(mode="json", exclude={"alerts": {"webhook"}})
         alerts = Alerts(config.alerts, directory, say)
         failing: dict[str, Callable[[], int]] = {}
         with ExitStack() as undo:

@@ -1,7 +1,7 @@
 """The plan of a configuration: everything `sameroute plan` says, as one object.
 
-A step of the loop is: sample, read the log-probs of the proximal policy (and of the reference, and values, where the
-objective needs them), update, send the weights. Phases follow one another, so their times add up.
+A step of the loop is: sample, read the log-probs of the proximal policy (and of the reference, and values) where
+they are needed, update, send the weights. Phases follow one another, so their times add up.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def make_plan(
     work = step_work(config, hf, prompt + answers)
     memory = trainer_memory(config, hf, work.micro_batches, efficiency)
     one = server_of(config, hf, card, prompt + float(answers.mean()) / 2, efficiency)
-    servers = max(1, config.rollout_gpus // config.server.tensor_parallel)
+    servers = config.server.replicas or max(1, config.rollout_gpus // config.server.tensor_parallel)
     sampling = Sampling(math.inf, 0.0, math.inf, math.inf)
     if one.fits and not quick:
         sampling = sample(answers, servers, one, prompt)
@@ -179,7 +179,9 @@ def step_work(config: Config, hf: dict[str, Any], sequences: np.ndarray) -> Work
     micro_batches = max(1, math.ceil(per_rank / config.trainer.micro_batch_tokens))
     if parallel.virtual_pipeline:
         micro_batches = math.ceil(micro_batches / parallel.pipeline) * parallel.pipeline
-    logprobs = flops.forward(hf, tokens, squares) * (1 + objective.needs_reference + objective.needs_critic)
+    # as Loop.update: one mini-batch is trained on under the proximal policy itself
+    proximal = config.train.mini_batches > 1 or config.replay == "r2" or objective.kl_in_reward
+    logprobs = flops.forward(hf, tokens, squares) * (proximal + objective.needs_reference + objective.needs_critic)
     trained = 1 + objective.needs_critic
     return Work(
         tokens=tokens,
@@ -245,10 +247,12 @@ def _offloaded_s(memory: Memory, card: GPU, config: Config, efficiency: Efficien
 
 
 def _reasons(config: Config, card: GPU, memory: Memory, one: Server):
-    if config.rollout_gpus < config.server.tensor_parallel:
+    servers, size = config.server.replicas or 1, config.server.tensor_parallel
+    if config.rollout_gpus < servers * size:
+        takes = f"a server takes {size}" if servers == 1 else f"{servers} servers take {size} each"
         yield (
             f"{config.cluster.nodes} x {config.cluster.gpus_per_node} GPUs less {config.parallel.ranks} of the trainer "
-            f"leave {config.rollout_gpus}, and a server takes {config.server.tensor_parallel}"
+            f"leave {config.rollout_gpus}, and {takes}"
         )
     if config.server.tensor_parallel > config.cluster.gpus_per_node:
         yield (

@@ -115,8 +115,9 @@ class Workload:
         """Log-probs and update. A replica has whole sequences: with fewer of them than replicas, some have none."""
         sequences = self.prompt + answers
         tokens, squares = float(sequences.sum()), float((sequences**2).sum())
-        done = flops.forward(self.hf, tokens, squares)
-        done += flops.training(self.hf, tokens, squares, recompute=self.recompute)
+        done = flops.training(self.hf, tokens, squares, recompute=self.recompute)
+        if self.mini_batches > 1:
+            done += flops.forward(self.hf, tokens, squares)
         replicas = gpus // self.quantum
         each = len(answers) / self.mini_batches / replicas
         reduce = 0.0

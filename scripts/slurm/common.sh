@@ -126,7 +126,7 @@ check_health() {
 # Ray's daemons too, which die of it. A run that has saved exits with 75, and the job is put back into the queue. TERM is
 # scancel, or pre-emption, after which Slurm itself puts the job back: the step gets it from Slurm.
 run_training() {
-    local code=0 step cancelled=""
+    local code step cancelled=""
     begin
     check_health
     RAY_PORT=$((6400 + SLURM_JOB_ID % 1000)) # jobs that share a node do not share a cluster
@@ -140,7 +140,8 @@ run_training() {
     trap 'cancelled=yes' TERM
     (on_nodes --output="$ATTEMPT_FOLDER/train_%N.log" -- bash "$SLURM_FOLDER/ray_node.sh" "$@") &
     step=$!
-    while kill -0 "$step" 2> /dev/null; do wait "$step" && code=0 || code=$?; done
+    while kill -0 "$step" 2> /dev/null; do wait "$step" || true; done # a signal ends a wait, not the step
+    wait "$step" && code=0 || code=$?
     tail -n 30 "$ATTEMPT_FOLDER/train_$HEAD_NODE.log" >&2 || true
     finish "$code" "$cancelled"
 }
@@ -152,10 +153,11 @@ finish() {
     if [ "$code" = $SAVED ] && [ -z "$cancelled" ]; then
         if [ "$ATTEMPT" -ge "$SAMEROUTE_MAX_ATTEMPTS" ]; then
             say "SAMEROUTE_MAX_ATTEMPTS=$SAMEROUTE_MAX_ATTEMPTS is reached: not put back into the queue"
-        else
-            scontrol requeue "$SLURM_JOB_ID" # ends this script, by a signal
+        elif scontrol requeue "$SLURM_JOB_ID"; then # ends this script, by a signal
             trap - TERM
             sleep 60
+        else
+            say "Slurm did not put the job back into the queue; submit it again"
         fi
     fi
     exit "$code"

@@ -26,6 +26,7 @@ driver="" ended=""
 # shellcheck disable=SC2329 # the trap calls it
 clean_up() {
     local pid
+    if [ "$node" = "$HEAD_NODE" ]; then touch "$ATTEMPT_FOLDER/head_ended" || true; fi
     for pid in $(grep -lzsx "SAMEROUTE_TASK_MARK=$SAMEROUTE_TASK_MARK" /proc/[0-9]*/environ | tr -dc '0-9\n'); do
         kill -KILL "$pid" 2> /dev/null || true # gone meanwhile, or the grep itself
     done
@@ -47,7 +48,10 @@ stop_ray() {
 }
 
 if [ "$node" != "$HEAD_NODE" ]; then
-    until reachable || [ -n "$ended" ]; do sleep 0.5; done
+    until reachable; do
+        if [ -n "$ended" ] || [ -e "$ATTEMPT_FOLDER/head_ended" ]; then exit 0; fi # the head says why
+        sleep 0.5
+    done
     ray start --address="$HEAD_ADDRESS:$RAY_PORT" "${ray[@]}" &> "$ATTEMPT_FOLDER/ray_$node.log" &
     ray_pid=$!
     # The head is gone when the driver has ended.

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from pipeline.cli import main
+from pipeline.config import ConfigError, load_config_and_model
 from pipeline.launch import ROOT
 
 # base.yaml and parts/ are what the others inherit from
@@ -55,6 +56,19 @@ def test_gpus_that_the_trainer_leaves_become_rollout_nodes_with_as_many_servers_
     assert "#SBATCH --nodes=3\n#SBATCH --gpus-per-node=8\n" in script
     assert "export SAMEROUTE_ROLLOUT_NODES=1\n" in script
     assert " server.replicas=2\n" in script
+
+
+def test_supervised_steps_alone_take_the_trainers_nodes_and_run_on_them(launch):
+    config, steps = "configs/qwen3-30b-a3b/4-nodes.yaml", ["supervised.steps=9"]
+    code, script = launch(config, "--dry-run", "--job", "sft", *steps)
+    assert code == 0, script
+    assert "#SBATCH --nodes=2\n" in script
+    assert "export SAMEROUTE_ROLLOUT_NODES=0\n" in script
+    # what the job then asks for, see ray_node.sh
+    own = [*steps, "train.steps=0", "cluster.nodes=2", "cluster.gpus_per_node=8"]
+    assert load_config_and_model(config, own)[0].rollout_gpus == 0
+    with pytest.raises(ConfigError, match=r"leave 0 for a server of server\.tensor_parallel=2"):
+        load_config_and_model(config, [*own, "train.steps=1"])
 
 
 def test_rollout_nodes_of_another_partition_make_a_heterogeneous_job(launch):

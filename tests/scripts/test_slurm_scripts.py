@@ -102,6 +102,63 @@ def test_a_saved_run_is_queued_again_unless_it_was_cancelled_or_has_had_its_atte
         assert "requeue" not in done.stdout
 
 
+def test_a_run_that_cannot_be_queued_again_keeps_its_exit_code(bash):
+    bash.stand_in("scontrol", "echo 'Requested operation is presently disabled'; exit 1")
+    done = bash(common("finish 75 ''"))
+    assert done.returncode == 75
+    assert "Slurm did not put the job back into the queue" in done.stdout
+
+
+@pytest.fixture
+def address(bash):
+    """The address of node n1, whose first is 10.0.0.5, where getent and ip answer so."""
+    bash.stand_in("hostname", '[ "${1:-}" = -I ] && echo "10.0.0.5 10.1.0.5" || echo n1')
+
+    def ask(getent: str = "exit 2", ip: str = "exit 1", **variables: str) -> subprocess.CompletedProcess[str]:
+        bash.stand_in("getent", getent)
+        bash.stand_in("ip", ip)
+        return bash(f"bash {SLURM}/address.sh", **variables)
+
+    return ask
+
+
+def test_the_address_is_the_interfaces_else_the_names_else_the_first(address):
+    shown = 'echo "2: ib0    inet 10.9.0.5/16 scope"; echo "2: ib0    inet 10.9.0.6/16 scope"'
+    assert address(ip=shown, SAMEROUTE_INTERFACE="ib0").stdout == "10.9.0.5\n"
+    assert address(getent="echo 127.0.1.1 STREAM n1; echo 10.2.0.5 STREAM").stdout == "10.2.0.5\n"
+    assert address(getent="echo 127.0.1.1 STREAM n1").stdout == "10.0.0.5\n"
+    assert address().stdout == "10.0.0.5\n"  # a name that nobody resolves
+    missing = address(SAMEROUTE_INTERFACE="ib0")
+    assert (missing.returncode, missing.stdout) == (
+        3,
+        "sameroute: n1 has no IPv4 address on ib0; set SAMEROUTE_INTERFACE\n",
+    )
+
+
+def test_the_other_nodes_end_with_a_head_node_whose_ray_never_answered(bash, tmp_path):
+    bash.stand_in("ip", 'echo "1: lo    inet 127.0.0.1/8 scope"')
+    bash.stand_in("ray", "exit 9")
+    node = {
+        "SAMEROUTE_INTERFACE": "lo", "SAMEROUTE_SCRATCH": str(tmp_path), "ATTEMPT_FOLDER": str(tmp_path),
+        "ATTEMPT": "0", "NODES": "2", "ROLLOUT_NODES": "", "HEAD_NODE": "n1", "HEAD_ADDRESS": "127.0.0.1",
+        "RAY_PORT": "1",
+    }  # fmt: skip
+    head, other = (
+        bash(f"timeout 30 bash {SLURM}/ray_node.sh CONFIG", SLURMD_NODENAME=name, **node) for name in ("n1", "n2")
+    )
+    assert head.returncode == 9
+    assert other.returncode == 0
+    assert not (tmp_path / "sr7").exists()
+
+
+def test_a_conversion_is_a_rank_a_task_with_the_cores_that_were_asked_for(bash):
+    bash.stand_in("ip", 'echo "1: lo    inet 127.0.0.1/8 scope"')
+    variables = {"SAMEROUTE_INTERFACE": "lo", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "4"}
+    done = bash(f"bash {SLURM}/convert.sbatch to-hf 'A B' OUT", **variables)
+    assert "srun --cpus-per-task=4 bash -c RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS " in done.stdout
+    assert done.stdout.endswith(" _ to-hf A B OUT\n")
+
+
 def test_what_is_set_before_sbatch_wins_over_network_env(bash):
     show = f'set -a; source {SLURM}/network.env; echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $NCCL_IB_TIMEOUT"'
     assert bash(show, SAMEROUTE_INTERFACE="ib0", NCCL_SOCKET_IFNAME="bond0").stdout == "ib0 bond0 22\n"

@@ -15,7 +15,6 @@ from typing import Any
 from pipeline.rollout import sglang_router
 from pipeline.rollout.processes import TOKEN_VARIABLE
 from pipeline.rollout.server import CPU_ATTENTION_BACKEND
-from pipeline.rollout.sglang_cpu import batch_invariance
 
 
 def activate() -> None:
@@ -47,6 +46,8 @@ def _after_configuration(result: Any, *args: Any, **kwargs: Any) -> None:
     from sglang.srt import batch_invariant_ops
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.pool_host import common
+
+    from pipeline.rollout.sglang_cpu import batch_invariance
 
     register_attention_backend(CPU_ATTENTION_BACKEND)(_create_attention_backend)
     # The table of routes is page-locked for the GPU by cudaHostRegister; there is none.

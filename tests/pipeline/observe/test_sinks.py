@@ -65,7 +65,7 @@ def offline(monkeypatch, tmp_path):
 def test_wandb_and_mlflow_hold_every_number_the_configuration_and_how_the_run_ended(offline, tmp_path):
     from mlflow import MlflowClient
 
-    config = config_of(tmp_path, *offline)
+    config = config_of(tmp_path, *offline, "alerts.webhook=http://127.0.0.1:9/secret")
     check_sinks(config)
     said, rows = Said(), [metrics(step) for step in (1, 2, 3)]
     with RunDirectory.create(config) as run, Sinks(config, run.path, said) as sinks:
@@ -97,6 +97,8 @@ def test_wandb_and_mlflow_hold_every_number_the_configuration_and_how_the_run_en
     assert (begun.project, begun.display_name) == ("sorting", "run")
     config_there = {names(item): json.loads(item.value_json) for item in begun.config.update}
     assert config_there["train"]["lr"] == 5e-4
+    assert "webhook" not in config_there["alerts"]  # its address may hold a secret
+    assert "alerts.webhook" not in found.data.params
     assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [0]
 
 

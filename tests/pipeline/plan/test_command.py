@@ -73,6 +73,16 @@ def test_a_model_that_no_server_holds_is_refused_without_a_proposal(capsys):
     assert "proposal" not in plan
 
 
+def test_as_many_servers_are_planned_as_are_configured(capsys):
+    _, four = planned(capsys, TWO_NODES)
+    _, two = planned(capsys, TWO_NODES, "server.replicas=2")
+    assert (four["servers"], two["servers"]) == (4, 2)
+    assert two["seconds"]["rollout"] > four["seconds"]["rollout"]
+    code, nine = planned(capsys, TWO_NODES, "server.replicas=9")
+    assert code == 1
+    assert "leave 8, and 9 servers take 2 each" in nine["reasons"][0]
+
+
 def test_nodes_scale_the_trainer_with_them_and_the_gpu_can_be_another(capsys):
     _, two = planned(capsys, TWO_NODES)
     _, four = planned(capsys, TWO_NODES, "--nodes", "4")
@@ -104,3 +114,12 @@ def test_a_dense_model_and_one_made_on_the_spot_are_planned(capsys):
     code, plan = planned(capsys, "configs/quickstart.yaml", "model.tiny.experts=0", "replay=none")
     assert code == 0
     assert plan["parameters"]["total"] == plan["parameters"]["active"]
+
+
+def test_one_mini_batch_spends_no_pass_on_log_probs_unless_something_reads_them(capsys):
+    def seconds(*more):
+        return planned(capsys, TWO_NODES, "train.mini_batches=1", *more)[1]["seconds"]["logprobs"]
+
+    assert seconds() == 0
+    assert seconds("replay=r2") > 0
+    assert seconds("objective={preset: grpo, kl: {beta: 0.01, place: reward}}") > 0

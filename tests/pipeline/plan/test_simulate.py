@@ -1,14 +1,13 @@
 """The simulator against cases with a known answer, and against what no mode can do."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.plan.hardware import GPUS
-from pipeline.plan.rollout import Lengths, Sampling, Server, generate, sample, server
+from pipeline.plan.rollout import Lengths, Sampling, generate, sample, server
 from pipeline.plan.simulate import MODES, Phases, Workload, best, outcome, scaling
 
 HF = json.loads(Path("configs/qwen3-30b-a3b/config.json").read_text())
@@ -132,4 +131,3 @@ def test_too_few_gpus_are_refused():
         best(workload(), 4)
     with pytest.raises(ValueError, match="too few"):
         workload().phases(4, 1)
-    assert isinstance(replace(workload(), samples=1).server, Server)
