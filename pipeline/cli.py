@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument(
         "--requeued",
         action="store_true",
-        help="this is a later attempt of a job: resume as --resume does, or begin anew where no attempt has come to "
-        "its first checkpoint",
+        help="this is a later attempt of a Slurm job: resume as --resume does, or begin anew where no attempt of the "
+        "job has come to its first checkpoint",
     )
     diagnose = commands.add_parser("diagnose", help="why trainer and server disagree, by exchanging one part at a time")
     diagnose.add_argument("config", type=Path, help="YAML file of the run")
@@ -88,12 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     def run(config: Config, stop: StopRequest) -> int:
         from pipeline.checkpoints import CheckpointStore
+        from pipeline.observe.facts import written_by_this_job
         from pipeline.session import train
 
         resume = options.resume
         if options.requeued:
             resume = CheckpointStore(config.run.directory / "checkpoints").latest() is not None
-            if not resume:
+            if not resume and written_by_this_job(config.run.directory):
                 config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
         print(f"run directory: {train(config, options.from_dump, resume=resume, stop=stop)}")
         return 0

@@ -58,6 +58,14 @@ def write_facts(directory: Path, trainers: TrainerGroup | None = None) -> None:
     partial.replace(file)
 
 
+def written_by_this_job(directory: Path) -> bool:
+    """Whether a run directory was begun by the Slurm job that this process belongs to, in this attempt or another."""
+    file, job = directory / "facts.json", os.environ.get("SLURM_JOB_ID")
+    if job is None or not file.is_file():
+        return False
+    return json.loads(file.read_text(encoding="utf-8"))["environment"].get("SLURM_JOB_ID") == job
+
+
 def host_facts(directory: Path) -> dict[str, Any]:
     """Of this machine and this installation. directory: whose disk is meant."""
     return {

@@ -74,8 +74,8 @@ def test_one_job_runs_to_its_end_beside_another_that_scancel_ends_without_a_proc
 
 
 def test_exit_codes_of_the_run_and_of_the_health_check_reach_the_job_record(slurm):
-    wrong = Job(slurm, "wrong", ["--nodes=1"], ["train.stepz=4"])
-    unwell = Job(slurm, "unwell", ["--nodes=1"], [], SAMEROUTE_MIN_SHM_GB="999999")
+    wrong = Job(slurm, "wrong", ["--nodelist=node1"], ["train.stepz=4"])
+    unwell = Job(slurm, "unwell", ["--nodelist=node2"], [], SAMEROUTE_MIN_SHM_GB="999999")
     assert unwell.end("FAILED", "COMPLETED")["ExitCode"] == "3:0"
     assert "unwell node2: less than 999999 GB are free in /dev/shm" in unwell.output.read_text()
     assert wrong.end("FAILED", "COMPLETED")["ExitCode"] == "2:0"
@@ -88,7 +88,9 @@ def test_exit_codes_of_the_run_and_of_the_health_check_reach_the_job_record(slur
 def test_a_run_on_two_nodes_saves_on_usr1_is_queued_again_and_resumes_from_its_checkpoint(slurm):
     job = Job(slurm, "two", ["--nodes=2"], ["train.steps=8", "checkpoint.every_steps=100"], SAMEROUTE_ROLLOUT_NODES="1")
     slurm.wait_for_text(job.log("node1"), "step 2/8")
-    # Every process is where it belongs: the server on the second node, the trainer on the first.
+    facts = json.loads((job.run / "facts.json").read_text())
+    assert [rank["host"] for rank in facts["trainer"]] == ["node1"]
+    assert [n["host"] for n in facts["ray"]["nodes"] if n["resources"].get("rollout", 0) > 0] == ["node2"]
     slurm.run("scancel", "--signal=USR1", "--batch", str(job.number))
     slurm.wait_for_text(job.output, "ended with exit code 75")
     saved = job.steps()

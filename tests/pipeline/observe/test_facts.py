@@ -91,3 +91,14 @@ def test_the_commit_is_the_one_of_the_clone_that_has_the_file(tmp_path):
     assert facts.git(file) == {"commit": git("rev-parse", "HEAD"), "changed": False}
     file.write_text("a = 2\n")
     assert facts.git(file) == {"commit": git("rev-parse", "HEAD"), "changed": True}
+
+
+def test_a_run_directory_belongs_to_the_job_that_began_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert not facts.written_by_this_job(tmp_path)
+    facts.write_facts(tmp_path)
+    assert facts.written_by_this_job(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert not facts.written_by_this_job(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert not facts.written_by_this_job(tmp_path)
