@@ -143,8 +143,11 @@ def _restore_network(network: Network, loaded: dict[str, Any], counts: dict[str,
         return
     for i, optimizer in enumerate(_chained(network)):
         if moments := loaded.get("optimizer", {}).get(str(i)):  # else this stage has no parameter of that kind
+            state = optimizer.state_dict()
+            for group in state["optimizer"]["param_groups"]:
+                group["step"] = counts["adam_steps"]
             optimizer.load_state_dict(
-                optimizer.state_dict() | {"param_state": moments, "param_state_sharding_type": "fully_reshardable"}
+                state | {"param_state": moments, "param_state_sharding_type": "fully_reshardable"}
             )
         for group in optimizer.optimizer.param_groups:
             group["step"] = counts["adam_steps"]
@@ -158,8 +161,10 @@ def _chained(network: Network) -> list[Any]:
 
 def _adam_steps(network: Network) -> int:
     """Updates that were made, over all ranks: a stage without experts has no group that counts for them."""
-    groups = [g for o in _chained(network) for g in o.optimizer.param_groups]
-    mine = max((int(g.get("step", 0)) for g in groups), default=0)
+    inner = [o.optimizer for o in _chained(network)]
+    counts = [g.get("step", 0) for o in inner for g in o.param_groups]
+    counts += [s["step"] for o in inner for s in o.state.values() if "step" in s]  # of an offloaded one, by parameter
+    mine = max(map(int, counts), default=0)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return max(everyone)

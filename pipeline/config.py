@@ -192,6 +192,10 @@ class Config(_Frozen):
                 f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "
                 "change rollout.prompts_per_step or train.mini_batches"
             )
+        if self.precision.min_p > 0 and self.server.deterministic:
+            raise ValueError(
+                "SGLang's scheduler dies of min_p with seeds; set precision.min_p=0, or server.deterministic=false"
+            )
         check_server_arguments(self.server.extra_args)
         check_trainer_fields(self.trainer.extra)
         objective = resolve(self.objective)
@@ -275,6 +279,8 @@ def _check_model(config: Config, directory: Path) -> dict[str, Any]:
         config.parallel.check_model(hf)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
+    if hf.get("kv_lora_rank") and config.precision.kv_cache != "same":
+        raise ConfigError("the cache of latent attention holds latents, not keys; set precision.kv_cache=same")
     return hf
 
 

@@ -34,7 +34,7 @@ def run(config: Config, out: Path, dump: Path | None = None) -> Diagnosis:
             if dumped is None:
                 rollouts = new_rollouts(loop, config.checks.probe_rollouts)
             else:
-                step = dumped.read(dumped.steps[0], loop.config, loop.shape)
+                step = dumped.read(dumped.steps[0], config, loop.shape)
                 rollouts = [r for g in step.groups for r in g.rollouts]
             found = diagnose(loop, model_path, rollouts, replay=config.replay)
         found.write_json(out / "diagnose.json")

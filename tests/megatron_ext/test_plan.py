@@ -84,13 +84,19 @@ def test_what_forward_keeps_for_backward_is_the_formulas_within_five_percent(rec
         assert planned <= kept <= 1.05 * planned, name
 
 
-def three_steps(config: ParallelConfig, hf, samples, offload: bool):
-    """Gradient norms, and the weights after them; so large an eps keeps rounding small.
-
-    There is no GPU: where the optimizer is offloaded, bfloat16 tensors pass for a GPU's, so that Megatron-Core moves
-    what it would move."""
+def offload_without_a_gpu() -> None:
+    """From now on bfloat16 tensors pass for a GPU's, so that Megatron-Core moves what it would move."""
     import sys
 
+    import torch
+
+    asked_by = lambda: sys._getframe(2).f_globals["__name__"]  # noqa: E731
+    torch.Tensor.is_cuda = property(lambda t: asked_by().endswith("hybrid_optimizer") and t.dtype == torch.bfloat16)
+    torch.Tensor.pin_memory = lambda tensor: tensor
+
+
+def three_steps(config: ParallelConfig, hf, samples, offload: bool):
+    """Gradient norms, and the weights after them; so large an eps keeps rounding small."""
     import torch
 
     from megatron_ext.hf.config import model_shape
@@ -98,9 +104,7 @@ def three_steps(config: ParallelConfig, hf, samples, offload: bool):
     from megatron_ext.network import Network
 
     if offload:
-        asked_by = lambda: sys._getframe(2).f_globals["__name__"]  # noqa: E731
-        torch.Tensor.is_cuda = property(lambda t: asked_by().endswith("hybrid_optimizer") and t.dtype == torch.bfloat16)
-        torch.Tensor.pin_memory = lambda tensor: tensor
+        offload_without_a_gpu()
     torch.manual_seed(0)
     shape = model_shape(hf, config.tensor)
     trainer, precision = TrainerConfig(offload_optimizer=offload), TrainerPrecision(weights="bfloat16")

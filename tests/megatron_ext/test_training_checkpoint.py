@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.layout import Sample
 from tests.megatron_ext.jobs import SAMPLES, make_samples, weighted_likelihood
 from tests.megatron_ext.ranks import run_ranks
+from tests.megatron_ext.test_plan import configs, offload_without_a_gpu
 
 EXPERT = {"ranks": 2, "expert": 2}
 ALL = {"ranks": 4, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "expert_tensor": 1}
@@ -151,3 +153,44 @@ def test_a_changed_byte_and_a_missing_file_are_named(tiny_model_dir, tmp_path, t
     assert "__0_0.distcp is damaged: its bytes are not those that were written" in data
     assert ".metadata is damaged" in description
     assert "__0_0.distcp is missing" in missing
+
+
+def offloaded(config: ParallelConfig, hf, samples, folder: str):
+    """Adam's steps that are found in a trainer and in the one that resumed, and three more gradient norms of each."""
+    import torch
+
+    from megatron_ext.hf.config import model_shape
+    from megatron_ext.network import Network
+    from megatron_ext.training_checkpoint import Networks, _adam_steps, begin_save, load
+
+    offload_without_a_gpu()
+    torch.manual_seed(0)
+
+    def make():
+        settings = TrainerConfig(offload_optimizer=True), TrainerPrecision(weights="bfloat16")
+        network = Network(hf, model_shape(hf, config.tensor), config, *settings, replay=False)
+        network.restart_optimizer(OptimizerConfig(lr=0.1, eps=1.0, weight_decay=0.1))
+        return network
+
+    def steps(network):
+        return [network.step(samples, lambda _, q: (q[0].square().sum() / 100, {}), "native")[0] for _ in range(3)]
+
+    one = make()
+    steps(one)
+    save = begin_save(Path(folder), Networks(one, None, None))
+    save.written(wait=True)
+    save.finish()
+    expected, other = steps(one), make()
+    load(Path(folder), Networks(other, None, None))
+    found = _adam_steps(other)
+    return found, expected, steps(other), _adam_steps(one), _adam_steps(other)
+
+
+def test_an_offloaded_optimizer_resumes_bit_for_bit(tmp_path):
+    hf = configs()["qwen3_moe"]
+    random = np.random.default_rng(0)
+    samples = [Sample(random.integers(0, 500, 33).astype(np.int32), 1) for _ in range(4)]
+    ((found, expected, norms, *after),) = run_ranks(offloaded, ParallelConfig(), hf, samples, str(tmp_path))
+    assert found == 3
+    assert norms == expected
+    assert after == [6, 6]

@@ -79,6 +79,11 @@ def test_a_mistake_is_named(override, message):
         load_config(QUICKSTART, [override])
 
 
+def test_min_p_with_seeds_is_refused():
+    with pytest.raises(ConfigError, match=r"set precision\.min_p=0, or server\.deterministic=false"):
+        load_config(QUICKSTART, ["precision={min_p: 0.1, top_k: 20}", "server.deterministic=true"])
+
+
 def test_one_rollout_a_prompt_is_enough_where_a_critic_or_the_batch_is_the_baseline():
     for preset in ("ppo", "reinforce_plus_plus"):
         config = load_config(QUICKSTART, [f"objective={{preset: {preset}}}", "rollout.samples_per_prompt=1"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import load_config, load_config_and_model
+from pipeline.config import ConfigError, load_config, load_config_and_model
 from pipeline.config_file import read_tree
 from pipeline.plan.plan import make_plan
 from tests.megatron_ext.ranks import run_alone
@@ -49,6 +49,11 @@ def test_every_model_has_gspo_and_minirl_under_r3_and_an_fp8_option():
     assert {p.name for p in Path("configs/qwen3-30b-a3b").glob("*-node*.yaml")} == {
         "1-node.yaml", "2-nodes.yaml", "4-nodes.yaml",
     }  # fmt: skip
+
+
+def test_a_cache_of_latents_is_not_rounded():
+    with pytest.raises(ConfigError, match=r"holds latents, not keys; set precision\.kv_cache=same"):
+        load_config_and_model(Path("configs/kimi-k2/gspo-fp8.yaml"), ["precision.kv_cache=fp8_e4m3"])
 
 
 def test_no_two_presets_write_into_one_run_directory():

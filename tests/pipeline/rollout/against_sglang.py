@@ -121,6 +121,8 @@ def experts(all_to_one):
 def routers():
     """The float32 logits of a bfloat16 router, against the product in float64; a router of another kind is refused."""
     from sglang.srt.layers.linear import ReplicatedLinear
+    from sglang.srt.models.deepseek_v2 import MoEGate
+    from sglang.srt.models.glm4_moe import Glm4MoeGate
 
     from pipeline.rollout.sglang_router import make_routers_float32
 
@@ -136,7 +138,13 @@ def routers():
     make_routers_float32(model_with(gate))
     with pytest.raises(RuntimeError, match=r"mlp\.gate is a Linear, .* set precision\.router=bf16"):
         make_routers_float32(model_with(torch.nn.Linear(64, 8)))
-    return largest_difference(gate(x)[0], expected)
+    found = largest_difference(gate(x)[0], expected)
+    fields = SimpleNamespace(n_routed_experts=8, hidden_size=64, topk_method="noaux_tc")
+    for other in (MoEGate(fields, None).bfloat16(), Glm4MoeGate(fields)):  # of DeepSeek, of GLM
+        other.weight.data.copy_(gate.weight.data)
+        make_routers_float32(model_with(other))
+        found = max(found, largest_difference(other(x).detach(), expected))
+    return found
 
 
 def main():
