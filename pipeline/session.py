@@ -21,6 +21,7 @@ from pipeline.data.tiny_model import make_tiny_model
 from pipeline.diagnose import diagnose
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
+from pipeline.hf_output import has_weights
 from pipeline.objectives import resolve
 from pipeline.observe.alerts import AlertStop
 from pipeline.observe.console import Console
@@ -70,7 +71,7 @@ def train(
             removed = [f"removed {name}, which was interrupted" for name in store.clean()]
             for note in (*removed, *start.notes):
                 console.say(note)
-            if not steps and (run.path / "hf" / "model.safetensors").is_file():
+            if not steps and has_weights(run.path / "hf"):
                 console.say(f"all {last} steps are done; a larger train.steps goes on")
                 run.finish()
                 return run.path

@@ -210,17 +210,14 @@ class TrainerRank:
         return self.trainer.exporter.position if hasattr(self, "trainer") else 0
 
     def save_hf(self, directory: str) -> None:
-        """Write the weights as one Hugging Face safetensors file, which appears whole or not at all. Rank 0 writes."""
-        from safetensors.torch import save_file
+        """Write the weights into a Hugging Face directory. Rank 0 writes."""
+        from pipeline.hf_output import write_weights
 
-        tensors = {}
-        for bucket in self.trainer.export(everywhere=False):
-            tensors |= {name: tensor.detach().clone().contiguous().cpu() for name, tensor in bucket}
+        buckets = self.trainer.export(everywhere=False)
         if self.rank == 0:
-            target = Path(directory) / "model.safetensors"  # a resumed run takes one for the end of the run
-            partial = target.with_name(f".{target.name}.partial")
-            save_file(tensors, partial, metadata={"format": "pt"})
-            os.replace(partial, target)
+            write_weights(buckets, Path(directory))
+        else:
+            _walk(buckets)
 
     def close(self) -> None:
         """Leave the groups."""
