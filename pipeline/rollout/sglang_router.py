@@ -53,8 +53,7 @@ def make_routers_float32(model: torch.nn.Module) -> None:
             continue
         gate: Any = block.gate
         kind = f"{type(gate).__module__.rpartition('.')[2]}.{type(gate).__name__}"
-        plain = isinstance(gate, ReplicatedLinear) and gate.bias is None
-        if plain:
+        if issubclass(type(gate), ReplicatedLinear) and gate.bias is None:
             gate.quant_method = Float32Logits()
         elif kind == "deepseek_v2.MoEGate" and not getattr(gate, "use_intel_amx_backend", False):  # packs its weight
             if gate.weight.dtype != torch.float32:
