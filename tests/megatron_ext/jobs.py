@@ -46,7 +46,7 @@ def keep_gradients(network) -> None:
 
 
 def whole_gradients(network) -> dict[str, np.ndarray]:
-    """The gradients of the last step under Hugging Face names (a value head's under its own), whole on every rank."""
+    """The gradients of the last step under Hugging Face names (a value head's under its own), whole on rank 0."""
     import torch
     import torch.distributed as dist
 
@@ -59,9 +59,13 @@ def whole_gradients(network) -> dict[str, np.ndarray]:
                 for bucket in buffer.buckets:
                     shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
-    exporter = HFExporter(network.chunks, network.hf, network.shape, value_head=network.head == "value")
-    exporter.parameters = [(n, torch.nn.Parameter(p.main_grad), m) for n, p, m in exporter.parameters]
-    out = {name: tensor.numpy().copy() for bucket in exporter.stream(everywhere=False) for name, tensor in bucket}
+    if not hasattr(network, "gradients"):  # an exporter of the gradients' own memory, which stays where it is
+        network.gradients = HFExporter(network.chunks, network.hf, network.shape, value_head=network.head == "value")
+        network.gradients.parameters = [
+            (n, torch.nn.Parameter(p.main_grad), m) for n, p, m in network.gradients.parameters
+        ]
+    stream = network.gradients.stream(everywhere=False)
+    out = {name: tensor.numpy().copy() for bucket in stream for name, tensor in bucket}
     if network.head == "value" and network.chunks[-1].post_process:
         out["value_head"] = network.chunks[-1].output_layer.weight.main_grad.numpy().copy()
     return out

@@ -234,6 +234,12 @@ def test_a_run_leaves_its_files_and_no_process(finished, command):
     facts = json.loads((run.run / "facts.json").read_text())
     assert [rank["rank"] for rank in facts["trainer"]] == [0, 1]
     assert {rank["node"] for rank in facts["trainer"]} == {node["id"] for node in facts["ray"]["nodes"]}
+    found = json.loads((run.run / "diagnose.json").read_text())
+    assert found["agree"]
+    assert found["sentence"].startswith("The engines agree")
+    assert found["sentence"] in run.text()
+    assert found["rollouts"] == 16
+    assert not (run.run / "diagnose.html").exists()
     page = write_report(run.run).read_text()
     assert "Finished: 3 of 3 steps." in page
     assert "is recorded yet" not in page
@@ -271,6 +277,24 @@ def test_a_replay_needs_no_server_and_repeats_the_run_bit_for_bit(finished, comm
     assert again == trained
     rollouts = [sorted((folder / "rollouts").glob("*.txt")) for folder in (finished.run, replay.run)]
     assert [f.read_text() for f in rollouts[1]] == [f.read_text() for f in rollouts[0]]
+
+
+@pytest.mark.slow
+def test_diagnose_takes_the_rollouts_of_a_dump_and_tells_by_its_exit_code(finished, tmp_path):
+    dump, out = finished.run / "dumps" / "step_000001.safetensors", tmp_path / "out"
+    arguments = [*SMALL, *DUMPED, f"run.directory={tmp_path / 'run'}", "--rollouts", str(dump), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "diagnose", QUICKSTART, *arguments],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "diagnose.json").read_text())
+    assert found["sentence"] in done.stdout
+    assert found["agree"]
+    assert found["rollouts"] == 32
+    assert len(found["parts"]) == 7
+    assert (out / "diagnose.html").is_file()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dump_that_the_run_would_delete_is_refused_before_it_does(tmp_path):

@@ -1,4 +1,4 @@
-"""The command, and the short form before a run's first step, on engines whose configurations really differ."""
+"""The short form before a run's first step, on engines whose configurations really differ."""
 
 from __future__ import annotations
 
@@ -16,24 +16,6 @@ ROPE = json.dumps({"rope_parameters": {"rope_theta": 1000.0, "rope_type": "defau
 SERVER_ROTATES_OTHERWISE = f"server.extra_args={json.dumps(['--json-model-override-args', ROPE])}"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A healthy run of one step, dumped."""
-    run = tmp_path_factory.mktemp("healthy") / "run"
-    overrides = [*SMALL, f"run.directory={run}", "debug.dump_rollouts=true"]
-    assert main(["train", "configs/quickstart.yaml", *overrides]) == 0
-    return run
-
-
-@pytest.mark.slow
-def test_a_healthy_run_says_that_the_engines_agree_and_leaves_the_numbers(finished):
-    found = json.loads((finished / "diagnose.json").read_text())
-    assert found["agree"]
-    assert found["sentence"].startswith("The engines agree")
-    assert found["rollouts"] == 16
-    assert not (finished / "diagnose.html").exists()
-
-
 @pytest.mark.slow
 def test_a_run_whose_engines_disagree_stops_before_its_first_step_with_the_part_that_differs(tmp_path, capsys):
     overrides = [*SMALL, f"run.directory={tmp_path / 'run'}", SERVER_ROTATES_OTHERWISE]
@@ -44,20 +26,6 @@ def test_a_run_whose_engines_disagree_stops_before_its_first_step_with_the_part_
     assert str(tmp_path / "run" / "diagnose.html") in message
     assert (tmp_path / "run" / "diagnose.html").is_file()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
-
-
-@pytest.mark.slow
-def test_the_command_diagnoses_a_dump_and_tells_by_its_exit_code(finished, tmp_path, capsys):
-    dump, out = finished / "dumps" / "step_000001.safetensors", tmp_path / "out"
-    overrides = [*SMALL, f"run.directory={tmp_path / 'run'}", "--rollouts", str(dump), "--out", str(out)]
-    assert main(["diagnose", "configs/quickstart.yaml", *overrides]) == 0
-    found = json.loads((out / "diagnose.json").read_text())
-    assert found["sentence"] in capsys.readouterr().out
-    assert found["agree"]
-    assert found["rollouts"] == 32
-    assert len(found["parts"]) == 7
-    assert (out / "diagnose.html").is_file()
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_dump_that_is_not_there_is_named_before_anything_starts(tmp_path, capsys):
