@@ -54,7 +54,10 @@ def test_a_place_that_is_free_takes_the_next_answer():
 def test_the_time_of_a_run_is_the_sum_of_its_steps():
     """Against one step after another: the context of a sequence is its prompt and what it has so far."""
     lengths, prompt = [5, 2, 7, 7, 1, 3], 11
-    cost = lambda batch, context: 1.0 + 0.1 * batch + 0.01 * batch * context  # noqa: E731
+
+    def cost(batch, context):
+        return 1.0 + 0.1 * batch + 0.01 * batch * context
+
     waiting, running, seconds = list(lengths), [], 0.0
     while waiting or running:
         while waiting and len(running) < 3:
