@@ -134,8 +134,8 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
     from pipeline.rollout.dump import DumpError
     from pipeline.rollout.server import ServerError
     from pipeline.stop import Stopped, StopRequest
+    from pipeline.trainer_group import TrainerError
     from pipeline.weights import WeightTransferError
-    from pipeline.workers import TrainerError
 
     checkpoints = config.checkpoint.every_steps is not None
     stop = StopRequest(config.checkpoint.grace_s if checkpoints else None)

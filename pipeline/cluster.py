@@ -17,8 +17,8 @@ from pipeline.config import Config
 from pipeline.placement import wait_and_place
 from pipeline.rollout.remote import RemoteServer
 from pipeline.rollout.server import ServerError, SGLangServer
+from pipeline.trainer_group import TrainerGroup
 from pipeline.weights.config import WeightsConfig
-from pipeline.workers import TrainerGroup
 
 
 def server_count(config: Config, gpus: int) -> int:

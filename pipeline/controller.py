@@ -25,8 +25,8 @@ from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.dump import Dump, write_dump
 from pipeline.rollout.pool import ClientPool
 from pipeline.rollout.sampler import sample_groups_sync
+from pipeline.trainer_group import PolicyTokens, TrainerGroup
 from pipeline.types import Group, Rollout, route_dtype
-from pipeline.workers import PolicyTokens, TrainerGroup
 
 
 class DisagreementError(RuntimeError):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.checkpoints import CheckpointConfig, CheckpointError, CheckpointStore, Progress
-from pipeline.workers import TrainerError, TrainerGroup
+from pipeline.trainer_group import TrainerError, TrainerGroup
 
 
 class Saver:

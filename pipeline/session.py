@@ -37,8 +37,8 @@ from pipeline.rollout.pool import ClientPool
 from pipeline.rollout.server import SGLangServer, reserve_port
 from pipeline.saver import Saver
 from pipeline.stop import Stopped, StopRequest
+from pipeline.trainer_group import TrainerGroup
 from pipeline.types import Group
-from pipeline.workers import TrainerGroup
 
 
 def train(

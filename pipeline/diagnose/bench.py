@@ -14,8 +14,8 @@ from megatron_ext.config import Head
 from megatron_ext.exchange import Exchange
 from pipeline.controller import Loop, to_sample
 from pipeline.rollout.sampler import sample_groups_sync
+from pipeline.trainer_group import PolicyTokens
 from pipeline.types import Rollout
-from pipeline.workers import PolicyTokens
 
 Routes = Literal["native", "rollout", "rescored"]
 Server = Literal["sampled", "rescored", "resent"]

@@ -11,8 +11,8 @@ import numpy as np
 from pipeline.controller import Loop
 from pipeline.loss_values import padded
 from pipeline.objectives import mismatch_by
+from pipeline.trainer_group import PolicyTokens
 from pipeline.types import Rollout
-from pipeline.workers import PolicyTokens
 
 BUCKETS = 24  # of positions, at most
 WORST = 20

@@ -25,8 +25,8 @@ from pipeline.diagnose.bench import Bench, Setting
 from pipeline.diagnose.breakdown import Calibration, WorstToken, by_lag, by_position, calibration, worst_tokens
 from pipeline.diagnose.parts import PARTS, WHOLESALE, NotMeasured, Trial, try_part
 from pipeline.diagnose.verdict import verdict
+from pipeline.trainer_group import TrainerError
 from pipeline.types import Rollout
-from pipeline.workers import TrainerError
 
 ROUNDS = 3  # parts that are exchanged together, at most
 NAMED = 0.7  # a part is named where it leaves at most this share of the gap

@@ -8,12 +8,14 @@ SGLang's schedulers and detokenizers follow this process by PR_SET_PDEATHSIG of 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
 import time
 from pathlib import Path
 
+from pipeline.imports import lasting_imports
 from pipeline.rollout.processes import TOKEN_VARIABLE, remove_server
 
 _POLL_S = 0.5
@@ -36,11 +38,13 @@ def main() -> None:
     """Watch the parent and serve; returns when the server has been asked to stop."""
     threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
     # Imported here: these take seconds, in which the parent may already be gone.
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
+    with lasting_imports():
+        from sglang.launch_server import run_server
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import prepare_server_args
 
-    load_plugins()
+        load_plugins()
+        importlib.import_module("sglang.srt.entrypoints.http_server")  # what run_server imports
     run_server(prepare_server_args(sys.argv[2:]))
 
 

@@ -89,7 +89,7 @@ class Local:
     def __init__(self, model: str, folder: Path):
         from megatron_ext import parallel
         from megatron_ext.trainer import Trainer
-        from pipeline.workers import TrainerRank
+        from pipeline.trainer_rank import TrainerRank
 
         meeting = folder / f"meeting_{os.getpid()}"
         parallel.initialize(ParallelConfig(), rank=0, init_method=f"file://{meeting}", timeout_s=60)

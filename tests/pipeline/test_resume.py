@@ -167,8 +167,8 @@ def runs(tmp_path_factory):
         third = start(f"train.steps={done}", "parallel={ranks: 2, expert: 2}", "--from-dump", str(dumps), "--resume")
         assert third.end(240) == 0, third.text()
         said.append(third.text())
-        # Of the killed one Ray's agents take some ten seconds to see that they are alone.
-        assert [left for command in started for left in command.orphans()] == []
+        # Of the killed one Ray's agents see after some ten seconds that they are alone, on a busy machine later.
+        assert [left for command in started for left in command.orphans(60)] == []
         yield Runs(folder / "straight", folder / "resumed", done, first.run, said)
     finally:
         for command in started:

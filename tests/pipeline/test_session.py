@@ -87,9 +87,9 @@ class Command:
             self.process.terminate()
             self.end()
 
-    def orphans(self) -> list[str]:
-        """What is left ten seconds after the command ended, at most."""
-        deadline = time.monotonic() + 10
+    def orphans(self, within_s: float = 10) -> list[str]:
+        """What is left so many seconds after now; [] as soon as nothing is."""
+        deadline = time.monotonic() + within_s
         while (left := marked_processes(self.mark)) and time.monotonic() < deadline:
             time.sleep(0.2)
         return left

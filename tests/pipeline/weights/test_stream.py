@@ -14,8 +14,8 @@ import ray
 from pipeline import workers
 from pipeline.config import load_config
 from pipeline.session import open_loop
+from pipeline.trainer_group import TrainerError
 from pipeline.weights import WeightsConfig, WeightSender
-from pipeline.workers import TrainerError
 
 SETTINGS = ["supervised.steps=0", "parallel={ranks: 2, expert: 2}",
             "weights={timeout_s: 3, checksum_every: 1, bucket_bytes: 200000}"]  # fmt: skip
