@@ -22,11 +22,21 @@ from pipeline.weights.config import WeightsConfig
 
 
 def server_count(config: Config, gpus: int) -> int:
-    """How many servers the run has: see ServerConfig.replicas. gpus: of this machine; 0: the run uses none."""
+    """How many servers the run has: see ServerConfig.replicas. gpus: of this machine; 0: the run uses none.
+
+    Raises ServerError where several of them are to listen on one port of this machine.
+    """
     if config.server.replicas is not None or not gpus:
-        return config.server.replicas or 1
-    beside = gpus - config.parallel.ranks if config.cluster.address is None else config.rollout_gpus
-    return max(1, beside // config.server.tensor_parallel)
+        count = config.server.replicas or 1
+    else:
+        beside = gpus - config.parallel.ranks if config.cluster.address is None else config.rollout_gpus
+        count = max(1, beside // config.server.tensor_parallel)
+    if count > 1 and config.server.port is not None and config.cluster.address is None:
+        raise ServerError(
+            f"{count} servers on one machine cannot all listen on port {config.server.port}; set server.port=null, "
+            "which gives each a free one, or server.replicas=1"
+        )
+    return count
 
 
 def shares_gpus(config: Config, gpus: int) -> bool:

@@ -281,6 +281,8 @@ def _check_model(config: Config, directory: Path) -> dict[str, Any]:
         raise ConfigError(f"model.path: {error}") from error
     if hf.get("kv_lora_rank") and config.precision.kv_cache != "same":
         raise ConfigError("the cache of latent attention holds latents, not keys; set precision.kv_cache=same")
+    if hf["model_type"].startswith("glm4") and config.precision.router != "fp32":
+        raise ConfigError("GLM's routers are float32 in SGLang whatever is asked for; set precision.router=fp32")
     return hf
 
 

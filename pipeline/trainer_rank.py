@@ -76,6 +76,7 @@ class TrainerRank:
         """Join the world, build the trainer (`settings` are Trainer's own), load its weights."""
         with lasting_imports():
             import torch
+            import torch._dynamo  # the first optimizer does
 
             from megatron_ext import parallel
             from megatron_ext.trainer import Trainer

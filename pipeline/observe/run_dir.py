@@ -52,6 +52,8 @@ _FILES = (
     "diagnose.html",
     "facts.json",
     "alerts.jsonl",
+    "metrics.partial",  # left where a process was killed while it wrote
+    "records.partial",
 )
 _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb", "checkpoints", "dropped")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")

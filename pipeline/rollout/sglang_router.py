@@ -45,22 +45,23 @@ def make_routers_float32(model: torch.nn.Module) -> None:
 
     class Float32Logits(UnquantizedLinearMethod):
         def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-            return logits(x, layer.weight)
+            return logits(x, layer.weight) if bias is None else logits(x, layer.weight) + bias.float()
 
     changed = 0
     for name, block in model.named_modules():
-        if not (hasattr(block, "gate") and hasattr(block, "experts")):
+        gate: Any = getattr(block, "gate", None) or getattr(block, "router", None)
+        if gate is None or not hasattr(block, "experts"):
             continue
-        gate: Any = block.gate
         kind = f"{type(gate).__module__.rpartition('.')[2]}.{type(gate).__name__}"
-        if issubclass(type(gate), ReplicatedLinear) and gate.bias is None:
+        if issubclass(type(gate), ReplicatedLinear):
             gate.quant_method = Float32Logits()
+            gate._use_tinygemm = False  # gpt-oss's kernel rounds
         elif kind == "deepseek_v2.MoEGate" and not getattr(gate, "use_intel_amx_backend", False):  # packs its weight
             if gate.weight.dtype != torch.float32:
                 gate.forward = lambda x, *_, gate=gate, **__: logits(x, gate.weight)
         elif kind != "glm4_moe.Glm4MoeGate":
             raise RuntimeError(
-                f"{name}.gate is a {type(gate).__name__}, whose logits sameroute cannot make in float32; set "
+                f"the router of {name} is a {type(gate).__name__}, whose logits sameroute cannot make in float32; set "
                 "precision.router=bf16"
             )
         changed += 1

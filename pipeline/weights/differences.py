@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,20 +61,22 @@ def weight_differences(buckets: Iterable[Bucket], servers: Sequence[SGLangContro
 
 
 def compare_sums(sums: Sequence[list[TensorSum]], servers: Sequence[SGLangControl]) -> list[WeightDifference]:
-    """`weight_differences` of tensors that are known by their checksums; one call a bucket and server."""
-    found = []
-    for server in servers:
-        reached: set[str] = set()
-        for bucket in sums:
-            ranks = server.held_weights([(t.name, t.dtype, t.shape) for t in bucket])
-            for tensor in bucket:
-                kind = _compare(tensor, [rank.tensors[tensor.name] for rank in ranks])
-                if kind is not None:
-                    found.append(WeightDifference(tensor.name, server.url, kind))
-            reached |= {name for rank in ranks for name in rank.parameters}
-        everything = {name for rank in server.held_weights([]) for name in rank.parameters}
-        found += [WeightDifference(name, server.url, "unreached") for name in sorted(everything - reached)]
-    return found
+    """`weight_differences` of tensors that are known by their checksums; one call a bucket, all servers at a time."""
+    with ThreadPoolExecutor(max(len(servers), 1)) as pool:
+        return [difference for found in pool.map(lambda s: _of_server(sums, s), servers) for difference in found]
+
+
+def _of_server(sums: Sequence[list[TensorSum]], server: SGLangControl) -> list[WeightDifference]:
+    found, reached = [], set[str]()
+    for bucket in sums:
+        ranks = server.held_weights([(t.name, t.dtype, t.shape) for t in bucket])
+        for tensor in bucket:
+            kind = _compare(tensor, [rank.tensors[tensor.name] for rank in ranks])
+            if kind is not None:
+                found.append(WeightDifference(tensor.name, server.url, kind))
+        reached |= {name for rank in ranks for name in rank.parameters}
+    everything = {name for rank in server.held_weights([]) for name in rank.parameters}
+    return found + [WeightDifference(name, server.url, "unreached") for name in sorted(everything - reached)]
 
 
 def _compare(tensor: TensorSum, held: Sequence[tuple[int, int]]) -> Literal["differs", "ignored"] | None:

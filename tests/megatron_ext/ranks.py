@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ext.config import ParallelConfig
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_ext.trainer"])
+_context.set_forkserver_preload(["tests.megatron_ext.preload"])
 
 
 def _rank(function: Callable, config: ParallelConfig, rank: int, meeting: str, args: tuple, answers) -> None:

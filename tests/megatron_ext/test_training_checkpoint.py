@@ -114,9 +114,8 @@ def test_another_layout_resumes_to_1e_5(tiny_model_dir, tmp_path_factory, writte
         next(np.array(r[0][3][k]) for r in again if r[0][3][k] is not None) for k in (0, 1)
     ]  # of a rank that speaks for its replica
     for mine, theirs in ((values, 0), (logprobs, 1)):
-        expected = next((r[0][3][theirs] for r in straight if r[0][3][theirs] is not None), None)
-        if expected is not None:
-            assert np.abs(mine - expected).max() < 1e-4
+        expected = next(r[0][3][theirs] for r in straight if r[0][3][theirs] is not None)
+        assert np.abs(mine - expected).max() < 1e-4
 
 
 def damaged(config: ParallelConfig, model: str, folder: str):

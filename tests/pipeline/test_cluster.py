@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.cluster import server_count, shares_gpus, weights_config
 from pipeline.config import load_config
+from pipeline.rollout.server import ServerError
 
 JOINED = ["cluster={address: auto, nodes: 2, gpus_per_node: 8}"]
 
@@ -29,6 +30,13 @@ def test_servers_take_the_gpus_beside_the_trainer(settings, gpus, servers, share
     config = load_config("configs/quickstart.yaml", settings)
     assert server_count(config, gpus) == servers
     assert shares_gpus(config, gpus) == shared
+
+
+def test_several_servers_do_not_share_a_port_of_one_machine():
+    with pytest.raises(ServerError, match=r"2 servers .* listen on port 30000; set server\.port"):
+        server_count(load_config("configs/quickstart.yaml", ["server={port: 30000, replicas: 2}"]), 0)
+    for settings in (["server={port: 30000}"], ["server={port: 30000, replicas: 2}", *JOINED]):
+        assert server_count(load_config("configs/quickstart.yaml", settings), 1)
 
 
 def test_weights_go_by_a_group_to_servers_on_gpus_of_their_own():

@@ -1,9 +1,12 @@
 """A configuration that cannot run is refused before anything starts, with a sentence that says what to change."""
 
+import json
+
 import pytest
 import yaml
 
 from pipeline.config import ConfigError, load_config
+from tests.megatron_ext.tiny_families import tiny_config
 
 QUICKSTART = "configs/quickstart.yaml"
 
@@ -97,6 +100,15 @@ def test_a_model_directory_that_does_not_exist_or_is_not_supported_is_named(tmp_
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ConfigError, match="'mamba' is not supported; supported: qwen3_moe, qwen3"):
         load_config(QUICKSTART, [*overrides, f"model.path={tmp_path}"])
+
+
+def test_a_router_that_one_engine_does_not_have_is_refused(tmp_path):
+    glm = tiny_config("glm4_moe")
+    (tmp_path / "config.json").write_text(json.dumps(glm))
+    overrides = ["model.tiny=null", f"model.path={tmp_path}", "precision.weights=bfloat16"]
+    assert load_config(QUICKSTART, overrides).precision.router == "fp32"
+    with pytest.raises(ConfigError, match=r"float32 in SGLang .*; set precision\.router=fp32"):
+        load_config(QUICKSTART, [*overrides, "precision.router=bf16"])
 
 
 def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):

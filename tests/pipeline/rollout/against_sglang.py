@@ -131,12 +131,17 @@ def routers():
         block.gate, block.experts = gate, torch.nn.Module()
         return torch.nn.ModuleDict({"mlp": block})
 
+    def biased_model_with(gate):  # as gpt-oss has it
+        block = torch.nn.Module()
+        block.router, block.experts = gate, torch.nn.Module()
+        return torch.nn.ModuleDict({"mlp": block})
+
     gate, x = ReplicatedLinear(64, 8, bias=False, params_dtype=torch.bfloat16), torch.randn(50, 64).bfloat16()
     gate.weight.data.normal_()
     expected = x.double() @ gate.weight.double().t()
     assert largest_difference(gate(x)[0], expected) > 1e-2
     make_routers_float32(model_with(gate))
-    with pytest.raises(RuntimeError, match=r"mlp\.gate is a Linear, .* set precision\.router=bf16"):
+    with pytest.raises(RuntimeError, match=r"router of mlp is a Linear, .* set precision\.router=bf16"):
         make_routers_float32(model_with(torch.nn.Linear(64, 8)))
     found = largest_difference(gate(x)[0], expected)
     fields = SimpleNamespace(n_routed_experts=8, hidden_size=64, topk_method="noaux_tc")
@@ -144,7 +149,11 @@ def routers():
         other.weight.data.copy_(gate.weight.data)
         make_routers_float32(model_with(other))
         found = max(found, largest_difference(other(x).detach(), expected))
-    return found
+    biased = ReplicatedLinear(64, 8, params_dtype=torch.bfloat16)
+    biased.weight.data.copy_(gate.weight.data)
+    biased.bias.data.normal_()
+    make_routers_float32(biased_model_with(biased))
+    return max(found, largest_difference(biased(x)[0].detach(), expected + biased.bias.double()))
 
 
 def main():

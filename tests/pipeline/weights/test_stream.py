@@ -11,7 +11,7 @@ import psutil
 import pytest
 import ray
 
-from pipeline import workers
+from pipeline import trainer_group
 from pipeline.config import load_config
 from pipeline.session import open_loop
 from pipeline.trainer_group import TrainerError
@@ -90,7 +90,7 @@ def test_a_transfer_that_leaves_an_expert_stale_stops_the_run(loop):
 
 @pytest.mark.slow
 def test_a_rank_and_a_server_that_stall_are_named(loop, monkeypatch):
-    monkeypatch.setattr(workers, "ANSWER_S", 1.0)
+    monkeypatch.setattr(trainer_group, "ANSWER_S", 1.0)
     pid = ray.get(loop.trainers.ranks[1].__ray_call__.remote(lambda _: os.getpid()))
     with stopped(pid), pytest.raises(TrainerError, match=r"send_weights in [\d.]+ s; rank 1 does not answer[^;]*$"):
         loop.sync()
