@@ -78,7 +78,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "gpt_oss",
         {
             "head_dim": 32,
-            "intermediate_size": 32,
+            "intermediate_size": 64,
             "num_local_experts": 8,
             "sliding_window": 5,
             "swiglu_limit": 0.5,
