@@ -23,7 +23,6 @@ from megatron_ext.mcore import (
     MegatronModule,
     is_layer_window_attention,
     make_sharded_tensors_for_checkpoint,
-    set_tensor_model_parallel_attributes,
 )
 
 
@@ -163,7 +162,6 @@ class SDPACoreAttention(MegatronModule):
             self.softmax_offset = torch.nn.Parameter(sinks)
             if config.perform_initialization:
                 config.init_method(self.softmax_offset)
-            set_tensor_model_parallel_attributes(self.softmax_offset, self.tp.size() > 1, 0, 1)
         elif config.softmax_type != "vanilla":
             raise ValueError(f"attention without Transformer Engine has no softmax_type={config.softmax_type!r}")
 

@@ -24,6 +24,7 @@ from megatron_ext.mcore import (
     get_gpt_decoder_block_spec,
     parallel_state,
     quick_gelu,
+    set_tensor_model_parallel_attributes,
 )
 from megatron_ext.yarn import YarnTransformerConfig
 
@@ -205,5 +206,9 @@ def build_model(
         )
         if head == "value" and model.post_process:
             model.output_layer = ValueHead(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("softmax_offset"):  # Megatron-Core tells no optimizer that ranks hold different sinks
+                set_tensor_model_parallel_attributes(parameter, parallel.tensor > 1, 0, 1)
+                parameter.data = parameter.data.to(config.params_dtype)  # Transformer Engine makes them float32
         chunks.append(model if cpu.needed() else model.cuda())
     return config, chunks

@@ -62,7 +62,9 @@ def check_tensors(
         tensors = [torch.empty(files.shapes[n], device="meta") for n in match.hf_names]
         if match.part is not None:
             if any(len(t) != shape.num_experts for t in tensors):
-                raise ValueError(f"{match.hf_names[0]} holds {len(tensors[0])} experts; the model has {shape.num_experts}")
+                raise ValueError(
+                    f"{match.hf_names[0]} holds {len(tensors[0])} experts; the model has {shape.num_experts}"
+                )
             tensors = [t[match.part] for t in tensors]
         try:
             shard = tuple(match.row.transform.shard(tensors, dims, *shard_position(match)).shape)
@@ -77,7 +79,8 @@ def check_tensors(
             names = ", ".join(drafts)
             log.warning("%d multi-token-prediction tensors of %s left out: %s", len(drafts), files.path, names)
     if files.mxfp4 and dist.get_rank() == 0:
-        log.warning("%d MXFP4 tensors of %s are read as bfloat16", len(files.mxfp4), files.path)
+        told = "%d MXFP4 tensors of %s are read as bfloat16; what is written from here is not quantized"
+        log.warning(told, len(files.mxfp4), files.path)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, used)
     head = set(LM_HEAD.hf) if value_head else set()
