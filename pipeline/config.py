@@ -281,8 +281,8 @@ def _check_model(config: Config, directory: Path) -> dict[str, Any]:
         raise ConfigError(f"model.path: {error}") from error
     if quantized := hf.get("quantization_config"):
         raise ConfigError(
-            f"model.path: SGLang would hold {quantized.get('quant_method')} weights, into which the trainer's do not go; "
-            "write the model in bfloat16 first, with sameroute convert to-megatron and to-hf"
+            f"model.path: SGLang would hold {quantized.get('quant_method')} weights, which the trainer's cannot "
+            "replace; write the model in bfloat16 first, with sameroute convert to-megatron and to-hf"
         )
     if hf.get("kv_lora_rank") and config.precision.kv_cache != "same":
         raise ConfigError("the cache of latent attention holds latents, not keys; set precision.kv_cache=same")

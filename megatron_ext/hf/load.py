@@ -61,10 +61,9 @@ def check_tensors(
     for name, parameter, match in parameters:
         tensors = [torch.empty(files.shapes[n], device="meta") for n in match.hf_names]
         if match.part is not None:
-            if any(len(t) != shape.num_experts for t in tensors):
-                raise ValueError(
-                    f"{match.hf_names[0]} holds {len(tensors[0])} experts; the model has {shape.num_experts}"
-                )
+            for hf_name, tensor in zip(match.hf_names, tensors, strict=True):
+                if len(tensor) != shape.num_experts:
+                    raise ValueError(f"{hf_name} holds {len(tensor)} experts; the model has {shape.num_experts}")
             tensors = [t[match.part] for t in tensors]
         try:
             shard = tuple(match.row.transform.shard(tensors, dims, *shard_position(match)).shape)

@@ -1,5 +1,7 @@
 """A configuration that cannot run is refused before anything starts, with a sentence that says what to change."""
 
+import json
+
 import pytest
 import yaml
 
@@ -97,6 +99,17 @@ def test_a_model_directory_that_does_not_exist_or_is_not_supported_is_named(tmp_
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ConfigError, match="'mamba' is not supported; supported: qwen3_moe, qwen3"):
         load_config(QUICKSTART, [*overrides, f"model.path={tmp_path}"])
+
+
+def test_a_quantized_model_that_the_trainer_reads_and_the_server_would_keep_is_refused(tmp_path):
+    hf = {
+        "model_type": "gpt_oss", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "sliding_window": 128, "swiglu_limit": 7.0, "quantization_config": {"quant_method": "mxfp4"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ConfigError, match=r"SGLang would hold mxfp4 weights.*sameroute convert"):
+        load_config(QUICKSTART, ["model.tiny=null", f"model.path={tmp_path}"])
 
 
 def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""SGLang takes gpt-oss's packed experts as they are streamed. It cannot run the model without a GPU, but it loads it."""
+"""SGLang takes gpt-oss's packed experts as they are streamed. Without a GPU it loads the model, but cannot run it."""
 
 from safetensors.torch import load_file
 
