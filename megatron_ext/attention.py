@@ -1,5 +1,8 @@
 """Core attention on torch's SDPA: grouped-query, causal, packed or padded, context parallel. No Transformer Engine.
 
+    scores s_ij = scale q_i k_j                     for j <= i, and i - j < window where the layer has one
+    weights p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij))     sink: a number a head, where there are sinks (gpt-oss)
+
 All sequences of a micro-batch go into few batched calls: sequences whose padded lengths lie within a factor of two
 share one. Padded rows are a pack of sequences of one length. Where context parallelism splits a sequence, every rank
 gathers the keys and values of all and attends with its own queries; the gradient is scattered back by a reduce-scatter.
@@ -15,7 +18,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_ext.layout import zigzag_positions
-from megatron_ext.mcore import AttnMaskType, MegatronModule
+from megatron_ext.mcore import (
+    AttnMaskType,
+    MegatronModule,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 
 
 class _GatherRanks(torch.autograd.Function):
@@ -36,13 +44,45 @@ class _GatherRanks(torch.autograd.Function):
         return out, None
 
 
+class _SinkAttention(torch.autograd.Function):
+    """Attention whose softmax has one more term, a sink a head, that no value belongs to. On torch's CPU kernel.
+
+    q: [b, heads, queries, d]; k, v: [b, kv heads, keys, d]; sink: [heads]; mask: bool, or None for a causal one.
+    With L = log(exp(sink) + sum exp(s)) in place of the kernel's log-sum-exp, its backward pass is right as it is.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink, mask, scale):
+        ctx.how = {"dropout_p": 0.0, "is_causal": mask is None, "scale": scale}
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, attn_mask=_additive(mask, q.dtype), **ctx.how)
+        total = torch.logaddexp(lse, sink.float()[:, None])
+        out = out * torch.exp(lse - total)[..., None].to(out.dtype)
+        ctx.save_for_backward(q, k, v, sink, mask, out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        q, k, v, sink, mask, out, total = ctx.saved_tensors
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = kernel(grads[0], q, k, v, out, total, attn_mask=_additive(mask, q.dtype), **ctx.how)
+        weight = torch.exp(sink.float()[:, None] - total)
+        dsink = -(weight * (grads[0] * out).float().sum(-1)).sum((0, 2))
+        return dq, dk, dv, dsink.to(sink.dtype), None, None
+
+
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """0 where the bool mask is true, else minus infinity."""
+    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 @dataclass(frozen=True)
 class _Bucket:
     """Sequences of similar length. Indices of padding point at place 0; its outputs are never read.
 
     query: [sequences, longest local part] places among this rank's tokens.
     key:   [sequences, longest] places among all ranks' tokens, rank by rank.
-    mask:  [sequences, 1, queries, keys] bool, or None where a plain causal mask is right.
+    mask:  [sequences or 1, 1, queries, keys] bool, or None where a plain causal mask is right.
     """
 
     query: torch.Tensor
@@ -50,7 +90,15 @@ class _Bucket:
     mask: torch.Tensor | None
 
 
-def _plan(lengths: list[int], cp_size: int, cp_rank: int, device: torch.device) -> tuple[list[_Bucket], torch.Tensor]:
+def _visible(positions: np.ndarray, keys: int, window: int | None) -> torch.Tensor:
+    """[sequences, queries] places of queries in their sequences -> [sequences, 1, queries, keys] bool."""
+    back = torch.from_numpy(positions[:, None, :, None] - np.arange(keys))
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def _plan(
+    lengths: list[int], cp_size: int, cp_rank: int, device: torch.device, window: int | None
+) -> tuple[list[_Bucket], torch.Tensor]:
     """Buckets of a packed sequence, and where each local token's output lies among the buckets' outputs."""
     local_total = sum(lengths) // cp_size
     starts = np.cumsum([0, *(n // cp_size for n in lengths)])
@@ -74,7 +122,9 @@ def _plan(lengths: list[int], cp_size: int, cp_rank: int, device: torch.device) 
                 key[row, zigzag_positions(lengths[i], cp_size, rank)] = rank * local_total + mine
         mask = None
         if cp_size > 1:
-            mask = torch.from_numpy(position[:, None, :, None] >= np.arange(longest)).to(device)
+            mask = _visible(position, longest, window).to(device)
+        elif window is not None and window < longest:
+            mask = _visible(np.arange(longest)[None], longest, window).to(device)
         buckets.append(_Bucket(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), mask))
         base += query.size
     return buckets, torch.from_numpy(back).to(device)
@@ -82,7 +132,10 @@ def _plan(lengths: list[int], cp_size: int, cp_rank: int, device: torch.device) 
 
 class SDPACoreAttention(MegatronModule):
     """Megatron-Core's core-attention interface. query [t, heads, d], key and value [t, kv heads, d] with
-    `packed_seq_params`, or all with a batch axis [t, b, heads, d]. Returns [t, heads * d] or [t, b, heads * d]."""
+    `packed_seq_params`, or all with a batch axis [t, b, heads, d]. Returns [t, heads * d] or [t, b, heads * d].
+
+    softmax_offset: [heads of this rank], the sinks, of a config with softmax_type="learnable".
+    window_size of the config is (tokens before the query that it still sees, 0)."""
 
     def __init__(
         self,
@@ -101,6 +154,26 @@ class SDPACoreAttention(MegatronModule):
             raise ValueError("attention without Transformer Engine has no dropout; set attention_dropout=0")
         assert pg_collection is not None
         self.scale, self.attn_mask_type, self.cp = softmax_scale, attn_mask_type, pg_collection.cp
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.tp, self.softmax_offset = pg_collection.tp, None
+        if config.softmax_type == "learnable":
+            sinks = torch.empty(config.num_attention_heads // self.tp.size(), dtype=config.params_dtype)
+            self.softmax_offset = torch.nn.Parameter(sinks)
+            if config.perform_initialization:
+                config.init_method(self.softmax_offset)
+        elif config.softmax_type != "vanilla":
+            raise ValueError(f"attention without Transformer Engine has no softmax_type={config.softmax_type!r}")
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
 
     def forward(
         self,
@@ -122,26 +195,33 @@ class SDPACoreAttention(MegatronModule):
             return self._packed(query, key, value, self._plan_of(packed_seq_params, query.device))
         tokens, rows = query.shape[:2]
         if self.cp.size() == 1:
-            return self._attend(*(t.transpose(0, 1) for t in (query, key, value)), None).transpose(0, 1)
+            mask = None
+            if self.window is not None and self.window < tokens:
+                mask = _visible(np.arange(tokens)[None], tokens, self.window).to(query.device)
+            return self._attend(*(t.transpose(0, 1) for t in (query, key, value)), mask).transpose(0, 1)
         flat = (t.transpose(0, 1).flatten(0, 1) for t in (query, key, value))
-        plan = _plan([tokens * self.cp.size()] * rows, self.cp.size(), self.cp.rank(), query.device)
+        plan = _plan([tokens * self.cp.size()] * rows, self.cp.size(), self.cp.rank(), query.device, self.window)
         return self._packed(*flat, plan).view(rows, tokens, -1).transpose(0, 1)
 
     def _attend(self, q, k, v, mask):
         """[b, queries, heads, d], [b, keys, kv heads, d] -> [b, queries, heads * d]."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if self.softmax_offset is not None:
+            out = _SinkAttention.apply(q, k, v, self.softmax_offset, mask, self.scale)
+            return out.transpose(1, 2).flatten(2)
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.transpose(1, 2).flatten(2)
 
     def _plan_of(self, params, device):
-        """One plan serves every layer of the micro-batch, forward and recomputed."""
-        plan = getattr(params, "sdpa_plan", None)
-        if plan is None:
+        """One plan serves every layer of the micro-batch with the same window, forward and recomputed."""
+        plans = params.__dict__.setdefault("sdpa_plans", {})
+        if self.window not in plans:
             cu = params.cu_seqlens_q_padded if params.cu_seqlens_q_padded is not None else params.cu_seqlens_q
-            plan = params.sdpa_plan = _plan((cu[1:] - cu[:-1]).tolist(), self.cp.size(), self.cp.rank(), device)
-        return plan
+            lengths = (cu[1:] - cu[:-1]).tolist()
+            plans[self.window] = _plan(lengths, self.cp.size(), self.cp.rank(), device, self.window)
+        return plans[self.window]
 
     def _packed(self, q, k, v, plan):
         buckets, back = plan

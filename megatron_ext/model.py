@@ -23,7 +23,12 @@ from megatron_ext.mcore import (
     gather_from_sequence_parallel_region,
     get_gpt_decoder_block_spec,
     parallel_state,
+    quick_gelu,
+    set_tensor_model_parallel_attributes,
 )
+from megatron_ext.yarn import YarnTransformerConfig
+
+_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 
 
 def transformer_config(
@@ -34,7 +39,10 @@ def transformer_config(
     *,
     replay: bool,
 ) -> TransformerConfig:
-    """Megatron-Core's config for a Hugging Face config. `replay` gives each router its RouterReplay."""
+    """Megatron-Core's config for a Hugging Face config. `replay` gives each router its RouterReplay.
+
+    Raises ValueError where Megatron-Core cannot train such a model in this layout.
+    """
     shape, on_cpu = model_shape(hf), cpu.needed()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision.weights]
     fields: dict[str, Any] = {
@@ -47,7 +55,7 @@ def transformer_config(
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf["rms_norm_eps"],
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": "silu",
         "add_bias_linear": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -91,7 +99,21 @@ def transformer_config(
     if fields.get("multi_latent_attention"):
         kind = MLATransformerConfig
         fields["apply_rope_fusion"] = not on_cpu and fields["rope_type"] == "yarn"  # the kernel knows no other
-    return kind(**(fields | trainer.extra))
+    elif "yarn_rotary_scaling_factor" in fields:
+        kind = YarnTransformerConfig
+        fields["apply_rope_fusion"] = False  # the kernel leaves out YaRN's scale of the rotation
+    fields |= {"activation_func": _ACTIVATIONS[fields["activation_func"]]} | trainer.extra
+    if not (shape.num_experts and fields["add_bias_linear"]):
+        return kind(**fields)
+    if not on_cpu and fields["expert_tensor_parallel_size"] > 1:
+        raise ValueError(
+            "Transformer Engine's experts would add their output bias on every expert-tensor rank; set "
+            "parallel.expert_tensor=1"
+        )
+    # Megatron-Core allows no biased experts with expert tensor parallelism; `cpu/experts.py` adds the bias once.
+    config = kind(**(fields | {"add_bias_linear": False}))
+    config.add_bias_linear = True
+    return config
 
 
 def _moe_fields(
@@ -177,12 +199,16 @@ def build_model(
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=shape.tied_embeddings and head == "lm",
-            position_embedding_type="rope",
+            position_embedding_type="yarn" if isinstance(config, YarnTransformerConfig) else "rope",
             rotary_percent=rope.get("partial_rotary_factor", 1.0),
             rotary_base=rope["rope_theta"],
             vp_stage=stage,
         )
         if head == "value" and model.post_process:
             model.output_layer = ValueHead(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("softmax_offset"):  # Megatron-Core tells no optimizer that ranks hold different sinks
+                set_tensor_model_parallel_attributes(parameter, parallel.tensor > 1, 0, 1)
+                parameter.data = parameter.data.to(config.params_dtype)  # Transformer Engine makes them float32
         chunks.append(model if cpu.needed() else model.cuda())
     return config, chunks

@@ -279,8 +279,15 @@ def _check_model(config: Config, directory: Path) -> dict[str, Any]:
         config.parallel.check_model(hf)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
+    if quantized := hf.get("quantization_config"):
+        raise ConfigError(
+            f"model.path: SGLang would hold {quantized.get('quant_method')} weights, which the trainer's cannot "
+            "replace; write the model in bfloat16 first, with sameroute convert to-megatron and to-hf"
+        )
     if hf.get("kv_lora_rank") and config.precision.kv_cache != "same":
         raise ConfigError("the cache of latent attention holds latents, not keys; set precision.kv_cache=same")
+    if hf["model_type"] == "gpt_oss" and config.precision.weights != "bfloat16":
+        raise ConfigError("SGLang keeps gpt-oss's sinks in bfloat16; set precision.weights=bfloat16")
     if hf["model_type"].startswith("glm4") and config.precision.router != "fp32":
         raise ConfigError("GLM's routers are float32 in SGLang whatever is asked for; set precision.router=fp32")
     return hf

@@ -1,6 +1,6 @@
 """The trainer's weights as a quantised rollout engine computes with them.
 
-Every matrix but embeddings, LM head and router is rounded to int8 or float8_e4m3, one scale a row (output channel), and
+Every matrix but embeddings, LM head and router is rounded to int8 or float8_e4m3, one scale an output channel, and
 back to its dtype before it is sent. The engine then differs from the trainer as one with such weights does. Nothing
 gets smaller or faster by it: SGLang's own quantised kernels are not driven.
 """
@@ -25,8 +25,9 @@ def rounded(buckets: Iterable[Bucket], kind: RolloutWeights) -> Iterator[Bucket]
 
 
 def _round(name: str, tensor: Tensor, kind: RolloutWeights) -> Tensor:
-    """[rows, columns] -> the same shape and dtype."""
-    if tensor.dim() != 2 or "embed_tokens" in name or name.startswith("lm_head") or name.endswith("gate.weight"):
+    """[out, in], or [experts, in, out] of gpt-oss -> the same shape and dtype."""
+    kept = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "router.weight", "_bias")
+    if tensor.dim() < 2 or name.endswith(kept):
         return tensor
     largest = tensor.float().abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest / _LARGEST[kind], 1.0)

@@ -34,6 +34,7 @@ from megatron_ext.convert.reader import CheckpointReader
 from megatron_ext.hf.config import exported_config, model_shape, read_hf_config
 from megatron_ext.hf.files import TensorFiles, copy_companions
 from megatron_ext.hf.load import check_tensors, read_shard
+from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import dims_of, local_parameters
 from megatron_ext.hf.tables import Match
 from megatron_ext.mcore import GPTModel, dist_checkpointing, is_main_replica
@@ -105,12 +106,12 @@ def _storage(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """A parameter of the model, and the Hugging Face tensors that it becomes."""
+    """A parameter of the model, and the Hugging Face tensors, or parts of them, that it becomes."""
 
     name: str
     tensor: Tensor
     match: Match
-    outputs: list[tuple[str, Tensor]]
+    outputs: list[Tensor]
 
 
 class CheckpointTensors:
@@ -131,28 +132,29 @@ class CheckpointTensors:
         self.own_dtype: set[str] = set()  # tensors whose dtype is not the model's to choose: routing biases
         for name, tensor, match in local_parameters(chunks, self.shape):
             merged = match.row.transform.merge([tensor.to("meta")], self.dims)
-            self.parts.append(_Part(name, tensor, match, list(zip(match.hf_names, merged, strict=True))))
+            self.parts.append(_Part(name, tensor, match, merged))
             if not isinstance(tensor, torch.nn.Parameter):
                 self.own_dtype.update(match.hf_names)
 
     def outputs(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor without storage) of everything that `stream` gives, in its order."""
+        packed = PackedExperts(self.shape.num_experts)
         for part in self.parts:
-            yield from part.outputs
+            yield from packed.add(part.match, part.outputs)
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), each once."""
+        packed = PackedExperts(self.shape.num_experts)
         for part in self.parts:
-            yield from self._read(part)
+            yield from packed.add(part.match, self._read(part))
 
-    @torch.no_grad()
-    def _read(self, part: _Part) -> Iterator[tuple[str, Tensor]]:
+    def _read(self, part: _Part) -> list[Tensor]:
         entry = self.state[part.name]
         entry.data = torch.empty(part.tensor.shape, dtype=part.tensor.dtype)
         for shard in shards_of([entry]):
             self.reader.fill(shard)
         whole, entry.data = entry.data, part.tensor
-        yield from zip(part.match.hf_names, part.match.row.transform.merge([whole], self.dims), strict=True)
+        return part.match.row.transform.merge([whole], self.dims)
 
 
 def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes: int, advance: Advance) -> None:

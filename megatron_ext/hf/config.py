@@ -58,7 +58,7 @@ def model_shape(hf: dict[str, Any], tensor_parallel: int = 1) -> ModelShape:
         reasons.append("use_sliding_window=true")
     if hf.get("hidden_act", "silu") != "silu":
         reasons.append(f"hidden_act {hf['hidden_act']!r}")
-    if hf.get("quantization_config"):
+    if (quantized := hf.get("quantization_config")) and quantized.get("quant_method") not in family.quantization:
         reasons.append("quantized weights (write the model in bfloat16 first)")
     if reasons:
         raise UnsupportedModel(f"{name} with {'; with '.join(reasons)} is not built here")
@@ -101,5 +101,6 @@ def draft_tensors(hf: dict[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def exported_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a model exported from here: without the layers that are left out."""
-    return hf | ({"num_nextn_predict_layers": 0} if hf.get("num_nextn_predict_layers") else {})
+    """config.json of a model exported from here: without the layers that are left out, its weights not quantized."""
+    kept = {key: value for key, value in hf.items() if key != "quantization_config"}
+    return kept | ({"num_nextn_predict_layers": 0} if hf.get("num_nextn_predict_layers") else {})

@@ -10,8 +10,8 @@ without ever holding more of it than a bucket.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.hf.config import ModelShape
+from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import dims_of, local_parameters
 from megatron_ext.hf.tables import Match
 from megatron_ext.mcore import GPTModel, parallel_state
@@ -49,7 +50,8 @@ class HFExporter:
     ):
         """value_head: the chunks end in a value head, which has no Hugging Face name and is left out.
 
-        bucket_bytes: most bytes of one bucket's whole tensors; a larger tensor has a bucket of its own."""
+        bucket_bytes: most bytes of one bucket's whole tensors; a larger tensor has a bucket of its own, and so many
+        bytes are held beside it where it packs experts."""
         self.shape, self.dims, self.bucket_bytes = shape, dims_of(hf, shape), bucket_bytes
         self.parameters = local_parameters(chunks, shape, value_head=value_head)
         self.device = self.parameters[0][1].device
@@ -72,18 +74,22 @@ class HFExporter:
         everywhere: to every rank; else to rank 0, and the others' streams are empty.
         With tied embeddings there is no LM head. A bucket has one dtype."""
         self.position = 0
+        packed = PackedExperts(self.shape.num_experts)
         gather = self._gather if everywhere else self._gather_to_first
         for stage, items in enumerate(self.stages):
             own = [p for _, p, _ in self.parameters] if stage == self.pp_group.rank() else [None] * len(items)
             for expert in (False, True):
                 pairs = [(i, p) for i, p in zip(items, own, strict=True) if self._sent(i, expert)]
-                for bucket in self._buckets(pairs, self._ways(expert)):
+                sizes = [(math.prod(i.shape) * self._ways(expert) * i.dtype.itemsize, i.dtype) for i, _ in pairs]
+                for bucket in _bounded(pairs, sizes, self.bucket_bytes):
                     flat = gather(bucket, expert, stage)
                     if self.device.type == "cuda":
                         # NCCL's calls return at once: a rank that need not wait would queue copies of all its shards
                         torch.cuda.current_stream().synchronize()
                     if flat is not None:
-                        yield self._merge([item for item, _ in bucket], flat, expert)
+                        merged = self._merge([item for item, _ in bucket], flat, expert)
+                        whole = [each for match, tensors in merged for each in packed.add(match, tensors)]
+                        yield from _bounded(whole, [(t.nbytes, t.dtype) for _, t in whole], self.bucket_bytes)
                     self.position += 1
 
     def _sent(self, item: _Item, expert: bool) -> bool:
@@ -97,20 +103,6 @@ class HFExporter:
             return parallel_state.get_tensor_model_parallel_world_size()
         tensor = int(parallel_state.get_expert_tensor_parallel_world_size() or 1)
         return tensor * parallel_state.get_expert_model_parallel_world_size()
-
-    def _buckets(self, pairs: list, ways: int) -> Iterator[list]:
-        """Consecutive parameters of one dtype whose whole tensors fit a bucket."""
-        bucket: list = []
-        size = 0
-        for item, parameter in pairs:
-            nbytes = math.prod(item.shape) * ways * item.dtype.itemsize
-            if bucket and (size + nbytes > self.bucket_bytes or item.dtype != bucket[0][0].dtype):
-                yield bucket
-                bucket, size = [], 0
-            bucket.append((item, parameter))
-            size += nbytes
-        if bucket:
-            yield bucket
 
     def _gather(self, bucket: list, expert: bool, stage: int) -> Tensor:
         """[elements of all shards of the bucket], on every rank."""
@@ -147,23 +139,34 @@ class HFExporter:
         elements = sum(math.prod(item.shape) for item, _ in bucket) * self._ways(expert)
         return torch.empty(elements, dtype=bucket[0][0].dtype, device=self.device)
 
-    def _merge(self, items: list[_Item], flat: Tensor, expert: bool) -> Bucket:
-        """Cut gathered shards into whole tensors under their Hugging Face names."""
+    def _merge(self, items: list[_Item], flat: Tensor, expert: bool) -> Iterator[tuple[Match, list[Tensor]]]:
+        """Cut gathered shards into whole parameters: as what Hugging Face tensors, or parts of them."""
         expert_ranks = parallel_state.get_expert_model_parallel_world_size() if expert else 1
         flat = flat.view(expert_ranks, self._ways(expert) // expert_ranks, -1)
         experts_here = self.shape.num_experts // expert_ranks
-        out: Bucket = []
         offset = 0
         for item in items:
             n, match = math.prod(item.shape), item.match
             for rank in range(expert_ranks):
                 shards = [part[offset : offset + n].view(item.shape) for part in flat[rank]]
-                names = match.hf_names
                 if match.expert is not None:  # the item carries the expert of the rank that described it
-                    names = match.row.hf_names(match.layer, match.expert % experts_here + rank * experts_here)
-                out += zip(names, match.row.transform.merge(shards, self.dims), strict=True)
+                    match = replace(match, expert=match.expert % experts_here + rank * experts_here)
+                yield match, match.row.transform.merge(shards, self.dims)
             offset += n
-        return out
+
+
+def _bounded[T](items: Iterable[T], sizes: Iterable[tuple[int, torch.dtype]], limit: int) -> Iterator[list[T]]:
+    """Consecutive items of one dtype, of at most `limit` bytes together. sizes: (bytes, dtype) of each."""
+    bucket: list[T] = []
+    filled, kind = 0, None
+    for item, (nbytes, dtype) in zip(items, sizes, strict=True):
+        if bucket and (filled + nbytes > limit or dtype != kind):
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(item)
+        filled, kind = filled + nbytes, dtype
+    if bucket:
+        yield bucket
 
 
 def _shard_group(expert: bool) -> dist.ProcessGroup:

@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ext.hf.mxfp4 import dequantise
+
 _REOPEN_BYTES = 1 << 30
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -21,6 +23,7 @@ class TensorFiles:
     """Tensors of a model directory by name.
 
     Files are mapped into memory, and mapped anew after every GiB, so that what was read does not stay there.
+    Tensors stored as `X_blocks` and `X_scales` (MXFP4) are here one tensor X, in bfloat16; `mxfp4` has their names.
     """
 
     def __init__(self, path: Path):
@@ -41,12 +44,31 @@ class TensorFiles:
             for name in expected:
                 view = handle.get_slice(name)
                 self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+        self._stored = dict(self.files)
+        stems = {name.removesuffix("_blocks") for name, dtype in self.dtypes.items() if dtype == "U8"}
+        self.mxfp4 = sorted(s for s in stems if {s + "_blocks", s + "_scales"} <= self.files.keys())
+        for name in self.mxfp4:
+            *experts, rows, groups, pairs = self.shapes[name + "_blocks"]
+            self.files[name] = self.files[name + "_blocks"]
+            self.shapes[name], self.dtypes[name] = (*experts, groups * pairs * 2, rows), "BF16"
+            for part in (name + "_blocks", name + "_scales"):
+                del self.files[part], self.shapes[part], self.dtypes[part]
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """A tensor, or what stands at `part` of its first dimension, of which nothing else is read."""
+        if name in self.mxfp4:
+            return dequantise(*(self._read_stored(name + kind, part) for kind in ("_blocks", "_scales")))
+        return self._read_stored(name, part)
+
+    def _read_stored(self, name: str, part: int | None) -> Tensor:
         if self._read > _REOPEN_BYTES:
             self._handles.clear()
             self._read = 0
-        tensor = self._open(self.files[name]).get_tensor(name)
+        file = self._open(self._stored[name])
+        tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
         self._read += tensor.nbytes
         return tensor
 

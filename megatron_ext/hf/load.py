@@ -43,7 +43,7 @@ def load_hf(
 
 def read_shard(files: TensorFiles, match: Match, dims: Dims) -> Tensor:
     """This rank's shard of one parameter, in the dtype of the files."""
-    return match.row.transform.shard([files[n] for n in match.hf_names], dims, *shard_position(match))
+    return match.row.transform.shard([files.read(n, match.part) for n in match.hf_names], dims, *shard_position(match))
 
 
 def check_tensors(
@@ -52,13 +52,19 @@ def check_tensors(
     """Whether the directory holds exactly this model, before a value is read. All ranks call it together.
 
     Raises KeyError naming the tensors that are missing, or that no rank had a place for, and ValueError where a shape
-    differs. Nothing is skipped, but the tensors of multi-token-prediction layers, which are logged.
+    differs. Nothing is skipped, but the tensors of multi-token-prediction layers, which are logged, as are tensors that
+    come in fewer bits than they are read in.
     """
     used, dims = {name for _, _, match in parameters for name in match.hf_names}, dims_of(hf, shape)
     if missing := sorted(used - files.files.keys()):
         raise KeyError(f"{files.path} lacks tensors of {shape.family}: {', '.join(missing)}")
     for name, parameter, match in parameters:
         tensors = [torch.empty(files.shapes[n], device="meta") for n in match.hf_names]
+        if match.part is not None:
+            for hf_name, tensor in zip(match.hf_names, tensors, strict=True):
+                if len(tensor) != shape.num_experts:
+                    raise ValueError(f"{hf_name} holds {len(tensor)} experts; the model has {shape.num_experts}")
+            tensors = [t[match.part] for t in tensors]
         try:
             shard = tuple(match.row.transform.shard(tensors, dims, *shard_position(match)).shape)
         except RuntimeError:  # shapes that do not even join
@@ -71,6 +77,9 @@ def check_tensors(
         if dist.get_rank() == 0:
             names = ", ".join(drafts)
             log.warning("%d multi-token-prediction tensors of %s left out: %s", len(drafts), files.path, names)
+    if files.mxfp4 and dist.get_rank() == 0:
+        told = "%d MXFP4 tensors of %s are read as bfloat16; what is written from here is not quantized"
+        log.warning(told, len(files.mxfp4), files.path)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, used)
     head = set(LM_HEAD.hf) if value_head else set()

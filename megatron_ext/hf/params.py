@@ -51,7 +51,7 @@ def local_parameters(
                 continue
             name = re.sub(r"^decoder\.layers\.(\d+)\.", layer_name, name)
             name = re.sub(
-                r"(\.experts\.linear_fc\d\.weight)(\d+)$",
+                r"(\.experts\.linear_fc\d\.(?:weight|bias))(\d+)$",
                 lambda m: f"{m[1]}{first_expert + int(m[2])}",
                 name,
             )

@@ -2,6 +2,10 @@
 
 Patterns hold `{layer}` and `{expert}`, both counted over the whole model. A table may have rows that a given model has
 no parameter for (a bias it does without, dense layers): a row counts where Megatron-Core built its parameter.
+
+Where only the Megatron name holds `{expert}`, Hugging Face packs all experts of a layer in one tensor, along its first
+dimension. The transform sees the part of one: it is cut out on the way in, and `packed.py` joins the parts on the way
+out.
 """
 
 from __future__ import annotations
@@ -26,6 +30,11 @@ class Row:
         """Whether the parameter belongs to a routed expert, so that expert groups hold its shards."""
         return "{expert}" in self.megatron
 
+    @property
+    def packed(self) -> bool:
+        """Whether a Hugging Face tensor holds all experts of a layer."""
+        return self.expert and "{expert}" not in self.hf[0]
+
     def hf_names(self, layer: int | None, expert: int | None) -> list[str]:
         return [name.format(layer=layer, expert=expert) for name in self.hf]
 
@@ -45,6 +54,8 @@ ATTENTION = (
     Row(LAYER + "self_attention.q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), Replicated()),
     Row(LAYER + "self_attention.k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), Replicated()),
     Row(LAYER + "self_attention.linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), Split(1)),
+    Row(LAYER + "self_attention.linear_proj.bias", (_HF_ATTENTION + "o_proj.bias",), Replicated()),
+    Row(LAYER + "self_attention.core_attention.softmax_offset", (_HF_ATTENTION + "sinks",), Split(0)),
 )
 
 
@@ -82,6 +93,11 @@ class Match:
     @property
     def hf_names(self) -> list[str]:
         return self.row.hf_names(self.layer, self.expert)
+
+    @property
+    def part(self) -> int | None:
+        """Which expert's part of its Hugging Face tensors it is; None: they are its alone."""
+        return self.expert if self.row.packed else None
 
 
 def _regex(row: Row) -> re.Pattern[str]:

@@ -88,6 +88,19 @@ class QKV:
         return [p.reshape(-1, *joined.shape[1:]) for p in parts]
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix that Hugging Face holds as [in, out], or a vector."""
+
+    inner: Transform
+
+    def shard(self, tensors, dims, rank, size):
+        return self.inner.shard([t.t() for t in tensors], dims, rank, size)
+
+    def merge(self, shards, dims):
+        return [t.t() for t in self.inner.merge(shards, dims)]
+
+
 class GateUp:
     """The gate and up projections of a gated MLP, each cut into the ranks, joined on each rank."""
 
@@ -97,3 +110,15 @@ class GateUp:
     def merge(self, shards, dims):
         halves = [s.chunk(2) for s in shards]
         return [_join([h[i] for h in halves]) for i in range(2)]
+
+
+class AlternatingGateUp(GateUp):
+    """Gate and up in one tensor of Hugging Face, by turns in its first dimension."""
+
+    def shard(self, tensors, dims, rank, size):
+        (joined,) = tensors
+        return super().shard([joined[0::2], joined[1::2]], dims, rank, size)
+
+    def merge(self, shards, dims):
+        gate, up = super().merge(shards, dims)
+        return [torch.stack([gate, up], 1).flatten(0, 1)]

@@ -89,13 +89,16 @@ def kept_mlp(a: Architecture, *, sparse: bool, fused: bool = True, skew: float =
 
     fused:   the norm's input and output (2 H); of each of k experts its input (H), gate and up (2 F), and what enters
              `down` (F).
-    without: the normalised tensor, the activated gate and a copy of `up` too; an expert's product before its weight.
+    without: the normalised tensor, the activated gate and a copy of `up` too; an expert's product before its weight; of
+             a gate that is clamped, what the clamp left and its sigmoid.
     skew:    tokens of this rank's experts, by the mean.
     """
     extra = 0 if fused else 1
     norm, dense = (2 + extra) * a.hidden, 3 + 2 * extra
     if not sparse:
         return norm + dense * a.ffn
+    if a.fields.get("activation_func_clamp_value") is not None:
+        extra *= 3
     routed = skew * a.shape.topk * (a.hidden + (dense + extra) * a.expert_ffn)
     gated = a.hidden if a.fields.get("moe_shared_expert_gate") else 0
     return norm + routed + dense * a.shared_ffn + gated

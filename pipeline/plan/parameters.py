@@ -8,8 +8,9 @@ token, q and kv widths of all heads' queries, and keys or values.
     MLP, gated                  3 H F
     mixture of experts          3 H F_e E + H E + 3 H F_shared
     embedding, LM head          V H each; one for both where they are tied
+    biases (gpt-oss)            q + 2 kv + H, heads (sinks), E, and 2 F_e + H an expert
 
-The routers' biases are buffers, not parameters: `buffers` counts them.
+The routers' biases of DeepSeek-V3's kind are buffers, not parameters: `buffers` counts them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Architecture:
     def latent(self) -> bool:
         """Multi-head latent attention."""
         return bool(self.fields.get("multi_latent_attention"))
+
+    @property
+    def biased(self) -> bool:
+        """Every linear layer but the LM head has a bias."""
+        return bool(self.fields.get("add_bias_linear"))
 
     @property
     def layers(self) -> int:
@@ -115,11 +121,18 @@ def attention(a: Architecture, tensor: int = 1) -> int:
     if not a.latent:
         qkv = (a.query + 2 * a.key_value) // tensor
         norms = 2 * (a.query // a.heads) if f.get("qk_layernorm") else 0
-        return h + qkv * (h + bool(f.get("add_qkv_bias"))) + norms + a.value // tensor * h
+        sinks = a.heads // tensor if f.get("softmax_type") == "learnable" else 0
+        out = a.value // tensor * h + a.biased * h
+        return h + qkv * (h + bool(f.get("add_qkv_bias") or a.biased)) + norms + sinks + out
     q_lora, kv_lora, rope = f["q_lora_rank"], f["kv_lora_rank"], f["qk_pos_emb_head_dim"]
     query = a.query // tensor * h if q_lora is None else q_lora * h + q_lora + a.query // tensor * q_lora
     up = a.heads * (f["qk_head_dim"] + f["v_head_dim"]) // tensor * kv_lora
     return h + query + (kv_lora + rope) * h + kv_lora + up + a.value // tensor * h
+
+
+def expert(a: Architecture, tensor: int = 1) -> int:
+    """One routed expert's, on one of its tensor-parallel ranks."""
+    return 3 * a.hidden * (a.expert_ffn // tensor) + a.biased * (2 * (a.expert_ffn // tensor) + a.hidden)
 
 
 def layer(a: Architecture, number: int, parallel: ParallelConfig) -> Count:
@@ -131,8 +144,8 @@ def layer(a: Architecture, number: int, parallel: ParallelConfig) -> Count:
     experts = a.shape.num_experts // parallel.expert
     gate = h if a.fields.get("moe_shared_expert_gate") else 0
     return Count(
-        dense + h * a.shape.num_experts + 3 * h * (a.shared_ffn // t) + gate,
-        experts * 3 * h * (a.expert_ffn // (parallel.expert_tensor or t)),
+        dense + (h + a.biased) * a.shape.num_experts + 3 * h * (a.shared_ffn // t) + gate,
+        experts * expert(a, parallel.expert_tensor or t),
         # Megatron-Core counts the tokens of each expert beside its bias
         2 * a.shape.num_experts if a.fields.get("moe_router_enable_expert_bias") else 0,
     )
@@ -175,5 +188,4 @@ def total(hf: dict[str, Any]) -> int:
 def active(hf: dict[str, Any]) -> int:
     """Those that one token meets: of each router's experts, k. The embedding and the LM head count in full."""
     a = architecture(hf)
-    idle = (a.shape.num_experts - a.shape.topk) * 3 * a.hidden * a.expert_ffn * a.moe
-    return total(hf) - idle
+    return total(hf) - (a.shape.num_experts - a.shape.topk) * expert(a) * a.moe

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
-from pipeline.plan.parameters import architecture, total
+from pipeline.plan.parameters import architecture, expert, total
 
 _SERVERS = 24  # whose rollout is followed event by event; the others are like them
 
@@ -86,8 +86,7 @@ def server(
     """
     a = architecture(hf)
     ends = a.shape.vocab_size * a.hidden * (1 if a.shape.tied_embeddings else 2)
-    expert = 3 * a.hidden * a.expert_ffn
-    experts = a.moe * a.shape.num_experts * expert
+    experts = a.moe * a.shape.num_experts * expert(a)
     dense = total(hf) - ends - experts
     weights = weight_bytes * total(hf) / tp
     pool = (efficiency.static if static is None else static) * gpu.memory
@@ -103,7 +102,7 @@ def server(
 
     def step_s(batch: float, context: float) -> float:
         met = a.shape.num_experts * (1 - (1 - a.shape.topk / a.shape.num_experts) ** batch) if a.moe else 0.0
-        read = weight_bytes * (head + dense + a.moe * met * expert) / tp + batch * context * per_token
+        read = weight_bytes * (head + dense + a.moe * met * expert(a)) / tp + batch * context * per_token
         work = batch * (each + 2 * context * square) / tp
         busy = max(read / (gpu.bandwidth * efficiency.decode), work / (peak * efficiency.prefill))
         return busy + a.layers * efficiency.launch_s

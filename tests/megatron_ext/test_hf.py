@@ -12,6 +12,7 @@ from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.config import UnsupportedModel, exported_config, model_shape
 from megatron_ext.hf.families import FAMILIES
 from tests.megatron_ext.ranks import run_ranks
+from tests.megatron_ext.tiny_families import save_family
 
 LAYOUTS = [
     {},
@@ -80,11 +81,24 @@ def sent(config: ParallelConfig, model: str, bucket_bytes: int):
     return buckets, sum(received), trainer.exporter.position
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[5], LAYOUTS[6], {"ranks": 4, "expert": 2}], ids=str)
-def test_a_stream_to_rank_0_gives_it_everything_and_other_ranks_only_their_stages_share(tiny_model_dir, layout):
-    original = load_file(tiny_model_dir / "model.safetensors")
-    config = ParallelConfig(**layout)
-    first, *others = run_ranks(sent, config, str(tiny_model_dir), 100_000)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3_moe", LAYOUTS[5]),
+        ("qwen3_moe", LAYOUTS[6]),
+        ("qwen3_moe", {"ranks": 4, "expert": 2}),
+        ("gpt_oss", LAYOUTS[6]),  # its packed experts are larger than a bucket
+    ],
+    ids=str,
+)
+def test_a_stream_to_rank_0_gives_it_everything_and_other_ranks_only_their_stages_share(
+    tiny_model_dir, tmp_path, family, layout
+):
+    model = tiny_model_dir if family == "qwen3_moe" else save_family(family, tmp_path / "model")
+    original = load_file(model / "model.safetensors")
+    config, bound = ParallelConfig(**layout), 100_000
+    first, *others = run_ranks(sent, config, str(model), bound)
+    assert all(len(bucket) == 1 or sum(t.nbytes for _, t in bucket) <= 2 * bound for bucket in first[0])
     weights = {name: tensor for bucket in first[0] for name, tensor in bucket}
     assert sorted(weights) == sorted(original)
     for name, tensor in weights.items():
@@ -137,6 +151,14 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tiny_model_dir, tmp_pat
     assert "holds neither" in answers[-1]
 
 
+def test_packed_experts_are_as_many_as_the_model_has(tmp_path):
+    name = "model.layers.1.mlp.experts.down_proj_bias"
+    model = save_family("gpt_oss", tmp_path / "gpt_oss")
+    path = edited(model, tmp_path / "more", lambda t: t.update({name: np.concatenate([t[name], t[name][:1]])}))
+    ((answer,),) = run_ranks(failures, ParallelConfig(), [path])
+    assert answer == f"ValueError: {name} holds 9 experts; the model has 8"
+
+
 def drafts_left_out(config: ParallelConfig, model: str):
     import logging
 
@@ -161,6 +183,7 @@ def test_multi_token_prediction_layers_are_left_out_and_named_in_the_log(tiny_mo
 
 QWEN3 = {"model_type": "qwen3_moe"}
 DEEPSEEK = {"model_type": "deepseek_v3", "topk_group": 1}
+GPT_OSS = {"model_type": "gpt_oss", "sliding_window": 128, "swiglu_limit": 7.0}
 YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
 
 
@@ -181,6 +204,11 @@ YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings":
         (DEEPSEEK | {"rope_interleave": False}, "rope_interleave"),
         (DEEPSEEK | {"rope_parameters": YARN | {"mscale": 1.0}}, "one of mscale and mscale_all_dim"),
         (DEEPSEEK | {"rope_parameters": YARN | {"truncate": False}}, "truncate"),
+        (GPT_OSS | {"attention_bias": False, "swiglu_alpha": 1.0}, "attention_bias=false.*swiglu_alpha=1.0"),
+        (GPT_OSS | {"sliding_window": None, "layer_types": ["chunked_attention"] * 4}, "no sliding.*chunked"),
+        (GPT_OSS | {"rope_parameters": YARN | {"attention_factor": 1.0}}, "attention_factor"),
+        (GPT_OSS | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "without factor or original"),
+        (GPT_OSS | {"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
     ],
     ids=str,
 )
@@ -215,6 +243,18 @@ def checkpoint_keys(config: ParallelConfig, model: str):
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     sharded = chunk.sharded_state_dict(metadata=metadata)
     return sorted({s.key for name, s in sharded.items() if "_extra_state" not in name})
+
+
+def test_biases_and_sinks_have_megatron_cores_own_keys(tmp_path):
+    (keys,) = run_ranks(checkpoint_keys, ParallelConfig(), str(save_family("gpt_oss", tmp_path / "gpt_oss")))
+    assert [key.removeprefix("decoder.layers.") for key in keys if "bias" in key or "softmax" in key] == [
+        "mlp.experts.experts.linear_fc1.bias",
+        "mlp.experts.experts.linear_fc2.bias",
+        "mlp.router.bias",
+        "self_attention.core_attention.softmax_offset",
+        "self_attention.linear_proj.bias",
+        "self_attention.linear_qkv.bias",
+    ]
 
 
 def test_checkpoint_keys_are_those_of_the_transformer_engine_spec(tiny_model_dir):

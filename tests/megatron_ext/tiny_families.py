@@ -74,6 +74,17 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 32,
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "sliding_window": 5,
+            "swiglu_limit": 0.5,
+            "rope_parameters": {k: v for k, v in _YARN.items() if "mscale" not in k} | {"truncate": False},
+        },
+    ),
 }
 
 
@@ -95,8 +106,8 @@ def save_family(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(_COMMON | settings))).float()
     with torch.no_grad():
-        for tensor in model.parameters():
-            if tensor.dim() == 1:
+        for name, tensor in model.named_parameters():
+            if tensor.dim() == 1 or name.endswith("_bias"):
                 tensor.add_(torch.randn_like(tensor), alpha=0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

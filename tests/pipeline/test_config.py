@@ -102,13 +102,20 @@ def test_a_model_directory_that_does_not_exist_or_is_not_supported_is_named(tmp_
         load_config(QUICKSTART, [*overrides, f"model.path={tmp_path}"])
 
 
-def test_a_router_that_one_engine_does_not_have_is_refused(tmp_path):
-    glm = tiny_config("glm4_moe")
-    (tmp_path / "config.json").write_text(json.dumps(glm))
-    overrides = ["model.tiny=null", f"model.path={tmp_path}", "precision.weights=bfloat16"]
-    assert load_config(QUICKSTART, overrides).precision.router == "fp32"
+def test_what_one_engine_would_compute_otherwise_is_refused(tmp_path):
+    def load(family, *overrides, **fields):
+        (tmp_path / "config.json").write_text(json.dumps(tiny_config(family) | fields))
+        return load_config(QUICKSTART, ["model.tiny=null", f"model.path={tmp_path}", *overrides])
+
+    bfloat16 = "precision.weights=bfloat16"
+    assert load("glm4_moe", bfloat16).precision.router == "fp32"
     with pytest.raises(ConfigError, match=r"float32 in SGLang .*; set precision\.router=fp32"):
-        load_config(QUICKSTART, [*overrides, "precision.router=bf16"])
+        load("glm4_moe", bfloat16, "precision.router=bf16")
+    assert load("gpt_oss", bfloat16)
+    with pytest.raises(ConfigError, match=r"sinks in bfloat16; set precision\.weights=bfloat16"):
+        load("gpt_oss")
+    with pytest.raises(ConfigError, match=r"SGLang would hold mxfp4 weights.*sameroute convert"):
+        load("gpt_oss", bfloat16, quantization_config={"quant_method": "mxfp4"})
 
 
 def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):

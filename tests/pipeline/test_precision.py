@@ -114,6 +114,8 @@ def test_matrices_are_rounded_by_rows_and_the_rest_is_left_alone(kind, largest_e
         ("model.embed_tokens.weight", torch.randn(8, 4)),
         ("lm_head.weight", torch.randn(8, 4)),
         ("model.layers.0.mlp.gate.weight", torch.randn(8, 4)),
+        ("model.layers.0.mlp.router.weight", torch.randn(8, 4)),
+        ("model.layers.0.mlp.experts.down_proj_bias", torch.randn(8, 4)),
         ("model.layers.0.input_layernorm.weight", torch.randn(4)),
     ]
     names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.3.gate_proj.weight"]
@@ -132,3 +134,6 @@ def test_matrices_are_rounded_by_rows_and_the_rest_is_left_alone(kind, largest_e
             steps = held / (held.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127)
             assert (steps - steps.round()).abs().max() < 1e-3
     assert list(rounded(buckets, "same")) == buckets
+    packed = [("model.layers.0.mlp.experts.down_proj", torch.stack([matrix, matrix.flip(0)]).mT)]
+    (((_, held_packed),),) = rounded([packed], kind)
+    assert torch.equal(held_packed.mT, torch.stack([first[0][1], first[0][1].flip(0)]))

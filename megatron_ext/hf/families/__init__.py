@@ -3,6 +3,7 @@
 from megatron_ext.hf.families.deepseek import DEEPSEEK_V3
 from megatron_ext.hf.families.family import Family
 from megatron_ext.hf.families.glm import GLM4_MOE
+from megatron_ext.hf.families.gpt_oss import GPT_OSS
 from megatron_ext.hf.families.mixtral import MIXTRAL
 from megatron_ext.hf.families.qwen import QWEN2_MOE, QWEN3, QWEN3_MOE
 
@@ -14,4 +15,5 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,  # Moonlight too
     "kimi_k2": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
+    "gpt_oss": GPT_OSS,
 }

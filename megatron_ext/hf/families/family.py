@@ -24,6 +24,7 @@ class Family:
     moe_layers:  which layers have a router, counted from 0.
     unsupported: reasons why a model of the family is not built here, a sentence each.
     rope_types:  kinds of rotary embedding that are built.
+    quantization: kinds of quantized weights that are read.
     """
 
     table: tuple[Row, ...]
@@ -31,6 +32,7 @@ class Family:
     moe_layers: Callable[[HFConfig], Iterable[int]] = _none
     unsupported: Callable[[HFConfig], Iterable[str]] = _none
     rope_types: tuple[str, ...] = ("default",)
+    quantization: tuple[str, ...] = ()
 
 
 def softmax_router(hf: HFConfig) -> dict[str, Any]:

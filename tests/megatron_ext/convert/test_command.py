@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.hf.files import TensorFiles
 from pipeline.data.tokenizer import write_character_tokenizer
 from tests.megatron_ext.convert.cli import Call, convert
 from tests.megatron_ext.tiny_families import FAMILIES, save_family
@@ -62,11 +63,32 @@ def test_every_family_comes_back_bit_for_bit(families, tmp_path):
         assert after == before | ({"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in before else {})
 
 
+def test_mxfp4_weights_become_bfloat16_and_the_configuration_says_so(families, tmp_path):
+    def quantise(weights):
+        for name in [n for n in weights if n.endswith("_proj")]:
+            experts, columns, rows = weights.pop(name).shape
+            weights[name + "_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+            weights[name + "_scales"] = torch.randint(118, 125, (experts, rows, columns // 32), dtype=torch.uint8)
+        weights.update({n: t.bfloat16() for n, t in weights.items() if t.is_floating_point()})
+
+    model = with_tensors(families["gpt_oss"], tmp_path / "mxfp4", quantise)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    answers = convert([TO_MEGATRON, model, tmp_path / "it"], [TO_HF, tmp_path / "it", tmp_path / "plain"])
+    assert [a.code for a in answers] == [0, 0], answers
+    assert f"8 MXFP4 tensors of {model} are read as bfloat16; what is written from here is not" in answers[0].text
+    files = TensorFiles(model)
+    assert same(tensors(tmp_path / "plain"), {name: files[name] for name in files.files})
+    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == config | {"dtype": "bfloat16"}
+
+
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
         ("moonlight", ["--tp", 2, "--pp", 2, "--vpp", 2, "--etp", 1]),
         ("qwen2_moe", ["--ep", 2]),
+        ("gpt_oss", ["--tp", 2, "--pp", 2, "--ep", 2, "--etp", 1]),
+        ("gpt_oss", ["--tp", 2, "--etp", 2]),
     ],
     ids=str,
 )

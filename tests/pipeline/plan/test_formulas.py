@@ -22,6 +22,14 @@ MIXTRAL = {
     "num_experts_per_tok": 2, "sliding_window": None, "tie_word_embeddings": False,
 }  # fmt: skip
 
+GPT_OSS_20B = {
+    "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+    "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+    "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False, "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}
+
 
 def published(name):
     return json.loads(Path(f"configs/{name}/config.json").read_text())
@@ -37,6 +45,8 @@ def published(name):
         ("moonlight-16b-a3b", 16e9, 0.01),
         (QWEN2_MOE, 14.3e9, 0.01),
         (MIXTRAL, 46.7e9, 0.01),
+        (GPT_OSS_20B, 20.91e9, 0.0005),
+        (GPT_OSS_120B, 116.83e9, 0.0005),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
@@ -67,6 +77,11 @@ def test_active_parameters_are_the_published_ones_within_one_of_their_last_digit
     hf = published(name)
     outside = 0 if ends else 2 * hf["vocab_size"] * hf["hidden_size"]
     assert abs(parameters.active(hf) - outside - active) < digit
+
+
+@pytest.mark.parametrize(("hf", "active"), [(GPT_OSS_20B, 3.61e9), (GPT_OSS_120B, 5.13e9)])
+def test_active_parameters_of_gpt_oss_are_the_published_ones_without_the_embedding(hf, active):
+    assert parameters.active(hf) - hf["vocab_size"] * hf["hidden_size"] == pytest.approx(active, abs=0.005e9)
 
 
 def test_moonlight_without_embedding_and_head_has_the_published_total():

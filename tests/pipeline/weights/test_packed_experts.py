@@ -1,0 +1,32 @@
+"""SGLang takes gpt-oss's packed experts as they are streamed. Without a GPU it loads the model, but cannot run it."""
+
+from safetensors.torch import load_file
+
+from pipeline.rollout.server import ServerConfig, SGLangServer
+from pipeline.weights.config import WeightsConfig
+from pipeline.weights.sender import WeightSender
+from tests.megatron_ext.tiny_families import save_family
+
+
+def test_a_server_holds_every_tensor_that_it_was_sent_bit_for_bit(tmp_path):
+    model = save_family("gpt_oss", tmp_path / "gpt_oss")
+    # SGLang keeps sinks in bfloat16
+    weights = {name: (2 * t).bfloat16().float() for name, t in load_file(model / "model.safetensors").items()}
+    config = ServerConfig(
+        attention_backend="triton", extra_args=["--moe-runner-backend", "triton"], startup_timeout_s=240
+    )
+    server = SGLangServer(config, model, tmp_path / "log", device="cpu", seed=0, return_routed_experts=True)
+    sender = None
+    try:
+        server.start()
+        server.wait_ready()
+        sender = WeightSender([server.url], WeightsConfig(), device="cpu")
+        sender.connect()
+        before = {d.name for d in sender.differences([list(weights.items())])}
+        assert before == weights.keys()
+        sender.send([[item] for item in weights.items()], 1)
+        assert sender.differences([list(weights.items())]) == []
+    finally:
+        if sender is not None:
+            sender.close()
+        server.stop()
