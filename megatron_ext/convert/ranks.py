@@ -60,10 +60,7 @@ def _watch(ranks: list, errors) -> None:
 
 
 def _child(errors, function: Callable, config: ParallelConfig, rank: int, meeting: str, args: tuple) -> None:
-    import torch
-
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.ranks))
     try:
         _join(function, config, rank, meeting, args)
     except Exception as error:
@@ -72,8 +69,15 @@ def _child(errors, function: Callable, config: ParallelConfig, rank: int, meetin
 
 
 def _join(function: Callable, config: ParallelConfig, rank: int, meeting: str, args: tuple) -> None:
-    parallel.initialize(config, rank=rank, init_method=meeting)
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # copies wait for memory, and torch's threads take their cores from reading ahead
     try:
-        function(*args)
+        parallel.initialize(config, rank=rank, init_method=meeting)
+        try:
+            function(*args)
+        finally:
+            parallel.shutdown()
     finally:
-        parallel.shutdown()
+        torch.set_num_threads(threads)
