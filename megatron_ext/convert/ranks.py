@@ -11,6 +11,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_ext import parallel
 from megatron_ext.config import ParallelConfig
 
@@ -69,8 +71,6 @@ def _child(errors, function: Callable, config: ParallelConfig, rank: int, meetin
 
 
 def _join(function: Callable, config: ParallelConfig, rank: int, meeting: str, args: tuple) -> None:
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # copies wait for memory, and torch's threads take their cores from reading ahead
     try:

@@ -6,7 +6,6 @@ Megatron-Core's own load (0.19.2) reads a key as a whole; a key holds that param
 from __future__ import annotations
 
 import io
-import mmap
 import pickle
 import struct
 import zipfile
@@ -34,7 +33,6 @@ class CheckpointReader:
         self.path = path
         metadata = FileSystemReader(path).read_metadata()
         self.storage = metadata.storage_data
-        self._sound: set[MetadataIndex] = set()  # parts whose checksums were right
         # A key's boxes by their first offset, the layer or expert where there is such an axis: few stand under each.
         self.boxes: dict[str, dict[int, list[Box]]] = {}
         for key, stored in metadata.state_dict_metadata.items():
@@ -65,73 +63,46 @@ class CheckpointReader:
                         yield at, size
 
     def _load(self, key: str, at: tuple[int, ...]) -> Tensor:
-        """A part as it lies in its file, mapped into memory. Its checksums are looked at when it is first read."""
-        index = MetadataIndex(key, torch.Size(at))
-        stored = self.storage[index]
+        stored = self.storage[MetadataIndex(key, torch.Size(at))]
         file = self.path / stored.relative_path
-        begin = stored.offset % mmap.ALLOCATIONGRANULARITY
-        with open(file, "rb") as stream:  # mapped as copy on write: torch warns of memory that cannot be written
-            content = memoryview(
-                mmap.mmap(
-                    stream.fileno(), begin + stored.length, offset=stored.offset - begin, access=mmap.ACCESS_COPY
-                )
-            )[begin:]
+        with open(file, "rb") as stream:
+            stream.seek(stored.offset)
+            content = io.BytesIO(stream.read(stored.length))
         try:
-            tensor = _view(content, check=index not in self._sound)
-        except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            return saved_tensor(content)
+        except (zipfile.BadZipFile, struct.error, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{file} is damaged at byte {stored.offset}, where {key} lies: {error}") from error
-        self._sound.add(index)
-        return tensor
 
 
-def _view(content: memoryview, *, check: bool) -> Tensor:
-    """The tensor that `torch.save` made into these bytes, on these bytes. check: look at the checksums, as torch does
-    not."""
-    stream = _Stream(content)
-    with zipfile.ZipFile(stream) as archive:
-        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    if check:
-        for name, info in records.items():
-            begin = _begin(content, info)
-            if zlib.crc32(content[begin : begin + info.file_size]) != info.CRC:
+def saved_tensor(file: io.BytesIO) -> Tensor:
+    """The tensor that `torch.save` wrote, on the file's own bytes; torch.load copies them and looks at no checksums.
+
+    Raises BadZipFile where a checksum is wrong; what is damaged in other ways, zipfile and torch find in theirs.
+    """
+    content = file.getbuffer()
+    begins: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            name = record.filename.partition("/")[2]
+            begins[name], sizes[name] = _begin(content, record), record.file_size
+            if zlib.crc32(content[begins[name] : begins[name] + sizes[name]]) != record.CRC:
                 raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
-    stream.seek(0)
+    file.seek(0)
     with skip_data():
-        tensor = torch.load(stream, weights_only=True)
-    values, size = records.get("data/0"), tensor.untyped_storage().nbytes()
-    if values is None or values.file_size != size:
-        raise zipfile.BadZipFile(f"it does not hold the {size} bytes of one tensor")
+        tensor = torch.load(file, weights_only=True)
+    size = tensor.untyped_storage().nbytes()
+    if sizes.get("data/0") != size:
+        raise zipfile.BadZipFile(f"the {size} bytes of one tensor are not in it")
     if not size:
         return tensor
-    flat = torch.frombuffer(content, dtype=tensor.dtype, count=size // tensor.itemsize, offset=_begin(content, values))
+    flat = torch.frombuffer(content, dtype=tensor.dtype, count=size // tensor.itemsize, offset=begins["data/0"])
     return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
-def _begin(content: memoryview, info: zipfile.ZipInfo) -> int:
+def _begin(content: memoryview, record: zipfile.ZipInfo) -> int:
     """Where the bytes of a record begin: after its local header, a name and an extra field (PKWARE APPNOTE 4.3.7)."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise zipfile.BadZipFile(f"{info.filename} is compressed")
-    return info.header_offset + 30 + sum(struct.unpack_from("<HH", content, info.header_offset + 26))
-
-
-class _Stream(io.RawIOBase):
-    """Bytes as a file, not copied."""
-
-    def __init__(self, content: memoryview):
-        self.content, self.at = content, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: len(self.content)}[whence]
-        return self.at
-
-    def readinto(self, buffer) -> int:
-        part = self.content[self.at : self.at + len(buffer)]
-        buffer[: len(part)] = part
-        self.at += len(part)
-        return len(part)
+    magic, name, extra = struct.unpack_from("<4s22xHH", content, record.header_offset)
+    if magic != b"PK\x03\x04" or record.compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile(f"{record.filename} does not lie there as it is")
+    return record.header_offset + 30 + name + extra

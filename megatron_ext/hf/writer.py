@@ -1,6 +1,6 @@
 """A safetensors file, written a tensor at a time: safetensors' own writer wants all of a file's tensors at once.
 
-    8 bytes: the header's length, little endian | the header, JSON: name -> dtype, shape, [begin, end) | the values
+8 bytes: the header's length, little endian | the header, JSON: name -> dtype, shape, [begin, end) | the values
 """
 
 from __future__ import annotations
