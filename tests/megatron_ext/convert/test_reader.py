@@ -29,7 +29,7 @@ def round_trip(path):
     return {name: tensor.tolist() for name, tensor in out.items()}
 
 
-def test_strides_and_offsets_of_asaved_tensor_are_kept(tmp_path):
+def test_strides_and_offsets_of_a_saved_tensor_are_kept(tmp_path):
     (values,) = run_alone(round_trip, tmp_path)
     assert values == {name: tensor.tolist() for name, tensor in stored().items()}
 
