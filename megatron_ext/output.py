@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -33,7 +35,8 @@ def output_directory(path: Path, *, needed_bytes: int, overwrite: bool = False) 
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with _on_its_way(partial):
+            yield partial
         _to_disk(partial)
         if path.exists():
             path.rename(replaced)
@@ -43,10 +46,34 @@ def output_directory(path: Path, *, needed_bytes: int, overwrite: bool = False) 
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _on_its_way(directory: Path) -> Iterator[None]:
+    """What is written goes to the disk in the meantime: left to itself, the kernel waits until there is a lot.
+
+    Raises at the end what could not be written.
+    """
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(0.2):
+            _to_disk(directory)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        following = thread.submit(follow)
+        try:
+            yield
+        finally:
+            done.set()
+    following.result()
+
+
 def _to_disk(directory: Path) -> None:
     """So that after a power cut the directory is not there with files that are not."""
     for file in directory.rglob("*"):
-        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:  # renamed since
+            continue
         try:
             os.fsync(descriptor)
         finally:

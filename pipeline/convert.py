@@ -40,9 +40,7 @@ def add_arguments(convert: argparse.ArgumentParser) -> None:
     to_hf.add_argument("source", metavar="CKPT", type=Path)
     to_hf.add_argument("out", metavar="OUT", type=Path)
     to_hf.add_argument("--hf", metavar="HF_DIR", type=Path, help="configuration and tokenizer (default: CKPT/hf)")
-    to_hf.add_argument(
-        "--shard-gb", type=float, default=1.0, help="of one safetensors file, and about the memory needed (default: 1)"
-    )
+    to_hf.add_argument("--shard-gb", type=float, default=1.0, help="of one safetensors file (default: 1)")
     for direction in (to_megatron, to_hf):
         direction.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the source's")
         direction.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back and compare")

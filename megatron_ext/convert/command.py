@@ -173,7 +173,7 @@ def to_hf(
     """A checkpoint, written in any layout, into a model directory.
 
     hf_dir: configuration and tokenizer, where they are not in the checkpoint.
-    dtype:  None is the checkpoint's. shard_bytes: of one safetensors file, and about the memory that is needed.
+    dtype:  None is the checkpoint's. shard_bytes: of one safetensors file, but for a larger tensor.
     """
     began = time.monotonic()
     companions = hf_of_checkpoint(checkpoint, hf_dir)

@@ -11,6 +11,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_ext import parallel
 from megatron_ext.config import ParallelConfig
 
@@ -60,10 +62,7 @@ def _watch(ranks: list, errors) -> None:
 
 
 def _child(errors, function: Callable, config: ParallelConfig, rank: int, meeting: str, args: tuple) -> None:
-    import torch
-
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.ranks))
     try:
         _join(function, config, rank, meeting, args)
     except Exception as error:
@@ -72,8 +71,13 @@ def _child(errors, function: Callable, config: ParallelConfig, rank: int, meetin
 
 
 def _join(function: Callable, config: ParallelConfig, rank: int, meeting: str, args: tuple) -> None:
-    parallel.initialize(config, rank=rank, init_method=meeting)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # copies wait for memory, and torch's threads take their cores from reading ahead
     try:
-        function(*args)
+        parallel.initialize(config, rank=rank, init_method=meeting)
+        try:
+            function(*args)
+        finally:
+            parallel.shutdown()
     finally:
-        parallel.shutdown()
+        torch.set_num_threads(threads)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.serialization import skip_data
 
 from megatron_ext.checkpoint import CheckpointError
 from megatron_ext.mcore import ShardedTensor
@@ -30,13 +33,14 @@ class CheckpointReader:
         self.path = path
         metadata = FileSystemReader(path).read_metadata()
         self.storage = metadata.storage_data
-        # A key's boxes by their first offset, the layer or expert where there is such an axis: few stand under each.
-        self.boxes: dict[str, dict[int, list[Box]]] = {}
+        # A key's boxes by where they begin and end on the first axis, the layer's where there is one: few stand under each.
+        self.boxes: dict[str, dict[tuple[int, int], list[Box]]] = {}
         for key, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
                 by_first = self.boxes.setdefault(key, {})
                 for chunk in stored.chunks:
-                    by_first.setdefault(chunk.offsets[0], []).append((tuple(chunk.offsets), tuple(chunk.sizes)))
+                    begin, length = chunk.offsets[0], chunk.sizes[0]
+                    by_first.setdefault((begin, begin + length), []).append((tuple(chunk.offsets), tuple(chunk.sizes)))
 
     def fill(self, tensor: ShardedTensor) -> None:
         """Read the values of `tensor.data`. Raises CheckpointError where a part is damaged or not there."""
@@ -53,8 +57,8 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path} holds {filled} of {data.numel()} values of {tensor.key} at {offsets}")
 
     def _overlapping(self, key: str, box: Box) -> Iterator[Box]:
-        for first, boxes in self.boxes[key].items():
-            if first < box[0][0] + box[1][0]:
+        for (begin, end), boxes in self.boxes[key].items():
+            if begin < box[0][0] + box[1][0] and box[0][0] < end:
                 for at, size in boxes:
                     if all(a < b + m and b < a + n for a, n, b, m in zip(*box, at, size, strict=True)):
                         yield at, size
@@ -64,11 +68,42 @@ class CheckpointReader:
         file = self.path / stored.relative_path
         with open(file, "rb") as stream:
             stream.seek(stored.offset)
-            content = stream.read(stored.length)
+            content = io.BytesIO(stream.read(stored.length))
         try:
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not look at the checksums
-                if (name := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
-            return torch.load(io.BytesIO(content), weights_only=True)
-        except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            return saved_tensor(content)
+        except (zipfile.BadZipFile, struct.error, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{file} is damaged at byte {stored.offset}, where {key} lies: {error}") from error
+
+
+def saved_tensor(file: io.BytesIO) -> Tensor:
+    """The tensor that `torch.save` wrote, on the file's own bytes; torch.load copies them and looks at no checksums.
+
+    Raises BadZipFile where a checksum is wrong; what is damaged in other ways, zipfile and torch find in theirs.
+    """
+    content = file.getbuffer()
+    begins: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            name = record.filename.partition("/")[2]
+            begins[name], sizes[name] = _begin(content, record), record.file_size
+            if zlib.crc32(content[begins[name] : begins[name] + sizes[name]]) != record.CRC:
+                raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
+    file.seek(0)
+    with skip_data():
+        tensor = torch.load(file, weights_only=True)
+    size = tensor.untyped_storage().nbytes()
+    if sizes.get("data/0") != size:
+        raise zipfile.BadZipFile(f"the {size} bytes of one tensor are not in it")
+    if not size:
+        return tensor
+    flat = torch.frombuffer(content, dtype=tensor.dtype, count=size // tensor.itemsize, offset=begins["data/0"])
+    return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def _begin(content: memoryview, record: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record begin: after its local header, a name and an extra field (PKWARE APPNOTE 4.3.7)."""
+    magic, name, extra = struct.unpack_from("<4s22xHH", content, record.header_offset)
+    if magic != b"PK\x03\x04" or record.compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile(f"{record.filename} does not lie there as it is")
+    return record.header_offset + 30 + name + extra

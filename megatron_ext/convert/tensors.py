@@ -6,6 +6,7 @@ table says what is in them, and no rank ever holds more than a few tensors.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ext.checkpoint import (
@@ -37,6 +36,7 @@ from megatron_ext.hf.load import check_tensors, read_shard
 from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import dims_of, local_parameters
 from megatron_ext.hf.tables import Match
+from megatron_ext.hf.writer import SafetensorsWriter
 from megatron_ext.mcore import GPTModel, dist_checkpointing, is_main_replica
 from megatron_ext.model import build_model
 
@@ -163,29 +163,27 @@ def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes
     def as_written(name: str, tensor: Tensor) -> Tensor:
         return tensor if name in checkpoint.own_dtype else tensor.to(_TORCH[dtype])
 
-    sizes = {name: as_written(name, tensor).nbytes for name, tensor in checkpoint.outputs()}
-    files: list[set[str]] = [set()]
+    shards: list[dict[str, Tensor]] = [{}]
     filled = 0
-    for name, size in sizes.items():
-        if files[-1] and filled + size > shard_bytes:
-            files.append(set())
+    for name, tensor in checkpoint.outputs():
+        tensor = as_written(name, tensor)
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
             filled = 0
-        files[-1].add(name)
-        filled += size
-    weight_map, number, tensors = {}, 1, {}
-    for name, tensor in checkpoint.stream():
-        tensors[name] = as_written(name, tensor).contiguous()
-        advance(sizes[name])
-        if tensors.keys() == files[number - 1]:
-            file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-            try:
-                save_file(tensors, out / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # an OSError's text, not its type
-                raise ConversionError(f"{out / file} was not written: {error}") from error
-            weight_map |= dict.fromkeys(tensors, file)
-            number, tensors = number + 1, {}
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    values = _ahead(checkpoint.stream())
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        with SafetensorsWriter(out / file, shard) as writer:
+            for name, tensor in itertools.islice(values, len(shard)):
+                writer.write(name, as_written(name, tensor))
+                advance(shard[name].nbytes)
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -214,7 +212,7 @@ def compare(checkpoint: CheckpointTensors, files: TensorFiles, *, to_hf: bool, a
         theirs = files[name]
         source, target = (ours, theirs) if to_hf else (theirs, ours)
         expected = source.to(target.dtype)
-        if not torch.equal(_bits(expected), _bits(target)):
+        if not _same_bits(expected, target):
             raise ConversionError(f"{name} was not written as it was read")
         out.tensors += 1
         if source.dtype != target.dtype and not torch.equal(expected.to(source.dtype), source):
@@ -233,9 +231,12 @@ def _ahead[T](items: Iterator[T]) -> Iterator[T]:
             yield cast("T", item)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """As integers, so that NaN equals itself and 0 differs from -0."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """As integers, so that NaN equals itself and 0 differs from -0; eight bytes at once where they divide."""
+    a, b = (tensor.contiguous().view(-1) for tensor in (a, b))
+    wide = all(t.nbytes % 8 == 0 and t.storage_offset() * t.itemsize % 8 == 0 for t in (a, b))
+    integer = torch.int64 if wide else {2: torch.int16, 4: torch.int32}[a.itemsize]
+    return torch.equal(a.view(integer), b.view(integer))
 
 
 def hf_of_checkpoint(path: Path, given: Path | None) -> Path:

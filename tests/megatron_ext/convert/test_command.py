@@ -1,8 +1,10 @@
 """`sameroute convert`: there and back bit for bit; whatever fails says why and leaves nothing behind."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,6 +227,57 @@ def a_value_is_lost():
     module.read_shard = forgetful
 
 
+def two_experts_change_places():
+    from megatron_ext.convert import tensors as module
+
+    original = module.read_shard
+
+    def elsewhere(files, match, dims):
+        if match.row.expert and match.layer == 2 and match.expert in (0, 1):
+            match = dataclasses.replace(match, expert=1 - match.expert)
+        return original(files, match, dims)
+
+    module.read_shard = elsewhere
+
+
+def two_tensors_change_places():
+    from megatron_ext.convert import tensors as module
+
+    class Elsewhere(module.SafetensorsWriter):
+        def write(self, name, tensor):
+            places = {"0.down_proj.weight": "1.down_proj.weight", "1.down_proj.weight": "0.down_proj.weight"}
+            before, experts, rest = name.partition("layers.2.mlp.experts.")
+            super().write(before + experts + places.get(rest, rest), tensor)
+
+    module.SafetensorsWriter = Elsewhere
+
+
+def a_bit_flips(written, pattern):
+    """In the middle of a tensor in a file, when a function of `command` has written it."""
+    from megatron_ext.convert import command as module
+
+    original = getattr(module, written)
+
+    def flipping(source, out, *args):
+        original(source, out, *args)
+        folder = source if isinstance(source, Path) else out  # that has safetensors
+        weight = load_file(folder / "model.safetensors")["model.layers.2.self_attn.o_proj.weight"].numpy().tobytes()
+        (file,) = out.glob(pattern)
+        content = bytearray(file.read_bytes())
+        content[content.index(weight) + len(weight) // 2] ^= 16
+        file.write_bytes(content)
+
+    setattr(module, written, flipping)
+
+
+def a_bit_flips_in_the_checkpoint():
+    a_bit_flips("write_checkpoint", "*.distcp")
+
+
+def a_bit_flips_in_the_weights():
+    a_bit_flips("write_hf", "*.safetensors")
+
+
 def interrupted_in_the_middle():
     from megatron_ext.convert import tensors as module
 
@@ -338,12 +391,16 @@ def test_a_conversion_that_fails_half_way_leaves_nothing(source, checkpoint, tmp
         (disk_is_full, 1, ["GB free", "are needed"]),
         (files_stay_small, 1, ["File too large"]),
         (a_value_is_lost, 1, ["model.layers.2.self_attn.o_proj.weight was not written as it was read"]),
+        (two_experts_change_places, 1, ["model.layers.2.mlp.experts.0.", "was not written as it was read"]),
+        (a_bit_flips_in_the_checkpoint, 1, ["__0_0.distcp is damaged at byte", "the checksum of data/0 is wrong"]),
         (interrupted_in_the_middle, 130, ["interrupted"]),
     ):
         fails(tmp_path, source, (Call([TO_MEGATRON, source, out], before), code, words))
     for before, code, words in (
         (disk_is_full, 1, ["GB free", "are needed"]),
         (files_stay_small, 1, ["File too large"]),
+        (two_tensors_change_places, 1, ["model.layers.2.mlp.experts.0.down_proj.weight was not written as it"]),
+        (a_bit_flips_in_the_weights, 1, ["model.layers.2.self_attn.o_proj.weight was not written as it was read"]),
     ):
         fails(tmp_path, checkpoint, (Call([TO_HF, checkpoint, out], before), code, words))
 
