@@ -3,10 +3,12 @@
     .venv/bin/python scripts/bench_convert.py [--layers 24] [--repeat 2] [--folder /tmp]
 
 The model is a random Qwen3-MoE in bfloat16, 2.2 billion parameters by default (4.4 GB). The copy reads and writes
-blocks of 16 MB; the casts are one `to(float32)` of every tensor. Both sides end with their bytes on the disk (fsync).
-Copy and conversions take turns. Seconds of a conversion are those that it prints; its start, a few seconds of imports,
-is beside them. Memory is the largest resident set of the process, pages of mapped files included. Needs five times the
-model on the disk.
+blocks of 16 MB; the casts are one `to(float32)` of every tensor. Both sides end with their bytes on the disk (fsync),
+and begin with none of them in memory: the page cache is dropped before each, which needs root. Otherwise who comes
+later finds what another has read, and pages that another has freed, on a virtual machine five times faster than new
+ones. A copy goes before every conversion. Seconds of a conversion are those that it prints; its start, a few seconds of
+imports, is beside them. Memory is the largest resident set of the process, pages of mapped files included. Needs five
+times the model on the disk.
 """
 
 from __future__ import annotations
@@ -93,10 +95,19 @@ def make_model(folder: Path, layers: int) -> int:
     return parameters
 
 
+def settle() -> None:
+    """Everything on the disk, and nothing of it in memory."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError as error:
+        raise SystemExit(f"the page cache cannot be dropped ({error.strerror}); run it as root") from error
+
+
 def copy(source: Path, target: Path) -> float:
-    """Seconds of a copy in blocks, its bytes on the disk at the end."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Seconds of a copy in blocks, its bytes on the disk at the end. The copy is removed."""
     target.mkdir()
+    settle()
     began = time.perf_counter()
     for file in sorted(source.iterdir()):
         with open(file, "rb") as reading, open(target / file.name, "wb") as writing:
@@ -104,7 +115,9 @@ def copy(source: Path, target: Path) -> float:
                 writing.write(block)
             writing.flush()
             os.fsync(writing.fileno())
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    return seconds
 
 
 def cast(source: Path) -> float:
@@ -119,6 +132,7 @@ def cast(source: Path) -> float:
 
 def convert(*arguments: object) -> tuple[float, float, float]:
     """(seconds of the conversion, seconds of the process, largest resident set in GB)."""
+    settle()
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", "convert", *map(str, arguments)], stdout=subprocess.PIPE, text=True
@@ -149,16 +163,14 @@ def main() -> None:
         rows: dict[str, list[tuple[float, float, float]]] = {}
         baseline = []
         for _ in range(options.repeat):
-            copied = copy(model, root / "copy")
-            shutil.rmtree(root / "copy")
-            baseline.append((copied, cast(model)))
-            print(f"copy {copied:.1f} s, casts {baseline[-1][1]:.1f} s", flush=True)
             for label, arguments in {
                 "to-megatron": ("to-megatron", model, checkpoint, "--overwrite", "--no-verify"),
                 "to-megatron, compared": ("to-megatron", model, checkpoint, "--overwrite"),
                 "to-hf": ("to-hf", checkpoint, back, "--overwrite", "--no-verify"),
                 "to-hf, compared": ("to-hf", checkpoint, back, "--overwrite"),
             }.items():
+                baseline.append((copy(model, root / "copy"), cast(model)))
+                print("copy {:.1f} s, casts {:.1f} s".format(*baseline[-1]), flush=True)
                 rows.setdefault(label, []).append(convert(*arguments))
                 seconds, whole, memory = rows[label][-1]
                 print(f"{label}: {seconds:.1f} s, process {whole:.1f} s, {memory:.2f} GB", flush=True)

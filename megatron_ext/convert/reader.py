@@ -33,7 +33,7 @@ class CheckpointReader:
         self.path = path
         metadata = FileSystemReader(path).read_metadata()
         self.storage = metadata.storage_data
-        # A key's boxes by where they begin and end on the first axis, the layer's where there is one: few stand under each.
+        # A key's boxes by where they begin and end on the first axis, the layer's where there is one: few share it.
         self.boxes: dict[str, dict[tuple[int, int], list[Box]]] = {}
         for key, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
