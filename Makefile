@@ -19,8 +19,9 @@ quickstart: $(READY)
 	$(BIN)/sameroute train configs/quickstart.yaml
 
 # Two workers, a file's tests on one of them: half of a test of real engines is waiting for one of them to start.
+# Files come in the order of tests/conftest.py; xdist would begin with those of the most tests, which are fast.
 test: $(READY) browser
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
 browser:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline import launch
 from pipeline.convert import ConvertError, add_arguments
 from pipeline.convert import run as convert
+from pipeline.imports import lasting_imports
 from pipeline.plan.arguments import add_arguments as add_plan_arguments
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     def run(config: Config, stop: StopRequest) -> int:
-        from pipeline.checkpoints import CheckpointStore
-        from pipeline.observe.facts import written_by_this_job
-        from pipeline.session import train
+        with lasting_imports():
+            from pipeline.checkpoints import CheckpointStore
+            from pipeline.observe.facts import written_by_this_job
+            from pipeline.session import train
 
         resume = options.resume
         if options.requeued:
@@ -122,20 +124,21 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
     except ConfigError as error:
         return _fail(str(error), 2)
 
-    from pipeline.checkpoints import CheckpointError, CheckpointStore
-    from pipeline.controller import DisagreementError, NothingToLearnError
-    from pipeline.data.prompts import DataError
-    from pipeline.observe.alerts import AlertStop
-    from pipeline.observe.run_dir import RunDirectoryError
-    from pipeline.observe.sinks import ObserveError
-    from pipeline.placement import PlacementError
-    from pipeline.resume import ResumeError
-    from pipeline.rewards import RewardError
-    from pipeline.rollout.dump import DumpError
-    from pipeline.rollout.server import ServerError
-    from pipeline.stop import Stopped, StopRequest
-    from pipeline.trainer_group import TrainerError
-    from pipeline.weights import WeightTransferError
+    with lasting_imports():
+        from pipeline.checkpoints import CheckpointError, CheckpointStore
+        from pipeline.controller import DisagreementError, NothingToLearnError
+        from pipeline.data.prompts import DataError
+        from pipeline.observe.alerts import AlertStop
+        from pipeline.observe.run_dir import RunDirectoryError
+        from pipeline.observe.sinks import ObserveError
+        from pipeline.placement import PlacementError
+        from pipeline.resume import ResumeError
+        from pipeline.rewards import RewardError
+        from pipeline.rollout.dump import DumpError
+        from pipeline.rollout.server import ServerError
+        from pipeline.stop import Stopped, StopRequest
+        from pipeline.trainer_group import TrainerError
+        from pipeline.weights import WeightTransferError
 
     checkpoints = config.checkpoint.every_steps is not None
     stop = StopRequest(config.checkpoint.grace_s if checkpoints else None)

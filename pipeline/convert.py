@@ -8,6 +8,8 @@ import os
 import warnings
 from pathlib import Path
 
+from pipeline.imports import lasting_imports
+
 _SIZES = {
     "tp": "tensor-parallel ranks",
     "pp": "pipeline stages",
@@ -53,11 +55,12 @@ def run(options: argparse.Namespace) -> str:
     os.environ["PYTHONWARNINGS"] = "ignore"  # torch's and Megatron-Core's advice is for who writes models
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    from megatron_ext.checkpoint import CheckpointError
-    from megatron_ext.convert import command
-    from megatron_ext.convert.ranks import RankError
-    from megatron_ext.convert.tensors import ConversionError
-    from megatron_ext.output import OutputError
+    with lasting_imports():
+        from megatron_ext.checkpoint import CheckpointError
+        from megatron_ext.convert import command
+        from megatron_ext.convert.ranks import RankError
+        from megatron_ext.convert.tensors import ConversionError
+        from megatron_ext.output import OutputError
 
     common = {"dtype": options.dtype, "verify": options.verify, "overwrite": options.overwrite}
     try:

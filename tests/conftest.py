@@ -34,6 +34,12 @@ def save_tiny_model(folder, seed):
     return folder
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: no worker is left with one when the others have finished."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny_model"), seed=0)

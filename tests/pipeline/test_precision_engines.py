@@ -19,7 +19,7 @@ from pipeline.types import Rollout
 from scripts.precision_figures import compute_with
 
 SMALL = ["supervised.steps=0", "model.tiny.experts=16", "model.tiny.init_std=0.15", "rollout.max_new_tokens=32",
-         "rollout.prompts_per_step=8", "rollout.samples_per_prompt=8", "checks.probe_every=0"]  # fmt: skip
+         "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "checks.probe_every=0"]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -47,9 +47,9 @@ def on_rank(loop, function, *args):
 
 
 def sample(loop) -> list[Rollout]:
-    """64 responses of 32 tokens, loaded."""
+    """32 responses of 32 tokens, loaded."""
     sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
-    groups = sample_groups_sync(loop.client, loop.source.take(8), 8, sampling)
+    groups = sample_groups_sync(loop.client, loop.source.take(8), 4, sampling)
     rollouts = [r for g in groups for r in g.rollouts]
     loop.load(rollouts)
     return rollouts

@@ -1,5 +1,6 @@
 """SGLang takes gpt-oss's packed experts as they are streamed. Without a GPU it loads the model, but cannot run it."""
 
+import pytest
 from safetensors.torch import load_file
 
 from pipeline.rollout.server import ServerConfig, SGLangServer
@@ -8,6 +9,7 @@ from pipeline.weights.sender import WeightSender
 from tests.megatron_ext.tiny_families import save_family
 
 
+@pytest.mark.slow
 def test_a_server_holds_every_tensor_that_it_was_sent_bit_for_bit(tmp_path):
     model = save_family("gpt_oss", tmp_path / "gpt_oss")
     # SGLang keeps sinks in bfloat16
