@@ -16,7 +16,7 @@ from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
 from pipeline.session import open_loop
 
-pytestmark = pytest.mark.slow  # the session that they share
+pytestmark = pytest.mark.slow  # they share engines that take so long to start
 SETTINGS = ["supervised.steps=60", "supervised.decay_steps=60", "train.decay_steps=null", "run.seed=1"]
 ROLLOUTS = 48
 STALE = "model.layers.2.mlp.experts.5.down_proj.weight"
