@@ -6,7 +6,7 @@
 #     docker build --build-arg APEX=1 .                       # and NVIDIA apex's fused kernels, from source
 #
 #     docker run --rm sameroute:cpu                           # the quickstart
-#     docker run --rm --gpus all --ipc host --ulimit memlock=-1 -v "$PWD:/work" sameroute train configs/NAME.yaml
+#     docker run --rm --gpus all --ipc host --ulimit memlock=-1 -v "$PWD:/workspace" sameroute train configs/NAME.yaml
 #
 # Python packages are those of requirements.lock and requirements-gpu.lock. torch, CUDA's libraries, NCCL and cuDNN are
 # among them; of the base image the GPU image uses the compiler, which SGLang's and DeepGEMM's kernels need at run time.
@@ -30,7 +30,7 @@ RUN apt-get update \
 # What both images have before their packages: uv, and an empty virtual environment.
 # hadolint ignore=DL3006
 FROM base-${DEVICE} AS environment
-ENV VIRTUAL_ENV=/opt/venv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PATH=/opt/venv/bin:/opt/uv/bin:$PATH
+ENV VIRTUAL_ENV=/opt/venv UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PATH=/opt/venv/bin:/opt/uv/bin:$PATH
 RUN python3.12 -m venv /opt/uv \
     && /opt/uv/bin/pip install --no-cache-dir uv==0.13.9 \
     && uv venv --python python3.12 /opt/venv
@@ -38,7 +38,7 @@ WORKDIR /opt/sameroute
 COPY pyproject.toml requirements.lock requirements-gpu.lock ./
 
 FROM environment AS packages-cpu
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install -r pyproject.toml --constraint requirements.lock
 
 FROM environment AS packages-gpu
@@ -46,17 +46,17 @@ FROM environment AS packages-gpu
 ARG TORCH_CUDA_ARCH_LIST="9.0;10.0"
 ARG NVTE_CUDA_ARCHS="90;100"
 ARG MAX_JOBS=8
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install -r pyproject.toml --constraint requirements-gpu.lock
 # Transformer Engine's part for torch is compiled against the torch that is there.
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install pybind11==3.0.1 \
     && NVTE_FRAMEWORK=pytorch uv pip install -r pyproject.toml --extra gpu --constraint requirements-gpu.lock \
         --no-build-isolation-package transformer-engine-torch
 # apex is optional: Transformer Engine has fused Adam, norms and gradient accumulation of its own.
 ARG APEX=0
 ARG APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     if [ "$APEX" = 1 ]; then \
         APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=$MAX_JOBS \
             uv pip install --no-build-isolation "apex @ git+https://github.com/NVIDIA/apex@$APEX_COMMIT"; \
@@ -69,17 +69,17 @@ FROM packages-${DEVICE} AS packages
 FROM base-${DEVICE} AS image
 RUN groupadd --gid 10001 sameroute \
     && useradd --uid 10001 --gid sameroute --create-home sameroute \
-    && mkdir -p /work \
-    && chown sameroute:sameroute /work
+    && mkdir -p /workspace \
+    && chown sameroute:sameroute /workspace
 COPY --from=packages /opt/uv /opt/uv
 COPY --from=packages /opt/venv /opt/venv
 COPY . /opt/sameroute
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:/opt/uv/bin:$PATH HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 WORKDIR /opt/sameroute
 RUN uv pip install --no-cache --no-deps --no-build-isolation --editable . \
-    && ln -s /opt/sameroute/configs /work/configs
+    && ln -s /opt/sameroute/configs /workspace/configs
 USER 10001:10001
-WORKDIR /work
+WORKDIR /workspace
 # The command works, and where the image is of GPUs, torch sees one.
 HEALTHCHECK --interval=60s --timeout=60s --start-period=30s --retries=3 \
     CMD ["python", "/opt/sameroute/scripts/image_health.py"]

@@ -85,9 +85,10 @@ class Image:
     """A root to build in. Must be made in mount and process namespaces of their own."""
 
     def __init__(self, folder: Path, overrides: dict[str, str]):
-        self.root, self.overrides = folder / "root", overrides
+        cache = Path.home() / ".cache" / "uv"  # stands for the cache mounts
+        self.root, self.overrides = folder / "root", {"UV_CACHE_DIR": str(cache)} | overrides
         self.environment = {k: v for k, v in os.environ.items() if k.startswith(KEPT)}
-        self.environment |= {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+        self.environment |= {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         self.environment |= overrides
         self.directory, self.user, self.instructions = "/", "0:0", dict[str, str]()
         for name in ("upper", "work", "root"):
@@ -97,11 +98,11 @@ class Image:
         for name in ("dev", "proc", "sys"):
             subprocess.run(["mount", "--rbind", f"/{name}", self.root / name], check=True)
         subprocess.run(["mount", "-t", "proc", "proc", self.root / "proc"], check=True)
-        # What stands for the base image: a python3.12 that every user can run, and uv's cache for the cache mounts.
+        # What stands for the base image: a python3.12 that every user can run.
         python = Path(sys.executable).resolve()
         (self.root / "usr/local/bin/python3.12").unlink(missing_ok=True)
         (self.root / "usr/local/bin/python3.12").symlink_to(python)
-        for place in (python, Path.home() / ".cache" / "uv" / "archive-v0"):
+        for place in (python, cache / "archive-v0"):
             for parent in place.parents:
                 if parent != Path("/") and (inside := self.root / parent.relative_to("/")).exists():
                     inside.chmod(inside.stat().st_mode | 0o055)
@@ -137,7 +138,8 @@ class Image:
 
     def run(self, command: list[str]) -> None:
         uid, gid = self.user.split(":")
-        home = {"HOME": "/root"} if uid == "0" else {"HOME": "/home/sameroute"}
+        users = [line.split(":") for line in self.inside("/etc/passwd").read_text().splitlines()]
+        home = {"HOME": next(user[5] for user in users if user[2] == uid)}
         as_user = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups"]
         place = ["env", f"--chdir={self.directory}"]
         subprocess.run(["chroot", self.root, *as_user, *place, *command], check=True, env=self.environment | home)

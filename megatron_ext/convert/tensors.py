@@ -176,7 +176,8 @@ def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        with SafetensorsWriter(out / file, shard) as writer:
+        with open(out / file, "wb") as stream:
+            writer = SafetensorsWriter(stream, shard)
             for name, tensor in itertools.islice(values, len(shard)):
                 writer.write(name, as_written(name, tensor))
                 advance(shard[name].nbytes)

@@ -29,4 +29,5 @@ class PackedExperts:
             self.held[name][match.part].copy_(tensor)
             self.missing[name].remove(match.part)
             if not self.missing[name]:
+                del self.missing[name]
                 yield name, self.held.pop(name)

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Self
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -18,8 +17,9 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 class SafetensorsWriter:
     """A file whose tensors are known, their values not yet."""
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor]):
-        """tensors: name -> shape and dtype (float32, bfloat16), on the meta device for instance. Raises OSError."""
+    def __init__(self, stream: BinaryIO, tensors: dict[str, Tensor]):
+        """stream: an empty file. tensors: name -> shape and dtype (float32, bfloat16), on the meta device for instance.
+        Raises OSError."""
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
         self._begins: dict[str, int] = {}
         at = 0
@@ -30,14 +30,8 @@ class SafetensorsWriter:
             header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self._stream = open(path, "wb")  # noqa: SIM115  (closed by __exit__)
-        self._base = self._stream.write(len(text).to_bytes(8, "little")) + self._stream.write(text)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        self._stream = stream
+        self._base = stream.write(len(text).to_bytes(8, "little")) + stream.write(text)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The values of a tensor, each once. Raises OSError."""
