@@ -7,19 +7,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_ext.hf.config import num_experts
+from megatron_ext.hf.description import num_experts
 
 Head = Literal["bf16", "fp32_accumulate", "fp32"]
 """How the LM head makes logits; `logprobs.linear_logprobs` says what each rounds."""
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """The base of every part of the configuration: fixed once made, and no key that it does not know."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TrainerPrecision(_Frozen):
-    """What the trainer computes with. `pipeline.precision` sets it together with the server's; only code that is to
-    make the two differ builds one of its own."""
+class TrainerPrecision(Frozen):
+    """What the trainer computes with. `pipeline.config.precision` sets it together with the server's; only code that is
+    to make the two differ builds one of its own."""
 
     weights: Literal["float32", "bfloat16"] = Field(
         "float32", description="weights and activations; the optimizer is fp32"
@@ -40,7 +42,7 @@ class TrainerPrecision(_Frozen):
         return fields
 
 
-class ParallelConfig(_Frozen):
+class ParallelConfig(Frozen):
     """How the trainer's ranks divide the model and the batch. data parallel = ranks / (tensor * pipeline * context)."""
 
     ranks: int = Field(1, ge=1, description="trainer processes; one a GPU where there are GPUs")
@@ -124,7 +126,7 @@ class ParallelConfig(_Frozen):
             raise ValueError("the model has no experts; set parallel.expert=1")
 
 
-class OptimizerConfig(_Frozen):
+class OptimizerConfig(Frozen):
     """Adam on Megatron's distributed optimizer."""
 
     lr: float = Field(1e-6, gt=0, description="learning rate")
@@ -155,7 +157,7 @@ class OptimizerConfig(_Frozen):
         return self
 
 
-class TrainerConfig(_Frozen):
+class TrainerConfig(Frozen):
     """Memory and kernels of the trainer."""
 
     router_fusion: bool = Field(False, description="Transformer Engine's fused router; it bypasses replay")

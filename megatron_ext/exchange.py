@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_ext.config import Head
-from megatron_ext.hf.config import rope_settings
+from megatron_ext.hf.description import rope_settings
 
 if TYPE_CHECKING:
     from megatron_ext.network import Network

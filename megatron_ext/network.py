@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext import cpu
+from megatron_ext.batch.layout import Sample, TokenLayout, plan_micro_batches
+from megatron_ext.batch.micro_batch import MicroBatch, make_micro_batch
+from megatron_ext.batch.replay import ChunkReplay, replaying
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
-from megatron_ext.hf.config import ModelShape
+from megatron_ext.hf.description import ModelShape
 from megatron_ext.hf.load import load_hf
-from megatron_ext.kv_cache import round_key_values
-from megatron_ext.layout import Sample, TokenLayout, plan_micro_batches
-from megatron_ext.lm_head import logprob_head
+from megatron_ext.logprobs.head import logprob_head
 from megatron_ext.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -33,10 +34,9 @@ from megatron_ext.mcore import (
     parallel_state,
 )
 from megatron_ext.mcore import OptimizerConfig as McoreOptimizerConfig
-from megatron_ext.micro_batch import MicroBatch, make_micro_batch
-from megatron_ext.model import build_model
+from megatron_ext.model.build import build_model
+from megatron_ext.model.kv_cache import round_key_values
 from megatron_ext.parts import RecordedRoutes
-from megatron_ext.replay import ChunkReplay, replaying
 
 Routing = Literal["native", "record", "replay"]
 Use = Callable[[MicroBatch, tuple[Tensor, ...]], tuple[Tensor, Any]]

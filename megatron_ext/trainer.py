@@ -12,17 +12,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ext import parallel, training_checkpoint
+from megatron_ext import parallel
+from megatron_ext.batch.layout import Sample, pad_values, response_mask
+from megatron_ext.batch.micro_batch import MicroBatch
+from megatron_ext.checkpoint import training
+from megatron_ext.checkpoint.staged_save import StagedSave
+from megatron_ext.checkpoint.training import Networks
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchanged
-from megatron_ext.hf.config import model_shape, read_hf_config
+from megatron_ext.hf.description import model_shape, read_hf_config
 from megatron_ext.hf.export import Bucket, HFExporter
-from megatron_ext.layout import Sample, pad_values, response_mask
-from megatron_ext.micro_batch import MicroBatch
 from megatron_ext.network import Network, Routing
 from megatron_ext.parts import Metrics, TokenPart, UpdatePart, add_metrics
-from megatron_ext.staged_save import StagedSave
-from megatron_ext.training_checkpoint import Networks
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,11 @@ class Trainer:
 
     def begin_save(self, path: Path) -> StagedSave:
         """Copy everything that resuming needs; a thread writes it into an empty directory that every rank sees."""
-        return training_checkpoint.begin_save(path, self._networks)
+        return training.begin_save(path, self._networks)
 
     def resume(self, path: Path) -> None:
-        """Become what the trainer was that saved, in whatever layout; see training_checkpoint.load."""
-        training_checkpoint.load(path, self._networks)
+        """Become what the trainer was that saved, in whatever layout; see checkpoint.training.load."""
+        training.load(path, self._networks)
 
     @property
     def _networks(self) -> Networks:

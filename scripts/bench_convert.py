@@ -135,7 +135,9 @@ def convert(*arguments: object) -> tuple[float, float, float]:
     settle()
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "convert", *map(str, arguments)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pipeline.commands.main", "convert", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     text = process.stdout.read()

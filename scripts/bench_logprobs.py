@@ -14,7 +14,7 @@ errors: mean and largest |log-prob error| against float64 of each head on sample
 
 Without a GPU the inputs are float32. With one they are bf16, accumulated in float32, and the Triton kernel and the
 matmuls alone (bf16 out, nothing else done: the limit) are rows of their own; `--blocks 128,128,128,8,8,3` tries other
-blocks of the kernel, in the order of `logprobs_triton.Blocks`.
+blocks of the kernel, in the order of `triton_kernels.Blocks`.
 
 All versions return the log-prob and the entropy; the gradient is of the log-prob.
 """
@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ext.logprobs import linear_logprobs
+from megatron_ext.logprobs.linear import linear_logprobs
 
 VOCABULARY = 151_936
 GB = 1e9
@@ -221,9 +221,9 @@ def main() -> None:
     global clock
     clock = args.clock
     if args.blocks:
-        from megatron_ext import logprobs_triton
+        from megatron_ext.logprobs import triton_kernels
 
-        logprobs_triton.LARGE = logprobs_triton.Blocks(*(int(x) for x in args.blocks.split(",")))
+        triton_kernels.LARGE = triton_kernels.Blocks(*(int(x) for x in args.blocks.split(",")))
     gpu = args.device != "cpu"
     args.tokens = args.tokens or (256 if args.what == "errors" else 16_384 if gpu else 4096)
     args.rounds = args.rounds or (20 if gpu else 2)

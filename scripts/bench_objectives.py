@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, resolve
-from pipeline.objectives.plain import PLAIN
+from tests.support.plain import PLAIN
 
 Loss = Callable[[LossInputs, Denominators], Tensor]
 

@@ -20,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
-from megatron_ext.layout import Sample
-from pipeline.data.tiny_model import TinyModelConfig, make_tiny_model
+from pipeline.config.model import TinyModelConfig
+from pipeline.config.server import ServerConfig
+from pipeline.data.tiny_model import make_tiny_model
+from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.server import SGLangServer
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
-from pipeline.rollout.client import Sampling, SGLangClient
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.rollout.server import ServerConfig, SGLangServer
 from pipeline.types import Prompt
 
 SHAPE = TinyModelConfig()  # pyright: ignore[reportCallIssue]
@@ -52,7 +54,7 @@ def trainer_step(model: Path, sequences: int, tokens: int, turns: int) -> None:
     """One update of GSPO on full sequences; the routes are random, as costly as any."""
     from megatron_ext import parallel
     from megatron_ext.trainer import Trainer
-    from pipeline.losses import policy_loss
+    from pipeline.trainer.losses import policy_loss
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.tiny_model import TinyModelConfig, make_tiny_model
+from pipeline.config.model import TinyModelConfig
+from pipeline.config.server import ServerConfig
+from pipeline.data.tiny_model import make_tiny_model
 from pipeline.data.tokenizer import VOCAB_SIZE
-from pipeline.rollout.client import Sampling, SGLangClient
+from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.server import CPU_ATTENTION_BACKEND, SGLangServer
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.rollout.server import CPU_ATTENTION_BACKEND, ServerConfig, SGLangServer
 from pipeline.types import Prompt
 
 PROMPTS, SAMPLES, PROMPT_TOKENS = 32, 8, 12

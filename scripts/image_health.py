@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pipeline.cli  # noqa: F401
+import pipeline.commands.main  # noqa: F401
 
 if any(Path("/dev").glob("nvidia[0-9]*")):
     import torch

@@ -2,7 +2,7 @@
 
     python scripts/objectives_figures.py [--out docs/figures]
 
-Everything is a sum over all sequences of a small policy (pipeline/objectives/enumeration.py), or a closed form; nothing
+Everything is a sum over all sequences of a small policy (tests/support/enumeration.py), or a closed form; nothing
 is sampled. Takes about half a minute on one core.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import Objective, ObjectiveConfig, resolve
-from pipeline.objectives.enumeration import (
+from tests.support.enumeration import (
     Tree,
     coefficients,
     expected_gradient,

@@ -21,9 +21,9 @@ import numpy as np
 import ray
 
 from pipeline.config import load_config
-from pipeline.controller import Loop
 from pipeline.data.prompts import PromptSource
-from pipeline.session import open_loop
+from pipeline.loop.loop import Loop
+from pipeline.loop.run import open_loop
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 CORRECTION = "correction: {kind: token_tis, high: 2}"

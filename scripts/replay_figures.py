@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import load_config
-from pipeline.controller import mismatch_of
+from pipeline.loop.loop import mismatch_of
+from pipeline.loop.run import open_loop
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.session import open_loop
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SETTINGS = ["supervised.steps=0", "model.tiny.experts=16", "model.tiny.init_std=0.15", "rollout.max_new_tokens=48",

@@ -48,7 +48,8 @@ def tiny_model_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(tiny_model_dir, tmp_path_factory):
     """A server that tests share: leave its weights, its version and its state as you found them."""
-    from pipeline.rollout.server import ServerConfig, SGLangServer
+    from pipeline.config.server import ServerConfig
+    from pipeline.engine.server import SGLangServer
 
     with SGLangServer(
         ServerConfig(context_length=1024, startup_timeout_s=240),
@@ -63,7 +64,7 @@ def server(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def client(server):
-    from pipeline.rollout.client import SGLangClient
+    from pipeline.engine.client import SGLangClient
 
     return SGLangClient(
         server.url,
@@ -74,3 +75,31 @@ def client(server):
         timeout_s=120,
         log_path=server.log_path,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_dense_model_dir(tmp_path_factory):
+    """A random Qwen3 of the same shape, without experts."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = {key: value for key, value in TINY.items() if "expert" not in key and "moe" not in key}
+    shape.pop("norm_topk_prob")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dense")
+    Qwen3ForCausalLM(Qwen3Config(**shape)).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coded_model_dir(tmp_path_factory):
+    """A random Qwen3-MoE with experts enough to write (sample, position, layer) in a route."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from tests.support.route_codes import MODEL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("coded")
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL)).save_pretrained(folder)
+    return folder

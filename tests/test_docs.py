@@ -12,8 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from pipeline.config import Config
-from pipeline.observe.alerts import known_metrics
-from pipeline.precision import MOVED
+from pipeline.config.precision import MOVED
+from pipeline.observe.sinks.alerts import known_metrics
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

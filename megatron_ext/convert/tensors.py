@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint import (
+from megatron_ext.checkpoint.shards import (
     HF_FOLDER,
     CheckpointError,
     check_files,
@@ -30,7 +30,7 @@ from megatron_ext.checkpoint import (
 )
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.convert.reader import CheckpointReader
-from megatron_ext.hf.config import exported_config, model_shape, read_hf_config
+from megatron_ext.hf.description import exported_config, model_shape, read_hf_config
 from megatron_ext.hf.files import TensorFiles, copy_companions
 from megatron_ext.hf.load import check_tensors, read_shard
 from megatron_ext.hf.packed import PackedExperts
@@ -38,7 +38,7 @@ from megatron_ext.hf.params import dims_of, local_parameters
 from megatron_ext.hf.tables import Match
 from megatron_ext.hf.writer import SafetensorsWriter
 from megatron_ext.mcore import GPTModel, dist_checkpointing, is_main_replica
-from megatron_ext.model import build_model
+from megatron_ext.model.build import build_model
 
 Dtype = Literal["float32", "bfloat16"]
 Advance = Callable[[int], None]

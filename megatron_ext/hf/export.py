@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.hf.config import ModelShape
+from megatron_ext.hf.description import ModelShape
 from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import dims_of, local_parameters
 from megatron_ext.hf.tables import Match

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.hf.config import ModelShape, draft_tensors
+from megatron_ext.hf.description import ModelShape, draft_tensors
 from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.params import dims_of, local_parameters, shard_position
 from megatron_ext.hf.tables import LM_HEAD, Match

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_ext.hf.config import ModelShape
+from megatron_ext.hf.description import ModelShape
 from megatron_ext.hf.families import FAMILIES
 from megatron_ext.hf.tables import Match, match_parameters
 from megatron_ext.hf.transforms import Dims

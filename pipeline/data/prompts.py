@@ -4,40 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.config.data import DataConfig
 from pipeline.data.chat import DataError, answer_ids, chat_prompt
-from pipeline.data.synthetic import Stream, SupervisedPair, SyntheticTask, SyntheticTaskConfig
+from pipeline.data.synthetic import Stream, SupervisedPair, SyntheticTask
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rewards import RewardFunction, resolve_reward
 from pipeline.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class DataConfig(BaseModel):
-    """The prompts of a run and the verifier of their answers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    task: SyntheticTaskConfig | None = Field(None, description="a synthetic task")
-    path: Path | None = Field(
-        None,
-        description='JSONL file, a line {"prompt": text or "messages": [...], "answer": text}; other keys are kept',
-    )
-    shuffle: bool = Field(True, description="another order of the file's lines each epoch; false: the file's own order")
-    max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt, tokens, chat template included")
-    reward: str = Field("exact_match", description="verifier: a registered name, or package.module:function")
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.task is None) == (self.path is None):
-            raise ValueError("give exactly one of data.task (a synthetic task) and data.path (a JSONL file)")
-        return self
 
 
 class _Prompts(Protocol):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.config.data import SyntheticTaskConfig
 from pipeline.data.chat import answer_ids, user_prompt
 from pipeline.types import Prompt
 
@@ -54,35 +54,6 @@ def addition(rng: np.random.Generator, digits: int) -> tuple[str, str]:
     """The sum of two numbers of at most `digits` digits: 17+5 -> 22."""
     a, b = (int(n) for n in rng.integers(0, 10**digits, 2))
     return f"{a}+{b}", str(a + b)
-
-
-class SyntheticTaskConfig(BaseModel):
-    """One synthetic task."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field("digit_sort", description="the generator, by its registered name")
-    min_digits: int = Field(4, ge=1, le=18, description="fewest digits of a question (of a number, for addition)")
-    max_digits: int = Field(6, ge=1, le=18, description="most digits of a question (of a number, for addition)")
-    question: str = Field("{question}", description="what the user says; a real model wants words around {question}")
-    supervised_error_rate: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the digits in supervised answers that are replaced by random ones: an imperfect teacher, "
-        "which leaves reinforcement learning something to improve. Verifiers never see it",
-    )
-    seed: int = Field(0, ge=0, description="of the task; the run's seed is mixed in")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.name not in GENERATORS:
-            raise ValueError(f"there is no synthetic task {self.name!r}; there are {', '.join(sorted(GENERATORS))}")
-        if self.min_digits > self.max_digits:
-            raise ValueError(f"min_digits={self.min_digits} is more than max_digits={self.max_digits}; swap them")
-        if self.question.count("{question}") != 1:
-            raise ValueError(f"the text {self.question!r} must hold {{question}} once, where the question goes")
-        return self
 
 
 @dataclass(frozen=True)

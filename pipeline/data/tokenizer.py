@@ -11,13 +11,15 @@ import string
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.model import TINY_VOCABULARY
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAD, EOS, BOS, UNKNOWN = "<|pad|>", "<|eos|>", "<|bos|>", "<|unk|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHARACTERS = string.digits + string.ascii_lowercase + " \n+-*/=().,:;?!"
-VOCAB_SIZE = 64
+VOCAB_SIZE = TINY_VOCABULARY
 
 # No bos: the role token in front serves as one, and a prompt stays one token shorter.
 CHAT_TEMPLATE = (

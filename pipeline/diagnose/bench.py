@@ -12,9 +12,9 @@ import numpy as np
 
 from megatron_ext.config import Head
 from megatron_ext.exchange import Exchange
-from pipeline.controller import Loop, to_sample
+from pipeline.loop.loop import Loop, to_sample
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.trainer_group import PolicyTokens
+from pipeline.trainer.group import PolicyTokens
 from pipeline.types import Rollout
 
 Routes = Literal["native", "rollout", "rescored"]

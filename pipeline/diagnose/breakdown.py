@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.controller import Loop
-from pipeline.loss_values import padded
+from pipeline.loop.loop import Loop
 from pipeline.objectives import mismatch_by
-from pipeline.trainer_group import PolicyTokens
+from pipeline.trainer.group import PolicyTokens
+from pipeline.trainer.rows import padded
 from pipeline.types import Rollout
 
 BUCKETS = 24  # of positions, at most

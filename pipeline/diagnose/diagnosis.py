@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_ext.hf.config import read_hf_config
-from pipeline.controller import Loop, mismatch_of
+from megatron_ext.hf.description import read_hf_config
 from pipeline.diagnose.bench import Bench, Setting
 from pipeline.diagnose.breakdown import Calibration, WorstToken, by_lag, by_position, calibration, worst_tokens
-from pipeline.diagnose.parts import PARTS, WHOLESALE, NotMeasured, Trial, try_part
+from pipeline.diagnose.exchanges import PARTS, WHOLESALE, NotMeasured, Trial, try_part
 from pipeline.diagnose.verdict import verdict
-from pipeline.trainer_group import TrainerError
+from pipeline.loop.loop import Loop, mismatch_of
+from pipeline.trainer.group import TrainerError
 from pipeline.types import Rollout
 
 ROUNDS = 3  # parts that are exchanged together, at most

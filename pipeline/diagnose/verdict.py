@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.diagnose.diagnosis import Diagnosis
-    from pipeline.diagnose.parts import Trial
+    from pipeline.diagnose.exchanges import Trial
 
 _AVOIDABLE = 0.1  # a part is told of within the bound where it leaves at most this share of the gap
 

@@ -8,8 +8,8 @@ from pipeline.objectives.config import ObjectiveConfig, resolve
 from pipeline.objectives.mismatch import mismatch_by, mismatch_metrics
 from pipeline.objectives.objective import AdvantageOutputs, Objective
 from pipeline.objectives.presets import PRESETS, Preset
-from pipeline.objectives.ratios import NonFiniteRatio
-from pipeline.objectives.shaping import is_informative, overlong_penalty
+from pipeline.objectives.terms.ratios import NonFiniteRatio
+from pipeline.objectives.terms.shaping import is_informative, overlong_penalty
 from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric, merge_metrics
 
 __all__ = [

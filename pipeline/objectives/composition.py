@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.objectives.reduce import Reduction
+from pipeline.objectives.terms.reduce import Reduction
 
 Advantage = Literal["group_mean", "group_std", "leave_one_out", "batch_std", "gae"]
 RatioLevel = Literal["token", "sequence", "sequence_token"]

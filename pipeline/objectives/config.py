@@ -22,7 +22,7 @@ from pipeline.objectives.composition import (
 )
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.presets import PRESETS
-from pipeline.objectives.reduce import Reduction
+from pipeline.objectives.terms.reduce import Reduction
 
 
 class ObjectiveConfig(BaseModel):

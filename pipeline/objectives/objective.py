@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.objectives import advantages as adv
-from pipeline.objectives import ratios, surrogates
 from pipeline.objectives.composition import MASKS_ONLY, Composition
-from pipeline.objectives.corrections import correction_weight
-from pipeline.objectives.critic import value_loss
-from pipeline.objectives.kl import kl_estimate
-from pipeline.objectives.reduce import reduce, token_weights
-from pipeline.objectives.surrogates import Term
+from pipeline.objectives.terms import advantages as adv
+from pipeline.objectives.terms import ratios, surrogates
+from pipeline.objectives.terms.corrections import correction_weight
+from pipeline.objectives.terms.critic import value_loss
+from pipeline.objectives.terms.kl import kl_estimate
+from pipeline.objectives.terms.reduce import reduce, token_weights
+from pipeline.objectives.terms.surrogates import Term
 from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric
 
 

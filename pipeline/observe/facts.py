@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.trainer_group import TrainerGroup
+    from pipeline.trainer.group import TrainerGroup
 
 PACKAGES = (
     "sameroute",

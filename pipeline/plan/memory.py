@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
-from megatron_ext.hf.config import model_shape
+from megatron_ext.hf.description import model_shape
 from pipeline.plan.hardware import EFFICIENCY, Efficiency
 from pipeline.plan.parameters import Architecture, Count, architecture, rank_count, stage_layers
 
 HEAD_TILE = 2**27
-"""Logits that the LM head holds at once on a GPU (`megatron_ext.logprobs.TILE`)."""
+"""Logits that the LM head holds at once on a GPU (`megatron_ext.logprobs.linear.TILE`)."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.config import ParallelConfig
-from megatron_ext.hf.config import ModelShape, model_shape
+from megatron_ext.hf.description import ModelShape, model_shape
 from megatron_ext.hf.families import FAMILIES
 
 

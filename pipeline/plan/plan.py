@@ -19,7 +19,7 @@ from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
 from pipeline.plan.parameters import Architecture, active, architecture, total
-from pipeline.plan.rollout import Lengths, Sampling, Server, sample, server
+from pipeline.plan.sampling import Lengths, Sampling, Server, sample, server
 from pipeline.types import route_dtype
 
 SEED = 0

@@ -26,7 +26,7 @@ import numpy as np
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
 from pipeline.plan.parameters import total
-from pipeline.plan.rollout import Lengths, Sampling, Server, sample
+from pipeline.plan.sampling import Lengths, Sampling, Server, sample
 
 Mode = Literal["synchronous", "one step off", "asynchronous"]
 MODES: tuple[Mode, ...] = ("synchronous", "one step off", "asynchronous")

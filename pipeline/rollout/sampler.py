@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pipeline.rollout.client import Sampling, SGLangClient
-from pipeline.rollout.pool import ClientPool
+from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.pool import ClientPool
 from pipeline.types import Group, Prompt
 
 

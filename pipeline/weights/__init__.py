@@ -3,7 +3,7 @@
 `sender.py` holds the protocol, `transports.py` the two ways that bytes take, `differences.py` the comparison by name.
 """
 
-from pipeline.weights.config import WeightsConfig
+from pipeline.config.weights import WeightsConfig
 from pipeline.weights.differences import WeightDifference, weight_differences
 from pipeline.weights.sender import WeightSender
 from pipeline.weights.servers import WeightTransferError

@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.rollout.control import SGLangControl
-from pipeline.weights.checksum import MODULUS, checksum
+from pipeline.engine.checksum import MODULUS, checksum
+from pipeline.engine.control import SGLangControl
 
 Bucket = list[tuple[str, Tensor]]
 

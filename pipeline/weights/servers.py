@@ -9,8 +9,8 @@ from typing import Any
 
 import requests
 
-from pipeline.rollout.control import SGLangControl
-from pipeline.rollout.server import ServerError
+from pipeline.engine.control import SGLangControl
+from pipeline.engine.server import ServerError
 
 
 class WeightTransferError(RuntimeError):

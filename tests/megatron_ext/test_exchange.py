@@ -11,8 +11,8 @@ import pytest
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchangeable_rope_theta
 from megatron_ext.parts import merge_tokens
-from tests.megatron_ext.jobs import SAMPLES, make_samples
-from tests.megatron_ext.ranks import run_ranks
+from tests.support.jobs import SAMPLES, make_samples
+from tests.support.ranks import run_ranks
 
 EXCHANGES = {
     "temperature": Exchange(temperature=0.7),

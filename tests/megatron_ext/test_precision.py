@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
-from megatron_ext.kv_cache import round_key_values
-from megatron_ext.layout import Sample
+from megatron_ext.model.kv_cache import round_key_values
 from megatron_ext.parts import merge_tokens, merge_update
-from tests.megatron_ext.jobs import make_samples, weighted_likelihood
-from tests.megatron_ext.ranks import run_ranks
+from tests.support.jobs import make_samples, weighted_likelihood
+from tests.support.ranks import run_ranks
 
 VOCAB = 512
 WIDER = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}

@@ -8,8 +8,8 @@ import torch
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.parts import merge_tokens
-from tests.megatron_ext.jobs import SAMPLES, Outcome, make_samples, outcome
-from tests.megatron_ext.ranks import run_ranks
+from tests.support.jobs import SAMPLES, Outcome, make_samples, outcome
+from tests.support.ranks import run_ranks
 
 TRAINER = TrainerConfig(micro_batch_tokens=100)
 LAYOUTS = {
@@ -123,7 +123,7 @@ def test_an_entropy_bonus_raises_the_entropy_alike_on_every_layout(tiny_model_di
 
 def warmed_up(config: ParallelConfig, model: str):
     from megatron_ext.trainer import Trainer
-    from tests.megatron_ext.jobs import weighted_likelihood
+    from tests.support.jobs import weighted_likelihood
 
     it = Trainer(model, config, TRAINER, OptimizerConfig(lr=0.3, warmup_steps=2), replay=False)
     samples = make_samples(routes=False)
@@ -147,7 +147,7 @@ def test_the_learning_rate_rises_then_falls_linearly():
 
 def in_bfloat16(config: ParallelConfig, model: str):
     from megatron_ext.trainer import Trainer
-    from tests.megatron_ext.jobs import weighted_likelihood
+    from tests.support.jobs import weighted_likelihood
 
     half = TrainerPrecision(weights="bfloat16")
     it = Trainer(model, config, TrainerConfig(), OptimizerConfig(lr=1e-3), replay=True, precision=half)

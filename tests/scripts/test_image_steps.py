@@ -53,7 +53,12 @@ def test_the_locks_have_what_the_project_pins_and_the_gpu_image_adds_the_engines
 
 
 def test_what_the_image_needs_is_sent_to_docker_and_nothing_else():
-    for path in ("pipeline/cli.py", "configs/quickstart.yaml", "requirements.lock", "scripts/slurm/common.sh"):
+    for path in (
+        "pipeline/commands/main.py",
+        "configs/quickstart.yaml",
+        "requirements.lock",
+        "scripts/slurm/common.sh",
+    ):
         assert included(path)
     for path in (
         ".git/HEAD",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.config import rope_settings
+from megatron_ext.hf.description import rope_settings
 from megatron_ext.hf.families.deepseek import BIASED_MOE
 from megatron_ext.hf.families.family import (
     Family,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.config import rope_settings
+from megatron_ext.hf.description import rope_settings
 from megatron_ext.hf.families.family import Family, HFConfig
 from megatron_ext.hf.tables import ATTENTION, ENDS, HF_LAYER, LAYER, MOE_NORM, Row
 from megatron_ext.hf.transforms import AlternatingGateUp, Replicated, Split, Transposed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config import LOGPROB_BOUNDS
+from pipeline.config.tree import LOGPROB_BOUNDS
 from pipeline.observe.report.figure import Figure, absent, ends, line_plot, present
 from pipeline.observe.report.ratios import draw_ratio_by_step, draw_ratio_of_steps, ratio_of
 from pipeline.observe.report.run import Run

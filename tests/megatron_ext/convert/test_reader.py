@@ -7,7 +7,7 @@ import zipfile
 
 import torch
 
-from tests.megatron_ext.ranks import run_alone
+from tests.support.ranks import run_alone
 
 
 def stored():

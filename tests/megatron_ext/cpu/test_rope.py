@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.config import ParallelConfig
-from tests.megatron_ext.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 LENGTHS = (8, 4, 12)
 

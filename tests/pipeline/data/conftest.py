@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.tiny_model import TinyModelConfig, make_tiny_model
+from pipeline.config.model import TinyModelConfig
+from pipeline.data.tiny_model import make_tiny_model
 from pipeline.data.tokenizer import load_tokenizer
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from pipeline.config.data import DataConfig, SyntheticTaskConfig
 from pipeline.data.chat import DataError
-from pipeline.data.prompts import DataConfig, PromptSource
-from pipeline.data.synthetic import SyntheticTaskConfig
+from pipeline.data.prompts import PromptSource
 
 TASK = SyntheticTaskConfig(min_digits=2, max_digits=3)
 ROWS = [{"prompt": f"{n}+1", "answer": str(n + 1), "source": "made"} for n in range(5)]

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.data.synthetic import GENERATORS, SyntheticTask, SyntheticTaskConfig, is_held_out, register
+from pipeline.config.data import SyntheticTaskConfig
+from pipeline.data.synthetic import GENERATORS, SyntheticTask, is_held_out, register
 
 
 def make(tokenizer, seed=0, **fields):

@@ -5,7 +5,8 @@ import pytest
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from pipeline.data.tiny_model import TinyModelConfig, make_tiny_model, parameter_count
+from pipeline.config.model import TinyModelConfig
+from pipeline.data.tiny_model import make_tiny_model, parameter_count
 
 MOE = TinyModelConfig(layers=2)
 DENSE = TinyModelConfig(layers=2, experts=0)

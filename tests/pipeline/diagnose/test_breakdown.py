@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.diagnose.breakdown import calibration
-from pipeline.trainer_group import PolicyTokens
+from pipeline.trainer.group import PolicyTokens
 
 VOCABULARY = 64
 

@@ -7,9 +7,9 @@ import pytest
 from pipeline.diagnose.bench import Setting
 from pipeline.diagnose.breakdown import Calibration, WorstToken
 from pipeline.diagnose.diagnosis import Diagnosis
+from pipeline.diagnose.exchanges import Trial
 from pipeline.diagnose.page import write_page
-from pipeline.diagnose.parts import Trial
-from tests.pipeline.browser import CONTRAST, CONTRAST_OF, Browser, new_page
+from tests.support.browser import CONTRAST, CONTRAST_OF, Browser, new_page
 
 GAP = {"abs_logprob": 0.4, "max_abs_logprob": 3.0, "k3": 0.2, "f2": 0.1, "nonfinite": 0.0}
 TEMPERATURE = Trial("temperature", "the trainer's log-probs are taken at temperature 1", Setting(), 3e-7, 1e-13)

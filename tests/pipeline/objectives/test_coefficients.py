@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, resolve
-from pipeline.objectives.enumeration import coefficients
-from pipeline.objectives.plain import PLAIN
-
-from .batches import EDGES, loss_and_gradients, make_batch, rows, table_coefficients
+from tests.support.batches import EDGES, loss_and_gradients, make_batch, rows, table_coefficients
+from tests.support.enumeration import coefficients
+from tests.support.plain import PLAIN
 
 ALL = sorted(PRESETS)
 

@@ -7,8 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.objectives import PRESETS, CorrectionConfig, Denominators, KLConfig, ObjectiveConfig, resolve
-
-from .batches import make_batch
+from tests.support.batches import make_batch
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

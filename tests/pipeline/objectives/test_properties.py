@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, merge_metrics, resolve
-from pipeline.objectives.enumeration import coefficients
-
-from .batches import EDGES, POTENTIALS, batches, loss_and_gradients, make_batch, rows
+from tests.support.batches import EDGES, POTENTIALS, batches, loss_and_gradients, make_batch, rows
+from tests.support.enumeration import coefficients
 
 ALL = sorted(PRESETS)
 STOPS_GRADIENTS = ("reinforce", "rloo", "cispo", "minirl", "gspo_token")

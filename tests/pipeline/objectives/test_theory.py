@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import CorrectionConfig, Denominators, LossInputs, ObjectiveConfig, resolve
-from pipeline.objectives.advantages import group_std
-from pipeline.objectives.corrections import correction_weight
-from pipeline.objectives.enumeration import (
+from pipeline.objectives.terms.advantages import group_std
+from pipeline.objectives.terms.corrections import correction_weight
+from tests.support.enumeration import (
     coefficients,
     expected_gradient,
     gradient_of_mean,

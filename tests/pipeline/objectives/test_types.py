@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from pipeline.objectives import Denominators, Metric, ObjectiveConfig, merge_metrics, resolve
-from pipeline.objectives.critic import value_loss
-
-from .batches import make_batch
+from pipeline.objectives.terms.critic import value_loss
+from tests.support.batches import make_batch
 
 
 def test_inputs_of_the_wrong_shape_or_mask_are_refused_by_name() -> None:

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from pipeline.config import ConfigError, load_config, load_config_and_model
-from pipeline.config_file import read_tree
+from pipeline.config.file import read_tree
 from pipeline.plan.plan import make_plan
-from tests.megatron_ext.ranks import run_alone
+from tests.support.ranks import run_alone
 
 EVERY = sorted(Path("configs").rglob("*.yaml"))
 PARTS = [path for path in EVERY if path.parent.name == "parts" or path.name == "base.yaml"]
@@ -81,7 +81,7 @@ def test_a_file_of_ones_own_inherits_from_a_preset_and_plans_without_the_model(t
 def build_configs(paths: list[str]) -> list[str]:
     """Runs in a process of its own: Megatron-Core's TransformerConfig of each, with its own checks."""
     from megatron_ext.config import replay_conflict
-    from megatron_ext.model import transformer_config
+    from megatron_ext.model.build import transformer_config
 
     done = []
     for path in paths:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.plan.hardware import GPUS
-from pipeline.plan.rollout import Lengths, Sampling, generate, sample, server
+from pipeline.plan.sampling import Lengths, Sampling, generate, sample, server
 from pipeline.plan.simulate import MODES, Phases, Workload, best, outcome, scaling
 
 HF = json.loads(Path("configs/qwen3-30b-a3b/config.json").read_text())

@@ -3,10 +3,11 @@
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.rollout.server import ServerConfig, SGLangServer
-from pipeline.weights.config import WeightsConfig
+from pipeline.config.server import ServerConfig
+from pipeline.config.weights import WeightsConfig
+from pipeline.engine.server import SGLangServer
 from pipeline.weights.sender import WeightSender
-from tests.megatron_ext.tiny_families import save_family
+from tests.support.tiny_families import save_family
 
 
 @pytest.mark.slow

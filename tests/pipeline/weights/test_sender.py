@@ -13,10 +13,10 @@ import requests
 import torch
 from safetensors.torch import load_file
 
-from pipeline.rollout.client import Sampling
+from pipeline.engine.client import Sampling
 from pipeline.weights import WeightsConfig, WeightSender, WeightTransferError
 from tests.conftest import save_tiny_model
-from tests.pipeline.rollout import reference
+from tests.support import reference
 
 SEQUENCE = np.random.default_rng(0).integers(0, 500, 60)
 

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import ray
 
-from pipeline import trainer_group
 from pipeline.config import load_config
-from pipeline.session import open_loop
-from pipeline.trainer_group import TrainerError
+from pipeline.loop.run import open_loop
+from pipeline.trainer import group as trainer_group
+from pipeline.trainer.group import TrainerError
 from pipeline.weights import WeightsConfig, WeightSender
 
 SETTINGS = ["supervised.steps=0", "parallel={ranks: 2, expert: 2}",

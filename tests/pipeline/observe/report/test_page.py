@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page
 
-from pipeline.cli import main
+from pipeline.commands.main import main
 from pipeline.observe.report.page import write_report
-from tests.pipeline.browser import CONTRAST, CONTRAST_OF, Browser, new_page
-from tests.pipeline.observe.report.runs import LAYERS, MadeRun, routing
+from tests.support.browser import CONTRAST, CONTRAST_OF, Browser, new_page
+from tests.support.runs import LAYERS, MadeRun, routing
 
 FIGURES = {
     "reward", "length", "entropy", "wasted", "mismatch", "agreement", "proximal_rollout_histogram",

@@ -1,0 +1,119 @@
+"""Samples become what the model reads: one micro-batch of this rank, on its device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ext.batch.layout import Sample, TokenLayout
+from megatron_ext.hf.description import ModelShape
+from megatron_ext.mcore import PackedSeqParams
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of this rank. Without indices it is padding that keeps the ranks in step.
+
+    indices:   which samples of the call these are, and the samples.
+    tokens, positions: [rows, tokens / cp] int64.  labels: [rows * tokens / cp] int64.
+    packed:    where the sequences lie in a packed row; None for padded rows.
+    routes:    [this rank's tokens, layers, topk] int16 in the routers' order, -1 where there is no row to replay.
+    counted:   [this rank's tokens] bool, in the routers' order: real tokens.
+    kept:      [rows * tokens / cp, K] int32, token ids that each label was sampled from, -1 behind them; a row of -1
+               for the whole vocabulary. None: so are all.
+    """
+
+    indices: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    layout: TokenLayout
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    packed: PackedSeqParams | None
+    routes: Tensor | None
+    counted: Tensor
+    kept: Tensor | None
+
+
+def make_micro_batch(
+    indices: Sequence[int],
+    samples: Sequence[Sample],
+    layout: TokenLayout,
+    device: torch.device,
+    routed: ModelShape | None,
+    label_shift: int = 0,
+) -> MicroBatch:
+    """Lay the chosen samples out.
+
+    samples:     of the whole call.
+    layout:      of the chosen ones' input lengths, or of the single length 1 where there are none: ranks meet in
+                 collectives, so a rank without samples runs one padding sequence that nothing reads.
+    routed:      the model whose routes are to be replayed, or None. Rows of its dense layers are not read.
+    label_shift: see exchange.Exchange.
+    Raises ValueError for routes that are not the model's.
+    """
+    chosen = tuple(samples[i] for i in indices)
+    inputs = [s.tokens[:-1].astype(np.int64) for s in chosen] or [np.zeros(1, np.int64)]
+    labels = [_following(s.tokens, label_shift).astype(np.int64) for s in chosen] or [np.zeros(1, np.int64)]
+    packed = None
+    if layout.packed:
+        cu, longest = layout.cu_seqlens.to(device), max(layout.padded_lengths)
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+    routes = None if routed is None else _routes(chosen, layout, routed).to(device)
+    return MicroBatch(
+        indices=tuple(indices),
+        samples=chosen,
+        layout=layout,
+        tokens=layout.slice_context(layout.pack(inputs)).to(device).view(layout.rows, -1),
+        labels=layout.slice_context(layout.pack(labels)).to(device),
+        positions=layout.slice_context(layout.positions).to(device).view(layout.rows, -1),
+        packed=packed,
+        routes=routes,
+        counted=layout.slice_sequence(layout.is_token & bool(chosen)).to(device),
+        kept=_kept(chosen, layout, device, label_shift),
+    )
+
+
+def _kept(samples: Sequence[Sample], layout: TokenLayout, device: torch.device, shift: int) -> Tensor | None:
+    """See MicroBatch.kept."""
+    widest = max((s.kept.shape[1] for s in samples if s.kept is not None), default=0)
+    if not widest:
+        return None
+    rows = []
+    for sample in samples:
+        of_tokens = np.full((len(sample.tokens), widest), -1, np.int32)
+        if sample.kept is not None:
+            of_tokens[sample.prompt_length :, : sample.kept.shape[1]] = sample.kept
+        rows.append(_following(of_tokens, shift))
+    return layout.slice_context(layout.pack(rows, fill=-1)).to(device)
+
+
+def _following(of_tokens: np.ndarray, shift: int) -> np.ndarray:
+    """[tokens, ...] -> [tokens - 1, ...]: what each input token is to predict, the token that follows it."""
+    following = np.arange(1, len(of_tokens)) + shift
+    return of_tokens[following.clip(0, len(of_tokens) - 1)]
+
+
+def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelShape) -> Tensor:
+    """[this rank's tokens, layers, topk] int16, -1 where there is no row to replay."""
+    rows, shape = [], (model.num_layers, model.topk)
+    for n, sample in itertools.zip_longest(layout.lengths, samples):
+        if sample is None or sample.routes is None:
+            rows.append(np.full((n, *shape), -1, np.int16))
+            continue
+        if sample.routes.shape[1:] != shape:
+            raise ValueError(f"routes of shape {sample.routes.shape} for {shape[0]} layers, top {shape[1]}")
+        if shape[1] > 1:
+            ordered = np.sort(sample.routes[:, model.moe_layers], -1)
+            repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+            if repeated.size:
+                raise ValueError(f"a route names expert {repeated[0]} twice for one token")
+        rows.append(sample.routes.astype(np.int16))
+    return layout.slice_sequence(layout.pack(rows, fill=-1))

@@ -1,0 +1,216 @@
+"""`sameroute convert`: a conversion from start to end.
+
+Everything that can be known to be wrong is said before a byte is written; the output is there whole or not at all.
+Conversions run on the CPU; the caller hides GPUs (CUDA_VISIBLE_DEVICES="") before torch is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_ext import parallel
+from megatron_ext.checkpoint.shards import HF_FOLDER
+from megatron_ext.config import ParallelConfig
+from megatron_ext.convert.output import OutputError, output_directory
+from megatron_ext.convert.ranks import run_ranks
+from megatron_ext.convert.tensors import (
+    Advance,
+    CheckpointTensors,
+    Comparison,
+    Dtype,
+    compare,
+    hf_of_checkpoint,
+    source_dtype,
+    write_checkpoint,
+    write_companions,
+    write_hf,
+)
+from megatron_ext.hf.description import draft_tensors, model_shape, read_hf_config
+from megatron_ext.hf.files import TensorFiles
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did. left_out: tensors of the source without a place. compared: None where not asked for."""
+
+    out: Path
+    dtype: Dtype
+    nbytes: int
+    seconds: float
+    left_out: list[str]
+    compared: Comparison | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.out}: {self.nbytes / 1e9:.2f} GB of {self.dtype} in {self.seconds:.1f} s"]
+        if self.left_out:
+            lines.append(f"left out: {len(self.left_out)} multi-token-prediction tensors, named above")
+        if self.compared is None:
+            lines.append("not compared with the source")
+        else:
+            lines.append(f"read back: {self.compared.tensors} tensors equal the source's, bit for bit after the cast")
+            if self.compared.cast:
+                lines.append(f"changed by the cast: {len(self.compared.cast)} tensors")
+        return "\n".join(lines)
+
+
+def layout_of(tp: int | None, pp: int | None, vpp: int | None, ep: int | None, etp: int | None) -> ParallelConfig:
+    """The smallest layout of these sizes. Raises ValueError where they do not fit together."""
+    tensor, pipeline, expert = tp or 1, pp or 1, ep or 1
+    try:
+        return ParallelConfig(
+            ranks=math.lcm(tensor * pipeline, (etp or tensor) * expert * pipeline),
+            tensor=tensor,
+            sequence=tensor > 1,
+            pipeline=pipeline,
+            virtual_pipeline=vpp,
+            expert=expert,
+            expert_tensor=etp,
+        )
+    except ValidationError as error:
+        raise ValueError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from error
+
+
+def to_megatron(
+    hf_dir: Path,
+    out: Path,
+    layout: ParallelConfig,
+    *,
+    dtype: Dtype | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> Report | None:
+    """A model directory into a checkpoint, written by the ranks of a layout (any layout reads it).
+
+    The ranks are processes of this machine; or, where a launcher set RANK and WORLD_SIZE, the processes it started, of
+    which all but the first return None.
+    dtype: None is the source's. verify: read the checkpoint back and compare.
+    """
+    began = time.monotonic()
+    _keep_apart(hf_dir, out)
+    hf = read_hf_config(hf_dir)
+    model_shape(hf)
+    layout.check_model(hf)
+    files = TensorFiles(hf_dir)
+    dtype = dtype or source_dtype(files)
+    drafts = set(draft_tensors(hf, files.files))
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    nbytes = sum(math.prod(shape) * width for name, shape in files.shapes.items() if name not in drafts)
+    compared = None
+    with contextlib.ExitStack() as stack:
+        if "RANK" in os.environ:
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            if world != layout.ranks:
+                raise ValueError(f"the launcher started {world} processes; this layout has {layout.ranks} ranks")
+            parallel.initialize(layout, rank=rank, init_method="env://")
+            stack.callback(parallel.shutdown)
+            partial = _agree_on(out, nbytes, overwrite, stack)
+            _write_rank(hf_dir, partial, layout, dtype)
+            dist.barrier()
+            parallel.shutdown()
+            if rank:
+                return None
+        else:
+            partial = stack.enter_context(output_directory(out, needed_bytes=nbytes, overwrite=overwrite))
+            run_ranks(_write_rank, layout, hf_dir, partial, layout, dtype)
+        write_companions(hf_dir, partial / HF_FOLDER, hf, dtype)
+        if verify:
+            results: list[Comparison] = []
+            run_ranks(_compare_checkpoint, ParallelConfig(), partial, hf, files, nbytes, results)
+            (compared,) = results
+    return Report(out, dtype, nbytes, time.monotonic() - began, sorted(drafts), compared)
+
+
+def _write_rank(hf_dir: Path, partial: Path, layout: ParallelConfig, dtype: Dtype) -> None:
+    """On a rank: its part. The first rank shows its progress."""
+    watch = functools.partial(_progress, "writing", shown=dist.get_rank() == 0)
+    write_checkpoint(hf_dir, partial, layout, dtype, watch)
+
+
+def _agree_on(out: Path, nbytes: int, overwrite: bool, stack: contextlib.ExitStack) -> Path:
+    """The first rank makes the directory; all ranks learn of it, or of why not."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [stack.enter_context(output_directory(out, needed_bytes=nbytes, overwrite=overwrite))]
+        except OutputError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], OutputError):
+        raise answer[0]
+    return answer[0]
+
+
+def _compare_checkpoint(
+    partial: Path, hf: dict[str, Any], files: TensorFiles, nbytes: int, results: list[Comparison]
+) -> None:
+    with _progress("comparing", nbytes) as advance:
+        results.append(compare(CheckpointTensors(partial, hf), files, to_hf=False, advance=advance))
+
+
+def to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    hf_dir: Path | None = None,
+    dtype: Dtype | None = None,
+    shard_bytes: int = 1 << 30,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> Report:
+    """A checkpoint, written in any layout, into a model directory.
+
+    hf_dir: configuration and tokenizer, where they are not in the checkpoint.
+    dtype:  None is the checkpoint's. shard_bytes: of one safetensors file, but for a larger tensor.
+    """
+    began = time.monotonic()
+    companions = hf_of_checkpoint(checkpoint, hf_dir)
+    _keep_apart(checkpoint, out)
+    _keep_apart(companions, out)
+    results: list[Report] = []
+
+    def convert() -> None:
+        hf = read_hf_config(companions)
+        tensors = CheckpointTensors(checkpoint, hf)
+        target = dtype or tensors.dtype
+        width = {"float32": 4, "bfloat16": 2}[target]
+        nbytes = sum(t.numel() * width for _, t in tensors.outputs())
+        compared = None
+        with output_directory(out, needed_bytes=nbytes, overwrite=overwrite) as partial:
+            with _progress("writing", nbytes) as advance:
+                write_hf(tensors, partial, target, shard_bytes, advance)
+            write_companions(companions, partial, hf, target)
+            if verify:
+                with _progress("comparing", nbytes) as advance:
+                    compared = compare(tensors, TensorFiles(partial), to_hf=True, advance=advance)
+        results.append(Report(out, target, nbytes, time.monotonic() - began, [], compared))
+
+    run_ranks(convert, ParallelConfig())
+    return results[0]
+
+
+def _keep_apart(source: Path, out: Path) -> None:
+    """An output never replaces, holds or lies in what it is made from."""
+    source, out = source.resolve(), out.resolve()
+    if source == out or source in out.parents or out in source.parents:
+        raise OutputError(f"{out} and {source}, which is read, lie in one another; give another directory")
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int, *, shown: bool = True) -> Iterator[Advance]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)

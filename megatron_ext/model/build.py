@@ -1,0 +1,214 @@
+"""A Hugging Face config becomes Megatron-Core model chunks.
+
+config.json -> TransformerConfig -> layer spec (Transformer Engine's, or the same shape in plain torch) -> GPTModel
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from megatron_ext import cpu
+from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.hf.description import ModelShape, model_shape, rope_settings
+from megatron_ext.hf.families import FAMILIES
+from megatron_ext.mcore import (
+    GPTModel,
+    MLASelfAttention,
+    MLATransformerConfig,
+    TransformerConfig,
+    gather_from_sequence_parallel_region,
+    get_gpt_decoder_block_spec,
+    parallel_state,
+    quick_gelu,
+    set_tensor_model_parallel_attributes,
+)
+from megatron_ext.model.latent_attention import LatentAttention
+from megatron_ext.model.yarn import YarnTransformerConfig
+
+_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
+
+
+def transformer_config(
+    hf: dict[str, Any],
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    precision: TrainerPrecision,
+    *,
+    replay: bool,
+) -> TransformerConfig:
+    """Megatron-Core's config for a Hugging Face config. `replay` gives each router its RouterReplay.
+
+    Raises ValueError where Megatron-Core cannot train such a model in this layout.
+    """
+    shape, on_cpu = model_shape(hf), cpu.needed()
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision.weights]
+    fields: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": hf["hidden_size"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "num_query_groups": hf["num_key_value_heads"],
+        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf["rms_norm_eps"],
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": precision.weights == "bfloat16",
+        "variable_seq_lengths": True,  # packed micro-batches differ in length
+        "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths; checked for dense too
+        "calculate_per_token_loss": True,  # the three-tuple loss; the two-tuple form is multiplied by the CP size
+        "use_cpu_initialization": on_cpu,
+        # batch_p2p_comm with interleaved stages and no overlap gives wrong gradients, silently (0.19.2)
+        "batch_p2p_comm": parallel.virtual_pipeline is None,
+        "overlap_p2p_comm": parallel.virtual_pipeline is not None,
+        "deallocate_pipeline_outputs": True,
+        "persist_layer_norm": not on_cpu,
+        "bias_activation_fusion": not on_cpu,
+        "bias_dropout_fusion": not on_cpu,
+        "masked_softmax_fusion": not on_cpu,
+        "apply_rope_fusion": not on_cpu,
+        "gradient_accumulation_fusion": False,  # needs apex
+        "attention_softmax_in_fp32": True,
+    }
+    if shape.num_experts:
+        fields |= _moe_fields(shape, trainer, precision, replay=replay)
+    if trainer.recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif trainer.recompute == "selective":
+        modules = ["moe"] if shape.num_experts else ["mlp"]
+        fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
+    fields |= FAMILIES[shape.family].fields(hf)
+    kind = TransformerConfig
+    if fields.get("multi_latent_attention"):
+        kind = MLATransformerConfig
+        fields["apply_rope_fusion"] = not on_cpu and fields["rope_type"] == "yarn"  # the kernel knows no other
+    elif "yarn_rotary_scaling_factor" in fields:
+        kind = YarnTransformerConfig
+        fields["apply_rope_fusion"] = False  # the kernel leaves out YaRN's scale of the rotation
+    fields |= {"activation_func": _ACTIVATIONS[fields["activation_func"]]} | trainer.extra
+    if not (shape.num_experts and fields["add_bias_linear"]):
+        return kind(**fields)
+    if not on_cpu and fields["expert_tensor_parallel_size"] > 1:
+        raise ValueError(
+            "Transformer Engine's experts would add their output bias on every expert-tensor rank; set "
+            "parallel.expert_tensor=1"
+        )
+    # Megatron-Core allows no biased experts with expert tensor parallelism; `cpu/experts.py` adds the bias once.
+    config = kind(**(fields | {"add_bias_linear": False}))
+    config.add_bias_linear = True
+    return config
+
+
+def _moe_fields(
+    shape: ModelShape, trainer: TrainerConfig, precision: TrainerPrecision, *, replay: bool
+) -> dict[str, Any]:
+    """What every mixture of experts has."""
+    sparse = [int(layer in shape.moe_layers) for layer in range(shape.num_layers)]
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.topk,
+        "moe_layer_freq": 1 if all(sparse) else sparse,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32" if precision.router == "fp32" else None,  # None: that of the activations
+        "moe_router_fusion": trainer.router_fusion,
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": not cpu.needed(),
+        "moe_enable_routing_replay": replay,
+    }
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None):
+    """Transformer Engine's block spec on a GPU; without one, plain torch under the same parameter names."""
+    on_cpu = cpu.needed()
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=not on_cpu, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    for layer in spec.layer_specs or []:
+        if layer.submodules.self_attention.module is MLASelfAttention:
+            layer.submodules.self_attention.module = LatentAttention
+    if on_cpu:
+        from megatron_ext.cpu.spec import without_transformer_engine
+
+        without_transformer_engine(spec)
+    return spec
+
+
+class ValueHead(torch.nn.Linear):
+    """One number a token in the LM head's place, the same on every tensor-parallel rank; it starts at 0.
+
+    [tokens / sp, rows, hidden] -> [tokens, rows, 1] float32. Every rank computes the same loss from the gathered
+    values, so the gradient of its own part is just that part.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+        torch.nn.init.zeros_(self.weight)
+        self.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over the ranks
+
+    def forward(self, input_, weight=None, runtime_gather_output=None):
+        values = super().forward(input_).float()
+        if self.sequence_parallel:
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None
+
+
+def build_model(
+    hf: dict[str, Any],
+    parallel: ParallelConfig,
+    trainer: TrainerConfig,
+    precision: TrainerPrecision,
+    *,
+    head: Literal["lm", "value"] = "lm",
+    replay: bool,
+) -> tuple[TransformerConfig, list[GPTModel]]:
+    """This rank's model chunks: one, or `virtual_pipeline` of them. Process groups must exist.
+
+    head: "value" puts a ValueHead where the LM head would be.
+    Raises UnsupportedModel, or ValueError where the model does not divide into the layout.
+    """
+    parallel.check_model(hf)
+    shape, rope = model_shape(hf, parallel.tensor), rope_settings(hf)
+    config = transformer_config(hf, parallel, trainer, precision, replay=replay)
+    chunks = []
+    for chunk in range(parallel.virtual_pipeline or 1):
+        stage = chunk if parallel.virtual_pipeline else None
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, stage),
+            vocab_size=shape.padded_vocab_size,
+            max_sequence_length=hf["max_position_embeddings"],
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=shape.tied_embeddings and head == "lm",
+            position_embedding_type="yarn" if isinstance(config, YarnTransformerConfig) else "rope",
+            rotary_percent=rope.get("partial_rotary_factor", 1.0),
+            rotary_base=rope["rope_theta"],
+            vp_stage=stage,
+        )
+        if head == "value" and model.post_process:
+            model.output_layer = ValueHead(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("softmax_offset"):  # Megatron-Core tells no optimizer that ranks hold different sinks
+                set_tensor_model_parallel_attributes(parameter, parallel.tensor > 1, 0, 1)
+                parameter.data = parameter.data.to(config.params_dtype)  # Transformer Engine makes them float32
+        chunks.append(model if cpu.needed() else model.cuda())
+    return config, chunks

@@ -1,0 +1,113 @@
+"""Whether a run is resumed, from which checkpoint, and whether the configuration still goes with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_ext.hf.description import read_hf_config
+from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress, read_progress
+from pipeline.config import Config
+from pipeline.objectives import resolve
+
+# Where files lie, and what is kept: no part of what a run computes. Models are compared by themselves.
+_INCIDENTAL = (
+    "run.directory",
+    "run.overwrite",
+    "run.rollouts_shown",
+    "checkpoint.",
+    "debug.",
+    "observe.",
+    "alerts.",
+    "cluster.",
+    "model.path",
+)
+_NAMES_ONLY = {"architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
+
+
+class ResumeError(RuntimeError):
+    """The run cannot be resumed; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run goes on from, and what to tell the user, a sentence each."""
+
+    path: Path
+    progress: Progress
+    notes: list[str]
+
+
+def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Start | None:
+    """Where a run begins: at a checkpoint, or None: at the beginning.
+
+    asked: by --resume. Without it a checkpoint counts unless run.overwrite deletes it. Raises ResumeError where none is
+    there, or the newest is damaged or another model's.
+    """
+    latest = store.latest()
+    if latest is None:
+        if asked:
+            raise ResumeError(
+                f"{store.directory} holds no complete checkpoint to resume from; leave out --resume to begin at the "
+                "beginning, with checkpoint.every_steps=N to have one next time"
+            )
+        return None
+    if config.run.overwrite and not asked:
+        return None
+    try:
+        progress = read_progress(latest)
+    except CheckpointError as error:
+        raise ResumeError(str(error)) from error
+    _refuse(config, latest, progress)
+    notes = [f"resuming from {latest}: {progress.step} steps are done, later rows go to dropped/"]
+    if changed := differences(progress.config, config.model_dump(mode="json")):
+        notes.append(f"changed since {latest.name} was saved: {', '.join(changed)}")
+        if any(change.startswith("data.") for change in changed):
+            notes.append(f"prompts go on at {progress.cursor['prompts']} of the new data")
+    return Start(latest, progress, notes)
+
+
+def _refuse(config: Config, path: Path, progress: Progress) -> None:
+    """Raise ResumeError for what no checkpoint can be resumed into."""
+    problems = []
+    tiny = config.model.tiny
+    wanted = read_hf_config(config.model.path) if config.model.path is not None else tiny.hf_config() if tiny else {}
+    stored = read_hf_config(path / "hf")
+    for key in sorted((wanted.keys() & stored.keys()) - _NAMES_ONLY):
+        if wanted[key] != stored[key]:
+            problems.append(f"the model's {key} is {stored[key]} in it, {wanted[key]} in the configuration")
+    try:
+        saved = Config.model_validate(progress.config)
+    except ValidationError as error:
+        raise ResumeError(f"{path} was saved by another version of sameroute: {error}") from error
+    if (was := saved.precision.weights) != (now := config.precision.weights):
+        problems.append(f"precision.weights is {was} in it, {now} in the configuration")
+    had, needs = resolve(saved.objective), resolve(config.objective)
+    if needs.needs_critic and not had.needs_critic:
+        problems.append("it holds no critic, which the objective needs")
+    if needs.needs_reference and not had.needs_reference:
+        problems.append("it holds no reference, which the objective needs")
+    if problems:
+        raise ResumeError(
+            f"{path} cannot be resumed: {'; '.join(problems)}. Change that back, or set run.directory to another path "
+            "(run.overwrite=true without --resume deletes the run and begins anew)"
+        )
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Fields of a configuration that differ, "train.lr=1e-05 (was 1e-06)", but for those that compute nothing."""
+    old, new = _flat(before), _flat(after)
+    return [
+        f"{key}={new.get(key)} (was {old.get(key)})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_INCIDENTAL)
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, node in tree.items() for key, value in _flat(node, f"{prefix}{name}.").items()}

@@ -1,0 +1,131 @@
+"""The checkpoints of a run, RUN/checkpoints/step_12: each is there whole or not at all.
+
+One is written into `.step_12.partial`, brought to the disk and renamed; only then may the oldest go. So whatever
+happens to the process at whatever moment, a directory without a leading dot is complete, and one with it is remains.
+
+What is in one: the trainer's state (`megatron_ext.checkpoint.training`), `hf/` with the files of the model that are no
+weights, and `progress.json`, where the run stood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+FORMAT = 1
+PROGRESS = "progress.json"
+_CHECKSUMS = "checksums.json"  # megatron_ext.checkpoint.training writes it
+_NAME = re.compile(r"(step|supervised)_(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint was not written, or is not one; the message says which, and which is the last."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stood. JSON holds it.
+
+    step:       RL steps that are done.
+    supervised: supervised steps that are done.
+    version:    of the weights that the servers held.
+    cursor:     of the prompts (PromptSource.state).
+    config:     that made it, as plain values.
+    """
+
+    step: int
+    supervised: int
+    version: int
+    cursor: dict[str, int]
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return f"step_{self.step}" if self.step else f"supervised_{self.supervised}"
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Raises CheckpointError for a directory that is no checkpoint of a run, or lacks a file, or has a cut one."""
+    advice = f"; remove {checkpoint} to resume from an older one"
+    try:
+        tree = json.loads((checkpoint / PROGRESS).read_text())
+        if tree.pop("format") != FORMAT:
+            raise CheckpointError(f"{checkpoint} is of another version of sameroute")
+        progress = Progress(**tree)
+        for name, (size, _) in json.loads((checkpoint / _CHECKSUMS).read_text()).items():
+            file = checkpoint / name
+            if not file.is_file() or file.stat().st_size != size:
+                found = f"has {file.stat().st_size}" if file.is_file() else "is missing"
+                raise CheckpointError(f"{file} {found}, of {size} bytes{advice}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {error}{advice}") from error
+    return progress
+
+
+class CheckpointStore:
+    """The directory RUN/checkpoints."""
+
+    def __init__(self, directory: Path, keep_last: int = 1):
+        self.directory, self.keep_last = directory, keep_last
+
+    def complete(self) -> list[Path]:
+        """The oldest first."""
+        names = [p.name for p in self.directory.iterdir()] if self.directory.is_dir() else []
+        found = [(m[1] == "step", int(m[2]), name) for name in names if (m := _NAME.fullmatch(name))]
+        return [self.directory / name for *_, name in sorted(found)]
+
+    def latest(self) -> Path | None:
+        """The newest complete one."""
+        return next(reversed(self.complete()), None)
+
+    def clean(self) -> list[str]:
+        """Remove what interrupted saves and removals have left; returns the names."""
+        left = sorted(p for p in self.directory.iterdir() if p.name.startswith(".")) if self.directory.is_dir() else []
+        for path in left:
+            shutil.rmtree(path)
+        return [path.name for path in left]
+
+    def begin(self, name: str) -> Path:
+        """An empty directory for a checkpoint that is to be called so."""
+        partial = self.directory / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def commit(self, partial: Path, progress: Progress) -> Path:
+        """Everything else is in it: make it complete, in one act, then remove the oldest."""
+        tree = {"format": FORMAT} | dataclasses.asdict(progress)
+        (partial / PROGRESS).write_text(json.dumps(tree, indent=1) + "\n")
+        for path in (*partial.rglob("*"), partial):
+            _to_disk(path)
+        target = self.directory / progress.name
+        partial.rename(target)
+        _to_disk(self.directory)
+        for old in self.complete()[: -self.keep_last]:
+            removed = old.with_name(f".{old.name}.removed")  # never half of one under its name
+            old.rename(removed)
+            shutil.rmtree(removed)
+        return target
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def progress_of(config: Config, *, step: int, supervised: int, version: int, cursor: dict[str, int]) -> Progress:
+    """Where a run with this configuration stands."""
+    return Progress(step, supervised, version, cursor, config.model_dump(mode="json"))

@@ -1,0 +1,79 @@
+"""`sameroute convert`: its arguments, and what its failures are called. The work is in `megatron_ext.convert`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from pipeline.imports import lasting_imports
+
+_SIZES = {
+    "tp": "tensor-parallel ranks",
+    "pp": "pipeline stages",
+    "vpp": "model chunks a stage",
+    "ep": "expert-parallel ranks",
+    "etp": "tensor-parallel ranks inside an expert (default: --tp)",
+}
+
+
+class ConvertError(RuntimeError):
+    """A conversion that did not happen; the message says why. code: of the process's exit."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def add_arguments(convert: argparse.ArgumentParser) -> None:
+    """The two directions and their options."""
+    directions = convert.add_subparsers(dest="direction", required=True)
+    to_megatron = directions.add_parser("to-megatron", help="a Hugging Face directory into a checkpoint")
+    to_megatron.add_argument("source", metavar="HF_DIR", type=Path)
+    to_megatron.add_argument("out", metavar="OUT", type=Path)
+    layout = to_megatron.add_argument_group(
+        "layout", "The checkpoint loads in any layout; with the least reading in the one it was written in."
+    )
+    for name, text in _SIZES.items():
+        layout.add_argument(f"--{name}", type=int, help=text)
+    to_hf = directions.add_parser("to-hf", help="a checkpoint into a Hugging Face directory")
+    to_hf.add_argument("source", metavar="CKPT", type=Path)
+    to_hf.add_argument("out", metavar="OUT", type=Path)
+    to_hf.add_argument("--hf", metavar="HF_DIR", type=Path, help="configuration and tokenizer (default: CKPT/hf)")
+    to_hf.add_argument("--shard-gb", type=float, default=1.0, help="of one safetensors file (default: 1)")
+    for direction in (to_megatron, to_hf):
+        direction.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the source's")
+        direction.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back and compare")
+        direction.add_argument("--overwrite", action="store_true", help="replace OUT, once the new one is whole")
+
+
+def run(options: argparse.Namespace) -> str:
+    """Convert; returns what was done, nothing on the ranks of a launcher but the first. Raises ConvertError."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # conversions run on the CPU, beside whatever uses the GPUs
+    os.environ["PYTHONWARNINGS"] = "ignore"  # torch's and Megatron-Core's advice is for who writes models
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    with lasting_imports():
+        from megatron_ext.checkpoint.shards import CheckpointError
+        from megatron_ext.convert import conversion
+        from megatron_ext.convert.output import OutputError
+        from megatron_ext.convert.ranks import RankError
+        from megatron_ext.convert.tensors import ConversionError
+
+    common = {"dtype": options.dtype, "verify": options.verify, "overwrite": options.overwrite}
+    try:
+        if options.direction == "to-megatron":
+            layout = conversion.layout_of(**{name: getattr(options, name) for name in _SIZES})
+            report = conversion.to_megatron(options.source, options.out, layout, **common)
+        else:
+            size = int(options.shard_gb * 1e9)
+            report = conversion.to_hf(options.source, options.out, hf_dir=options.hf, shard_bytes=size, **common)
+    except (CheckpointError, ConversionError, OutputError, RankError, OSError) as error:
+        raise ConvertError(str(error), 1) from error
+    except KeyError as error:
+        raise ConvertError(str(error.args[0]), 2) from error
+    except ValueError as error:  # another model than config.json says, or one that is not built here
+        raise ConvertError(str(error), 2) from error
+    return "" if report is None else str(report)

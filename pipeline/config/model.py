@@ -1,0 +1,95 @@
+"""The model that a run begins with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from megatron_ext.config import Frozen
+
+TINY_VOCABULARY = 64
+PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
+
+
+class TinyModelConfig(Frozen):
+    """Shape of a tiny model. The vocabulary is the character tokenizer's 64 ids; embeddings are not tied."""
+
+    layers: int = Field(4, ge=1, description="decoder layers")
+    hidden: int = Field(64, ge=8, description="width of the residual stream")
+    heads: int = Field(4, ge=1, description="query heads")
+    kv_heads: int = Field(2, ge=1, description="key-value heads, each shared by heads / kv_heads query heads")
+    head_dim: int = Field(32, ge=2, description="width of a head; even, for the rotary embedding")
+    experts: int = Field(8, ge=0, description="experts a layer; 0: a dense Qwen3")
+    topk: int = Field(2, ge=1, description="experts a token")
+    moe_intermediate: int = Field(128, ge=1, description="inner width of an expert")
+    intermediate: int = Field(256, ge=1, description="inner width of the feed-forward of a dense model")
+    max_positions: int = Field(4096, ge=1, description="longest sequence, tokens")
+    init_std: float = Field(0.1, gt=0, description="standard deviation of every random weight; norms start at 1")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even")
+        if self.experts and self.topk > self.experts:
+            raise ValueError(f"topk={self.topk} is more than experts={self.experts}; lower topk")
+        return self
+
+    def hf_config(self) -> dict[str, Any]:
+        """The content of config.json, as transformers 5 writes it."""
+        config: dict[str, Any] = {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": BOS_ID,
+            "dtype": "float32",
+            "eos_token_id": EOS_ID,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "initializer_range": self.init_std,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": self.max_positions,
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "pad_token_id": PAD_ID,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": TINY_VOCABULARY,
+        }
+        if not self.experts:
+            return config | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        return config | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": self.moe_intermediate,
+            "norm_topk_prob": True,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.topk,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.0,
+        }
+
+
+class ModelConfig(Frozen):
+    """The model: a Hugging Face directory, or a tiny one made on the spot."""
+
+    path: Path | None = Field(None, description="Hugging Face model directory")
+    tiny: TinyModelConfig | None = Field(None, description="make a random Qwen3 or Qwen3-MoE of this shape instead")
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError(
+                "give exactly one of model.path (a Hugging Face directory) and model.tiny (made on the spot)"
+            )
+        return self

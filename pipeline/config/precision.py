@@ -1,0 +1,153 @@
+"""Precision is one contract: what both engines compute with, in one block of the configuration.
+
+A difference between the engines is a mismatch in every log-prob, so nothing here can be set for one of them alone; what
+cannot be had on both is refused. `docs/precision.md` holds the measured effect of each setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_ext.config import TrainerPrecision
+
+ROUTER_VARIABLE = "SAMEROUTE_ROUTER"
+"""What `engine.inside.router` looks for in the environment of SGLang's processes."""
+
+RolloutWeights = Literal["same", "int8", "fp8"]
+
+_MOST_KEPT = 4096
+_TIES = 64  # tokens as likely as the last one that top_k keeps may be kept beside it
+
+_SERVER_FLAGS = {
+    "--dtype": "weights",
+    "--kv-cache-dtype": "kv_cache",
+    "--quantization": "rollout_weights",
+    "--quantization-param-path": "kv_cache",
+    "--modelopt-quant": "rollout_weights",
+    "--torchao-config": "rollout_weights",
+    "--enable-fp32-lm-head": "head",
+    "--rl-on-policy-target": "head",
+    "--enable-tf32-matmul": "weights",
+    "--sampling-mask-max-tokens": "top_k",
+}
+"""What of SGLang's command line belongs to the block, and to which field."""
+
+_MCORE_FIELDS = {
+    "params_dtype": "weights",
+    "pipeline_dtype": "weights",
+    "autocast_dtype": "weights",
+    "enable_autocast": "weights",
+    "bf16": "weights",
+    "fp16": "weights",
+    "fp8": "weights",
+    "fp4": "weights",
+    "moe_router_dtype": "router",
+}
+"""The same of Megatron-Core's TransformerConfig."""
+
+MOVED = {
+    "trainer.dtype": "weights",
+    "trainer.params_dtype": "weights",
+    "trainer.weights": "weights",
+    "trainer.head": "head",
+    "trainer.lm_head": "head",
+    "trainer.router_dtype": "router",
+    "trainer.temperature": "temperature",
+    "server.dtype": "weights",
+    "server.kv_cache_dtype": "kv_cache",
+    "server.quantization": "rollout_weights",
+    "server.enable_fp32_lm_head": "head",
+    "server.fp32_lm_head": "head",
+    "rollout.dtype": "weights",
+    "rollout.temperature": "temperature",
+    "rollout.top_p": "top_p",
+    "rollout.top_k": "top_k",
+    "rollout.min_p": "min_p",
+}
+"""Keys that one would look for elsewhere, by the field of the block that sets both engines."""
+
+
+class PrecisionConfig(TrainerPrecision):
+    """The block `precision:`. The trainer reads the fields that it inherits, the server all of them."""
+
+    rollout_weights: RolloutWeights = Field(
+        "same",
+        description="what the server computes with: int8 and fp8 are the trainer's weights rounded on their way, one "
+        "scale a row, and held in the dtype of `weights`",
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="probability mass that sampling keeps")
+    top_k: int = Field(-1, description="tokens that sampling keeps at most; -1: all")
+    min_p: float = Field(0.0, ge=0, lt=1, description="sampling keeps what is this likely against the likeliest")
+
+    @model_validator(mode="after")
+    def _on_both_engines(self):
+        if self.weights == "float32" and self.head != "fp32":
+            raise ValueError(
+                f"SGLang has no {self.head} head on float32 weights, so only the trainer would round; set head=fp32, "
+                "or weights=bfloat16"
+            )
+        if self.weights == "float32" and self.router != "fp32":
+            raise ValueError("float32 weights make float32 router logits; set router=fp32, or weights=bfloat16")
+        if self.masks_sampling and not 2 <= self.top_k <= _MOST_KEPT:
+            raise ValueError(
+                f"SGLang tells which tokens top-p, top-k and min-p kept only where top_k is 2 to {_MOST_KEPT}, and "
+                "without them the trainer's log-probs would be of another distribution; set top_k to at most that "
+                "(a vocabulary may be smaller), or top_p=1, top_k=-1 and min_p=0"
+            )
+        return self
+
+    @property
+    def masks_sampling(self) -> bool:
+        """Whether sampling is from a part of the vocabulary, over which every log-prob is then taken."""
+        return self.top_p < 1.0 or self.top_k != -1 or self.min_p > 0.0
+
+    def server_arguments(self) -> list[str]:
+        """Its part of SGLang's command line (0.5.23)."""
+        arguments = ["--dtype", self.weights]
+        if self.kv_cache != "same":
+            arguments += ["--kv-cache-dtype", self.kv_cache]
+        if self.head != "bf16":
+            # Of bf16 weights: on a GPU a bf16 matmul with a float32 result, on a CPU a float32 matmul. Products of two
+            # bf16 numbers are exact in float32, so these, fp32_accumulate and fp32 differ in the order of sums alone.
+            arguments.append("--enable-fp32-lm-head")
+        if self.masks_sampling:
+            arguments += ["--sampling-mask-max-tokens", str(self.top_k + _TIES)]
+        return arguments
+
+    def server_environment(self) -> dict[str, str]:
+        """What its processes find in their environment."""
+        # Float32 weights make such logits by themselves.
+        return {ROUTER_VARIABLE: "fp32"} if self.router == "fp32" and self.weights != "float32" else {}
+
+    def check_device(self, device: Literal["cpu", "cuda"]) -> None:
+        """Raise ValueError for what SGLang does not have on this device."""
+        if device == "cpu" and self.kv_cache.startswith("fp8"):
+            raise ValueError(
+                f"SGLang's {self.kv_cache} cache does not run on this CPU; set precision.kv_cache to same or bfloat16"
+            )
+
+
+def check_server_arguments(arguments: Iterable[str]) -> None:
+    """Raise ValueError where SGLang arguments would set the server apart from the trainer."""
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        # argparse takes an unambiguous beginning for the whole
+        known = next((f for f in _SERVER_FLAGS if len(flag) > 3 and f.startswith(flag)), None)
+        if known is not None:
+            raise ValueError(
+                f"server.extra_args: {flag} would set the server apart from the trainer; set "
+                f"precision.{_SERVER_FLAGS[known]}, which sets both"
+            )
+
+
+def check_trainer_fields(fields: dict[str, Any]) -> None:
+    """The same for fields of Megatron-Core's TransformerConfig."""
+    for name in fields:
+        if name in _MCORE_FIELDS:
+            raise ValueError(
+                f"trainer.extra: {name} would set the trainer apart from the server; set "
+                f"precision.{_MCORE_FIELDS[name]}, which sets both"
+            )

@@ -1,0 +1,112 @@
+"""What a run does and where: its directory, its steps, what stops it, its machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from megatron_ext.config import Frozen, OptimizerConfig
+
+GPU = Literal["a100", "h100", "h200", "b200", "b300"]
+
+
+class RunConfig(Frozen):
+    """Where a run leaves its files, and what makes it repeatable."""
+
+    directory: Path = Field(Path("runs/run"), description="run directory, made by the run")
+    overwrite: bool = Field(
+        False,
+        description="delete a run that is already there, unless --resume is given; false: resume it from its newest "
+        "checkpoint where it has one, else refuse",
+    )
+    seed: int = Field(0, ge=0, description="of weights, prompts and sampling")
+    rollouts_shown: int = Field(4, ge=0, description="sampled rollouts written in readable form, each step")
+
+
+class RolloutConfig(Frozen):
+    """What is sampled each step."""
+
+    prompts_per_step: int = Field(32, ge=1, description="prompts, each a group")
+    samples_per_prompt: int = Field(8, ge=1, description="rollouts in a group (G)")
+    max_new_tokens: int = Field(1024, ge=1, description="longest response, tokens")
+    max_sampling_rounds: int = Field(
+        10,
+        ge=1,
+        description="rounds in which dynamic sampling may look for groups whose rewards differ; then the run ends",
+    )
+    timeout_s: float = Field(600.0, gt=0, description="one request that takes longer fails the run")
+
+
+class TrainConfig(OptimizerConfig):
+    """The RL loop and its optimizer."""
+
+    steps: int = Field(100, ge=0, description="RL steps; 0 ends after the supervised steps")
+    mini_batches: int = Field(1, ge=1, description="optimizer steps on the rollouts of one step")
+
+
+class CriticConfig(OptimizerConfig):
+    """The optimizer of the value model, which is there where the objective's advantage is gae."""
+
+    lr: float = Field(1e-5, gt=0, description="learning rate")
+
+
+class SupervisedConfig(OptimizerConfig):
+    """Supervised steps on the task's own answers, before the first rollout."""
+
+    steps: int = Field(0, ge=0, description="0: none")
+    batch_size: int = Field(128, ge=1, description="sequences a step")
+    lr: float = Field(1e-5, gt=0, description="learning rate")
+
+
+class ChecksConfig(Frozen):
+    """What stops a run."""
+
+    max_abs_logprob: float | None = Field(
+        None,
+        gt=0,
+        description="largest mean |log pi_o - log mu| of a step, nats; beyond it trainer and server hold different "
+        "models. null: 1e-3 in float32, 0.1 in bfloat16, 0.3 where precision.rollout_weights rounds",
+    )
+    first_rollouts: int = Field(
+        16,
+        ge=0,
+        description="rollouts on which trainer and server are compared before the first step, 64 tokens each at most; "
+        "0: none",
+    )
+    probe_every: int = Field(
+        10, ge=0, description="under R3, steps between two measurements of the mismatch without replay; 0: none"
+    )
+    probe_rollouts: int = Field(64, ge=1, description="rollouts of such a measurement, and of `sameroute diagnose`")
+
+
+class DebugConfig(Frozen):
+    """What a run leaves for those who look into it."""
+
+    dump_rollouts: bool | tuple[PositiveInt, ...] = Field(
+        False,
+        description="write what a step trains on to dumps/, for `sameroute train --from-dump`: true for every step, or "
+        "a list of steps",
+    )
+
+    def dumps(self, step: int) -> bool:
+        """Whether a step is dumped."""
+        return self.dump_rollouts if isinstance(self.dump_rollouts, bool) else step in self.dump_rollouts
+
+
+class ClusterConfig(Frozen):
+    """The machines, and where Ray runs on them. The trainer takes `parallel.ranks` GPUs, rollout servers the rest."""
+
+    nodes: int = Field(1, ge=1, description="machines of the run")
+    gpus_per_node: int = Field(8, ge=1, description="GPUs of one of them")
+    gpu: GPU | None = Field(
+        None, description="kind of GPU, for `sameroute plan`; given, a layout that asks for more GPUs is refused"
+    )
+    address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")
+    join_timeout_s: float = Field(300.0, gt=0, description="nodes of a running cluster that join later fail the run")
+    object_store_gb: float = Field(0.5, gt=0.08, description="shared memory of a Ray started here, GB")
+    call_timeout_s: float = Field(
+        1800.0, gt=0, description="one call to the trainer ranks that takes longer fails the run"
+    )
+    cpu_threads: int = Field(1, ge=1, description="torch threads a trainer rank; small matrices lose by more")

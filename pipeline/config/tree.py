@@ -1,0 +1,117 @@
+"""The whole configuration: small frozen models, and the checks that span several of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_ext.config import Frozen, ParallelConfig, TrainerConfig
+from pipeline.config.alerts import AlertsConfig
+from pipeline.config.checkpoint import CheckpointConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.observe import ObserveConfig
+from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
+from pipeline.config.run import (
+    ChecksConfig,
+    ClusterConfig,
+    CriticConfig,
+    DebugConfig,
+    RolloutConfig,
+    RunConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
+from pipeline.config.server import ServerConfig
+from pipeline.config.weights import WeightsConfig
+from pipeline.objectives.config import ObjectiveConfig, resolve
+
+LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
+"""Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
+
+
+class Config(Frozen):
+    """Everything. `device` is one for both engines."""
+
+    run: RunConfig = Field(default_factory=RunConfig)  # pyright: ignore[reportArgumentType]
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    model: ModelConfig
+    data: DataConfig
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)  # pyright: ignore[reportArgumentType]
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
+    server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)  # pyright: ignore[reportArgumentType]
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]
+    replay: Literal["none", "r2", "r3"] = Field(
+        "r3",
+        description="r3: the trainer takes the rollout engine's routes; r2: updates take the routes of the proximal "
+        "forward pass; none: the trainer routes natively",
+    )
+    supervised: SupervisedConfig = Field(default_factory=SupervisedConfig)  # pyright: ignore[reportArgumentType]
+    critic: CriticConfig = Field(default_factory=CriticConfig)  # pyright: ignore[reportArgumentType]
+    train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
+    checks: ChecksConfig = Field(default_factory=ChecksConfig)  # pyright: ignore[reportArgumentType]
+    debug: DebugConfig = Field(default_factory=DebugConfig)  # pyright: ignore[reportArgumentType]
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)  # pyright: ignore[reportArgumentType]
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)  # pyright: ignore[reportArgumentType]
+    alerts: AlertsConfig = Field(default_factory=AlertsConfig)  # pyright: ignore[reportArgumentType]
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.replay != "none":
+            self.trainer.check_replay()
+        if self.trainer.offload_optimizer and self.precision.weights != "bfloat16":
+            raise ValueError(
+                "Megatron-Core offloads the optimizer of bfloat16 weights only; set precision.weights=bfloat16, or "
+                "trainer.offload_optimizer=false"
+            )
+        if self.rollout.prompts_per_step % self.train.mini_batches:
+            raise ValueError(
+                f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "
+                "change rollout.prompts_per_step or train.mini_batches"
+            )
+        if self.precision.min_p > 0 and self.server.deterministic:
+            raise ValueError(
+                "SGLang's scheduler dies of min_p with seeds; set precision.min_p=0, or server.deterministic=false"
+            )
+        check_server_arguments(self.server.extra_args)
+        check_trainer_fields(self.trainer.extra)
+        objective = resolve(self.objective)
+        if self.rollout.samples_per_prompt == 1 and objective.needs_group:
+            raise ValueError(
+                "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2, or "
+                "objective.advantage to gae or batch_std"
+            )
+        server = self.server.tensor_parallel if self.train.steps else 0  # supervised steps alone start none
+        if self.cluster.gpu is not None and self.rollout_gpus < server:
+            cluster = self.cluster
+            raise ValueError(
+                f"{cluster.nodes} x {cluster.gpus_per_node} GPUs less parallel.ranks={self.parallel.ranks} leave "
+                f"{self.rollout_gpus} for a server of server.tensor_parallel={server}; set cluster.nodes higher or "
+                "parallel.ranks lower"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.server.context_length:
+            raise ValueError(
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
+                f"{self.rollout.max_new_tokens} do not fit server.context_length={self.server.context_length}; "
+                f"set that to {longest} or more"
+            )
+        if self.model.tiny is not None:
+            self.parallel.check_model(self.model.tiny.hf_config())
+        return self
+
+    @property
+    def rollout_gpus(self) -> int:
+        """GPUs of the cluster that the trainer does not take."""
+        return self.cluster.nodes * self.cluster.gpus_per_node - self.parallel.ranks
+
+    @property
+    def logprob_bound(self) -> float:
+        """Nats; see ChecksConfig.max_abs_logprob."""
+        rounds = self.precision.rollout_weights != "same"
+        return self.checks.max_abs_logprob or LOGPROB_BOUNDS["rounded" if rounds else self.precision.weights]

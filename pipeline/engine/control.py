@@ -1,0 +1,143 @@
+"""The calls to an SGLang server (0.5.23) that steer it: cache, pause, abort, weights. Synchronous, one at a time.
+
+The calls that sample are in `client.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import requests
+
+from pipeline.engine.server import ServerError
+
+PauseMode = Literal["abort", "in_place", "retract"]
+HELD_WEIGHTS = "sameroute_held_weights"
+"""The action of /weights_checker that `inside/hooks.py` adds to SGLang's own."""
+
+
+@dataclass(frozen=True)
+class HeldWeights:
+    """What one rank of a server holds.
+
+    tensors:    Hugging Face name -> (elements on this rank, checksum of these).
+    parameters: SGLang's names of the parameters that hold them.
+    """
+
+    tensors: dict[str, tuple[int, int]]
+    parameters: list[str]
+
+
+class SGLangControl:
+    """One server. timeout_s: seconds for one call. log_path: the server's log, for error messages."""
+
+    def __init__(self, url: str, *, timeout_s: float = 600.0, log_path: Path | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        self.log_path = log_path
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """POST `body` as JSON and return the answer's JSON ({} when it is not JSON).
+
+        Raises ServerError, with SGLang's own message, when the server refuses or cannot be reached.
+        """
+        return self._call("POST", path, body or {})
+
+    def get(self, path: str) -> dict[str, Any]:
+        """GET; same answer and errors as `post`."""
+        return self._call("GET", path, None)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        try:
+            answer = requests.request(method, self.url + path, json=body, timeout=self.timeout_s)
+        except requests.Timeout as error:
+            raise ServerError(f"{self.url}{path} did not answer in {self.timeout_s:g} s{self._see_log()}") from error
+        except requests.RequestException as error:
+            raise ServerError(f"{self.url}{path} cannot be reached: {error}{self._see_log()}") from error
+        try:
+            content = answer.json()
+        except requests.JSONDecodeError:
+            content = {}
+        if answer.status_code != 200 or content.get("success") is False:
+            reason = content.get("message") or answer.text[:1000]
+            raise ServerError(f"{self.url}{path} answered {answer.status_code}: {reason}{self._see_log()}")
+        return content
+
+    def _see_log(self) -> str:
+        return f"; its log is {self.log_path}" if self.log_path else ""
+
+    def healthy(self) -> bool:
+        """Whether the server answers and takes requests (False while generation is paused)."""
+        try:
+            return requests.get(f"{self.url}/ready", timeout=min(5.0, self.timeout_s)).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def model_info(self) -> dict[str, Any]:
+        """What is served: model_path, weight_version, architectures, ..."""
+        return self.get("/model_info")
+
+    def server_info(self) -> dict[str, Any]:
+        """All settings of the server, and its schedulers' state under internal_states."""
+        return self.get("/server_info")
+
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes. ServerError when requests are still running."""
+        self.post("/flush_cache")
+
+    def pause(self, mode: PauseMode = "in_place") -> None:
+        """Stop generating.
+
+        abort: running requests end and return what they have. in_place: they wait and keep their KV cache.
+        retract: they wait, and recompute their KV cache (under the weights of then) when they go on.
+        """
+        self.post("/pause_generation", {"mode": mode})
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self.post("/continue_generation")
+
+    def abort(self, request_id: str | None = None) -> None:
+        """End one request, or all of them; each returns what it has, with finish_reason "abort"."""
+        self.post("/abort_request", {"abort_all": True} if request_id is None else {"rid": request_id})
+
+    def begin_weight_update(self) -> None:
+        """Open the session without which SGLang refuses new weights."""
+        self.post("/begin_weight_update")
+
+    def end_weight_update(self) -> None:
+        """Close it; quantized weights are packed here."""
+        self.post("/end_weight_update")
+
+    def set_weight_version(self, version: int) -> None:
+        """Name the weights now loaded; every token sampled from now on carries the number."""
+        self.post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    def weight_version(self) -> int:
+        """The number that `set_weight_version` gave last; 0 at start-up."""
+        return int(self.model_info()["weight_version"])
+
+    def checksums(self) -> list[dict[str, str]]:
+        """SGLang's checksum of every parameter, by SGLang's own fused names: one dict per tensor-parallel rank."""
+        answer = self.post("/weights_checker", {"action": "checksum"})
+        return [rank["checksums"] for rank in answer["ranks"]]
+
+    def held_weights(self, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> list[HeldWeights]:
+        """What the server holds of each tensor (Hugging Face name, dtype, shape), one answer a rank of the server.
+
+        Of no tensors, the answers name all parameters. Raises ServerError where the server cannot say.
+        """
+        body = {"action": HELD_WEIGHTS, "skip_tensor_list": [json.dumps(list(tensors))], "selector": "target"}
+        out = []
+        for rank in self.post("/weights_checker", body)["ranks"]:
+            lines, mark = rank["checksums"], "parameter "
+            parameters = [name.removeprefix(mark) for name in lines if name.startswith(mark)]
+            pairs = {name: line.split() for name, line in lines.items() if not name.startswith(mark)}
+            out.append(
+                HeldWeights({n: (int(elements), int(value)) for n, (elements, value) in pairs.items()}, parameters)
+            )
+        return out

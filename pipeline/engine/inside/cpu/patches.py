@@ -1,0 +1,142 @@
+"""What is replaced in SGLang 0.5.23, in memory, when the batched CPU backend is chosen. Nothing else is.
+
+Every replacement takes the original as its first argument and calls it for the cases that it does not cover, so
+that a model with other norms, rotations, activations or dtypes runs as SGLang runs it. The reason for each is time
+(`python scripts/bench_rollout.py` measures all of them together); the equality of each is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pybase64
+import torch
+import torch.nn.functional as F
+
+from pipeline.engine.inside.cpu import kernels
+
+
+def install() -> None:
+    """Put all replacements in place; call once, in the scheduler's process."""
+    from sglang.srt.layers import layernorm, sampler
+    from sglang.srt.layers.moe import fused_moe_native
+    from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
+    from sglang.srt.models import qwen3_moe
+
+    _replace(layernorm.RMSNorm, "forward_native", rms_norm)
+    _replace(qwen3_moe.Qwen3MoeAttention, "apply_qk_norm_rope", norm_and_rotate)
+    _replace(fused_moe_native, "moe_forward_native", mixture_of_experts)
+    _replace(sampler, "sampling_from_probs_torch", sample)
+    _replace(SchedulerBatchResultProcessor, "_maybe_collect_routed_experts", collect_routes)
+
+
+def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    setattr(owner, name, replaced)
+
+
+def rms_norm(
+    original: Callable[..., Any],
+    norm: Any,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    post_residual_addition: torch.Tensor | None = None,
+    quant_linear: Any = None,
+) -> Any:
+    """RMSNorm.forward_native: six operations become one."""
+    plain = norm.has_weight and norm.variance_size_override is None and post_residual_addition is None
+    if not plain or x.dtype != torch.float32 or norm.weight.dtype != torch.float32:
+        return original(norm, x, residual, post_residual_addition, quant_linear)
+    rows = x.reshape(-1, norm.hidden_size).contiguous()
+    weight, epsilon = norm.weight.detach().numpy(), np.float32(norm.variance_epsilon)
+    output = torch.empty_like(rows)
+    if residual is None:
+        kernels.rms_norm(rows.numpy(), weight, epsilon, output.numpy())
+        return output.view(x.shape)
+    new_residual = torch.empty_like(rows)
+    kernels.add_rms_norm(
+        rows.numpy(), residual.view(rows.shape).numpy(), weight, epsilon, output.numpy(), new_residual.numpy()
+    )
+    return output.view(x.shape), new_residual.view(x.shape)
+
+
+def norm_and_rotate(
+    original: Callable[..., Any], attention: Any, qkv: torch.Tensor, positions: torch.Tensor, forward_batch: Any
+) -> Any:
+    """Qwen3MoeAttention.apply_qk_norm_rope: two norms and the rotation in one pass over `qkv`."""
+    rotary = attention.rotary_emb
+    plain = type(rotary).__name__ == "RotaryEmbedding" and rotary.is_neox_style
+    if not plain or rotary.rotary_dim != attention.head_dim or qkv.dtype != torch.float32:
+        return original(attention, qkv, positions, forward_batch)
+    kernels.norm_and_rotate(
+        qkv.numpy(),
+        attention.num_heads,
+        attention.num_kv_heads,
+        attention.q_norm.weight.detach().numpy(),
+        attention.k_norm.weight.detach().numpy(),
+        np.float32(attention.q_norm.variance_epsilon),
+        rotary.cos_sin_cache.numpy(),
+        positions.numpy(),
+    )
+    return qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+
+
+def mixture_of_experts(
+    original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any
+) -> torch.Tensor:
+    """moe_forward_native: sorting, activation and combination once for all experts, not per expert."""
+    plain = config.activation == "silu" and config.gemm1_alpha is None and not config.apply_router_weight_on_input
+    biased = getattr(layer, "w13_weight_bias", None) is not None
+    if not plain or biased or x.dtype != torch.float32:
+        return original(layer, x, topk_output, config)
+    weights, expert_ids, _ = topk_output
+    order = np.empty(expert_ids.numel(), np.int64)
+    starts = np.empty(layer.num_experts + 1, np.int64)
+    kernels.sort_by_expert(expert_ids.to(torch.int64).numpy(), order, starts)
+    inputs = x.index_select(0, torch.from_numpy(order // expert_ids.shape[1]))
+    spans = [(e, a, b) for e, (a, b) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)) if a < b]
+    gate_up = _matmul_per_expert(inputs, layer.w13_weight, spans)
+    gate, up = gate_up.chunk(2, dim=1)
+    outputs = _matmul_per_expert(F.silu(gate) * up, layer.w2_weight, spans)
+    result = torch.empty_like(x)
+    kernels.combine_experts(outputs.numpy(), order, weights.to(torch.float32).contiguous().numpy(), result.numpy())
+    return result
+
+
+def _matmul_per_expert(x: torch.Tensor, weight: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
+    """x: [rows, in], expert e owning the rows of its span. weight: [experts, out, in]. Returns [rows, out]."""
+    result = x.new_empty(x.shape[0], weight.shape[1])
+    for expert, start, end in spans:
+        torch.mm(x[start:end], weight[expert].t(), out=result[start:end])
+    return result
+
+
+def sample(
+    original: Callable[..., Any],
+    probabilities: torch.Tensor,
+    sampling_seed: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """sampling_from_probs_torch: one uniform number a row, not one exponential a vocabulary entry."""
+    if sampling_seed is not None or probabilities.dtype != torch.float32:
+        return original(probabilities, sampling_seed, positions)
+    uniforms = torch.rand(probabilities.shape[0], dtype=torch.float64)
+    tokens = torch.empty(probabilities.shape[0], dtype=torch.int32)
+    kernels.sample_rows(probabilities.contiguous().numpy(), uniforms.numpy(), tokens.numpy())
+    return tokens
+
+
+def collect_routes(original: Callable[..., Any], processor: Any, request: Any) -> None:
+    """_maybe_collect_routed_experts: leaves the text that the HTTP server sends anyway, in place of a tensor.
+
+    Between scheduler and HTTP server a tensor is pickled by torch.save, which costs more than the sampling of a token.
+    """
+    original(processor, request)
+    if isinstance(request.routed_experts, torch.Tensor):
+        request.routed_experts = pybase64.b64encode(request.routed_experts.numpy().tobytes()).decode()

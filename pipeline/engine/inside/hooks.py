@@ -1,0 +1,51 @@
+"""What SGLang 0.5.23 is taught in every server of this project, on GPUs too, through its own registry of hooks."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.engine.control import HELD_WEIGHTS
+from pipeline.engine.inside.held_weights import held_checksums
+
+
+def install() -> None:
+    """Register the hooks; call while SGLang loads its plugins."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+    HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", tell_held, HookType.AROUND)
+    HookRegistry.register(f"{updater}.update_weights_from_tensor", refuse, HookType.AROUND)
+
+
+def tell_held(original: Callable[..., Any], checker: Any, action: str, *args: Any, **kwargs: Any) -> Any:
+    """WeightChecker.handle: answers one more action. skip_tensor_list: one text, JSON of [[name, dtype, shape], ...];
+    of no tensors, the answer has the names of all parameters."""
+    if action != HELD_WEIGHTS:
+        return original(checker, action, *args, **kwargs)
+    (text,) = kwargs["skip_tensor_list"]
+    described, model = json.loads(text), checker._get_model()
+    if described:
+        found, reached = held_checksums(model, described)
+        answer = {name: f"{elements} {value}" for name, (elements, value) in found.items()}
+    else:
+        answer, reached = {}, [name for name, _ in model.named_parameters()]
+    return {
+        "checksums": answer | {f"parameter {name}": "" for name in reached},
+        "per_gpu_checksum": "",
+        "parallelism_info": checker._parallelism_info(role=kwargs["role"]).model_dump(),
+    }
+
+
+def refuse(original: Callable[..., Any], updater: Any, request: Any) -> Any:
+    """update_weights_from_tensor: a tensor that does not fit is an answer, as it is when it comes by a group; SGLang
+    lets it end the server."""
+    from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqOutput
+
+    try:
+        return original(updater, request)
+    except Exception as error:
+        traceback.print_exc()
+        return UpdateWeightsFromTensorReqOutput(success=False, message=f"{type(error).__name__}: {error}")

@@ -1,0 +1,52 @@
+"""The process that becomes the server: `python -m pipeline.engine.inside.launch PARENT_PID [SGLang's arguments]`.
+
+It adds one thing to SGLang's own entry point: when the process PARENT_PID is gone, even by SIGKILL, the whole
+server goes too. The parent is polled rather than watched with PR_SET_PDEATHSIG, because that signal is sent when
+the *thread* that started the child ends, and a server may be started from a short-lived thread.
+SGLang's schedulers and detokenizers follow this process by PR_SET_PDEATHSIG of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pipeline.engine.processes import TOKEN_VARIABLE, remove_server
+from pipeline.imports import lasting_imports
+
+_POLL_S = 0.5
+
+if __name__ in ("__main__", "__mp_main__"):  # also in the processes that SGLang spawns
+    # SGLang's debug dumper imports Megatron-Core where it finds it: 1 s, and it replaces torch's unpickling.
+    sys.modules["megatron"] = None  # pyright: ignore[reportArgumentType]
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_POLL_S)
+    try:
+        remove_server(os.environ[TOKEN_VARIABLE], Path(os.environ["TMPDIR"]), set())
+    finally:
+        os._exit(1)
+
+
+def main() -> None:
+    """Watch the parent and serve; returns when the server has been asked to stop."""
+    threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
+    # Imported here: these take seconds, in which the parent may already be gone.
+    with lasting_imports():
+        from sglang.launch_server import run_server
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import prepare_server_args
+
+        load_plugins()
+        importlib.import_module("sglang.srt.entrypoints.http_server")  # what run_server imports
+    run_server(prepare_server_args(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Start, watch and stop one SGLang server (0.5.23) as a child of this process, on GPUs or on the CPU.
+
+start() returns at once, wait_ready() when the server answers; in between the caller may start other things.
+Whatever way this process ends, no process of the server outlives it (`launch.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import requests
+
+from pipeline.config.precision import PrecisionConfig
+from pipeline.config.server import ServerConfig
+from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
+
+CPU_ATTENTION_BACKEND = "sameroute_cpu"
+_CPU_TOTAL_TOKENS = 65_536
+_FREE_PORTS = range(20_000, 32_000)
+CPU_STUBS = Path(__file__).parent / "inside" / "cpu" / "stub"
+_LOG_TAIL_LINES = 30
+
+# SGLang logs these and goes on waiting, or goes on without what failed.
+_FATAL_LOG_LINE = re.compile(
+    r"Scheduler hit an exception|Failed to (load|execute)( general)? plugin:? sameroute|Failed to apply hooks"
+    r"|error while attempting to bind on address"
+)
+
+
+class ServerError(RuntimeError):
+    """The rollout engine could not be started, died, or cannot be reached."""
+
+
+_FULL = PrecisionConfig()  # pyright: ignore[reportCallIssue]
+
+
+class SGLangServer:
+    """One server process tree.
+
+    model_path: Hugging Face folder (config, weights). log_path: file that gets all output of the server.
+    device: "cpu" or "cuda". precision: what it computes with. seed: of the sampler.
+    return_routed_experts: let requests ask for the experts of every token (mixture-of-experts models only).
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        model_path: Path,
+        log_path: Path,
+        *,
+        device: Literal["cpu", "cuda"],
+        seed: int,
+        return_routed_experts: bool,
+        precision: PrecisionConfig = _FULL,
+    ) -> None:
+        self.config = config
+        self.model_path = Path(model_path)
+        self.log_path = Path(log_path)
+        self.device = device
+        self.precision = precision
+        self.seed = seed
+        self.return_routed_experts = return_routed_experts
+        self._port: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._token = secrets.token_hex(6)
+        self._scratch: Path | None = None
+        self._shared_memory: set[Path] = set()
+
+    @property
+    def url(self) -> str:
+        """http://host:port of the started server. Raises ServerError before start()."""
+        if self._port is None:
+            raise ServerError("the SGLang server has not been started")
+        return f"http://{self.config.host}:{self._port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server's first process. Raises ServerError before start()."""
+        if self._process is None:
+            raise ServerError("the SGLang server has not been started")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the server's processes and return; raises ServerError when they could never work."""
+        if self._process is not None:
+            raise ServerError("this SGLang server has already been started")
+        if not (self.model_path / "config.json").is_file():
+            raise ServerError(f"no model at {self.model_path}: there is no config.json")
+        self._port = reserve_port(self.config.host, self.config.port)
+        self._scratch = Path(tempfile.mkdtemp(prefix="sameroute-"))
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pipeline.engine.inside.launch", str(os.getpid()), *self.arguments()]
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=self._environment(),
+            )
+
+    def arguments(self) -> list[str]:
+        """SGLang's command line. Raises ServerError before start(), which settles the port."""
+        config = self.config
+        if self._port is None:
+            raise ServerError("the SGLang server has not been started")
+        arguments = {
+            "--model-path": self.model_path,
+            "--host": config.host,
+            "--port": self._port,
+            "--device": self.device,
+            "--random-seed": self.seed,
+            "--tp-size": config.tensor_parallel,
+            "--context-length": config.context_length,
+            "--max-running-requests": config.max_running_requests,
+            "--max-total-tokens": config.max_total_tokens,
+            "--mem-fraction-static": config.mem_fraction_static,
+            "--attention-backend": config.attention_backend,
+            "--weight-version": 0,
+            "--log-level-http": "warning",
+        }
+        # Prompts and answers travel as token ids, so neither SGLang's tokenizer nor its detokenizer is needed.
+        flags = ["--skip-tokenizer-init"]
+        if self.return_routed_experts:
+            flags.append("--enable-return-routed-experts")
+        if config.deterministic:
+            flags.append("--enable-deterministic-inference")
+        if not (self.device == "cuda" if config.prefix_cache is None else config.prefix_cache):
+            flags.append("--disable-radix-cache")
+        if self.device == "cpu":
+            plain = self.precision.weights == "float32" and self.precision.kv_cache == "same"
+            batched = CPU_ATTENTION_BACKEND if plain else "torch_native"
+            arguments["--attention-backend"] = config.attention_backend or batched
+            arguments["--max-total-tokens"] = config.max_total_tokens or _CPU_TOTAL_TOKENS
+            arguments["--sampling-backend"] = "pytorch"
+            # Nothing is compiled on the CPU, so there is nothing to warm up; overlap helps only a GPU.
+            flags += ["--disable-overlap-schedule", "--skip-server-warmup", "--sleep-on-idle"]
+            flags += ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
+        pairs = [text for name, value in arguments.items() if value is not None for text in (name, str(value))]
+        return pairs + flags + self.precision.server_arguments() + config.extra_args
+
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        environment[TOKEN_VARIABLE] = self._token
+        environment["TMPDIR"] = str(self._scratch)
+        environment["SPT_NOENV"] = "1"  # else setproctitle overwrites the environment that carries the token
+        environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
+        environment |= self.precision.server_environment()
+        if self.device == "cpu":
+            environment["SGLANG_USE_CPU_ENGINE"] = "1"
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+            environment["OMP_NUM_THREADS"] = "1"  # small matrices: more threads are ten times slower
+            environment["TORCHDYNAMO_DISABLE"] = "1"  # importing and compiling costs more than it brings
+            environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "pipeline.engine.inside.cpu.models"
+            if self.config.tensor_parallel > 1:  # SGLang wants as many NUMA nodes, or to be told which core each takes
+                cores = sorted(os.sched_getaffinity(0))
+                chosen = [str(cores[rank % len(cores)]) for rank in range(self.config.tensor_parallel)]
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(chosen)
+                environment["SGLANG_NCCL_SO_PATH"] = "none"  # it finds NCCL installed and takes that for a GPU
+            paths = [str(CPU_STUBS), *filter(None, [environment.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
+        return environment
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Block until the server answers.
+
+        timeout_s: seconds from now; None takes `startup_timeout_s`.
+        Raises ServerError with the end of the log when the server dies, reports a fatal error, or is too slow.
+        """
+        timeout_s = self.config.startup_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if not self.alive():
+                code = None if self._process is None else self._process.returncode
+                raise ServerError(f"the SGLang server ended with code {code} while starting\n{self.log_tail()}")
+            if self._answers():
+                self._shared_memory = shared_memory_of(self._token)
+                self._freeze_garbage_collection()
+                return
+            if _FATAL_LOG_LINE.search(self._log_text()):
+                raise ServerError(f"the SGLang server failed while starting\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"the SGLang server did not answer in {timeout_s:g} s\n{self.log_tail()}")
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/ready", timeout=5).status_code == 200
+        except requests.RequestException:  # not listening yet
+            return False
+
+    def _freeze_garbage_collection(self) -> None:
+        """Take what start-up made out of every later collection, which is 0.5 s of each in each process.
+
+        SGLang does it after its own warm-up; without one it tries before the port is open, and fails.
+        """
+        if self.device == "cpu":
+            requests.post(f"{self.url}/freeze_gc", timeout=60).raise_for_status()
+
+    def alive(self) -> bool:
+        """Whether the server's first process runs; SGLang ends it when a scheduler dies."""
+        return self._process is not None and self._process.poll() is None
+
+    def log_tail(self, lines: int = _LOG_TAIL_LINES) -> str:
+        """The last lines of the log, under its path."""
+        return "\n".join([f"{self.log_path}:", *self._log_text().splitlines()[-lines:]])
+
+    def _log_text(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def stop(self) -> None:
+        """End every process of the server and remove what it left in /dev/shm and in the temporary folder.
+
+        May be called at any time and again. Raises ServerError when a process cannot be killed.
+        """
+        if self._process is None or self._scratch is None:
+            return
+        try:
+            remove_server(self._token, self._scratch, self._shared_memory)
+        except TimeoutError as error:
+            raise ServerError(str(error)) from error
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def reserve_port(host: str, port: int | None) -> int:
+    """`port` if it can be bound, or a free one for None. Raises ServerError when it is in use.
+
+    The server binds it only seconds later, so a free one is taken from below the range that the kernel hands out to
+    whoever asks (32768 on Linux) and above Ray's (10002 to 19999): nobody else takes it meanwhile by chance.
+    """
+    candidates = [port] if port is not None else random.sample(_FREE_PORTS, 50)
+    for candidate in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError as error:
+                reason = error.strerror
+                continue
+            return candidate
+    raise ServerError(f"cannot listen on {host}:{port if port is not None else candidates}: {reason}")

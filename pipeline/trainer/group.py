@@ -1,0 +1,226 @@
+"""All trainer ranks as one: calls that go to every rank, answers merged, and an end when a rank dies or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig
+from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
+from pipeline.cluster.placement import on_node
+from pipeline.config.precision import RolloutWeights
+from pipeline.objectives import Denominators, ObjectiveConfig
+from pipeline.trainer.rank import TrainerRank
+
+if TYPE_CHECKING:
+    from megatron_ext.batch.layout import Sample
+    from megatron_ext.exchange import Exchange
+    from megatron_ext.network import Routing
+    from pipeline.weights import WeightDifference, WeightsConfig
+
+POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
+ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """What the policy says of every response token of some samples.
+
+    logprobs, entropy: [N] float32 a sample. routing: [layers, 3] int64, see merge_routing.
+    """
+
+    logprobs: list[np.ndarray]
+    entropy: list[np.ndarray]
+    routing: np.ndarray
+
+
+class TrainerError(RuntimeError):
+    """A trainer rank failed or died; the message names it and its log."""
+
+
+class TrainerGroup:
+    """All ranks. Start it, build it, call it; every call returns merged answers or raises TrainerError."""
+
+    def __init__(
+        self,
+        parallel: ParallelConfig,
+        *,
+        gpus: bool,
+        log_directory: Path,
+        threads: int,
+        timeout_s: float,
+        watch: Callable[[], None] = lambda: None,
+        nodes: Sequence[str | None] | None = None,
+    ):
+        """Actors start at once and in the background. Ray must be up.
+
+        timeout_s: of one call. watch: called every second while a call waits; raises to end it.
+        nodes: the Ray node of each rank; None: wherever there is room.
+        """
+        self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
+        self.weights_timeout_s = timeout_s
+        resources = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
+        actor = ray.remote(**resources, concurrency_groups={"watch": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
+        self.ranks = [
+            actor.options(**on_node(node)).remote(r, str(self.log_path(r)), threads)
+            for r, node in enumerate(nodes or [None] * parallel.ranks)
+        ]
+
+    def log_path(self, rank: int) -> Path:
+        return self.log_directory.resolve() / f"trainer_rank{rank}.log"
+
+    def build(self, model_path: Path, *args: Any, **kwargs: Any) -> None:
+        """Make the process groups and the model on every rank (see TrainerRank.build)."""
+        (meeting_point,) = self._wait([self.ranks[0].meeting_point.remote()], "meeting_point")
+        self.call("build", meeting_point, str(Path(model_path).resolve()), self.parallel, *args, **kwargs)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """`method` on every rank, together. Answers in rank order."""
+        return self._wait([getattr(r, method).remote(*args, **kwargs) for r in self.ranks], method)
+
+    def load(self, samples: Sequence[Sample]) -> None:
+        """Hand the samples to every rank, through the object store once."""
+        self.call("load", ray.put(list(samples)))
+        self._loaded = len(samples)
+
+    def logprobs(
+        self,
+        routing: Routing | None = None,
+        indices: Sequence[int] | None = None,
+        exchange: Exchange | None = None,
+    ) -> PolicyTokens:
+        """The policy's log-probs of loaded samples; routing, exchange: see Trainer.logprobs."""
+        return self._policy(self.call("measure", "logprobs", indices, routing, exchange), indices)
+
+    def record_routes(self, layers: int, dtype: np.dtype) -> PolicyTokens:
+        """The policy's log-probs under its own routes, which the loaded samples have from then on."""
+        parts = self.call("measure", "logprobs", None, "record")
+        self.call("route", ray.put(merge_routes(parts, self._loaded, layers, dtype)))
+        return self._policy(parts, None)
+
+    def reference_logprobs(self) -> list[np.ndarray]:
+        """The reference's log-probs [N] of every loaded sample."""
+        return merge_tokens(self.call("measure", "reference_logprobs", None), self._loaded)[0]
+
+    def values(self) -> list[np.ndarray]:
+        """The critic's values [N] of every loaded sample."""
+        return merge_tokens(self.call("measure", "values", None), self._loaded)[0]
+
+    def update_policy(
+        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+    ) -> tuple[dict[str, float], PolicyTokens]:
+        """One optimizer step. Returns metrics, and what `logprobs` would have said of these samples before it."""
+        parts = self.call("update_policy", objective, denominators, ray.put(values))
+        return merge_update(parts), self._policy([p.seen for p in parts], list(values))
+
+    def update_critic(
+        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+    ) -> dict[str, float]:
+        """One optimizer step of the critic; its metrics, under critic/."""
+        metrics = merge_update(self.call("update_critic", objective, denominators, ray.put(values)))
+        return {f"critic/{name.rpartition('/')[2]}": value for name, value in metrics.items()}
+
+    def _policy(self, parts: list[TokenPart], indices: Sequence[int] | None) -> PolicyTokens:
+        count = self._loaded if indices is None else len(indices)
+        logprobs, entropy = merge_tokens(parts, count)
+        return PolicyTokens(logprobs, entropy, merge_routing(parts))
+
+    def update_supervised(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One supervised step; metrics."""
+        return merge_update(self.call("update_supervised", ray.put(list(samples))))
+
+    def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """A new phase of training begins: its own settings, no moments of the last."""
+        self.call("restart_optimizer", optimizer)
+
+    def connect(
+        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights = "same"
+    ) -> None:
+        """See TrainerRank.connect."""
+        self.weights_timeout_s = config.timeout_s
+        self.call("connect", urls, config, device, logs, rounding)
+
+    def send_weights(self, version: int) -> None:
+        """The current weights to every connected server, under this version.
+
+        Raises TrainerError where a rank gets no further for `weights.timeout_s`, naming it; where a server does not, it
+        is named instead.
+        """
+        answers = [rank.send_weights.remote(version) for rank in self.ranks]
+        # rank 0 times its servers; the ranks are looked at once it has had time to say so
+        self._wait(answers, "send_weights", 1.2 * self.weights_timeout_s + POLL_S, restart=True)
+
+    def weight_differences(self) -> list[WeightDifference]:
+        """Every tensor that a connected server holds otherwise than the trainer does, bit for bit, by its Hugging Face
+        name; an empty list where they agree. The servers must be idle."""
+        return self.call("weight_differences")[0]
+
+    def _wait(
+        self, answers: list[Any], method: str, timeout_s: float | None = None, *, restart: bool = False
+    ) -> list[Any]:
+        """Wait for all, but not longer than for the first failure. restart: the time begins anew while ranks get on."""
+        timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
+        deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
+        while pending:
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+            # A rank that died leaves the others waiting in a collective: look at what failed first.
+            for answer in done:
+                try:
+                    results[answer] = ray.get(answer)
+                except (RayTaskError, RayActorError) as error:
+                    words = self._explain(answers.index(answer), method, error)
+                    # a collective that timed out fails on those who waited, not on who kept them waiting
+                    silent = self._silent(self._positions([answers.index(p) for p in pending]))
+                    raise TrainerError("; ".join([words, *silent])) from error
+            self.watch()
+            if pending and time.monotonic() > deadline:
+                before, positions = positions, self._positions([answers.index(p) for p in pending])
+                if not restart or None in positions.values() or positions == before:
+                    raise TrainerError(self._stalled(positions, method, timeout_s, streaming=restart))
+                deadline = time.monotonic() + timeout_s
+        return [results[a] for a in answers]
+
+    def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
+        """rank -> its position in the stream of weights, None for one that does not answer at all."""
+        asked = {self.ranks[r].position.remote(): r for r in ranks}
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+        positions: dict[int, int | None] = dict.fromkeys(ranks)
+        for answer in done:
+            with contextlib.suppress(RayActorError):  # it died meanwhile: no answer either
+                positions[asked[answer]] = ray.get(answer)
+        return positions
+
+    def _stalled(self, positions: dict[int, int | None], method: str, timeout_s: float, *, streaming: bool) -> str:
+        late = f"trainer ranks {list(positions)} did not finish {method} in {timeout_s:g} s"
+        silent = self._silent(positions)
+        if streaming and not silent:
+            at, rank = min((p, r) for r, p in positions.items() if p is not None)
+            return f"{late}; rank {rank} is furthest behind, at bucket {at} (log: {self.log_path(rank)})"
+        return "; ".join([late, *silent])
+
+    def _silent(self, positions: dict[int, int | None]) -> list[str]:
+        return [
+            f"rank {rank} does not answer, it hangs or was stopped (log: {self.log_path(rank)})"
+            for rank, position in positions.items()
+            if position is None
+        ]
+
+    def _explain(self, rank: int, method: str, error: Exception) -> str:
+        log = self.log_path(rank)
+        if isinstance(error, RayActorError):
+            return f"trainer rank {rank} died during {method}; its log: {log}"
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return f"trainer rank {rank} failed during {method}: {type(cause).__name__}: {cause} (log: {log})"
+
+    def stop(self) -> None:
+        """End every rank. Never raises for a rank that is already gone."""
+        for rank in self.ranks:
+            ray.kill(rank)  # pyright: ignore[reportArgumentType]  (its stub knows no actor proxies)

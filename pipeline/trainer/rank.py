@@ -1,0 +1,209 @@
+"""One trainer rank: a Ray actor, a process of its own whose log is in the run directory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.parts import TokenPart, UpdatePart
+from pipeline.config.precision import RolloutWeights
+from pipeline.imports import lasting_imports
+from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+
+if TYPE_CHECKING:
+    from megatron_ext.batch.layout import Sample
+    from megatron_ext.checkpoint.staged_save import StagedSave
+    from megatron_ext.hf.export import Bucket
+    from pipeline.weights import WeightDifference, WeightsConfig
+
+
+class TrainerRank:
+    """One rank. Runs inside a Ray actor; nothing of Megatron is imported before `build`."""
+
+    def __init__(self, rank: int, log_path: str, threads: int):
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
+        self.rank, self.threads = rank, threads
+        self.samples: list[Sample] = []
+        self.sender = None
+        self.save: StagedSave | None = None
+
+    def meeting_point(self) -> str:
+        """Where the ranks meet: an address and a free port of this rank's machine."""
+        import socket
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def where(self) -> dict[str, Any]:
+        """This rank's host, Ray node, process and GPUs."""
+        import socket
+
+        context = ray.get_runtime_context()
+        return {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "node": context.get_node_id(),
+            "pid": os.getpid(),
+            "gpus": context.get_accelerator_ids().get("GPU", []),
+        }
+
+    def build(
+        self,
+        meeting_point: str,
+        model_path: str,
+        parallel_config: ParallelConfig,
+        trainer: TrainerConfig,
+        optimizer: OptimizerConfig,
+        *,
+        seed: int,
+        **settings: Any,
+    ) -> None:
+        """Join the world, build the trainer (`settings` are Trainer's own), load its weights."""
+        with lasting_imports():
+            import torch
+            import torch._dynamo  # the first optimizer does
+
+            from megatron_ext import parallel
+            from megatron_ext.trainer import Trainer
+
+        torch.set_num_threads(self.threads)
+        parallel.initialize(parallel_config, rank=self.rank, init_method=meeting_point, seed=seed)
+        self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, **settings)
+
+    def load(self, samples: list[Sample]) -> None:
+        """Keep the samples that everything up to the next `load` works on."""
+        self.samples = samples
+
+    def route(self, routes: list[np.ndarray]) -> None:
+        """Give every loaded sample these routes."""
+        self.samples = [replace(s, routes=r) for s, r in zip(self.samples, routes, strict=True)]
+
+    def measure(self, method: str, indices: Sequence[int] | None, *args: Any) -> TokenPart:
+        """`logprobs`, `reference_logprobs` or `values` of loaded samples, all of them by default."""
+        samples = self.samples if indices is None else [self.samples[i] for i in indices]
+        return getattr(self.trainer, method)(samples, *args)
+
+    def update_policy(
+        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+    ) -> UpdatePart:
+        """One optimizer step on some of the loaded samples. values: sample index -> what the loss reads of it."""
+        from pipeline.trainer.losses import policy_loss
+
+        return self.trainer.update(self._with(values), policy_loss(resolve(objective), denominators))
+
+    def update_critic(
+        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+    ) -> UpdatePart:
+        """The same for the critic."""
+        from pipeline.trainer.losses import critic_loss
+
+        return self.trainer.update_critic(self._with(values), critic_loss(resolve(objective), denominators))
+
+    def _with(self, values: dict[int, dict[str, Any]]) -> list[Sample]:
+        return [replace(self.samples[i], values=v) for i, v in values.items()]
+
+    def update_supervised(self, samples: list[Sample]) -> UpdatePart:
+        """One optimizer step on the likelihood of the samples' responses."""
+        from pipeline.trainer.losses import supervised_loss
+
+        return self.trainer.update(samples, supervised_loss(sum(s.response_length for s in samples)))
+
+    def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """A new phase of training begins: its own settings, no moments of the last."""
+        self.trainer.restart_optimizer(optimizer)
+
+    def keep_reference(self) -> None:
+        """The reference becomes the policy as it is now."""
+        self.trainer.keep_reference()
+
+    def connect(
+        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights
+    ) -> None:
+        """From now on weights go to these servers, from rank 0, rounded as the servers are to compute with them."""
+        self.trainer.exporter.bucket_bytes = config.bucket_bytes
+        self.rollout_weights: RolloutWeights = rounding
+        if self.rank == 0:
+            from pipeline.weights import WeightSender
+
+            self.sender = WeightSender(urls, config, device=device, logs=logs)
+            self.sender.connect()
+
+    def send_weights(self, version: int) -> None:
+        """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
+        if self.sender is not None:
+            self.sender.send(self._sent(), version)
+        else:
+            _walk(self._sent())
+
+    def begin_save(self, directory: str) -> None:
+        """Begin to write a training checkpoint into an empty directory that every rank sees."""
+        self.save = self.trainer.begin_save(Path(directory))
+
+    def save_written(self, wait: bool) -> bool:
+        """Whether this rank has written its part. Raises what went wrong."""
+        assert self.save is not None
+        return self.save.written(wait=wait)
+
+    def finish_save(self) -> None:
+        """Every rank has written: describe the whole."""
+        assert self.save is not None
+        self.save.finish()
+        self.save = None
+
+    def resume(self, directory: str) -> None:
+        """Everything as a training checkpoint has it."""
+        self.trainer.resume(Path(directory))
+
+    def weight_differences(self) -> list[WeightDifference]:
+        """On rank 0, what the servers hold otherwise than the trainer would send it."""
+        if self.sender is not None:
+            return self.sender.differences(self._sent())
+        _walk(self._sent())
+        return []
+
+    def _sent(self) -> Iterator[Bucket]:
+        """On rank 0, the weights as the servers are to hold them."""
+        from pipeline.weights.rounding import rounded
+
+        return rounded(self.trainer.export(everywhere=False), self.rollout_weights)
+
+    @ray.method(concurrency_group="watch")
+    def position(self) -> int:
+        """Buckets that this rank has passed in the stream of weights; answered while another method runs."""
+        return self.trainer.exporter.position if hasattr(self, "trainer") else 0
+
+    def save_hf(self, directory: str) -> None:
+        """Write the weights into a Hugging Face directory. Rank 0 writes."""
+        from pipeline.trainer.hf_output import write_weights
+
+        buckets = self.trainer.export(everywhere=False)
+        if self.rank == 0:
+            write_weights(buckets, Path(directory))
+        else:
+            _walk(buckets)
+
+    def close(self) -> None:
+        """Leave the groups."""
+        if self.sender is not None:
+            self.sender.close()
+
+
+def _walk(buckets: Iterator[Bucket]) -> None:
+    """Take part in a stream whose tensors go elsewhere."""
+    for _ in buckets:
+        pass

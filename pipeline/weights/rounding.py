@@ -1,0 +1,36 @@
+"""The trainer's weights as a quantised rollout engine computes with them.
+
+Every matrix but embeddings, LM head and router is rounded to int8 or float8_e4m3, one scale an output channel, and
+back to its dtype before it is sent. The engine then differs from the trainer as one with such weights does. Nothing
+gets smaller or faster by it: SGLang's own quantised kernels are not driven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.config.precision import RolloutWeights
+from pipeline.weights.differences import Bucket
+
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+
+
+def rounded(buckets: Iterable[Bucket], kind: RolloutWeights) -> Iterator[Bucket]:
+    """The same buckets under the same names, rounded. kind "same" hands them on."""
+    for bucket in buckets:
+        yield bucket if kind == "same" else [(name, _round(name, tensor, kind)) for name, tensor in bucket]
+
+
+def _round(name: str, tensor: Tensor, kind: RolloutWeights) -> Tensor:
+    """[out, in], or [experts, in, out] of gpt-oss -> the same shape and dtype."""
+    kept = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "router.weight", "_bias")
+    if tensor.dim() < 2 or name.endswith(kept):
+        return tensor
+    largest = tensor.float().abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest / _LARGEST[kind], 1.0)
+    steps = tensor.float() / scale
+    held = steps.round() if kind == "int8" else steps.to(torch.float8_e4m3fn).float()
+    return (held * scale).to(tensor.dtype)

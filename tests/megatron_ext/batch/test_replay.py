@@ -1,0 +1,254 @@
+"""Replayed routes: the routers take exactly what was given, and nothing stays behind."""
+
+import numpy as np
+import pytest
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from tests.support.jobs import EXPERTS, LAYERS, SAMPLES, TOPK, make_samples, weighted_likelihood
+from tests.support.ranks import run_ranks
+
+LAYOUTS = [
+    {},
+    {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+    {"ranks": 4, "tensor": 2, "sequence": True, "context": 2},
+]
+
+
+def trainer(model: str, config: ParallelConfig, **settings):
+    from megatron_ext.trainer import Trainer
+
+    settings = {"micro_batch_tokens": 60} | settings
+    return Trainer(model, config, TrainerConfig(**settings), OptimizerConfig(lr=1e-3), replay=True)
+
+
+def selections(config: ParallelConfig, model: str, recompute: str):
+    """Every (token rows, selection) that any router of this rank made, by layer, forward and recomputed."""
+    from megatron_ext.batch.replay import LayerReplay
+    from megatron_ext.mcore import RouterReplayAction
+
+    it = trainer(model, config, recompute=recompute)
+    seen: dict[int, list[np.ndarray]] = {}
+    original = LayerReplay.get_replay_topk
+
+    def recording(self, scores, *args, **kwargs):
+        backward = self.router_replay_action == RouterReplayAction.REPLAY_BACKWARD
+        given = self.replay_backward_list[0] if backward else self.target_topk_idx
+        probs, selection = original(self, scores, *args, **kwargs)
+        seen.setdefault(self.layer_number - 1, []).append(selection[given[:, 0] >= 0].numpy())
+        return probs, selection
+
+    LayerReplay.get_replay_topk = recording  # pyright: ignore[reportAttributeAccessIssue]
+    it.update(make_samples(routes=True), weighted_likelihood)
+    return {layer: np.concatenate(parts) for layer, parts in seen.items()}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_routers_select_exactly_the_given_experts(tiny_model_dir, layout, recompute):
+    answers = run_ranks(selections, ParallelConfig(**layout), str(tiny_model_dir), recompute)
+    given = np.concatenate([s.routes for s in make_samples(routes=True) if s.routes is not None])
+    forwards = 2 if recompute == "full" else 1
+    for layer in range(LAYERS):
+        selected = np.concatenate([a[layer] for a in answers if layer in a])
+        expected = np.concatenate([given[:, layer]] * forwards)
+        assert sorted(map(tuple, selected)) == sorted(map(tuple, expected))
+
+
+def test_missing_routes_are_native_and_counted(tiny_model_dir):
+    from tests.support.jobs import outcome
+
+    settings = TrainerConfig(micro_batch_tokens=60)
+    everyone = tuple(range(SAMPLES))
+    native = outcome(ParallelConfig(), tiny_model_dir, settings, make_samples(routes=False), False)
+    missing = outcome(
+        ParallelConfig(), tiny_model_dir, settings, make_samples(routes=True, without_routes=everyone), True
+    )
+    assert np.array_equal(missing.before, native.before)
+    tokens = sum(s.input_length for s in make_samples(routes=True))
+    assert missing.routing.tolist() == [[0, 0, tokens]] * LAYERS
+
+    some = make_samples(routes=True, without_routes=(0, 5))
+    lost = sum(s.input_length for s in some if s.routes is None)
+    partly = outcome(ParallelConfig(), tiny_model_dir, settings, some, True)
+    assert partly.routing[:, 0].tolist() == [tokens - lost] * LAYERS
+    assert partly.routing[:, 2].tolist() == [lost] * LAYERS
+
+
+def native_routes(config: ParallelConfig, model: str):
+    """Routes that the model itself would take, and the counters when they are replayed."""
+    from dataclasses import replace
+
+    from megatron_ext.batch.replay import LayerReplay
+
+    it = trainer(model, config, micro_batch_tokens=10_000)
+    chosen: dict[int, np.ndarray] = {}
+    original = LayerReplay.get_replay_topk
+
+    def recording(self, scores, *args, **kwargs):
+        probs, selection = original(self, scores, *args, **kwargs)
+        chosen[self.layer_number - 1] = selection.numpy()
+        return probs, selection
+
+    LayerReplay.get_replay_topk = recording  # pyright: ignore[reportAttributeAccessIssue]
+    plain = make_samples(routes=False)
+    first = it.logprobs(plain)
+    LayerReplay.get_replay_topk = original
+    rows = np.stack([chosen[layer] for layer in range(LAYERS)], 1).astype(np.uint8)
+    cuts = np.cumsum([s.input_length for s in plain])[:-1]
+    routed = [replace(s, routes=r) for s, r in zip(plain, np.split(rows, cuts), strict=True)]
+    second = it.logprobs(routed)
+    shifted = [replace(s, routes=np.roll(s.routes, 1, 0)) for s in routed]
+    swapped = [replace(s, routes=s.routes[:, ::-1].copy()) for s in routed]
+    return first, second, it.logprobs(shifted), it.logprobs(swapped)
+
+
+def test_replaying_native_routes_changes_nothing_and_wrong_ones_do(tiny_model_dir):
+    ((first, second, shifted, swapped),) = run_ranks(native_routes, ParallelConfig(), str(tiny_model_dir))
+    for i in range(SAMPLES):
+        assert np.array_equal(first.quantities[0][i], second.quantities[0][i])
+    assert all(replayed == agreed > 0 == fallen for replayed, agreed, fallen in second.routing.values())
+    for wrong in (shifted, swapped):
+        assert max(np.abs(first.quantities[0][i] - wrong.quantities[0][i]).max() for i in range(SAMPLES)) > 1e-2
+        assert all(agreed < replayed for replayed, agreed, _ in wrong.routing.values())
+
+
+def router_gradients(config: ParallelConfig, model: str):
+    it = trainer(model, config)
+    before = [layer.mlp.router.weight.detach().clone() for layer in it.policy.chunks[0].decoder.layers]
+    it.update(make_samples(routes=True), weighted_likelihood)
+    after = [layer.mlp.router.weight.detach() for layer in it.policy.chunks[0].decoder.layers]
+    queues = [len(r.replay_backward_list) for c in it.policy.replays for _, r in c.layers]
+    actions = [r.router_replay_action for c in it.policy.replays for _, r in c.layers]
+    return [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)], queues, actions
+
+
+def test_routers_still_learn_and_no_state_is_left(tiny_model_dir):
+    ((moved, queues, actions),) = run_ranks(router_gradients, ParallelConfig(), str(tiny_model_dir))
+    assert all(m > 1e-4 for m in moved)
+    assert queues == [0] * LAYERS
+    assert actions == [None] * LAYERS
+
+
+def wrong_shapes(config: ParallelConfig, model: str):
+    from dataclasses import replace
+
+    it = trainer(model, config)
+    samples = make_samples(routes=True)
+    messages = []
+    for routes in (
+        np.zeros((samples[0].input_length, LAYERS - 1, TOPK), np.uint8),
+        np.full((samples[0].input_length, LAYERS, TOPK), EXPERTS - 1, np.uint8),
+    ):
+        try:
+            it.logprobs([replace(samples[0], routes=routes)])
+        except ValueError as error:
+            messages.append(str(error))
+    queues = [r.target_topk_idx for c in it.policy.replays for _, r in c.layers]
+    return messages, queues
+
+
+def test_routes_of_another_model_are_refused(tiny_model_dir):
+    ((messages, queues),) = run_ranks(wrong_shapes, ParallelConfig(), str(tiny_model_dir))
+    assert len(messages) == 2
+    assert "for 4 layers, top 2" in messages[0]
+    assert "expert 7 twice" in messages[1]
+    assert queues == [None] * LAYERS
+
+
+def around_replay(config: ParallelConfig, model: str):
+    messages = []
+    for settings in (
+        {"router_fusion": True},
+        {"extra": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}},
+    ):
+        try:
+            trainer(model, config, **settings)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_router_that_goes_around_replay_is_refused(tiny_model_dir):
+    ((fused, auxiliary),) = run_ranks(around_replay, ParallelConfig(), str(tiny_model_dir))
+    assert "returns before replay is consulted" in fused
+    assert "counts the experts of a top-k of its own" in auxiliary
+
+
+def three_models(config: ParallelConfig, model: str):
+    """A policy that replays beside a reference and a critic of the same layers, in one process."""
+    from megatron_ext.trainer import Trainer
+
+    settings = TrainerConfig(micro_batch_tokens=60, recompute="full")
+    it = Trainer(model, config, settings, OptimizerConfig(), replay=True, reference=True, critic=OptimizerConfig())
+    alone = Trainer(model, config, settings, OptimizerConfig(), replay=False)
+    samples, plain = make_samples(routes=True), make_samples(routes=False)
+    assert it.reference is not None
+    it.keep_reference()
+    parts = (
+        it.logprobs(samples),
+        it.reference_logprobs(samples),
+        alone.logprobs(plain),
+        it.logprobs(samples, "native"),
+        it.values(samples),
+        it.logprobs(samples),
+    )
+    return [part.quantities[0] if part.quantities else {} for part in parts]
+
+
+def test_reference_and_critic_route_natively_beside_a_policy_that_replays(tiny_model_dir):
+    chunks = ParallelConfig(ranks=2, pipeline=2, virtual_pipeline=2)
+    _, last_stage = run_ranks(three_models, chunks, str(tiny_model_dir))
+    replayed, reference, alone, native, values, again = last_stage
+    for i in range(SAMPLES):
+        assert np.array_equal(reference[i], alone[i])
+        assert np.array_equal(native[i], alone[i])
+        assert np.array_equal(again[i], replayed[i])
+        assert (values[i] == 0).all()
+    assert max(np.abs(replayed[i] - alone[i]).max() for i in range(SAMPLES)) > 1e-2
+
+
+def recorded(config: ParallelConfig, model: str, packing: bool):
+    """R2 on a rank: the routes of a native forward, log-probs under them, and the counters of an update with them."""
+    from megatron_ext.trainer import Trainer
+
+    settings = TrainerConfig(micro_batch_tokens=60, packing=packing, recompute="full")
+    it = Trainer(model, config, settings, OptimizerConfig(lr=1e-9), replay=True)
+    return it.logprobs(make_samples(routes=False), "record")
+
+
+def replay_recorded(config: ParallelConfig, model: str, packing: bool, routes):
+    from dataclasses import replace
+
+    from megatron_ext.trainer import Trainer
+
+    settings = TrainerConfig(micro_batch_tokens=100, packing=packing, recompute="full")
+    it = Trainer(model, config, settings, OptimizerConfig(lr=1e-9), replay=True)
+    samples = [replace(s, routes=r) for s, r in zip(make_samples(routes=False), routes, strict=True)]
+    return it.update(samples, weighted_likelihood).seen
+
+
+R2_LAYOUTS = [
+    {},
+    {"ranks": 2},
+    {"ranks": 2, "context": 2},
+    {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+    {"ranks": 8, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "context": 2},
+]
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("layout", R2_LAYOUTS, ids=str)
+def test_r2_records_the_native_routes_of_every_token_and_updates_replay_them(tiny_model_dir, layout, packing):
+    from megatron_ext.parts import merge_routes, merge_routing, merge_tokens
+
+    config, model = ParallelConfig(**layout), str(tiny_model_dir)
+    parts = run_ranks(recorded, config, model, packing)
+    routes = merge_routes(parts, SAMPLES, LAYERS, np.dtype(np.uint8))
+    assert [r.shape for r in routes] == [(s.input_length, LAYERS, TOPK) for s in make_samples(routes=False)]
+    seen = run_ranks(replay_recorded, config, model, packing, routes)
+    tokens = sum(len(r) for r in routes)
+    counts = merge_routing(seen)
+    assert counts[:, 0].tolist() == [tokens] * LAYERS
+    assert (counts[:, 1] >= tokens - 1).all()  # one may sit on a tie that another micro-batch rounds the other way
+    for mine, theirs in zip(merge_tokens(parts, SAMPLES)[0], merge_tokens(seen, SAMPLES)[0], strict=True):
+        assert np.abs(mine - theirs).max() < 1e-5

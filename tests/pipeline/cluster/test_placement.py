@@ -1,0 +1,43 @@
+"""Ranks and servers on the nodes of a Ray cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.cluster.placement import Placement, PlacementError, place, wait_and_place
+
+
+def node(name, *, alive=True, head=False, **resources):
+    if head:
+        resources["node:__internal_head__"] = 1.0
+    return {"NodeID": name, "Alive": alive, "NodeManagerAddress": f"10.0.0.{name[1:]}", "Resources": resources}
+
+
+def test_ranks_fill_the_trainer_nodes_one_after_the_other_and_servers_the_rollout_nodes():
+    nodes = [node("n1", trainer=4, GPU=4), node("n2", trainer=4, GPU=4), node("n3", rollout=4, GPU=4)]
+    placed = place(nodes, 8, [2, 2], gpus=True)
+    assert placed == Placement(["n1"] * 4 + ["n2"] * 4, ["n3", "n3"])
+
+
+def test_without_kinds_ranks_and_servers_share_the_gpus_of_all_nodes():
+    nodes = [node("n1", GPU=4, CPU=64), node("n2", GPU=4, CPU=64)]
+    assert place(nodes, 4, [2, 2], gpus=True) == Placement(["n1"] * 4, ["n2", "n2"])
+    assert place(nodes, 2, [2], gpus=False) == Placement(["n1"] * 2, ["n1"])
+
+
+def test_a_server_does_not_span_nodes_and_a_dead_node_has_no_slots():
+    nodes = [node("n1", GPU=4), node("n2", GPU=2), node("n3", alive=False, GPU=8)]
+    with pytest.raises(PlacementError, match=r"has 6 GPUs on 2 nodes, .* parallel\.ranks=2 and 1 servers of .*=4 each"):
+        place(nodes, 2, [4], gpus=True)
+    with pytest.raises(PlacementError, match="has 0 trainer and 8 rollout slots on 1 nodes"):
+        place([node("n1", rollout=8)], 1, [1], gpus=True)
+
+
+def test_nodes_that_join_late_are_waited_for_and_the_head_comes_first():
+    late = node("n1", trainer=2)
+    joined = [[], [node("n2", head=True, trainer=2)], [late, node("n2", head=True, trainer=2), node("n3", rollout=1)]]
+    answers = iter(joined)
+    placed = wait_and_place(3, [1], gpus=False, timeout_s=30, nodes=lambda: next(answers))
+    assert placed == Placement(["n2", "n2", "n1"], ["n3"])
+    with pytest.raises(PlacementError, match="has 0 CPUs on 0 nodes"):
+        wait_and_place(1, [], gpus=False, timeout_s=0, nodes=list)

@@ -1,0 +1,140 @@
+"""The precision block: what it makes of SGLang's command line, what it refuses, and how it rounds weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.config import load_config
+from pipeline.config.precision import PrecisionConfig
+from pipeline.config.server import ServerConfig
+from pipeline.engine.server import SGLangServer
+from pipeline.weights.rounding import rounded
+
+QUICKSTART = "configs/quickstart.yaml"
+HALF = {"weights": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "routers"),
+    [
+        ({}, "--dtype float32 --enable-fp32-lm-head", {}),
+        (HALF, "--dtype bfloat16 --enable-fp32-lm-head", {"SAMEROUTE_ROUTER": "fp32"}),
+        (HALF | {"head": "fp32"}, "--dtype bfloat16 --enable-fp32-lm-head", {"SAMEROUTE_ROUTER": "fp32"}),
+        (HALF | {"head": "bf16", "router": "bf16"}, "--dtype bfloat16", {}),
+        (
+            HALF | {"kv_cache": "fp8_e4m3", "router": "bf16", "head": "bf16"},
+            "--dtype bfloat16 --kv-cache-dtype fp8_e4m3",
+            {},
+        ),
+        (
+            {"top_k": 20, "top_p": 0.9, "temperature": 0.7},
+            "--dtype float32 --enable-fp32-lm-head --sampling-mask-max-tokens 84",
+            {},
+        ),
+    ],
+)
+def test_each_setting_reaches_the_server(fields, arguments, routers):
+    precision = PrecisionConfig(**fields)
+    assert precision.server_arguments() == arguments.split()
+    assert precision.server_environment() == routers
+
+
+def test_the_server_runs_under_the_arguments_of_the_block_and_a_backend_that_has_its_cache(tmp_path):
+    (tmp_path / "config.json").touch()
+    for fields, backend in (
+        ({}, "sameroute_cpu"),
+        ({"kv_cache": "bfloat16"}, "torch_native"),
+        (HALF, "torch_native"),
+    ):
+        precision = PrecisionConfig(**fields)
+        server = SGLangServer(
+            ServerConfig(),
+            tmp_path,
+            tmp_path / "log",
+            device="cpu",
+            seed=0,
+            return_routed_experts=True,
+            precision=precision,
+        )
+        server._port = 1
+        line = " ".join(server.arguments())
+        assert " ".join(precision.server_arguments()) in line
+        assert f"--attention-backend {backend} " in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"head": "bf16"}, "set head=fp32, or weights=bfloat16"),
+        ({"router": "bf16"}, "set router=fp32, or weights=bfloat16"),
+        ({"top_p": 0.9}, "set top_k to at most that"),
+        ({"top_k": 5000}, "set top_k to at most that"),
+        ({"temperature": 0.0}, "greater than 0"),
+    ],
+)
+def test_what_both_engines_cannot_do_alike_is_refused(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        PrecisionConfig(**fields)
+
+
+def test_an_fp8_cache_is_refused_on_a_cpu_only():
+    precision = PrecisionConfig(weights="bfloat16", kv_cache="fp8_e5m2")
+    precision.check_device("cuda")
+    with pytest.raises(ValueError, match=r"set precision\.kv_cache to same or bfloat16"):
+        precision.check_device("cpu")
+
+
+def test_code_can_make_the_engines_differ_where_a_configuration_cannot():
+    precision = load_config(QUICKSTART, ["precision.weights=bfloat16"]).precision
+    assert precision.head == "fp32_accumulate"
+    assert precision.model_copy(update={"head": "bf16"}).head == "bf16"
+
+
+def test_the_bound_on_the_mismatch_is_that_of_the_precision():
+    bounds = [
+        load_config(QUICKSTART, overrides).logprob_bound
+        for overrides in (
+            [],
+            ["precision.weights=bfloat16"],
+            ["precision.rollout_weights=int8"],
+            ["precision.weights=bfloat16", "checks.max_abs_logprob=7"],
+        )
+    ]
+    assert bounds == [1e-3, 0.1, 0.3, 7]
+
+
+@pytest.mark.parametrize(("kind", "largest_error"), [("int8", 0.5 / 127), ("fp8", 1 / 28)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_are_rounded_by_rows_and_the_rest_is_left_alone(kind, largest_error, dtype):
+    torch.manual_seed(0)
+    matrix = torch.randn(16, 64).to(dtype) * torch.logspace(-3, 3, 16)[:, None].to(dtype)
+    matrix[3] = 0
+    left = [
+        ("model.embed_tokens.weight", torch.randn(8, 4)),
+        ("lm_head.weight", torch.randn(8, 4)),
+        ("model.layers.0.mlp.gate.weight", torch.randn(8, 4)),
+        ("model.layers.0.mlp.router.weight", torch.randn(8, 4)),
+        ("model.layers.0.mlp.experts.down_proj_bias", torch.randn(8, 4)),
+        ("model.layers.0.input_layernorm.weight", torch.randn(4)),
+    ]
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.3.gate_proj.weight"]
+    buckets = [[(names[0], matrix), *left], [(names[1], matrix)]]
+    first, second = rounded(buckets, kind)
+    assert [name for name, _ in first] == [name for name, _ in buckets[0]]
+    assert all(a is b for (_, a), (_, b) in zip(first[1:], left, strict=True))
+    for name, held in (first[0], second[0]):
+        assert name in names
+        assert held.dtype == dtype
+        assert torch.isfinite(held).all()
+        assert not torch.equal(held, matrix)
+        error = (held.float() - matrix.float()).abs().amax(1) / matrix.float().abs().amax(1).clamp_min(1e-30)
+        assert error.max() <= largest_error * 1.02 + (2**-8 if dtype == torch.bfloat16 else 0)
+        if kind == "int8" and dtype == torch.float32:
+            steps = held / (held.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127)
+            assert (steps - steps.round()).abs().max() < 1e-3
+    assert list(rounded(buckets, "same")) == buckets
+    packed = [("model.layers.0.mlp.experts.down_proj", torch.stack([matrix, matrix.flip(0)]).mT)]
+    (((_, held_packed),),) = rounded([packed], kind)
+    assert torch.equal(held_packed.mT, torch.stack([first[0][1], first[0][1].flip(0)]))

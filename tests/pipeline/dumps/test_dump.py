@@ -1,0 +1,287 @@
+"""What a dump gives back is what was written; what is no dump is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from megatron_ext.hf.description import ModelShape
+from pipeline.dumps.dump import FINISH_REASONS, Dump, DumpError, dump_path, read_dump, write_dump
+from pipeline.dumps.steps import DumpedSteps
+from pipeline.types import Group, Prompt, Rollout
+
+LAYERS, TOPK, EXPERTS, VOCAB = 3, 2, 8, 50
+SHAPE = ModelShape("qwen3_moe", LAYERS, tuple(range(LAYERS)), EXPERTS, TOPK, VOCAB, VOCAB, False)
+HEADER = {
+    "format": "sameroute.rollouts", "format_version": "1", "step": "1", "weight_version": "1", "temperature": "1.0",
+}  # fmt: skip
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, metadata=None, kept=False):
+    ids = rng.integers(0, VOCAB, prompt_length).astype(np.int32)
+    rollouts = []
+    for n in lengths:
+        rows = (
+            None if routes is None else rng.integers(0, EXPERTS, (prompt_length + n - 1, LAYERS, TOPK)).astype(routes)
+        )
+        rollouts.append(
+            Rollout(
+                prompt_ids=ids,
+                response_ids=(ids_of_response := rng.integers(0, VOCAB, n).astype(np.int32)),
+                rollout_logprobs=-rng.random(n).astype(np.float32),
+                routes=None if routes is None else rows.astype(routes),
+                weight_versions=rng.integers(0, 9, n).astype(np.int32),
+                finish_reason=FINISH_REASONS[int(rng.integers(3))],
+                kept=make_kept(rng, ids_of_response) if kept else None,
+            )
+        )
+    prompt = Prompt(ids, f"prompt {index} <|é\u2028", metadata if metadata is not None else {"answer": "1"}, index)
+    return Group(prompt, tuple(rollouts), rng.normal(size=len(lengths)).astype(np.float32))
+
+
+def make_kept(rng, ids):
+    """Up to four tokens beside each, its own among them."""
+    rows = [rng.permutation(np.unique(np.append(rng.integers(0, VOCAB, rng.integers(5)), i))) for i in ids]
+    out = np.full((len(ids), max(map(len, rows), default=1)), -1, np.int32)
+    for row, tokens in zip(out, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return out
+
+
+@st.composite
+def dumps(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    shape = st.lists(st.integers(0, 6), min_size=1, max_size=3)
+    dtype = draw(st.sampled_from([np.uint8, np.int16]))
+    groups, kept = [], draw(st.booleans())
+    for index, lengths in enumerate(draw(st.lists(shape, min_size=1, max_size=3))):
+        routes = dtype if draw(st.booleans()) else None
+        metadata = draw(st.dictionaries(st.text(), json_values, max_size=3))
+        groups.append(make_group(rng, index, draw(st.integers(1, 4)), lengths, routes, metadata, kept))
+    temperature = draw(st.floats(1e-3, 10))
+    return Dump(draw(st.integers(0, 10**6)), draw(st.integers(0, 10**6)), temperature, tuple(groups))
+
+
+def same(a, b):
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if dataclasses.is_dataclass(a):
+        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@settings(max_examples=60, deadline=None)
+@given(dumps())
+def test_any_step_is_read_back_bit_for_bit(tmp_path_factory, dump):
+    folder = tmp_path_factory.mktemp("dumps")
+    file = write_dump(folder, dump)
+    assert file == dump_path(folder, dump.step)
+    assert same(read_dump(file), dump)
+    assert [f.name for f in folder.iterdir()] == [file.name]
+
+
+@pytest.fixture
+def dump():
+    rng = np.random.default_rng(0)
+    return Dump(1, 1, 1.0, (make_group(rng, 0), make_group(rng, 1, 2, (5, 2))))
+
+
+def test_routes_stay_in_their_narrow_type(tmp_path, dump):
+    assert load_file(write_dump(tmp_path, dump))["routes"].dtype == np.uint8
+
+
+def test_a_write_that_fails_leaves_the_dump_that_was_there(tmp_path, dump, monkeypatch):
+    file = write_dump(tmp_path, dump)
+    before = file.read_bytes()
+
+    def full(tensors, path, header):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        write_dump(tmp_path, dump)
+    assert file.read_bytes() == before
+    assert DumpedSteps(tmp_path).steps == [1]
+
+
+def with_group(dump, **changes):
+    return dataclasses.replace(dump, groups=(dataclasses.replace(dump.groups[0], **changes), *dump.groups[1:]))
+
+
+def with_rollout(dump, **changes):
+    first, *others = dump.groups[0].rollouts
+    return with_group(dump, rollouts=(dataclasses.replace(first, **changes), *others))
+
+
+def with_metadata(dump, metadata):
+    return with_group(dump, prompt=dataclasses.replace(dump.groups[0].prompt, metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: dataclasses.replace(d, groups=()), "without rollouts"),
+        (lambda d: with_rollout(d, prompt_ids=np.zeros(4, np.int32)), "prompt 0 has a rollout of another prompt"),
+        (lambda d: with_rollout(d, rollout_logprobs=np.zeros(2, np.float32)), "prompt 0 .* differ in length"),
+        (lambda d: with_rollout(d, routes=np.zeros((5, 3, 2), np.uint8)), "prompt 0 has 5 route rows for 6 input"),
+        (lambda d: with_rollout(d, routes=np.zeros((6, 3, 2), np.int16)), "one shape and dtype"),
+        (lambda d: with_rollout(d, rollout_logprobs=np.array([0, np.nan, 0], np.float32)), "logprobs .* not finite"),
+        (lambda d: with_rollout(d, rollout_logprobs=np.array([0, 0.5, 0], np.float32)), "above 0"),
+        (lambda d: with_rollout(d, response_ids=np.array([1, -2, 1], np.int32)), "response_ids holds -2"),
+        (lambda d: with_group(d, rewards=np.zeros(0, np.float32)), "prompt 0 has 0 rewards for 2 rollouts"),
+        (lambda d: with_rollout(d, kept=np.zeros((2, 1), np.int32)), "prompt 0 has 2 kept sets for 3 tokens"),
+        (lambda d: with_rollout(d, kept=np.zeros((3, 1), np.int32)), "1 of 4 rollouts have kept tokens"),
+        (lambda d: with_group(d, rewards=np.zeros(2)), "rewards is float64, not float32"),
+        (lambda d: with_metadata(d, {"key": {1, 2}}), "metadata of prompt 0 is not JSON"),
+        (lambda d: with_metadata(d, {"key": float("nan")}), "metadata of prompt 0 is not JSON"),
+        (lambda d: with_metadata(d, {"key": (1, 2)}), "metadata of prompt 0 changes in JSON"),
+    ],
+)  # fmt: skip
+def test_what_could_not_be_read_back_is_refused_by_name(tmp_path, dump, change, message):
+    with pytest.raises(DumpError, match=message):
+        write_dump(tmp_path, change(dump))
+    assert list(tmp_path.glob("step_*")) == []
+
+
+def without(arrays, name):
+    return {k: v for k, v in arrays.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: without(a, "rewards"), "lacks or has more than it should: rewards"),
+        (lambda a: a | {"extra": np.zeros(1)}, "lacks or has more than it should: extra"),
+        (lambda a: a | {"rewards": a["rewards"].astype(np.float64)}, "rewards is float64, not float32"),
+        (lambda a: a | {"rewards": a["rewards"][:, None]}, r"rewards has shape \[4, 1\]"),
+        (lambda a: a | {"rewards": a["rewards"][:-1]}, "rewards has 3 entries, not 4"),
+        (lambda a: a | {"rewards": a["rewards"] * np.inf}, "rewards holds a number that is not finite"),
+        (lambda a: a | {"group_sizes": np.array([4, 0], np.int32)}, "a group has no rollouts"),
+        (lambda a: a | {"response_lengths": a["response_lengths"] + 1}, "entries, not 15"),
+        (lambda a: a | {"response_lengths": np.array([3, 1, 8, -1], np.int32)}, "negative length"),
+        (lambda a: a | {"prompt_lengths": np.array([6, 0], np.int32)}, "a prompt has no tokens"),
+        (lambda a: a | {"routes": a["routes"][:-1]}, "routes has 18 rows, not 19"),
+        (lambda a: a | {"weight_versions": a["weight_versions"] - 100}, "weight_versions holds -"),
+        (lambda a: a | {"finish_reasons": a["finish_reasons"] + np.uint8(9)}, "finish_reasons holds an unknown"),
+        (lambda a: a | {"has_routes": ~a["has_routes"]}, "routes has 19 rows, not 0"),
+        (lambda a: a | {"routes": a["routes"].astype(np.int16) - 50}, "routes holds expert -"),
+        (lambda a: a | {"kept": a["response_ids"]}, "kept has shape"),
+        (lambda a: a | {"kept": a["response_ids"][1:, None]}, "kept has .* entries, not"),
+        (lambda a: a | {"kept": a["response_ids"][:, None] + 1}, "kept lacks a token that was sampled"),
+        (lambda a: without(a, "routes"), "there are no routes, though has_routes says so"),
+        (lambda a: a | {"prompts": a["prompts"][:-1]}, "prompts is not JSON"),
+        (lambda a: a | {"prompts": np.frombuffer(b"[]", np.uint8)}, "prompts is not a list of 2"),
+        (lambda a: a | {"prompts": np.frombuffer(b"[1, 2]", np.uint8)}, "a prompt is not {text, metadata, index}"),
+    ],
+)
+def test_a_file_that_cannot_be_a_step_is_refused_by_what_is_wrong_with_it(tmp_path, dump, change, message):
+    file = write_dump(tmp_path, dump)
+    arrays = change({name: array.copy() for name, array in load_file(file).items()})
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, file, HEADER)
+    with pytest.raises(DumpError, match=message) as raised:
+        read_dump(file)
+    assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is no dump of rollouts: its header says format 'other'"),
+        ({"format_version": "2"}, "has format version 2; this code reads 1"),
+        ({"step": "one"}, "has no number step, but 'one'"),
+        ({"temperature": "nan"}, "has temperature nan"),
+    ],
+)
+def test_a_header_that_is_another_format_is_refused(tmp_path, dump, change, message):
+    file = write_dump(tmp_path, dump)
+    save_file(load_file(file), file, HEADER | change)
+    with pytest.raises(DumpError, match=message):
+        DumpedSteps(file)
+
+
+def test_a_file_cut_short_is_refused_before_anything_is_replayed(tmp_path, dump):
+    file = write_dump(tmp_path, dump)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(DumpError, match=r"step_000001\.safetensors is no safetensors file, or not a whole one"):
+        DumpedSteps(tmp_path)
+
+
+def test_steps_come_in_order_and_without_a_gap(tmp_path, dump):
+    for step in (9, 10, 8):
+        write_dump(tmp_path, dataclasses.replace(dump, step=step))
+    assert DumpedSteps(tmp_path).steps == [8, 9, 10]
+    assert DumpedSteps(dump_path(tmp_path, 9)).steps == [9]
+    dump_path(tmp_path, 9).unlink()
+    with pytest.raises(DumpError, match="lacks step 9"):
+        DumpedSteps(tmp_path)
+    write_dump(tmp_path, dataclasses.replace(dump, step=9)).rename(tmp_path / "step_copy.safetensors")
+    write_dump(tmp_path, dataclasses.replace(dump, step=9))
+    with pytest.raises(DumpError, match="both of step 9"):
+        DumpedSteps(tmp_path)
+
+
+def test_a_path_without_dumps_says_where_they_might_be(tmp_path, dump):
+    with pytest.raises(DumpError, match="there is no dump"):
+        DumpedSteps(tmp_path / "none")
+    with pytest.raises(DumpError, match=r"debug\.dump_rollouts=true writes"):
+        DumpedSteps(tmp_path)
+    write_dump(tmp_path / "dumps", dump)
+    with pytest.raises(DumpError, match=r"did you mean .*dumps\?"):
+        DumpedSteps(tmp_path)
+
+
+def config(temperature=1.0, max_new_tokens=5, replay="r3", masks=False):
+    return SimpleNamespace(
+        rollout=SimpleNamespace(max_new_tokens=max_new_tokens),
+        precision=SimpleNamespace(temperature=temperature, masks_sampling=masks),
+        replay=replay,
+    )
+
+
+def test_a_step_is_read_for_the_model_and_the_configuration_that_it_fits(tmp_path, dump):
+    write_dump(tmp_path, dump)
+    assert same(DumpedSteps(tmp_path).read(1, config(), SHAPE), dump)
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape", "message"),
+    [
+        (config(), {"vocab_size": 20}, "is outside the model's vocabulary of 20"),
+        (config(temperature=0.5), {}, "set precision.temperature=1.0"),
+        (config(masks=True), {}, "over other tokens; set precision: top_k=-1"),
+        (config(max_new_tokens=4), {}, "set rollout.max_new_tokens=5"),
+        (config(), {"num_layers": 4}, "for 3 layers, top 2; the model has 4, top 2"),
+        (config(), {"num_experts": 3}, "outside the model's 3"),
+    ],
+)
+def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, dump, asked, shape, message):
+    write_dump(tmp_path, dump)
+    with pytest.raises(DumpError, match=message):
+        DumpedSteps(tmp_path).read(1, asked, dataclasses.replace(SHAPE, **shape))
+
+
+def test_a_step_without_routes_or_without_a_response_cannot_be_replayed_as_if_it_had_them(tmp_path):
+    rng = np.random.default_rng(0)
+    write_dump(tmp_path, Dump(1, 1, 1.0, (make_group(rng, routes=None),)))
+    with pytest.raises(DumpError, match="no routes; set replay=none"):
+        DumpedSteps(tmp_path).read(1, config(), SHAPE)
+    assert DumpedSteps(tmp_path).read(1, config(replay="none"), SHAPE).step == 1
+    write_dump(tmp_path, Dump(1, 1, 1.0, (make_group(rng, lengths=(2, 0)),)))
+    with pytest.raises(DumpError, match="nothing to train on"):
+        DumpedSteps(tmp_path).read(1, config(), SHAPE)

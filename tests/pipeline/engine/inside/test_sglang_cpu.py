@@ -1,0 +1,68 @@
+"""The CPU backend computes what SGLang's own fallbacks compute, and samples what the probabilities say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pipeline.engine.inside import plugin
+from pipeline.engine.inside.cpu import kernels
+
+COMPARED = [
+    "decode", "short prompts", "short prompts after a cached prefix", "a long prompt among short ones",
+    "a long prompt after a cached prefix", "norms", "rotation", "experts", "experts when all tokens choose the same",
+    "routers",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def differences():
+    module = "tests.support.against_sglang"
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("what", COMPARED)
+def test_the_batched_backend_equals_torch_native(differences, what):
+    assert differences[what] < 1e-5
+
+
+def test_every_comparison_is_looked_at(differences):
+    assert sorted(differences) == sorted(COMPARED)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    probabilities = np.array([0.5, 0.0, 0.2, 0.3, 0.0], np.float32)
+    rows = 40_000
+    tokens = np.empty(rows, np.int32)
+    kernels.sample_rows(np.tile(probabilities, (rows, 1)), np.random.default_rng(0).random(rows), tokens)
+    frequencies = np.bincount(tokens, minlength=5) / rows
+    assert np.abs(frequencies - probabilities).max() < 0.01  # four standard deviations
+    assert frequencies[1] == frequencies[4] == 0
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.2499, 1), (0.26, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(uniform, token):
+    weights = np.array([[0.0, 1.0, 0.0, 3.0, 0.0]], np.float32)  # need not sum to one
+    tokens = np.empty(1, np.int32)
+    kernels.sample_rows(weights, np.array([uniform]), tokens)
+    assert tokens[0] == token
+
+
+def test_the_plugin_does_nothing_for_a_server_on_a_gpu(monkeypatch):
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    before = dict(sys.modules)
+    plugin.activate()
+    assert dict(sys.modules) == before
+
+
+def test_the_plugin_imports_light():
+    """It is loaded by every SGLang process, on GPUs too."""
+    heavy = "[name for name in ('torch', 'sglang', 'numba') if name in sys.modules]"
+    code = f"import sys, pipeline.engine.inside.cpu.plugin; print({heavy})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,174 @@
+"""The life of a server process tree: how it starts, fails, and ends, whoever ends first."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from pipeline.config.server import ServerConfig
+from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.processes import TOKEN_VARIABLE, processes_of, shared_memory_of
+from pipeline.engine.server import ServerError, SGLangServer
+
+SHAPE = {"vocab_size": 512, "num_layers": 4, "topk": 2, "num_experts": 8}
+
+
+def make_server(model, folder, **config):
+    return SGLangServer(
+        ServerConfig(context_length=1024, startup_timeout_s=240, **config),
+        model,
+        folder / "sglang.log",
+        device="cpu",
+        seed=0,
+        return_routed_experts=True,
+    )
+
+
+def wait_until_gone(token, timeout_s):
+    """Seconds until no process carries the token."""
+    began = time.monotonic()
+    while processes_of(token):
+        assert time.monotonic() - began < timeout_s, [p.cmdline() for p in processes_of(token)]
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(tiny_model_dir, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = make_server(tiny_model_dir, tmp_path, port=port)
+        with pytest.raises(ServerError, match=rf"127\.0\.0\.1:{port}: Address already in use"):
+            server.start()
+    assert not server.alive()
+    assert not server.log_path.exists()
+
+
+def test_a_missing_model_directory_is_refused_by_name(tmp_path):
+    with pytest.raises(ServerError, match=r"no model at .*nowhere"):
+        make_server(tmp_path / "nowhere", tmp_path).start()
+
+
+def test_a_server_that_ends_while_starting_is_reported_at_once_with_its_log(tiny_model_dir, tmp_path):
+    server = make_server(tiny_model_dir, tmp_path)
+    try:
+        server.start()
+        server.log_path.write_text("the last words\n")
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ServerError, match=r"ended with code -9(?s:.)*sglang\.log(?s:.)*the last words"):
+            server.wait_ready(60)
+    finally:
+        server.stop()
+
+
+def test_a_server_that_logs_a_fatal_error_is_not_waited_for(tiny_model_dir, tmp_path):
+    server = make_server(tiny_model_dir, tmp_path)
+    try:
+        server.start()
+        server.log_path.write_text("[2026-01-01] Scheduler hit an exception: Traceback (most recent call last):\n")
+        with pytest.raises(ServerError, match=r"failed while starting(?s:.)*hit an exception"):
+            server.wait_ready(5)
+    finally:
+        server.stop()
+
+
+def test_a_server_that_is_too_slow_is_reported_and_stop_ends_it(tiny_model_dir, tmp_path):
+    server = make_server(tiny_model_dir, tmp_path)
+    server.start()
+    with pytest.raises(ServerError, match="did not answer in 1 s"):
+        server.wait_ready(1)
+    token = psutil.Process(server.pid).environ()[TOKEN_VARIABLE]  # empty for a moment while the process begins
+    assert server.alive()
+    server.stop()
+    server.stop()
+    assert not server.alive()
+    assert not processes_of(token)
+
+
+def test_the_url_is_refused_before_the_start(tiny_model_dir, tmp_path):
+    with pytest.raises(ServerError, match="not been started"):
+        _ = make_server(tiny_model_dir, tmp_path).url
+
+
+def test_the_shared_server_runs_on_the_batched_backend_and_owns_shared_memory(server):
+    token = psutil.Process(server.pid).environ()[TOKEN_VARIABLE]
+    info = requests.get(f"{server.url}/server_info", timeout=30).json()
+    assert info["attention_backend"] == "sameroute_cpu"
+    assert len(processes_of(token)) >= 3
+    assert shared_memory_of(token)
+
+
+@pytest.mark.slow
+def test_a_killed_scheduler_fails_its_requests_in_time_and_leaves_nothing(tiny_model_dir, tmp_path):
+    server = make_server(tiny_model_dir, tmp_path)
+    with server:
+        token = psutil.Process(server.pid).environ()[TOKEN_VARIABLE]
+        files = shared_memory_of(token)
+        client = SGLangClient(server.url, **SHAPE, log_path=server.log_path)
+        (scheduler,) = [p for p in processes_of(token) if "scheduler" in " ".join(p.cmdline())]
+
+        async def generate_and_kill():
+            async with client:
+                task = asyncio.create_task(client.generate([1, 2, 3], 2, Sampling(900, 1.0, ignore_eos=True)))
+                await asyncio.sleep(0.5)
+                scheduler.kill()
+                return await task
+
+        began = time.monotonic()
+        with pytest.raises(ServerError, match=r"sglang\.log"):
+            asyncio.run(generate_and_kill())
+        assert time.monotonic() - began < 20
+        with pytest.raises(ServerError, match=r"sglang\.log"):
+            client.flush_cache()
+    assert not processes_of(token)
+    assert files
+    assert not any(file.exists() for file in files)
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from pipeline.config.server import ServerConfig
+from pipeline.engine.server import SGLangServer
+server = SGLangServer(ServerConfig(context_length=1024), Path(sys.argv[1]), Path(sys.argv[2]) / "sglang.log",
+                      device="cpu", seed=0, return_routed_experts=True)
+server.start()
+print(server.pid, flush=True)
+server.wait_ready()
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_parent_takes_the_whole_server_with_it(tiny_model_dir, tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tiny_model_dir), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    try:
+        pid = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "ready\n"
+        environment = psutil.Process(pid).environ()
+        token, scratch = environment[TOKEN_VARIABLE], Path(environment["TMPDIR"])
+        files = shared_memory_of(token)
+        assert len(processes_of(token)) >= 3
+        os.kill(parent.pid, signal.SIGKILL)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until_gone(token, timeout_s=15)
+    assert not scratch.exists()
+    assert files
+    assert not any(file.exists() for file in files)

@@ -1,0 +1,49 @@
+"""How many servers a run has, and whether they have GPUs of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.engine.server import ServerError
+from pipeline.loop.engines import server_count, shares_gpus, weights_config
+
+JOINED = ["cluster={address: auto, nodes: 2, gpus_per_node: 8}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "servers", "shared"),
+    [
+        ([], 0, 1, True),  # no GPUs: nothing is placed
+        ([], 1, 1, True),  # one GPU: both engines on it
+        ([], 2, 1, False),
+        ([], 8, 7, False),
+        (["parallel.ranks=4", "server.tensor_parallel=2"], 8, 2, False),
+        (["parallel.ranks=8"], 8, 1, True),  # the trainer takes them all
+        (["server.replicas=2"], 8, 2, False),
+        (["server.replicas=8"], 8, 8, True),
+        ([*JOINED, "parallel.ranks=8"], 8, 8, False),
+        ([*JOINED, "parallel.ranks=8"], 1, 8, False),  # the controller's own machine does not count
+    ],
+)
+def test_servers_take_the_gpus_beside_the_trainer(settings, gpus, servers, shared):
+    config = load_config("configs/quickstart.yaml", settings)
+    assert server_count(config, gpus) == servers
+    assert shares_gpus(config, gpus) == shared
+
+
+def test_several_servers_do_not_share_a_port_of_one_machine():
+    with pytest.raises(ServerError, match=r"2 servers .* listen on port 30000; set server\.port"):
+        server_count(load_config("configs/quickstart.yaml", ["server={port: 30000, replicas: 2}"]), 0)
+    for settings in (["server={port: 30000}"], ["server={port: 30000, replicas: 2}", *JOINED]):
+        assert server_count(load_config("configs/quickstart.yaml", settings), 1)
+
+
+def test_weights_go_by_a_group_to_servers_on_gpus_of_their_own():
+    def chosen(gpus, *settings):
+        return weights_config(load_config("configs/quickstart.yaml", list(settings)), gpus).transport
+
+    assert chosen(0) == chosen(0, *JOINED) == "auto"
+    assert chosen(1) == "auto"  # shared by both
+    assert chosen(2) == chosen(8, *JOINED) == "distributed"
+    assert chosen(8, *JOINED, "weights.transport=shared_memory") == "shared_memory"

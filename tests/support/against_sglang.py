@@ -1,0 +1,182 @@
+"""Our CPU kernels beside what they replace in SGLang, on random inputs; prints the largest differences as JSON.
+
+A program of its own: SGLang's import takes seconds and changes global state of torch and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.engine.server import CPU_STUBS
+
+HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 32, 4096
+
+
+def largest_difference(a, b):
+    return float((a.double() - b.double()).abs().max())
+
+
+def random_batch(lengths, prefixes):
+    """Slot table with scattered slots, and caches; the lengths are those of whole sequences."""
+    requests = len(lengths)
+    table = torch.zeros(requests + 1, max(lengths), dtype=torch.int32)
+    free = torch.randperm(SLOTS - 1) + 1
+    for row, length in enumerate(lengths, start=1):
+        table[row, :length], free = free[:length].to(torch.int32), free[length:]
+    keys, values = torch.randn(SLOTS, KV_HEADS, DIM), torch.randn(SLOTS, KV_HEADS, DIM)
+    query = torch.randn(sum(n - p for n, p in zip(lengths, prefixes, strict=True)), HEADS, DIM)
+    return table, torch.arange(1, requests + 1), keys, values, query
+
+
+def attention(lengths, prefixes, *, decode):
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from pipeline.engine.inside.cpu.batched_attention import attend, make_plan
+
+    table, rows, keys, values, query = random_batch(lengths, prefixes)
+    queries = [n - p for n, p in zip(lengths, prefixes, strict=True)]
+    native = TorchNativeAttnBackend.__new__(TorchNativeAttnBackend)
+    common = (query, torch.empty_like(query), keys, values, table, rows, torch.tensor(lengths))
+    settings = {"scaling": DIM**-0.5, "enable_gqa": True}
+    if decode:
+        expected = native._run_sdpa_forward_decode(*common, causal=False, **settings)
+    else:
+        expected = native._run_sdpa_forward_extend(
+            *common, torch.tensor(prefixes), torch.tensor(queries), causal=True, **settings
+        )
+    plan = make_plan(table, rows.tolist(), prefixes, queries)
+    return largest_difference(attend(query, keys, values, table, plan, DIM**-0.5), expected)
+
+
+def norms():
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    from pipeline.engine.inside.cpu.patches import rms_norm
+
+    norm = RMSNorm(64)
+    norm.weight.data.normal_()
+    x, residual = torch.randn(9, 64), torch.randn(9, 64)
+
+    def refuse(*_):
+        raise AssertionError("the replacement fell back to the original")
+
+    plain = largest_difference(rms_norm(refuse, norm, x), norm.forward_native(x))
+    with_residual = zip(rms_norm(refuse, norm, x, residual), norm.forward_native(x, residual), strict=True)
+    strided = torch.randn(9, 128)[:, 32:96]
+    return max(
+        plain,
+        *(largest_difference(a, b) for a, b in with_residual),
+        largest_difference(rms_norm(refuse, norm, strided), norm.forward_native(strided)),
+    )
+
+
+def rotation():
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+    from pipeline.engine.inside.cpu.patches import norm_and_rotate
+
+    q_norm, k_norm = RMSNorm(DIM), RMSNorm(DIM)
+    q_norm.weight.data.normal_()
+    k_norm.weight.data.normal_()
+    rotary = RotaryEmbedding(DIM, DIM, 512, 10000.0, True, torch.float32)
+    sizes = {"q_size": HEADS * DIM, "kv_size": KV_HEADS * DIM}
+    layer = SimpleNamespace(
+        rotary_emb=rotary, q_norm=q_norm, k_norm=k_norm, head_dim=DIM, num_heads=HEADS, num_kv_heads=KV_HEADS, **sizes
+    )
+    qkv, positions = torch.randn(9, (HEADS + 2 * KV_HEADS) * DIM), torch.randint(0, 512, (9,))
+    q, k, v = qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], dim=-1)
+    normed = [norm.forward_native(x.reshape(-1, DIM)).view(x.shape) for norm, x in ((q_norm, q), (k_norm, k))]
+    expected = [*rotary.forward_native(positions, *normed), v]
+    ours = norm_and_rotate(None, layer, qkv.clone(), positions, None)  # pyright: ignore[reportArgumentType]
+    return max(largest_difference(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def experts(all_to_one):
+    from sglang.srt.layers import activation
+    from sglang.srt.layers.moe import fused_moe_native
+
+    from pipeline.engine.inside.cpu.patches import mixture_of_experts
+
+    # The class asks SGLang's global configuration at construction; its formula does not.
+    fused_moe_native.SiluAndMul = lambda: lambda x: activation.SiluAndMul.forward_native(None, x)  # pyright: ignore
+    layer = SimpleNamespace(num_experts=8, w13_weight=torch.randn(8, 128, 64) / 8, w2_weight=torch.randn(8, 64, 64) / 8)
+    config = SimpleNamespace(activation="silu", gemm1_alpha=None, gemm1_clamp_limit=None)
+    config.apply_router_weight_on_input = False
+    logits = torch.randn(50, 8) + (torch.tensor([9.0, 8.0] + [0.0] * 6) if all_to_one else 0.0)
+    weights, ids = torch.topk(logits.softmax(-1), 2)
+    x, topk = torch.randn(50, 64), (weights, ids.to(torch.int32), None)
+    expected = fused_moe_native.moe_forward_native(layer, x, topk, config)  # pyright: ignore[reportArgumentType]
+    ours = mixture_of_experts(None, layer, x, topk, config)  # pyright: ignore[reportArgumentType]
+    return largest_difference(ours, expected)
+
+
+def routers():
+    """The float32 logits of a bfloat16 router, against the product in float64; a router of another kind is refused."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+    from sglang.srt.models.deepseek_v2 import MoEGate
+    from sglang.srt.models.glm4_moe import Glm4MoeGate
+
+    from pipeline.engine.inside.router import make_routers_float32
+
+    def model_with(gate):
+        block = torch.nn.Module()
+        block.gate, block.experts = gate, torch.nn.Module()
+        return torch.nn.ModuleDict({"mlp": block})
+
+    def biased_model_with(gate):  # as gpt-oss has it
+        block = torch.nn.Module()
+        block.router, block.experts = gate, torch.nn.Module()
+        return torch.nn.ModuleDict({"mlp": block})
+
+    gate, x = ReplicatedLinear(64, 8, bias=False, params_dtype=torch.bfloat16), torch.randn(50, 64).bfloat16()
+    gate.weight.data.normal_()
+    expected = x.double() @ gate.weight.double().t()
+    assert largest_difference(gate(x)[0], expected) > 1e-2
+    make_routers_float32(model_with(gate))
+    with pytest.raises(RuntimeError, match=r"router of mlp is a Linear, .* set precision\.router=bf16"):
+        make_routers_float32(model_with(torch.nn.Linear(64, 8)))
+    found = largest_difference(gate(x)[0], expected)
+    fields = SimpleNamespace(n_routed_experts=8, hidden_size=64, topk_method="noaux_tc")
+    for other in (MoEGate(fields, None).bfloat16(), Glm4MoeGate(fields)):  # of DeepSeek, of GLM
+        other.weight.data.copy_(gate.weight.data)
+        make_routers_float32(model_with(other))
+        found = max(found, largest_difference(other(x).detach(), expected))
+    biased = ReplicatedLinear(64, 8, params_dtype=torch.bfloat16)
+    biased.weight.data.copy_(gate.weight.data)
+    biased.bias.data.normal_()
+    make_routers_float32(biased_model_with(biased))
+    return max(found, largest_difference(biased(x)[0].detach(), expected + biased.bias.double()))
+
+
+def main():
+    torch.manual_seed(0)
+    decode = [1, 2, 17, 40, 333]
+    report = {
+        "decode": attention(decode, [n - 1 for n in decode], decode=True),
+        "short prompts": attention([1, 5, 12, 100], [0, 0, 0, 0], decode=False),
+        "short prompts after a cached prefix": attention([9, 50, 120], [3, 49, 60], decode=False),
+        "a long prompt among short ones": attention([12, 500, 7], [0, 0, 2], decode=False),
+        "a long prompt after a cached prefix": attention([500, 12], [130, 0], decode=False),
+        "norms": norms(),
+        "rotation": rotation(),
+        "experts": experts(all_to_one=False),
+        "experts when all tokens choose the same": experts(all_to_one=True),
+        "routers": routers(),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    sys.path.insert(0, str(CPU_STUBS))
+    sys.modules["flashinfer"] = sys.modules["megatron"] = None  # pyright: ignore[reportArgumentType]
+    np.seterr(all="raise")
+    main()
