@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from megatron_ext import parallel
-from megatron_ext.batch.layout import Sample, pad_values, response_mask
+from megatron_ext.batch.layout import Sample, trained_mask
 from megatron_ext.batch.micro_batch import MicroBatch
 from megatron_ext.checkpoint import training
 from megatron_ext.checkpoint.staged_save import StagedSave
@@ -32,14 +33,14 @@ class LossBatch:
 
     quantities: [samples, tokens] float32 each with gradient, zero behind each response: for a policy its log-probs and
                 its entropies; for a critic its values.
-    mask:       [samples, tokens] bool.
-    values:     the samples' values: [samples, tokens] or [samples] float32.
+    mask:       [samples, tokens] bool: the tokens that the loss counts.
+    rows:       `Sample.row` of each.
     indices:    which samples of the call these are.
     """
 
     quantities: tuple[Tensor, ...]
     mask: Tensor
-    values: dict[str, Tensor]
+    rows: tuple[Any, ...]
     indices: tuple[int, ...]
 
 
@@ -174,9 +175,9 @@ class Trainer:
 
         def share(batch: MicroBatch, quantities: tuple[Tensor, ...]):
             _collect(seen, batch, quantities)
-            values = {n: pad_values(batch.samples, n).to(network.device) for n in batch.samples[0].values}
-            mask = response_mask([s.response_length for s in batch.samples]).to(network.device)
-            value, measured = loss(LossBatch(quantities, mask, values, batch.indices))
+            mask = trained_mask(batch.samples).to(network.device)
+            rows = tuple(sample.row for sample in batch.samples)
+            value, measured = loss(LossBatch(quantities, mask, rows, batch.indices))
             if parallel.is_reporter():
                 add_metrics(metrics, {"loss/objective": (float(value.detach()), 0.0, "sum")} | measured)
             return value, {}

@@ -58,7 +58,7 @@ def run(session: Loop, objective: str, replay: str, mini_batches: int, seed: int
     loop.sync()
     curves: dict[str, list[float]] = {key: [] for key in KEYS}
     for number in range(1, steps + 1):
-        metrics, _ = loop.step(number)
+        metrics = loop.step(number).metrics
         for key in KEYS:
             curves[key].append(metrics.get(key, float("nan")))
     session.version = loop.version

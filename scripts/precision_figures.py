@@ -20,7 +20,7 @@ import ray
 
 from megatron_ext.config import TrainerPrecision
 from pipeline.config import load_config
-from pipeline.loop.loop import mismatch_of
+from pipeline.loop.compare import mismatch_of
 from pipeline.loop.run import open_loop
 from pipeline.rollout.sampler import sample_groups_sync
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import load_config
-from pipeline.loop.loop import mismatch_of
+from pipeline.loop.compare import mismatch_of
 from pipeline.loop.run import open_loop
 from pipeline.rollout.sampler import sample_groups_sync
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.batch.layout import Sample, TokenLayout
+from megatron_ext.batch.routes import check_routes
 from megatron_ext.hf.description import ModelShape
 from megatron_ext.mcore import PackedSeqParams
 
@@ -108,12 +109,6 @@ def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelShape) -
         if sample is None or sample.routes is None:
             rows.append(np.full((n, *shape), -1, np.int16))
             continue
-        if sample.routes.shape[1:] != shape:
-            raise ValueError(f"routes of shape {sample.routes.shape} for {shape[0]} layers, top {shape[1]}")
-        if shape[1] > 1:
-            ordered = np.sort(sample.routes[:, model.moe_layers], -1)
-            repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
-            if repeated.size:
-                raise ValueError(f"a route names expert {repeated[0]} twice for one token")
+        check_routes(sample.routes, model)
         rows.append(sample.routes.astype(np.int16))
     return layout.slice_sequence(layout.pack(rows, fill=-1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.config.replay import Replay
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.diagnosis import Diagnosis, diagnose
 from pipeline.diagnose.page import write_page
@@ -35,7 +36,7 @@ def run(config: Config, out: Path, dump: Path | None = None) -> Diagnosis:
                 rollouts = new_rollouts(loop, config.checks.probe_rollouts)
             else:
                 step = dumped.read(dumped.steps[0], config, loop.shape)
-                rollouts = [r for g in step.groups for r in g.rollouts]
+                rollouts = step.batch.rollouts
             found = diagnose(loop, model_path, rollouts, replay=config.replay)
         found.write_json(out / "diagnose.json")
         write_page(found, out / "diagnose.html", name=str(config.run.directory))
@@ -50,4 +51,4 @@ def with_routes(config: Config) -> Config:
         config.trainer.check_replay()
     except ValueError:
         return config
-    return config.model_copy(update={"replay": "r3"})
+    return config.model_copy(update={"replay": Replay.R3})

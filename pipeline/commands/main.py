@@ -131,7 +131,8 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
         from pipeline.data.prompts import DataError
         from pipeline.dumps.dump import DumpError
         from pipeline.engine.server import ServerError
-        from pipeline.loop.loop import DisagreementError, NothingToLearnError
+        from pipeline.loop.compare import DisagreementError
+        from pipeline.loop.loop import NothingToLearnError
         from pipeline.loop.stop import Stopped, StopRequest
         from pipeline.observe.run_dir import RunDirectoryError
         from pipeline.observe.sinks.alerts import AlertStop

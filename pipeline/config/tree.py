@@ -13,6 +13,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.observe import ObserveConfig
 from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
+from pipeline.config.replay import Replay
 from pipeline.config.run import (
     ChecksConfig,
     ClusterConfig,
@@ -45,8 +46,8 @@ class Config(Frozen):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]
-    replay: Literal["none", "r2", "r3"] = Field(
-        "r3",
+    replay: Replay = Field(
+        Replay.R3,
         description="r3: the trainer takes the rollout engine's routes; r2: updates take the routes of the proximal "
         "forward pass; none: the trainer routes natively",
     )
@@ -62,7 +63,7 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _together(self):
-        if self.replay != "none":
+        if self.replay.any:
             self.trainer.check_replay()
         if self.trainer.offload_optimizer and self.precision.weights != "bfloat16":
             raise ValueError(
@@ -109,6 +110,16 @@ class Config(Frozen):
     def rollout_gpus(self) -> int:
         """GPUs of the cluster that the trainer does not take."""
         return self.cluster.nodes * self.cluster.gpus_per_node - self.parallel.ranks
+
+    def proximal_pass(self, replay: Replay) -> bool:
+        """Whether an update begins with a forward pass of its own for log pi_o.
+
+        Several mini-batches move the policy away from it; R2 records its routes; a KL in the reward reads it. Else the
+        first mini-batch is the whole update, and its forward pass is the proximal one. replay: of the model.
+        """
+        kl = self.objective.composition().kl
+        in_reward = kl is not None and kl.place == "reward"
+        return self.train.mini_batches > 1 or replay.from_proximal or in_reward
 
     @property
     def logprob_bound(self) -> float:

@@ -14,8 +14,7 @@ from megatron_ext.config import Head
 from megatron_ext.exchange import Exchange
 from pipeline.loop.loop import Loop, to_sample
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.trainer.group import PolicyTokens
-from pipeline.types import Rollout
+from pipeline.types import PolicyTokens, Rollout
 
 Routes = Literal["native", "rollout", "rescored"]
 Server = Literal["sampled", "rescored", "resent"]
@@ -81,7 +80,7 @@ class Bench:
     @property
     def has_routes(self) -> bool:
         """Whether the rollouts came with routes that the trainer can take."""
-        return self.loop.config.replay != "none" and all(r.routes is not None for r in self.rollouts)
+        return self.loop.config.replay.any and all(r.routes is not None for r in self.rollouts)
 
     @property
     def has_mask(self) -> bool:

@@ -15,16 +15,18 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from megatron_ext.hf.description import read_hf_config
+from pipeline.config.replay import Replay
 from pipeline.diagnose.bench import Bench, Setting
 from pipeline.diagnose.breakdown import Calibration, WorstToken, by_lag, by_position, calibration, worst_tokens
 from pipeline.diagnose.exchanges import PARTS, WHOLESALE, NotMeasured, Trial, try_part
 from pipeline.diagnose.verdict import verdict
-from pipeline.loop.loop import Loop, mismatch_of
+from pipeline.loop.compare import mismatch_of
+from pipeline.loop.loop import Loop
 from pipeline.trainer.group import TrainerError
 from pipeline.types import Rollout
 
@@ -85,7 +87,7 @@ def diagnose(
     model_path: Path,
     rollouts: Sequence[Rollout],
     *,
-    replay: Literal["none", "r2", "r3"] | None = None,
+    replay: Replay | None = None,
     in_full: bool = True,
 ) -> Diagnosis:
     """Measure.
@@ -100,7 +102,7 @@ def diagnose(
     if not rollouts:
         raise ValueError("there is no rollout with a response to compare the engines on")
     bench = Bench(loop, read_hf_config(model_path), rollouts)
-    base = Setting(routes="rollout" if (replay or loop.replay) == "r3" and bench.has_routes else "native")
+    base = Setting(routes="rollout" if (replay or loop.replay).from_server and bench.has_routes else "native")
     policy = bench.trainer(base)
     gap = {name.removeprefix("mismatch/"): value for name, value in mismatch_of(rollouts, policy).items()}
     bound, tokens = loop.config.logprob_bound, sum(len(r) for r in rollouts)

@@ -26,8 +26,9 @@ from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.client import SGLangClient
 from pipeline.engine.pool import ClientPool
 from pipeline.engine.server import SGLangServer, reserve_port
+from pipeline.loop.compare import DisagreementError
 from pipeline.loop.engines import cluster, server_count, trainer_group, weights_config
-from pipeline.loop.loop import DisagreementError, Loop, NothingToLearnError, supervise
+from pipeline.loop.loop import Loop, NothingToLearnError, supervise
 from pipeline.loop.stop import Stopped, StopRequest
 from pipeline.objectives import resolve
 from pipeline.observe.console import Console
@@ -38,7 +39,7 @@ from pipeline.observe.sinks.sinks import Sinks, check_sinks
 from pipeline.rewards import resolve_reward
 from pipeline.trainer.group import TrainerGroup
 from pipeline.trainer.hf_output import has_weights
-from pipeline.types import Group
+from pipeline.types import StepResult
 
 
 def train(
@@ -98,17 +99,15 @@ def train(
             stop.arm()
             for number in steps:
                 try:
-                    metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+                    result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
                 except (DisagreementError, NothingToLearnError):
                     saver.wait()  # the trainer lives, and so may what it has begun to save
                     raise
-                run.record(metrics)
-                run.write_rollouts(number, groups, loop.source.tokenizer)
-                assert loop.arrays is not None
-                run.write_arrays(number, groups, loop.arrays, loop.objective, loop.source.tokenizer)
-                console.step(metrics)
+                run.record(result.metrics)
+                run.write_step(result, loop.objective, loop.source.tokenizer)
+                console.step(result.metrics)
                 try:
-                    sinks.record(metrics)
+                    sinks.record(result.metrics)
                 except AlertStop:
                     saver.wait()
                     raise
@@ -208,7 +207,7 @@ def _dumped_steps(path: Path, config: Config) -> DumpedSteps:
     return DumpedSteps(path)
 
 
-def _replay(loop: Loop, dumped: DumpedSteps, number: int) -> tuple[dict[str, float], list[Group]]:
+def _replay(loop: Loop, dumped: DumpedSteps, number: int) -> StepResult:
     """A step on dumped rollouts. Raises DisagreementError where they were sampled under other weights."""
     try:
         return loop.step(number, dumped.read(number, loop.config, loop.shape))
@@ -244,7 +243,7 @@ def open_loop(
     shape = model_shape(read_hf_config(model_path))
     source = PromptSource(config.data, model_path, seed=config.run.seed)
     objective = resolve(config.objective)
-    routes = config.replay == "r3" and shape.num_experts > 0
+    routes = config.replay.of_model(shape.num_experts).from_server
     gpus = max(1, torch.cuda.device_count()) if device == "cuda" else 0
     count = server_count(config, gpus) if serve else 0
     local = [
@@ -267,7 +266,7 @@ def open_loop(
             model_path,
             config.trainer,
             config.supervised,
-            replay=config.replay != "none",
+            replay=config.replay.any,
             precision=config.precision,
             critic=config.critic if objective.needs_critic else None,
             reference=objective.needs_reference,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import ParallelConfig
 from pipeline.config import Config
 from pipeline.objectives import resolve
@@ -20,7 +21,6 @@ from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
 from pipeline.plan.parameters import Architecture, active, architecture, total
 from pipeline.plan.sampling import Lengths, Sampling, Server, sample, server
-from pipeline.types import route_dtype
 
 SEED = 0
 
@@ -148,7 +148,7 @@ def make_plan(
         + _offloaded_s(memory, card, config, efficiency),
         sync=sent / (card.network * efficiency.network),
     )
-    routes = work.tokens * a.layers * a.shape.topk if config.replay != "none" else 0.0
+    routes = work.tokens * a.layers * a.shape.topk if config.replay.any else 0.0
     return Plan(
         config=config,
         hf=hf,
@@ -165,7 +165,7 @@ def make_plan(
         expert_tokens=expert_tokens(config, a),
         weight_bytes=sent,
         route_bytes=routes * np.dtype(route_dtype(a.shape.num_experts)).itemsize,
-        route_wire_bytes=routes * 4 * 4 / 3 if config.replay == "r3" else 0.0,  # int32 in base64
+        route_wire_bytes=routes * 4 * 4 / 3 if config.replay.from_server else 0.0,  # int32 in base64
         seconds=seconds,
         reasons=tuple(_reasons(config, card, memory, one)),
     )
@@ -179,9 +179,8 @@ def step_work(config: Config, hf: dict[str, Any], sequences: np.ndarray) -> Work
     micro_batches = max(1, math.ceil(per_rank / config.trainer.micro_batch_tokens))
     if parallel.virtual_pipeline:
         micro_batches = math.ceil(micro_batches / parallel.pipeline) * parallel.pipeline
-    # as Loop.update: one mini-batch is trained on under the proximal policy itself
-    proximal = config.train.mini_batches > 1 or config.replay == "r2" or objective.kl_in_reward
-    logprobs = flops.forward(hf, tokens, squares) * (proximal + objective.needs_reference + objective.needs_critic)
+    passes = config.proximal_pass(config.replay) + objective.needs_reference + objective.needs_critic
+    logprobs = flops.forward(hf, tokens, squares) * passes
     trained = 1 + objective.needs_critic
     return Work(
         tokens=tokens,

@@ -29,7 +29,7 @@ async def sample_groups(
     """
 
     async def one(position: int, prompt: Prompt) -> Group:
-        group = Group(prompt, tuple(await client.generate(prompt.ids, n, of_prompt(sampling, prompt))))
+        group = Group.of_single_turns(prompt, await client.generate(prompt.ids, n, of_prompt(sampling, prompt)))
         if on_group is not None:
             on_group(position, group)
         return group

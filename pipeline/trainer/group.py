@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,15 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
 from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.cluster.placement import on_node
 from pipeline.config.precision import RolloutWeights
 from pipeline.objectives import Denominators, ObjectiveConfig
+from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
+from pipeline.types import PolicyTokens
 
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
@@ -28,18 +30,6 @@ if TYPE_CHECKING:
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
-
-
-@dataclass(frozen=True)
-class PolicyTokens:
-    """What the policy says of every response token of some samples.
-
-    logprobs, entropy: [N] float32 a sample. routing: [layers, 3] int64, see merge_routing.
-    """
-
-    logprobs: list[np.ndarray]
-    entropy: list[np.ndarray]
-    routing: np.ndarray
 
 
 class TrainerError(RuntimeError):
@@ -100,10 +90,11 @@ class TrainerGroup:
         """The policy's log-probs of loaded samples; routing, exchange: see Trainer.logprobs."""
         return self._policy(self.call("measure", "logprobs", indices, routing, exchange), indices)
 
-    def record_routes(self, layers: int, dtype: np.dtype) -> PolicyTokens:
+    def record_routes(self, layers: int, num_experts: int) -> PolicyTokens:
         """The policy's log-probs under its own routes, which the loaded samples have from then on."""
         parts = self.call("measure", "logprobs", None, "record")
-        self.call("route", ray.put(merge_routes(parts, self._loaded, layers, dtype)))
+        routes = merge_routes(parts, self._loaded, layers, route_dtype(num_experts))
+        self.call("route", ray.put(routes))
         return self._policy(parts, None)
 
     def reference_logprobs(self) -> list[np.ndarray]:
@@ -115,17 +106,18 @@ class TrainerGroup:
         return merge_tokens(self.call("measure", "values", None), self._loaded)[0]
 
     def update_policy(
-        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> tuple[dict[str, float], PolicyTokens]:
-        """One optimizer step. Returns metrics, and what `logprobs` would have said of these samples before it."""
-        parts = self.call("update_policy", objective, denominators, ray.put(values))
-        return merge_update(parts), self._policy([p.seen for p in parts], list(values))
+        """One optimizer step on some of the loaded samples, each with its row. Returns metrics, and
+        what `logprobs` would have said of these samples before it."""
+        parts = self.call("update_policy", objective, denominators, ray.put(rows))
+        return merge_update(parts), self._policy([p.seen for p in parts], list(rows))
 
     def update_critic(
-        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> dict[str, float]:
         """One optimizer step of the critic; its metrics, under critic/."""
-        metrics = merge_update(self.call("update_critic", objective, denominators, ray.put(values)))
+        metrics = merge_update(self.call("update_critic", objective, denominators, ray.put(rows)))
         return {f"critic/{name.rpartition('/')[2]}": value for name, value in metrics.items()}
 
     def _policy(self, parts: list[TokenPart], indices: Sequence[int] | None) -> PolicyTokens:

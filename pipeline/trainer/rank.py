@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
     from megatron_ext.checkpoint.staged_save import StagedSave
     from megatron_ext.hf.export import Bucket
+    from pipeline.trainer.losses import LossRow
     from pipeline.weights import WeightDifference, WeightsConfig
 
 
@@ -99,23 +100,23 @@ class TrainerRank:
         return getattr(self.trainer, method)(samples, *args)
 
     def update_policy(
-        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> UpdatePart:
-        """One optimizer step on some of the loaded samples. values: sample index -> what the loss reads of it."""
+        """One optimizer step on some of the loaded samples. rows: sample index -> what the loss reads of it."""
         from pipeline.trainer.losses import policy_loss
 
-        return self.trainer.update(self._with(values), policy_loss(resolve(objective), denominators))
+        return self.trainer.update(self._with(rows), policy_loss(resolve(objective), denominators))
 
     def update_critic(
-        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> UpdatePart:
         """The same for the critic."""
         from pipeline.trainer.losses import critic_loss
 
-        return self.trainer.update_critic(self._with(values), critic_loss(resolve(objective), denominators))
+        return self.trainer.update_critic(self._with(rows), critic_loss(resolve(objective), denominators))
 
-    def _with(self, values: dict[int, dict[str, Any]]) -> list[Sample]:
-        return [replace(self.samples[i], values=v) for i, v in values.items()]
+    def _with(self, rows: dict[int, LossRow]) -> list[Sample]:
+        return [replace(self.samples[i], row=row) for i, row in rows.items()]
 
     def update_supervised(self, samples: list[Sample]) -> UpdatePart:
         """One optimizer step on the likelihood of the samples' responses."""

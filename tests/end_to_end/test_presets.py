@@ -56,7 +56,8 @@ def test_a_preset_trains_for_ten_steps(session, name):
     loop = under(session, load_config(QUICKSTART, [*SMALL, OBJECTIVES[name]]))
     informative = []
     for number in range(1, 11):
-        metrics, groups = loop.step(number)
+        result = loop.step(number)
+        metrics = result.metrics
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["mismatch/max_abs_logprob"] < 1e-4
         assert metrics["routing/replayed_fraction"] == 1.0
@@ -68,7 +69,7 @@ def test_a_preset_trains_for_ten_steps(session, name):
         if name == "dapo":
             assert metrics["reward/uninformative_groups"] == 0
             assert "rollout/groups_replaced" in metrics
-        assert len(groups) == 8
+        assert len(result.batch.groups) == 8
     assert sum(informative) >= 8
     session.version = loop.version
 
@@ -78,7 +79,7 @@ def test_the_critic_learns_what_the_policy_earns(session, monkeypatch):
     """Its error on fresh rollouts falls where every answer earns the same."""
     loop = under(session, load_config(QUICKSTART, [*SMALL, EVERYTHING, "train.lr=1e-9"]))
     monkeypatch.setattr(loop.source, "reward", lambda *_: 1.0)
-    errors = [loop.step(number)[0]["critic/squared_error"] for number in range(1, 16)]
+    errors = [loop.step(number).metrics["critic/squared_error"] for number in range(1, 16)]
     session.version = loop.version
     assert errors[-1] < 0.2 * errors[0]
 
@@ -93,7 +94,7 @@ def test_a_yaml_file_that_writes_over_one_cell_of_a_preset_trains(session, tmp_p
     loop = under(session, load_config(file, SMALL))
     assert loop.objective.name == "grpo*"
     assert loop.objective.composition.reduction == "token_mean"
-    metrics, _ = loop.step(1)
+    metrics = loop.step(1).metrics
     session.version = loop.version
     assert metrics["train/grad_norm"] > 0
 
@@ -106,7 +107,7 @@ def test_a_kl_holds_the_policy_at_its_reference(session, place):
     kl = f"objective={{preset: grpo, kl: {{estimator: {estimator}, beta: 0.1, place: {place}}}}}"
     loop = under(session, load_config(QUICKSTART, [*SMALL, kl, "train.mini_batches=1"]))
     for number in (1, 2, 3):
-        metrics, _ = loop.step(number)
+        metrics = loop.step(number).metrics
         assert abs(metrics["kl/reference"]) < 1e-6 if number == 1 else abs(metrics["kl/reference"]) > 1e-6
     session.version = loop.version
 
@@ -114,7 +115,7 @@ def test_a_kl_holds_the_policy_at_its_reference(session, place):
 @pytest.mark.slow
 def test_r2_replays_in_every_update_what_the_proximal_pass_recorded(session):
     loop = under(session, load_config(QUICKSTART, [*SMALL, "replay=r2", "train.mini_batches=4"]))
-    metrics, _ = loop.step(1)
+    metrics = loop.step(1).metrics
     session.version = loop.version
     assert metrics["routing/replayed_fraction"] == 1.0
     assert 0.9 < metrics["routing/agreement"] <= 1.0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.commands.main import main
-from pipeline.observe.step_record import StepArrays
+from tests.support.episodes import step_result
 from tests.support.receivers import free_port
 from tests.support.runs import metrics
 
@@ -19,7 +19,7 @@ from tests.support.runs import metrics
 class Loop:
     """Steps made up here. at_step: called with each before it ends."""
 
-    version, arrays = 0, StepArrays([], [], [], [], np.zeros((0, 3), np.int64))
+    version = 0
     objective = SimpleNamespace(
         composition=SimpleNamespace(ratio="token", surrogate="reinforce", clip_low=None, clip_high=None)
     )
@@ -34,7 +34,8 @@ class Loop:
 
     def step(self, number):
         self.at_step(number)
-        return metrics(number), []
+        nothing = np.zeros((0, 3), np.int64)
+        return step_result(number, [], [], [], [], [], nothing, metrics(number))
 
 
 @pytest.fixture

@@ -205,17 +205,17 @@ def known_metrics() -> dict[str, set[str]]:
     import numpy as np
     import torch
 
-    from pipeline.loop.loop import group_metrics
     from pipeline.objectives import mismatch_metrics
-    from pipeline.types import Group, Prompt, Rollout
+    from pipeline.observe.metrics import batch_metrics
+    from pipeline.types import Batch, Episode, Group, Prompt, Rollout
 
     one = torch.zeros(1, 2)
     ids, zeros = np.zeros(2, np.int32), np.zeros(2, np.float32)
     rollout = Rollout(ids, ids, zeros, None, ids, "stop")
-    group = Group(Prompt(ids, "", index=0), (rollout,), np.zeros(1, np.float32))
+    group = Group(Prompt(ids, "", index=0), (Episode((rollout,), 0.0),))
     names = [
         *mismatch_metrics(one, one, torch.ones(1, 2, dtype=torch.bool)),
-        *group_metrics([group], [rollout]),
+        *batch_metrics(Batch(1, 0, (group,))),
     ]
     families: dict[str, set[str]] = {}
     for name in names:

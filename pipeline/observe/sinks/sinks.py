@@ -144,7 +144,7 @@ def run_info(config: Config) -> dict[str, str]:
         "run": config.run.directory.resolve().name,
         "model": config.model.path.name if config.model.path is not None else "tiny",
         "objective": config.objective.preset,
-        "replay": config.replay,
+        "replay": config.replay.value,
         "ranks": config.parallel.ranks,
         "dtype": config.precision.weights,
         "seed": config.run.seed,
