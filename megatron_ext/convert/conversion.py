@@ -30,14 +30,13 @@ from megatron_ext.convert.tensors import (
     Advance,
     CheckpointTensors,
     Comparison,
-    Dtype,
     compare,
     hf_of_checkpoint,
     source_dtype,
     write_checkpoint,
-    write_companions,
     write_hf,
 )
+from megatron_ext.hf.companions import Dtype, write_companions
 from megatron_ext.hf.description import draft_tensors, model_shape, read_hf_config
 from megatron_ext.hf.files import TensorFiles
 
@@ -125,7 +124,7 @@ def to_megatron(
         else:
             partial = stack.enter_context(output_directory(out, needed_bytes=nbytes, overwrite=overwrite))
             run_ranks(_write_rank, layout, hf_dir, partial, layout, dtype)
-        write_companions(hf_dir, partial / HF_FOLDER, hf, dtype)
+        write_companions(hf_dir, partial / HF_FOLDER, dtype)
         if verify:
             results: list[Comparison] = []
             run_ranks(_compare_checkpoint, ParallelConfig(), partial, hf, files, nbytes, results)
@@ -191,7 +190,7 @@ def to_hf(
         with output_directory(out, needed_bytes=nbytes, overwrite=overwrite) as partial:
             with _progress("writing", nbytes) as advance:
                 write_hf(tensors, partial, target, shard_bytes, advance)
-            write_companions(companions, partial, hf, target)
+            write_companions(companions, partial, target)
             if verify:
                 with _progress("comparing", nbytes) as advance:
                     compared = compare(tensors, TensorFiles(partial), to_hf=True, advance=advance)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,9 @@ from megatron_ext.checkpoint.shards import (
 )
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.convert.reader import CheckpointReader
-from megatron_ext.hf.description import exported_config, model_shape, read_hf_config
-from megatron_ext.hf.files import TensorFiles, copy_companions
+from megatron_ext.hf.companions import Dtype
+from megatron_ext.hf.description import model_shape, read_hf_config
+from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.load import check_tensors, read_shard
 from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import dims_of, local_parameters
@@ -40,7 +41,6 @@ from megatron_ext.hf.writer import SafetensorsWriter
 from megatron_ext.mcore import GPTModel, dist_checkpointing, is_main_replica
 from megatron_ext.model.build import build_model
 
-Dtype = Literal["float32", "bfloat16"]
 Advance = Callable[[int], None]
 """Called with the bytes of each tensor that is done."""
 Watch = Callable[[int], AbstractContextManager[Advance]]
@@ -186,13 +186,6 @@ def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_companions(source: Path, out: Path, hf: dict[str, Any], dtype: Dtype) -> None:
-    """Everything of a model directory but its weights. config.json names the dtype, and only layers that are there."""
-    copy_companions(source, out)
-    config = exported_config(hf) | {"torch_dtype" if "torch_dtype" in hf else "dtype": dtype}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @dataclass

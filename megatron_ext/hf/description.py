@@ -98,9 +98,3 @@ def draft_tensors(hf: dict[str, Any], names: Iterable[str]) -> list[str]:
     count, first = hf.get("num_nextn_predict_layers") or 0, hf["num_hidden_layers"]
     hit = re.compile(r"model\.layers\.(\d+)\.")
     return sorted(n for n in names if (m := hit.match(n)) and first <= int(m[1]) < first + count)
-
-
-def exported_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a model exported from here: without the layers that are left out, its weights not quantized."""
-    kept = {key: value for key, value in hf.items() if key != "quantization_config"}
-    return kept | ({"num_nextn_predict_layers": 0} if hf.get("num_nextn_predict_layers") else {})
