@@ -20,8 +20,9 @@ from megatron_ext.checkpoint.staged_save import StagedSave
 from megatron_ext.checkpoint.training import Networks
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchanged
+from megatron_ext.hf.bucket import Bucket
 from megatron_ext.hf.description import model_shape, read_hf_config
-from megatron_ext.hf.export import Bucket, HFExporter
+from megatron_ext.hf.export import HFExporter
 from megatron_ext.network import Network, Routing
 from megatron_ext.parts import Metrics, TokenPart, UpdatePart, add_metrics
 

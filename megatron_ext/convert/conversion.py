@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_ext import parallel
-from megatron_ext.checkpoint.shards import HF_FOLDER
+from megatron_ext.checkpoint.names import HF_FOLDER
 from megatron_ext.config import ParallelConfig
 from megatron_ext.convert.output import OutputError, output_directory
 from megatron_ext.convert.ranks import run_ranks

@@ -19,9 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.names import HF_FOLDER, CheckpointError
 from megatron_ext.checkpoint.shards import (
-    HF_FOLDER,
-    CheckpointError,
     check_files,
     check_model,
     save_model,

@@ -18,13 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.hf.bucket import Bucket
 from megatron_ext.hf.description import ModelShape
 from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import dims_of, local_parameters
 from megatron_ext.hf.tables import Match
 from megatron_ext.mcore import GPTModel, parallel_state
-
-Bucket = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,9 @@ from typing import Any
 
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.description import model_shape
+from megatron_ext.logprobs.sizes import TILE
 from pipeline.plan.hardware import EFFICIENCY, Efficiency
 from pipeline.plan.parameters import Architecture, Count, architecture, rank_count, stage_layers
-
-HEAD_TILE = 2**27
-"""Logits that the LM head holds at once on a GPU (`megatron_ext.logprobs.linear.TILE`)."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def head(hf: dict[str, Any], parallel: ParallelConfig, precision: TrainerPrecisi
     shape, item, t = model_shape(hf, parallel.tensor), item_bytes(precision), parallel.tensor
     rows, local = shape.padded_vocab_size // t, tokens / parallel.context
     gathered = item if t > 1 else 0
-    tile = min(HEAD_TILE, local * rows)
+    tile = min(TILE["cuda"], local * rows)
     return local * hf["hidden_size"] * (gathered + 4 + item) + item * rows * hf["hidden_size"] + 2 * 4 * tile
 
 

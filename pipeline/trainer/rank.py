@@ -21,7 +21,7 @@ from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
     from megatron_ext.checkpoint.staged_save import StagedSave
-    from megatron_ext.hf.export import Bucket
+    from megatron_ext.hf.bucket import Bucket
     from pipeline.weights import WeightDifference, WeightsConfig
 
 

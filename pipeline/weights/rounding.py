@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_ext.hf.bucket import Bucket
 from pipeline.config.precision import RolloutWeights
-from pipeline.weights.differences import Bucket
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 

@@ -81,7 +81,8 @@ def test_any_layout_reads_what_another_wrote(models, tmp_path, layout):
 def refusals(config: ParallelConfig, model: str, other: str, folder: str):
     from pathlib import Path
 
-    from megatron_ext.checkpoint.shards import CheckpointError, load_model
+    from megatron_ext.checkpoint.names import CheckpointError
+    from megatron_ext.checkpoint.shards import load_model
 
     path = Path(folder)
     out = []

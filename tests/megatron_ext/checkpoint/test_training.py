@@ -121,7 +121,7 @@ def test_another_layout_resumes_to_1e_5(tiny_model_dir, tmp_path_factory, writte
 
 def damaged(config: ParallelConfig, model: str, folder: str):
     """What loading says of a byte that changed in a rank's file, in the description, and of a file that is gone."""
-    from megatron_ext.checkpoint.shards import CheckpointError
+    from megatron_ext.checkpoint.names import CheckpointError
 
     it = trainer_of(config, model, "float32", load_weights=True)
     said = []
