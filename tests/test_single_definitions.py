@@ -67,15 +67,16 @@ def test_every_kind_of_gpu_that_a_configuration_may_name_has_figures_and_no_othe
 
 def test_a_plan_counts_the_tile_that_the_head_computes_with(monkeypatch):
     from megatron_ext.config import ParallelConfig, TrainerPrecision
+    from megatron_ext.hf.description import describe
     from megatron_ext.logprobs import linear, sizes
     from pipeline.config.model import TinyModelConfig
     from pipeline.plan import memory
 
     assert linear.TILE is sizes.TILE
-    hf = TinyModelConfig().hf_config() | {"vocab_size": 10**6}
-    before = memory.head(hf, ParallelConfig(), TrainerPrecision(), 10**6)
+    model = describe(TinyModelConfig().hf_config() | {"vocab_size": 10**6})
+    before = memory.head(model, ParallelConfig(), TrainerPrecision(), 10**6)
     monkeypatch.setitem(sizes.TILE, "cuda", sizes.TILE["cuda"] + 1000)
-    assert memory.head(hf, ParallelConfig(), TrainerPrecision(), 10**6) - before == 8 * 1000
+    assert memory.head(model, ParallelConfig(), TrainerPrecision(), 10**6) - before == 8 * 1000
 
 
 def test_the_checksums_that_a_trainer_writes_are_those_that_a_run_looks_for():

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_ext.hf.description import read_hf_config
+from megatron_ext.hf.config_json import read_hf_config
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ext.hf.companions import exported_config
-from megatron_ext.hf.description import read_hf_config
+from megatron_ext.hf.config_json import read_hf_config
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress, read_progress
 from pipeline.config import Config
 from pipeline.objectives import resolve

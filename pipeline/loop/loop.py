@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_ext.batch.layout import Sample
-from megatron_ext.hf.description import ModelShape
+from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
 from pipeline.dumps.dump import Dump, write_dump
@@ -62,7 +62,7 @@ class Loop:
     """
 
     config: Config
-    shape: ModelShape
+    shape: ModelDescription
     source: PromptSource
     client: SGLangClient | ClientPool | None
     trainers: TrainerGroup

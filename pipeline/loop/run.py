@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from megatron_ext.hf.companions import write_companions
-from megatron_ext.hf.description import model_shape, read_hf_config
+from megatron_ext.hf.description import read_description
 from pipeline.checkpoints.resume import Start, choose_start
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import CheckpointStore, Progress, progress_of
@@ -242,7 +242,7 @@ def open_loop(
     """
     device = config_device(config)
     model_path = prepare_model(config, directory / "model")
-    shape = model_shape(read_hf_config(model_path))
+    shape = read_description(model_path)
     source = PromptSource(config.data, model_path, seed=config.run.seed)
     objective = resolve(config.objective)
     routes = config.replay == "r3" and shape.num_experts > 0

@@ -180,7 +180,9 @@ class TrainerRank:
         """On rank 0, the weights as the servers are to hold them."""
         from pipeline.weights.rounding import rounded
 
-        return rounded(self.trainer.export(everywhere=False), self.rollout_weights)
+        return rounded(
+            self.trainer.export(everywhere=False), self.rollout_weights, self.trainer.policy.model.family.kept_whole
+        )
 
     @ray.method(concurrency_group="watch")
     def position(self) -> int:

@@ -160,7 +160,7 @@ def offloaded(config: ParallelConfig, hf, samples, folder: str):
     import torch
 
     from megatron_ext.checkpoint.training import Networks, _adam_steps, begin_save, load
-    from megatron_ext.hf.description import model_shape
+    from megatron_ext.hf.description import describe
     from megatron_ext.network import Network
 
     offload_without_a_gpu()
@@ -168,7 +168,7 @@ def offloaded(config: ParallelConfig, hf, samples, folder: str):
 
     def make():
         settings = TrainerConfig(offload_optimizer=True), TrainerPrecision(weights="bfloat16")
-        network = Network(hf, model_shape(hf, config.tensor), config, *settings, replay=False)
+        network = Network(describe(hf), config, *settings, replay=False)
         network.restart_optimizer(OptimizerConfig(lr=0.1, eps=1.0, weight_decay=0.1))
         return network
 
