@@ -21,8 +21,9 @@ from megatron_ext.checkpoint.staged_save import StagedSave
 from megatron_ext.checkpoint.training import Networks
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchanged
-from megatron_ext.hf.description import model_shape, read_hf_config
-from megatron_ext.hf.export import Bucket, HFExporter
+from megatron_ext.hf.bucket import Bucket
+from megatron_ext.hf.description import read_description
+from megatron_ext.hf.export import HFExporter
 from megatron_ext.network import Network, Routing
 from megatron_ext.parts import Metrics, TokenPart, UpdatePart, add_metrics
 
@@ -76,22 +77,21 @@ class Trainer:
         reference:   hold a frozen copy of the policy; `keep_reference` says of when.
         Raises FileNotFoundError, UnsupportedModel, ValueError or KeyError where the model does not fit.
         """
-        hf = read_hf_config(model_path)
-        shape = model_shape(hf, parallel_config.tensor)
+        model = read_description(model_path)
 
         def network(**kind) -> Network:
-            built = Network(hf, shape, parallel_config, config, precision, **kind)
+            built = Network(model, parallel_config, config, precision, **kind)
             if load_weights:
                 built.load(model_path)
             return built
 
-        self.policy = network(replay=replay and shape.num_experts > 0)
+        self.policy = network(replay=replay and model.num_experts > 0)
         self.policy.restart_optimizer(optimizer)
         self.reference = network(trainable=False) if reference else None
         self.critic = network(head="value") if critic is not None else None
         if self.critic is not None and critic is not None:
             self.critic.restart_optimizer(critic)
-        self.exporter = HFExporter(self.policy.chunks, hf, shape)
+        self.exporter = HFExporter(self.policy.chunks, model)
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """Begin a phase of the policy's training: these settings, no moments, the step count at 0."""

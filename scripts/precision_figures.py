@@ -50,7 +50,7 @@ def compute_with(rank, precision: TrainerPrecision) -> None:
     from megatron_ext.network import Network
 
     old = rank.trainer.policy
-    new = Network(old.hf, old.shape, old.parallel, old.config, precision, trainable=False, replay=bool(old.replays))
+    new = Network(old.model, old.parallel, old.config, precision, trainable=False, replay=bool(old.replays))
     new.copy_from(old)
     rank.trainer.policy = new
 

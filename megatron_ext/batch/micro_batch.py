@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ext.batch.layout import Sample, TokenLayout
 from megatron_ext.batch.routes import check_routes
-from megatron_ext.hf.description import ModelShape
+from megatron_ext.hf.description import ModelDescription
 from megatron_ext.mcore import PackedSeqParams
 
 
@@ -46,7 +46,7 @@ def make_micro_batch(
     samples: Sequence[Sample],
     layout: TokenLayout,
     device: torch.device,
-    routed: ModelShape | None,
+    routed: ModelDescription | None,
     label_shift: int = 0,
 ) -> MicroBatch:
     """Lay the chosen samples out.
@@ -102,7 +102,7 @@ def _following(of_tokens: np.ndarray, shift: int) -> np.ndarray:
     return of_tokens[following.clip(0, len(of_tokens) - 1)]
 
 
-def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelShape) -> Tensor:
+def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelDescription) -> Tensor:
     """[this rank's tokens, layers, topk] int16, -1 where there is no row to replay."""
     rows, shape = [], (model.num_layers, model.topk)
     for n, sample in itertools.zip_longest(layout.lengths, samples):

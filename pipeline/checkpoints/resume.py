@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_ext.hf.description import read_hf_config
+from megatron_ext.hf.companions import exported_config
+from megatron_ext.hf.config_json import read_hf_config
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress, read_progress
 from pipeline.config import Config
 from pipeline.objectives import resolve
@@ -76,6 +77,8 @@ def _refuse(config: Config, path: Path, progress: Progress) -> None:
     tiny = config.model.tiny
     wanted = read_hf_config(config.model.path) if config.model.path is not None else tiny.hf_config() if tiny else {}
     stored = read_hf_config(path / "hf")
+    # a checkpoint's config.json is that of a written model: the configuration's is compared as it would be written
+    wanted, stored = (exported_config(hf, config.precision.weights) for hf in (wanted, stored))
     for key in sorted((wanted.keys() & stored.keys()) - _NAMES_ONLY):
         if wanted[key] != stored[key]:
             problems.append(f"the model's {key} is {stored[key]} in it, {wanted[key]} in the configuration")

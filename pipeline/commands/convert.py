@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> str:
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with lasting_imports():
-        from megatron_ext.checkpoint.shards import CheckpointError
+        from megatron_ext.checkpoint.names import CheckpointError
         from megatron_ext.convert import conversion
         from megatron_ext.convert.output import OutputError
         from megatron_ext.convert.ranks import RankError

@@ -19,10 +19,10 @@ GB = 1e9
 
 def plan_command(options: argparse.Namespace) -> int:
     """Print the plan; 0: it fits, 1: it does not. Raises ConfigError."""
-    config, hf = load_config_and_model(options.config, [*options.overrides, *_nodes(options)])
+    config, model = load_config_and_model(options.config, [*options.overrides, *_nodes(options)])
     gpu = options.gpu or config.cluster.gpu or "h100"
     try:
-        plan = make_plan(config, hf, gpu, mean_response=options.mean_response)
+        plan = make_plan(config, model, gpu, mean_response=options.mean_response)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     proposal = None if plan.fits else nearest(plan, options.mean_response)
@@ -116,7 +116,7 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console) -> None:
     """For people."""
     config, m, one = plan.config, plan.memory, plan.server
     console.print(
-        f"[bold]{plan.hf.get('model_type')}[/]: {plan.total:,} parameters, {plan.active:,} active; "
+        f"[bold]{plan.model.model_type}[/]: {plan.total:,} parameters, {plan.active:,} active; "
         f"{config.cluster.nodes} x {config.cluster.gpus_per_node} {plan.gpu.name}; trainer {layout_of(config)}; "
         f"{plan.servers} servers of {one.gpus} GPUs"
     )

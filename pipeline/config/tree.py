@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_ext.config import Frozen, ParallelConfig, TrainerConfig
+from megatron_ext.hf.description import describe
 from pipeline.config.alerts import AlertsConfig
 from pipeline.config.checkpoint import CheckpointConfig
 from pipeline.config.data import DataConfig
@@ -103,7 +104,7 @@ class Config(Frozen):
                 f"set that to {longest} or more"
             )
         if self.model.tiny is not None:
-            self.parallel.check_model(self.model.tiny.hf_config())
+            self.parallel.check_model(describe(self.model.tiny.hf_config()))
         return self
 
     @property

@@ -70,9 +70,9 @@ class Bench:
     Measuring with server="resent" sends the trainer's weights anew; all else leaves both engines as they are.
     """
 
-    def __init__(self, loop: Loop, hf: dict[str, Any], rollouts: Sequence[Rollout]):
-        """hf: the model's config.json. rollouts: at least one, none without a response."""
-        self.loop, self.hf, self.rollouts = loop, hf, list(rollouts)
+    def __init__(self, loop: Loop, rollouts: Sequence[Rollout]):
+        """rollouts: at least one, none without a response."""
+        self.loop, self.rollouts = loop, list(rollouts)
         self._loaded: tuple[str, bool] | None = None
         self._scored: dict[Server, tuple[list[np.ndarray], list[np.ndarray] | None]] = {}
         self._trainer: dict[Any, PolicyTokens] = {}

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.hf.description import read_hf_config
 from pipeline.config.replay import Replay
 from pipeline.diagnose.bench import Bench, Setting
 from pipeline.diagnose.breakdown import Calibration, WorstToken, by_lag, by_position, calibration, worst_tokens
@@ -101,7 +100,7 @@ def diagnose(
     rollouts = [r for r in rollouts if len(r)]
     if not rollouts:
         raise ValueError("there is no rollout with a response to compare the engines on")
-    bench = Bench(loop, read_hf_config(model_path), rollouts)
+    bench = Bench(loop, rollouts)
     base = Setting(routes="rollout" if (replay or loop.replay).from_server and bench.has_routes else "native")
     policy = bench.trainer(base)
     gap = {name.removeprefix("mismatch/"): value for name, value in mismatch_of(rollouts, policy).items()}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.dumps.dump import Dump, DumpError, read_dump, read_step
 
 if TYPE_CHECKING:
-    from megatron_ext.hf.description import ModelShape
+    from megatron_ext.hf.description import ModelDescription
     from pipeline.config import Config
 
 
@@ -42,7 +42,7 @@ class DumpedSteps:
                 "give a directory of consecutive steps, or a single file"
             )
 
-    def read(self, step: int, config: Config, shape: ModelShape) -> Dump:
+    def read(self, step: int, config: Config, shape: ModelDescription) -> Dump:
         """The dump of a step. Raises DumpError where this configuration cannot train on it, saying what to change."""
         dump, file = read_dump(self.files[step]), self.files[step]
         rollouts = dump.batch.rollouts

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_ext.batch.layout import Sample
-from megatron_ext.hf.description import ModelShape
+from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
 from pipeline.config.replay import Replay
 from pipeline.data.prompts import PromptSource
@@ -40,7 +40,7 @@ class Loop:
     """
 
     config: Config
-    shape: ModelShape
+    shape: ModelDescription
     source: PromptSource
     client: SGLangClient | ClientPool | None
     trainers: TrainerGroup

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from megatron_ext.hf.description import model_shape, read_hf_config
-from megatron_ext.hf.files import copy_companions
+from megatron_ext.hf.companions import write_companions
+from megatron_ext.hf.description import read_description
 from pipeline.checkpoints.resume import Start, choose_start
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import CheckpointStore, Progress, progress_of
@@ -115,7 +116,7 @@ def train(
             saver.wait()  # whatever the last check finds, the last checkpoint is there
             if loop.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
-            loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
+            loop.trainers.call("save_hf", str(run.hf_directory(model_path, config.precision.weights).resolve()))
         run.finish()
     return run.path
 
@@ -128,9 +129,9 @@ class _Session:
 
     def saver(self, trainers: TrainerGroup) -> Saver:
         model = self.config.model.path or self.run.path / "model"
-        return Saver(
-            self.store, self.config.checkpoint, trainers, lambda hf: copy_companions(model, hf), self.console.say
-        )
+        dtype = self.config.precision.weights
+        companions = functools.partial(write_companions, model, dtype=dtype)
+        return Saver(self.store, self.config.checkpoint, trainers, companions, self.console.say)
 
     def supervised(self, number: int, nll: float) -> None:
         self.console.supervised(number, self.config.supervised.steps, nll)
@@ -240,7 +241,7 @@ def open_loop(
     """
     device = config_device(config)
     model_path = prepare_model(config, directory / "model")
-    shape = model_shape(read_hf_config(model_path))
+    shape = read_description(model_path)
     source = PromptSource(config.data, model_path, seed=config.run.seed)
     objective = resolve(config.objective)
     routes = config.replay.of_model(shape.num_experts).from_server

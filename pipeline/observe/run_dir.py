@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
+from megatron_ext.hf.companions import Dtype, write_companions
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
 from pipeline.types import StepResult
@@ -56,7 +57,6 @@ _FILES = (
     "records.partial",
 )
 _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb", "checkpoints", "dropped")
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
 class RunDirectoryError(RuntimeError):
@@ -173,13 +173,10 @@ class RunDirectory:
         partial.write_text(json.dumps(tokens, allow_nan=False), encoding="utf-8")
         partial.replace(file.with_suffix(".json"))
 
-    def hf_directory(self, model_path: str | Path) -> Path:
-        """hf/ with every file of a Hugging Face directory but its weights: config, tokenizer, generation settings."""
+    def hf_directory(self, model_path: str | Path, dtype: Dtype) -> Path:
+        """hf/ with everything of a model directory but its weights, which are to be written in `dtype`."""
         target = self.path / "hf"
-        target.mkdir(exist_ok=True)
-        for file in Path(model_path).iterdir():
-            if file.is_file() and not file.name.endswith(_WEIGHTS):
-                shutil.copyfile(file, target / file.name)
+        write_companions(Path(model_path), target, dtype)
         return target
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
     from megatron_ext.checkpoint.staged_save import StagedSave
-    from megatron_ext.hf.export import Bucket
+    from megatron_ext.hf.bucket import Bucket
     from pipeline.trainer.losses import LossRow
     from pipeline.weights import WeightDifference, WeightsConfig
 
@@ -181,7 +181,9 @@ class TrainerRank:
         """On rank 0, the weights as the servers are to hold them."""
         from pipeline.weights.rounding import rounded
 
-        return rounded(self.trainer.export(everywhere=False), self.rollout_weights)
+        return rounded(
+            self.trainer.export(everywhere=False), self.rollout_weights, self.trainer.policy.model.family.kept_whole
+        )
 
     @ray.method(concurrency_group="watch")
     def position(self) -> int:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from megatron_ext.hf.bucket import Bucket
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.server import ServerError
-from pipeline.weights.differences import Bucket, TensorSum, WeightDifference, compare_sums, tensor_sums
+from pipeline.weights.differences import TensorSum, WeightDifference, compare_sums, tensor_sums
 from pipeline.weights.servers import Servers, WeightTransferError
 from pipeline.weights.transports import make_transport
 

@@ -62,7 +62,7 @@ def whole_gradients(network) -> dict[str, np.ndarray]:
                     shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
     if not hasattr(network, "gradients"):  # an exporter of the gradients' own memory, which stays where it is
-        network.gradients = HFExporter(network.chunks, network.hf, network.shape, value_head=network.head == "value")
+        network.gradients = HFExporter(network.chunks, network.model, value_head=network.head == "value")
         network.gradients.parameters = [
             (n, torch.nn.Parameter(p.main_grad), m) for n, p, m in network.gradients.parameters
         ]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from megatron_ext.hf.description import ModelShape
+from megatron_ext.hf.description import describe
 from pipeline.config.replay import Replay
 from pipeline.dumps.dump import FINISH_REASONS, Dump, DumpError, dump_path, read_dump, write_dump
 from pipeline.dumps.steps import DumpedSteps
@@ -19,7 +19,12 @@ from pipeline.types import Batch, Episode, Group, Prompt, Rollout
 from tests.support.episodes import graded_group
 
 LAYERS, TOPK, EXPERTS, VOCAB = 3, 2, 8, 50
-SHAPE = ModelShape("qwen3_moe", LAYERS, tuple(range(LAYERS)), EXPERTS, TOPK, VOCAB, VOCAB, False)
+SHAPE = describe(
+    {
+        "model_type": "qwen3_moe", "num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": TOPK,
+        "vocab_size": VOCAB,
+    }
+)  # fmt: skip
 HEADER = {
     "format": "sameroute.rollouts", "format_version": "2", "step": "1", "weight_version": "1", "temperature": "1.0",
 }  # fmt: skip

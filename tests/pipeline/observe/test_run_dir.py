@@ -103,15 +103,16 @@ def test_a_file_in_the_way_is_named(tmp_path):
         RunDirectory(tmp_path / "run", CONFIG)
 
 
-def test_hf_directory_holds_everything_of_a_model_but_its_weights(tmp_path):
+def test_hf_directory_holds_everything_of_a_model_but_its_weights_and_names_the_dtype_that_a_run_writes(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    for name in ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+    for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tf_model.h5"):
         (model / name).write_text(name)
+    (model / "config.json").write_text(json.dumps({"dtype": "bfloat16", "num_nextn_predict_layers": 1}))
     with RunDirectory(tmp_path / "run", CONFIG) as run:
-        hf = run.hf_directory(model)
+        hf = run.hf_directory(model, "float32")
     assert sorted(p.name for p in hf.iterdir()) == ["config.json", "tokenizer.json"]
-    assert (hf / "config.json").read_text() == "config.json"
+    assert json.loads((hf / "config.json").read_text()) == {"dtype": "float32", "num_nextn_predict_layers": 0}
 
 
 def test_a_step_shows_as_many_rollouts_as_asked_for(tmp_path):
