@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import SamerouteError
+
 if TYPE_CHECKING:
     from pipeline.config import Config
 
@@ -27,7 +29,7 @@ _CHECKSUMS = "checksums.json"  # megatron_ext.checkpoint.training writes it
 _NAME = re.compile(r"(step|supervised)_(\d+)")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(SamerouteError):
     """A checkpoint was not written, or is not one; the message says which, and which is the last."""
 
 

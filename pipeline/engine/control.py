@@ -21,6 +21,14 @@ HELD_WEIGHTS = "sameroute_held_weights"
 
 
 @dataclass(frozen=True)
+class ServerAddress:
+    """Where a server listens, and the file that gets its output, which error messages name."""
+
+    url: str
+    log_path: Path | None = None
+
+
+@dataclass(frozen=True)
 class HeldWeights:
     """What one rank of a server holds.
 

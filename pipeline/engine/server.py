@@ -24,6 +24,7 @@ import requests
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
+from pipeline.errors import SamerouteError
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
@@ -38,7 +39,7 @@ _FATAL_LOG_LINE = re.compile(
 )
 
 
-class ServerError(RuntimeError):
+class ServerError(SamerouteError):
     """The rollout engine could not be started, died, or cannot be reached."""
 
 

@@ -17,8 +17,9 @@ from megatron_ext.hf.description import ModelShape
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
 from pipeline.dumps.dump import Dump, write_dump
-from pipeline.engine.client import Sampling, SGLangClient
-from pipeline.engine.pool import ClientPool
+from pipeline.engine.client import Sampling
+from pipeline.engine.fleet import Fleet
+from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, Objective, is_informative, mismatch_metrics, resolve
 from pipeline.objectives.terms.kl import kl_estimate
 from pipeline.observe.step_record import StepArrays
@@ -29,11 +30,11 @@ from pipeline.trainer.rows import loss_values, padded
 from pipeline.types import Group, Rollout, route_dtype
 
 
-class DisagreementError(RuntimeError):
+class DisagreementError(SamerouteError):
     """Trainer and rollout engine do not hold the same model, or do not compute the same log-probs."""
 
 
-class NothingToLearnError(RuntimeError):
+class NothingToLearnError(SamerouteError):
     """Dynamic sampling found too few groups whose rewards differ."""
 
 
@@ -54,9 +55,9 @@ class Timer:
 
 @dataclass
 class Loop:
-    """What a step needs. `version` counts the weights that the servers hold.
+    """What a step needs.
 
-    client: None where there is no server, and every step is a dumped one.
+    fleet: the servers; without any, every step is a dumped one.
     dumps: where steps are written that debug.dump_rollouts names.
     arrays: of the last step.
     """
@@ -64,9 +65,8 @@ class Loop:
     config: Config
     shape: ModelShape
     source: PromptSource
-    client: SGLangClient | ClientPool | None
+    fleet: Fleet
     trainers: TrainerGroup
-    version: int = 0
     dumps: Path | None = None
     arrays: StepArrays | None = field(default=None, init=False)
 
@@ -91,10 +91,11 @@ class Loop:
             if dumped is None:
                 groups, metrics = self.sample(timer)
             else:
-                groups, metrics, self.version = list(dumped.groups), {}, dumped.weight_version
+                groups, metrics = list(dumped.groups), {}
+                self.fleet.adopt(dumped.weight_version)
             if self.dumps is not None and self.config.debug.dumps(number):
                 with timer("dump"):
-                    write_dump(self.dumps, Dump(number, self.version, self.sampling.temperature, tuple(groups)))
+                    write_dump(self.dumps, Dump(number, self.fleet.version, self.sampling.temperature, tuple(groups)))
             rollouts = [r for g in groups for r in g.rollouts]
             with timer("train"):
                 self.load(rollouts)
@@ -102,7 +103,7 @@ class Loop:
                 if self.replay == "r3" and every and (number - 1) % every == 0:
                     metrics |= self.probe_replay(rollouts)
                 metrics |= self.update(groups, rollouts, timer)
-            sampled_under = self.version
+            sampled_under = self.fleet.version
             with timer("sync"):
                 self.sync()
         metrics |= group_metrics(groups, rollouts)
@@ -125,10 +126,8 @@ class Loop:
         self.trainers.load(samples if self.replay == "r3" else [replace(s, routes=None) for s in samples])
 
     def sync(self) -> None:
-        """The trainer's weights to the server, where there is one, under the next version."""
-        self.version += 1
-        if self.client is not None:
-            self.trainers.send_weights(self.version)
+        """The trainer's weights to the servers, where there are some, under the next version."""
+        self.fleet.transfer(self.trainers)
 
     def sample(self, timer: Timer) -> tuple[list[Group], dict[str, float]]:
         """The graded groups of a step, and what sampling them took.
@@ -136,12 +135,11 @@ class Loop:
         With dynamic sampling (DAPO) a group whose rewards are all equal is replaced by a group of the next prompt, in
         at most `rollout.max_sampling_rounds` rounds. Raises NothingToLearnError where those do not suffice.
         """
-        assert self.client is not None
         rollout, groups, drawn, tokens = self.config.rollout, [], 0, 0
         for _ in range(rollout.max_sampling_rounds):
             with timer("rollout"):
                 prompts = self.source.take(rollout.prompts_per_step - len(groups))
-                new = sample_groups_sync(self.client, prompts, rollout.samples_per_prompt, self.sampling)
+                new = sample_groups_sync(self.fleet, prompts, rollout.samples_per_prompt, self.sampling)
             with timer("reward"):
                 new = grade(new, self.source.tokenizer, self.source.reward)
             drawn, tokens = drawn + len(new), tokens + sum(len(r) for g in new for r in g.rollouts)
@@ -229,13 +227,13 @@ class Loop:
         """
         metrics = mismatch_of(rollouts, proximal)
         versions = {int(v) for r in rollouts for v in r.weight_versions}
-        if versions != {self.version}:
+        if versions != {self.fleet.version}:
             raise DisagreementError(
-                f"tokens were sampled under weights {sorted(versions)}, the trainer holds {self.version}"
+                f"tokens were sampled under weights {sorted(versions)}, the trainer holds {self.fleet.version}"
             )
         if not metrics["mismatch/abs_logprob"] <= self.config.logprob_bound:
             raise DisagreementError(
-                f"under weights {self.version} the log-probs of trainer and server differ by "
+                f"under weights {self.fleet.version} the log-probs of trainer and server differ by "
                 f"{metrics['mismatch/abs_logprob']:.2e} nats on average (largest "
                 f"{metrics['mismatch/max_abs_logprob']:.2e}), the bound is {self.config.logprob_bound:.0e}: the weight "
                 "transfer failed, or the engines compute different models; checks.max_abs_logprob sets the bound"
@@ -253,8 +251,7 @@ class Loop:
 
     def probe(self) -> None:
         """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
-        assert self.client is not None
-        groups = sample_groups_sync(self.client, self.source.take(4), 1, self.sampling)
+        groups = sample_groups_sync(self.fleet, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
         self.load(rollouts)
         self.compare(rollouts, self.trainers.logprobs("replay" if self.replay == "r3" else "native"))

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import StepArrays, shown_rollouts, step_record
 from pipeline.types import Group
@@ -59,8 +60,10 @@ _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wand
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
-class RunDirectoryError(RuntimeError):
+class RunDirectoryError(SamerouteError):
     """The run directory cannot be used; the message says what to write instead."""
+
+    exit_code = NOT_STARTED
 
 
 class RunDirectory:

@@ -28,10 +28,11 @@ from typing import Any
 from urllib.parse import urlparse
 
 from pipeline.config.alerts import AlertRule, AlertsConfig
+from pipeline.errors import SamerouteError
 from pipeline.observe.sinks.background import Background, DeliveryError
 
 
-class AlertStop(RuntimeError):
+class AlertStop(SamerouteError):
     """A rule with `stop: true` fired."""
 
 

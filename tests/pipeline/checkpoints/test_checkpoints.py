@@ -150,7 +150,7 @@ def save_until_killed(model: str, folder: Path, reports) -> None:
     trainers = Local(model, folder)
     trainers.become(0)
     if latest is not None:
-        trainers.call("resume", str(latest))
+        trainers.resume(latest)
         step = read_progress(latest).step
     reports.put((removed, step, trainers.values()))
     saver = saver_of(store, trainers)
@@ -233,7 +233,7 @@ def save_to_a_full_disk_and_memory(model: str, folder: Path):
     staged_save.serialized = serialized
     latest = store.latest()
     assert latest is not None
-    trainers.call("resume", str(latest))
+    trainers.resume(latest)
     return said, store.complete() == [latest], trainers.values()
 
 

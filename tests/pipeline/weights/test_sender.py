@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.engine.client import Sampling
+from pipeline.engine.control import ServerAddress
 from pipeline.weights import WeightsConfig, WeightSender, WeightTransferError
 from tests.conftest import save_tiny_model
 from tests.support import reference
@@ -35,7 +36,7 @@ def buckets(weights, tensors_per_bucket=20):
 
 
 def make_sender(url, timeout_s=30.0, **settings):
-    return WeightSender([url], WeightsConfig(timeout_s=timeout_s, **settings), device="cpu")
+    return WeightSender([ServerAddress(url)], WeightsConfig(timeout_s=timeout_s, **settings), device="cpu")
 
 
 @pytest.fixture(params=["distributed", "shared_memory"])
