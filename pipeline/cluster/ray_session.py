@@ -23,7 +23,7 @@ _LONGEST_FOLDER = 40
 
 @contextlib.contextmanager
 def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
-    """Ray is up inside. cpus: that a cluster started here has. Raises PlacementError where its sockets have no place."""
+    """Ray is up inside. cpus: that a cluster started here has. Raises PlacementError for no place for its sockets."""
     on_termination = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores

@@ -38,7 +38,8 @@ def open_loop(
     start: a checkpoint to go on from.
     on_supervised: called with each supervised step and its loss, nats a token.
     may_stop: called after it with its number and with what would have to be saved.
-    Yields the loop and the model directory it started from. Raises DataError, ServerError, PlacementError, TrainerError.
+    Yields the loop and the model directory it started from.
+    Raises DataError, ServerError, PlacementError and TrainerError.
     """
     model_path = prepare_model(config, directory / "model")
     shape = model_shape(read_hf_config(model_path))

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import requests
-
 from pipeline.engine.control import ServerAddress, SGLangControl
 from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
@@ -44,7 +42,7 @@ class Servers:
         """`call()`, its failure a WeightTransferError that names the server."""
         try:
             return call()
-        except (ServerError, requests.RequestException) as error:
+        except ServerError as error:
             raise WeightTransferError(f"weight transfer to {control.url} failed: {error}") from error
 
     def close(self) -> None:
