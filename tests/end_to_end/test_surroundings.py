@@ -37,7 +37,7 @@ def test_a_run_starts_samples_and_sends_weights_past_a_dead_proxy_and_a_long_tmp
     finally:
         started.kill()
     assert started.returncode == 0, output
-    assert "step    2/2" in output
+    assert "step 2/2  reward" in output
     assert len(str(long)) >= 98
     assert list(long.iterdir()) == []
     assert [left for folder in FOLDERS for left in folder.glob(f"sameroute-{started.pid}-*")] == []
