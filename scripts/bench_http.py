@@ -1,4 +1,4 @@
-"""Seconds of a rollout with aiohttp, which the client uses, against httpx, on one server in turns.
+"""Seconds and client's CPU time of a rollout: aiohttp, which the client uses, against httpx, on one server in turns.
 
     python scripts/bench_http.py [--rounds 40] [--new-tokens 16]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     shape = TinyModelConfig(moe_intermediate=64)
     seconds: dict[type[SGLangClient], list[float]] = {SGLangClient: [], HttpxClient: []}
+    cpu: dict[type[SGLangClient], list[float]] = {SGLangClient: [], HttpxClient: []}
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model(Path(folder) / "model", shape, seed=0)
         config, log = ServerConfig(context_length=1024), Path(folder) / "sglang.log"
@@ -56,12 +58,17 @@ def main() -> None:
             clients = [kind(server.url, vocab_size=VOCAB_SIZE, **sizes) for kind in seconds]
             for number in range(options.rounds + 1):
                 for client in clients if number % 2 else reversed(clients):
+                    began = time.process_time()
                     elapsed = run_step(client, options.new_tokens, seed=number)
                     if number > 0:  # the first one warms up
                         seconds[type(client)].append(elapsed)
+                        cpu[type(client)].append(time.process_time() - began)
     print(f"{PROMPTS} prompts x {SAMPLES} samples x {options.new_tokens} tokens, {options.rounds} rounds each")
     for kind, values in seconds.items():
-        print(f"{kind.__name__:>14}: {statistics.median(values):.3f} s median, {min(values):.3f} s best")
+        busy = statistics.median(cpu[kind])
+        print(
+            f"{kind.__name__:>14}: {statistics.median(values):.3f} s median, {min(values):.3f} s best, {busy:.3f} s CPU"
+        )
     ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
     print(f"{'ratio':>14}: {ratio:.2f} (median of the rounds)")
 

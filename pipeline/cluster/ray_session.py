@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,15 +33,16 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
             folder = _folder()
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             stack.callback(ray.shutdown)  # before: Ray's processes write there until they end
-            ray.init(
-                address="local",  # never another run's cluster on this machine
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=int(config.object_store_gb * 1e9),
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                _temp_dir=str(folder),
-            )
+            with _temporary_files_in(folder):
+                ray.init(
+                    address="local",  # never another run's cluster on this machine
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=int(config.object_store_gb * 1e9),
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    _temp_dir=str(folder),
+                )
         else:
             stack.callback(ray.shutdown)
             ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False)
@@ -48,6 +50,24 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_termination)
         yield
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Processes that are started inside have their temporary files there: torch's manager of shared memory binds a
+    socket among them, and ranks that are killed at the end of a run leave others."""
+    before = os.environ.get("TMPDIR")
+    # What torch.compile keeps from run to run stays where it is.
+    cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 def _folder() -> Path:

@@ -98,8 +98,17 @@ class Local:
         self.rank = TrainerRank.__new__(TrainerRank)  # without its log file
         self.rank.trainer = Trainer(model, ParallelConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3), replay=True)
 
-    def call(self, method: str, *args):
-        return [getattr(self.rank, method)(*args)]
+    def resume(self, checkpoint: Path) -> None:
+        self.rank.resume(str(checkpoint))
+
+    def begin_save(self, directory: Path) -> None:
+        self.rank.begin_save(str(directory))
+
+    def save_written(self, *, wait: bool) -> bool:
+        return self.rank.save_written(wait)
+
+    def finish_save(self) -> None:
+        self.rank.finish_save()
 
     def state(self):
         """Every weight and both moments of each."""
