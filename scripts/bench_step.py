@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import load_config
-from pipeline.loop.run import open_loop
+from pipeline.loop.open_loop import open_loop
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SETTINGS = [

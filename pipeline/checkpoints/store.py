@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint.names import CHECKSUMS
+from pipeline.errors import SamerouteError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -28,7 +29,7 @@ PROGRESS = "progress.json"
 _NAME = re.compile(r"(step|supervised)_(\d+)")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(SamerouteError):
     """A checkpoint was not written, or is not one; the message says which, and which is the last."""
 
 

@@ -13,9 +13,13 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import NOT_STARTED, SamerouteError
 
-class ConfigError(ValueError):
+
+class ConfigError(SamerouteError, ValueError):
     """The configuration cannot be run; the message says what to write instead."""
+
+    exit_code = NOT_STARTED
 
 
 def read_tree(path: Path, inheriting: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:

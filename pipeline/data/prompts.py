@@ -36,7 +36,7 @@ class PromptSource:
         """model_path: Hugging Face directory whose tokenizer and generation_config.json count.
 
         stream: "held_out" gives a synthetic task's other questions; a file has one stream only.
-        Raises DataError or FileNotFoundError (data or tokenizer), RewardError (verifier), before any prompt is taken.
+        Raises DataError (data or tokenizer), RewardError (verifier), before any prompt is taken.
         """
         self.config = config
         self.stream: Stream = stream

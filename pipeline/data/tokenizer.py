@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.model import TINY_VOCABULARY
+from pipeline.data.chat import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,12 +73,12 @@ def write_character_tokenizer(directory: str | Path) -> Path:
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face model directory; nothing is downloaded.
 
-    Raises FileNotFoundError where the directory holds none.
+    Raises DataError where the directory holds none.
     """
     directory = Path(directory)
     file = directory / "tokenizer_config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} holds no tokenizer: it has no tokenizer_config.json")
+        raise DataError(f"{directory} holds no tokenizer: it has no tokenizer_config.json")
     if json.loads(file.read_text()).get("tokenizer_class") == "PreTrainedTokenizerFast":
         # AutoTokenizer imports the configs of all model families first: 7 s more on two cores.
         from transformers import PreTrainedTokenizerFast

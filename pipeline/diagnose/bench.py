@@ -90,7 +90,7 @@ class Bench:
     @property
     def can_score(self) -> bool:
         """Whether there is a server to ask."""
-        return self.loop.client is not None
+        return self.loop.fleet.serves
 
     def gap(self, setting: Setting) -> Gap:
         """The difference of the engines on every response token."""
@@ -145,15 +145,14 @@ class Bench:
     def _score(self, kind: Server) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         """The server's log-probs and routes of the whole sequences, by prefill."""
         if kind not in self._scored:
-            client = self.loop.client
-            assert client is not None
+            fleet = self.loop.fleet
             if kind == "resent":
                 self._score("rescored")  # what it says now is gone afterwards
                 self.loop.sync()
 
             async def score() -> list[tuple[np.ndarray, np.ndarray | None]]:
-                async with client:
-                    return await asyncio.gather(*(client.score(r.token_ids) for r in self.rollouts))
+                async with fleet:
+                    return await asyncio.gather(*(fleet.score(r.token_ids) for r in self.rollouts))
 
             answers = asyncio.run(score())
             logprobs = [row[-len(r) :] for (row, _), r in zip(answers, self.rollouts, strict=True)]
@@ -167,9 +166,8 @@ def new_rollouts(loop: Loop, count: int, max_new_tokens: int | None = None) -> l
 
     max_new_tokens: a limit below the run's own.
     """
-    assert loop.client is not None
     sampling = loop.sampling
     if max_new_tokens is not None:
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, max_new_tokens))
-    groups = sample_groups_sync(loop.client, loop.source.peek(math.ceil(count / 2)), 2, sampling)
+    groups = sample_groups_sync(loop.fleet, loop.source.peek(math.ceil(count / 2)), 2, sampling)
     return [r for g in groups for r in g.rollouts]

@@ -105,7 +105,7 @@ def diagnose(
     policy = bench.trainer(base)
     gap = {name.removeprefix("mismatch/"): value for name, value in mismatch_of(rollouts, policy).items()}
     bound, tokens = loop.config.logprob_bound, sum(len(r) for r in rollouts)
-    version = loop.version  # weights that are sent again are the same under the next number
+    version = loop.fleet.version  # weights that are sent again are the same under the next number
     measured: dict[str, Any] = {}
     uncompared: dict[str, str] = {}
     if tokens > 1:
@@ -119,7 +119,7 @@ def diagnose(
             "by_lag": tuple(by_lag(rollouts, policy, version)),
             "worst": tuple(worst_tokens(loop, rollouts, policy)),
         }
-        if loop.client is not None:
+        if loop.fleet.serves:
             try:
                 measured["weights"] = tuple(f"{d.name} ({d.kind})" for d in loop.trainers.weight_differences())
             except TrainerError as error:  # quantized weights cannot be read back

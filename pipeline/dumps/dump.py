@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.types import Batch, Episode, FinishReason, Group, Prompt, Rollout, stack_kept
 
 FORMAT, FORMAT_VERSION = "sameroute.rollouts", 2
@@ -63,8 +64,10 @@ _OPTIONAL = {"routes": 3, "kept": 2}
 """Arrays that a step may lack, and their dimensions; all others have one."""
 
 
-class DumpError(ValueError):
+class DumpError(SamerouteError, ValueError):
     """A dump cannot be written, read or used; the message says which and why."""
+
+    exit_code = NOT_STARTED
 
 
 @dataclass(frozen=True)

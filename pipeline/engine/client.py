@@ -18,6 +18,7 @@ import aiohttp
 import numpy as np
 
 from megatron_ext.batch.routes import check_routes, route_dtype
+from pipeline import http
 from pipeline.engine.control import SGLangControl
 from pipeline.engine.server import ServerError
 from pipeline.types import FinishReason, Rollout, Sampled
@@ -109,10 +110,7 @@ class SGLangClient(SGLangControl):
 
     async def __aenter__(self) -> Self:
         if self._entered == 0:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # the server queues, not the client
-                timeout=aiohttp.ClientTimeout(total=self.timeout_s),
-            )
+            self._session = http.session(self.timeout_s)
         self._entered += 1
         return self
 
@@ -224,7 +222,7 @@ class SGLangClient(SGLangControl):
                 return await response.json(content_type=None)
         except TimeoutError as error:
             raise ServerError(f"{self.url}/generate took more than {self.timeout_s:g} s{self._see_log()}") from error
-        except aiohttp.ClientError as error:
+        except http.HttpError as error:
             raise ServerError(f"{self.url}/generate was cut off: {error!r}{self._see_log()}") from error
 
     def _sampled(self, answer: dict[str, Any], sampling: Sampling, route_rows: int) -> Sampled:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from pipeline.errors import SamerouteError
 from pipeline.objectives import mismatch_metrics
 from pipeline.types import PolicyTokens, Rollout, padded
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_ext.network import Routing
 
 
-class DisagreementError(RuntimeError):
+class DisagreementError(SamerouteError):
     """Trainer and rollout engine do not hold the same model, or do not compute the same log-probs."""
 
 

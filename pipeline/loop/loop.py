@@ -15,8 +15,9 @@ from pipeline.config import Config
 from pipeline.config.replay import Replay
 from pipeline.data.prompts import PromptSource
 from pipeline.dumps.dump import Dump, write_dump
-from pipeline.engine.client import Sampling, SGLangClient
-from pipeline.engine.pool import ClientPool
+from pipeline.engine.client import Sampling
+from pipeline.engine.fleet import Fleet
+from pipeline.errors import SamerouteError
 from pipeline.loop.compare import compare, replay_probe
 from pipeline.loop.update import Update
 from pipeline.objectives import is_informative, resolve
@@ -27,24 +28,23 @@ from pipeline.trainer.group import TrainerGroup
 from pipeline.types import Batch, Group, Rollout, StepResult
 
 
-class NothingToLearnError(RuntimeError):
+class NothingToLearnError(SamerouteError):
     """Dynamic sampling found too few groups whose rewards differ."""
 
 
 @dataclass
 class Loop:
-    """What a step needs. `version` counts the weights that the servers hold.
+    """What a step needs.
 
-    client: None where there is no server, and every step is a dumped one.
+    fleet: the servers; without any, every step is a dumped one.
     dumps: where steps are written that debug.dump_rollouts names.
     """
 
     config: Config
     shape: ModelDescription
     source: PromptSource
-    client: SGLangClient | ClientPool | None
+    fleet: Fleet
     trainers: TrainerGroup
-    version: int = 0
     dumps: Path | None = None
 
     def __post_init__(self):
@@ -68,8 +68,9 @@ class Loop:
             if dumped is None:
                 groups, metrics = self.sample(timer)
             else:
-                groups, metrics, self.version = list(dumped.batch.groups), {}, dumped.batch.version
-            batch = Batch(number, self.version, tuple(groups))
+                groups, metrics = list(dumped.batch.groups), {}
+                self.fleet.adopt(dumped.batch.version)
+            batch = Batch(number, self.fleet.version, tuple(groups))
             if self.dumps is not None and self.config.debug.dumps(number):
                 with timer("dump"):
                     write_dump(self.dumps, Dump(batch, self.sampling.temperature))
@@ -104,10 +105,8 @@ class Loop:
         return Update(self.config, self.objective, self.trainers, self.shape, self.replay)(batch, timer)
 
     def sync(self) -> None:
-        """The trainer's weights to the server, where there is one, under the next version."""
-        self.version += 1
-        if self.client is not None:
-            self.trainers.send_weights(self.version)
+        """The trainer's weights to the servers, where there are any, under the next version."""
+        self.fleet.transfer(self.trainers)
 
     def sample(self, timer: Timer) -> tuple[list[Group], dict[str, float]]:
         """The graded groups of a step, and what sampling them took.
@@ -115,12 +114,11 @@ class Loop:
         With dynamic sampling (DAPO) a group whose rewards are all equal is replaced by a group of the next prompt, in
         at most `rollout.max_sampling_rounds` rounds. Raises NothingToLearnError where those do not suffice.
         """
-        assert self.client is not None
         rollout, groups, drawn, tokens = self.config.rollout, [], 0, 0
         for _ in range(rollout.max_sampling_rounds):
             with timer("rollout"):
                 prompts = self.source.take(rollout.prompts_per_step - len(groups))
-                new = sample_groups_sync(self.client, prompts, rollout.samples_per_prompt, self.sampling)
+                new = sample_groups_sync(self.fleet, prompts, rollout.samples_per_prompt, self.sampling)
             with timer("reward"):
                 new = grade(new, self.source.tokenizer, self.source.reward)
             drawn, tokens = drawn + len(new), tokens + sum(len(r) for g in new for r in g.rollouts)
@@ -149,12 +147,11 @@ class Loop:
 
     def probe(self) -> None:
         """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
-        assert self.client is not None
-        groups = sample_groups_sync(self.client, self.source.take(4), 1, self.sampling)
+        groups = sample_groups_sync(self.fleet, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
         self.load(rollouts)
         policy = self.trainers.logprobs("replay" if self.replay.from_server else "native")
-        compare(rollouts, policy, version=self.version, bound=self.config.logprob_bound)
+        compare(rollouts, policy, version=self.fleet.version, bound=self.config.logprob_bound)
 
 
 def supervise(

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from megatron_ext.hf.companions import Dtype, write_companions
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
 from pipeline.types import StepResult
@@ -59,8 +60,10 @@ _FILES = (
 _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb", "checkpoints", "dropped")
 
 
-class RunDirectoryError(RuntimeError):
+class RunDirectoryError(SamerouteError):
     """The run directory cannot be used; the message says what to write instead."""
+
+    exit_code = NOT_STARTED
 
 
 class RunDirectory:

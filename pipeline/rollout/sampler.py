@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipeline.engine.client import Sampling, SGLangClient
-from pipeline.engine.pool import ClientPool
+from pipeline.engine.fleet import Fleet
 from pipeline.types import Group, Prompt
 
 
 async def sample_groups(
-    client: SGLangClient | ClientPool,
+    client: SGLangClient | Fleet,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,
@@ -53,7 +53,7 @@ def of_prompt(sampling: Sampling, prompt: Prompt) -> Sampling:
 
 
 def sample_groups_sync(
-    client: SGLangClient | ClientPool,
+    client: SGLangClient | Fleet,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,

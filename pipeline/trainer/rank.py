@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
     from megatron_ext.checkpoint.staged_save import StagedSave
     from megatron_ext.hf.bucket import Bucket
+    from pipeline.engine.control import ServerAddress
     from pipeline.trainer.losses import LossRow
     from pipeline.weights import WeightDifference, WeightsConfig
 
@@ -133,7 +134,7 @@ class TrainerRank:
         self.trainer.keep_reference()
 
     def connect(
-        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights
+        self, servers: list[ServerAddress], config: WeightsConfig, device: str, rounding: RolloutWeights
     ) -> None:
         """From now on weights go to these servers, from rank 0, rounded as the servers are to compute with them."""
         self.trainer.exporter.bucket_bytes = config.bucket_bytes
@@ -141,7 +142,7 @@ class TrainerRank:
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
-            self.sender = WeightSender(urls, config, device=device, logs=logs)
+            self.sender = WeightSender(servers, config, device=device)
             self.sender.connect()
 
     def send_weights(self, version: int) -> None:

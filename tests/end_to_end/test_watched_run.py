@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.commands.main import main
+from pipeline.engine.fleet import Fleet
 from tests.support.episodes import step_result
 from tests.support.receivers import free_port
 from tests.support.runs import metrics
@@ -19,7 +20,7 @@ from tests.support.runs import metrics
 class Loop:
     """Steps made up here. at_step: called with each before it ends."""
 
-    version = 0
+    fleet = Fleet()
     objective = SimpleNamespace(
         composition=SimpleNamespace(ratio="token", surrogate="reinforce", clip_low=None, clip_high=None)
     )
@@ -27,10 +28,7 @@ class Loop:
 
     def __init__(self, at_step):
         self.at_step = at_step
-        self.trainers = SimpleNamespace(call=self.call)
-
-    def call(self, method, *_):
-        return [{"rank": 0}] if method == "where" else []
+        self.trainers = SimpleNamespace(where=lambda: [{"rank": 0}], save_hf=lambda directory: None)
 
     def step(self, number):
         self.at_step(number)

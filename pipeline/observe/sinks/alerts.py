@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from pipeline import http
 from pipeline.config.alerts import AlertRule, AlertsConfig
+from pipeline.errors import SamerouteError
 from pipeline.observe.sinks.background import Background, DeliveryError
 
 
-class AlertStop(RuntimeError):
+class AlertStop(SamerouteError):
     """A rule with `stop: true` fired."""
 
 
@@ -177,15 +179,13 @@ def run_command(command: Sequence[str], body: str, timeout_s: float) -> None:
 def post(url: str, body: str, timeout_s: float) -> None:
     """POST the body as JSON. Raises DeliveryError for any answer that is no success. The URL may hold a secret, so only
     its host is said."""
-    import requests
-
     host = urlparse(url).hostname
     try:
-        answer = requests.post(url, data=body.encode(), headers={"Content-Type": "application/json"}, timeout=timeout_s)
-    except requests.RequestException as error:
+        answer = http.request("POST", url, body=body.encode(), timeout_s=timeout_s, proxies=True)
+    except (http.HttpError, TimeoutError) as error:
         raise DeliveryError(f"webhook at {host}: {type(error).__name__}") from error
-    if not answer.ok:
-        raise DeliveryError(f"webhook at {host} answered {answer.status_code}")
+    if answer.status >= 400:
+        raise DeliveryError(f"webhook at {host} answered {answer.status}")
 
 
 def wrong_alerts(config: AlertsConfig) -> str | None:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipeline.config.observe import ObserveConfig
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.observe.sinks.alerts import Alerts, wrong_alerts
 from pipeline.observe.sinks.background import Background, DeliveryError
 from pipeline.observe.sinks.mlflow import MlflowSink
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 CLOSE_S = 60.0  # that a run's end waits for a network, a sink
 
 
-class ObserveError(RuntimeError):
+class ObserveError(SamerouteError):
     """A sink cannot be had; the message says what to write instead."""
+
+    exit_code = NOT_STARTED
 
 
 class Sink(Protocol):

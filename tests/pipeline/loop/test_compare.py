@@ -59,7 +59,7 @@ def make_loop(*overrides, gap=0.0, experts=8) -> Loop:
     source = SimpleNamespace(stop_token_ids=(1,))
     model = SimpleNamespace(num_experts=experts, num_layers=4)
     return Loop(
-        load_config("configs/quickstart.yaml", list(overrides)), model, source, None, FakeTrainers(ROLLOUTS, gap)
+        load_config("configs/quickstart.yaml", list(overrides)), model, source, Fleet(), FakeTrainers(ROLLOUTS, gap)
     )
 
 
