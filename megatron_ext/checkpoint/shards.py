@@ -18,11 +18,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_ext.checkpoint.names import CheckpointError
+from megatron_ext.checkpoint.plain import plain_data, read_metadata
 from megatron_ext.mcore import (
     GPTModel,
     MCoreSavePlanner,
@@ -77,7 +79,8 @@ def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
     state = sharded_state(chunks)
     check_files(path)
     check_model(path, [entry for chunk in state.values() for entry in chunk.values()])
-    loaded = dist_checkpointing.load(state, str(path))
+    with plain_data(path):
+        loaded = dist_checkpointing.load(state, str(path))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # without _extra_state; check_model was strict
 
@@ -87,7 +90,7 @@ def check_files(path: Path) -> None:
     if not (path / ".metadata").is_file() or not (path / "metadata.json").is_file():
         raise CheckpointError(f"{path} is no finished Megatron-Core checkpoint: it has no metadata.json and .metadata")
     ends: dict[str, int] = {}
-    for stored in dcp.FileSystemReader(path).read_metadata().storage_data.values():
+    for stored in read_metadata(path).storage_data.values():
         end = stored.offset + stored.length
         ends[stored.relative_path] = max(end, ends.get(stored.relative_path, 0))
     for name, end in ends.items():
@@ -104,7 +107,7 @@ def check_model(path: Path, entries: Sequence[Any]) -> None:
 
     entries: those of this rank.
     """
-    stored = {key: tuple(tensor.global_shape) for key, tensor in dist_checkpointing.load_tensors_metadata(path).items()}
+    stored = {key: tuple(tensor.size) for key, tensor in stored_tensors(path).items()}
     problems, shards = [], shards_of(entries)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {tensor.key for tensor in shards})
@@ -119,6 +122,12 @@ def check_model(path: Path, entries: Sequence[Any]) -> None:
             problems.append(f"{tensor.key} is {list(have)}, the model's {list(want)}")
     if problems:
         raise CheckpointError(f"{path} holds another model: {'; '.join(sorted(set(problems)))}")
+
+
+def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Key -> size and dtype of every tensor of a checkpoint. Raises CheckpointError."""
+    described = read_metadata(path).state_dict_metadata
+    return {key: it for key, it in described.items() if isinstance(it, TensorStorageMetadata)}
 
 
 def shards_of(entries: Sequence[Any]) -> list[ShardedTensor]:

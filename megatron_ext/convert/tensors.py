@@ -26,6 +26,7 @@ from megatron_ext.checkpoint.shards import (
     save_model,
     sharded_state,
     shards_of,
+    stored_tensors,
 )
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.convert.reader import CheckpointReader
@@ -37,7 +38,7 @@ from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import local_parameters
 from megatron_ext.hf.tables import Match
 from megatron_ext.hf.writer import SafetensorsWriter
-from megatron_ext.mcore import GPTModel, dist_checkpointing, is_main_replica
+from megatron_ext.mcore import GPTModel, is_main_replica
 from megatron_ext.model.build import build_model
 
 Advance = Callable[[int], None]
@@ -119,10 +120,10 @@ class CheckpointTensors:
         """Raises CheckpointError where the checkpoint is damaged or another model's."""
         check_files(path)
         self.path, self.model, self.reader = path, model, CheckpointReader(path)
-        stored = dist_checkpointing.load_tensors_metadata(path)
+        stored = stored_tensors(path)
         if _EMBEDDING not in stored:
             raise CheckpointError(f"{path} holds another model: {_EMBEDDING} is not in it")
-        self.dtype: Dtype = "bfloat16" if stored[_EMBEDDING].dtype == torch.bfloat16 else "float32"
+        self.dtype: Dtype = "bfloat16" if stored[_EMBEDDING].properties.dtype == torch.bfloat16 else "float32"
         chunks = meta_model(model, ParallelConfig(), self.dtype)
         self.state = sharded_state(chunks)["model0"]
         check_model(path, list(self.state.values()))
