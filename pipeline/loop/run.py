@@ -12,6 +12,7 @@ import torch
 
 from megatron_ext.hf.companions import write_companions
 from megatron_ext.hf.description import read_description
+from megatron_ext.hf.writer import has_weights
 from pipeline.checkpoints.resume import Start, choose_start
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import CheckpointStore, Progress, progress_of
@@ -38,7 +39,6 @@ from pipeline.observe.sinks.alerts import AlertStop
 from pipeline.observe.sinks.sinks import Sinks, check_sinks
 from pipeline.rewards import resolve_reward
 from pipeline.trainer.group import TrainerGroup
-from pipeline.trainer.hf_output import has_weights
 from pipeline.types import Group
 
 
