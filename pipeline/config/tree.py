@@ -25,7 +25,7 @@ from pipeline.config.run import (
 )
 from pipeline.config.server import ServerConfig
 from pipeline.config.weights import WeightsConfig
-from pipeline.objectives.config import ObjectiveConfig, resolve
+from pipeline.objectives.config import ObjectiveConfig
 
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
 """Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
@@ -80,7 +80,7 @@ class Config(Frozen):
             )
         check_server_arguments(self.server.extra_args)
         check_trainer_fields(self.trainer.extra)
-        objective = resolve(self.objective)
+        objective = self.objective.composition()
         if self.rollout.samples_per_prompt == 1 and objective.needs_group:
             raise ValueError(
                 "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2, or "

@@ -201,6 +201,7 @@ class Loop:
                 sequences=len(chosen),
                 tokens=sum(len(rollouts[i]) for i in chosen),
                 max_length=self.config.rollout.max_new_tokens,
+                prompts=len(set(group_ids[chosen].tolist())),
             )
             inputs = {i: per_sample[i] for i in chosen}
             part, seen = self.trainers.update_policy(self.config.objective, denominators, inputs)

@@ -6,6 +6,7 @@ loss whose denominators are the whole mini-batch's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from megatron_ext.trainer import LossBatch, LossFunction
 
 
-def policy_loss(objective: Objective, denominators: Denominators) -> LossFunction:
+def policy_loss(objective: Objective, denominators: Denominators, samples: Sequence[int] | None = None) -> LossFunction:
     """An objective on samples with the values rollout_logprobs [N], advantage (a number or [N]), reference_logprobs [N]
-    where the objective has a KL in the loss, and proximal_logprobs [N] unless the weights are still those of the start
-    of the update, so that current is proximal."""
+    where the objective has a KL in the loss, prompt_tokens (a number) where its reduction reads them, and
+    proximal_logprobs [N] unless the weights are still those of the start of the update, so that current is proximal.
+    samples: the step's number of each sample of the call, for errors; by default their positions in the call."""
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
         current, entropy = batch.quantities
@@ -32,19 +34,30 @@ def policy_loss(objective: Objective, denominators: Denominators) -> LossFunctio
             mask=batch.mask,
             reference_logprobs=batch.values.get("reference_logprobs"),
             entropy=entropy,
+            prompt_tokens=batch.values.get("prompt_tokens"),
+            sample_ids=_numbers(batch, samples),
         )
         return _share(objective.policy_loss(inputs, denominators))
 
     return loss
 
 
-def critic_loss(objective: Objective, denominators: Denominators) -> LossFunction:
-    """The critic's error on samples with the values returns [N] and proximal_values [N]."""
+def critic_loss(objective: Objective, denominators: Denominators, samples: Sequence[int] | None = None) -> LossFunction:
+    """The critic's error on samples with the values returns [N] and proximal_values [N]; the rest as in policy_loss."""
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
         (values,) = batch.quantities
         returns, proximal = batch.values["returns"], batch.values["proximal_values"]
-        return _share(objective.value_loss(values, returns, proximal, batch.mask, denominators))
+        out = objective.value_loss(
+            values,
+            returns,
+            proximal,
+            batch.mask,
+            denominators,
+            prompt_tokens=batch.values.get("prompt_tokens"),
+            sample_ids=_numbers(batch, samples),
+        )
+        return _share(out)
 
     return loss
 
@@ -57,6 +70,10 @@ def supervised_loss(tokens: int) -> LossFunction:
         return nll / tokens, {"loss/nll": (float(nll.detach()), float(batch.mask.sum()), "mean")}
 
     return loss
+
+
+def _numbers(batch: LossBatch, samples: Sequence[int] | None) -> tuple[int, ...]:
+    return batch.indices if samples is None else tuple(samples[i] for i in batch.indices)
 
 
 def _share(out: LossOutputs) -> tuple[Tensor, Metrics]:

@@ -104,7 +104,7 @@ class TrainerRank:
         """One optimizer step on some of the loaded samples. values: sample index -> what the loss reads of it."""
         from pipeline.trainer.losses import policy_loss
 
-        return self.trainer.update(self._with(values), policy_loss(resolve(objective), denominators))
+        return self.trainer.update(self._with(values), policy_loss(resolve(objective), denominators, list(values)))
 
     def update_critic(
         self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
@@ -112,7 +112,9 @@ class TrainerRank:
         """The same for the critic."""
         from pipeline.trainer.losses import critic_loss
 
-        return self.trainer.update_critic(self._with(values), critic_loss(resolve(objective), denominators))
+        return self.trainer.update_critic(
+            self._with(values), critic_loss(resolve(objective), denominators, list(values))
+        )
 
     def _with(self, values: dict[int, dict[str, Any]]) -> list[Sample]:
         return [replace(self.samples[i], values=v) for i, v in values.items()]

@@ -44,6 +44,7 @@ def loss_values(
         reference_logprobs=matrix(reference),
         values=matrix(values),
     )
+    of_group = mask.new_zeros(len(groups), dtype=torch.int64).index_add(0, torch.from_numpy(group_ids), mask.sum(-1))
     rows = []
     for i, r in enumerate(rollouts):
         advantage = out.advantages[i].numpy()
@@ -51,6 +52,8 @@ def loss_values(
             "rollout_logprobs": r.rollout_logprobs,
             "advantage": float(advantage) if advantage.ndim == 0 else advantage[: len(r)].astype(np.float32),
         }
+        if objective.needs_prompt_tokens:
+            row["prompt_tokens"] = float(of_group[group_ids[i]])
         if proximal is not None:
             row["proximal_logprobs"] = proximal[i]
         if reference is not None:

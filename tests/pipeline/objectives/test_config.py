@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.objectives import PRESETS, CorrectionConfig, Denominators, KLConfig, ObjectiveConfig, resolve
-from tests.support.batches import make_batch
+from pipeline.objectives import PRESETS, CorrectionConfig, KLConfig, ObjectiveConfig, resolve
+from tests.support.batches import make_batch, whole
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -113,13 +113,13 @@ def test_an_objective_says_what_it_needs(config: dict, needs: tuple[bool, bool, 
 def test_a_term_per_sequence_refuses_advantages_per_token() -> None:
     x = make_batch("ppo", 0)
     with pytest.raises(ValueError, match="ratio: sequence_token"):
-        resolve(ObjectiveConfig(preset="gspo")).loss(x, Denominators.of(x.mask, 7))
+        resolve(ObjectiveConfig(preset="gspo")).loss(x, whole(x, 7))
 
 
 def test_sequence_token_takes_the_critics_advantages() -> None:
     x = make_batch("ppo", 0, staleness=1e-4)
     config = ObjectiveConfig(preset="gspo_token", advantage="gae")
-    out = resolve(config).loss(x, Denominators.of(x.mask, 7))
+    out = resolve(config).loss(x, whole(x, 7))
     log_r = (x.current_logprobs - x.proximal_logprobs) * x.mask
     n = x.mask.sum(-1, keepdim=True).clamp(min=1)
     s = (log_r.sum(-1, keepdim=True) / n).exp()
@@ -133,9 +133,10 @@ def test_entropy_is_a_bonus_under_the_same_reduction() -> None:
     x = make_batch("dapo", 0)
     entropy = torch.rand(x.mask.shape, dtype=torch.float64).masked_fill(~x.mask, torch.nan).requires_grad_()
     x = dataclasses.replace(x, entropy=entropy)
-    denominators = Denominators.of(x.mask, 7)
-    plain = resolve(ObjectiveConfig(preset="dapo")).loss(x, denominators)
-    out = resolve(ObjectiveConfig(preset="dapo", entropy_coefficient=0.01)).loss(x, denominators)
+    denominators = whole(x, 7)
+    tokens = {"preset": "dapo", "reduction": "token_mean"}
+    plain = resolve(ObjectiveConfig(**tokens)).loss(x, denominators)
+    out = resolve(ObjectiveConfig(**tokens, entropy_coefficient=0.01)).loss(x, denominators)
     mean = entropy[x.mask].mean()
     assert (plain.loss - out.loss).item() == pytest.approx(0.01 * mean.item(), rel=1e-10)
     assert out.metrics["entropy"].value() == pytest.approx(mean.item())

@@ -91,7 +91,7 @@ def inputs_of(model: str) -> dict[str, tuple[list[Sample], Denominators]]:
     rollout, reference, values = near(proximal, 0.02), near(proximal, 0.1), near([0 * c for c in current], 1.0)
     flat = iter(rollout)
     groups = [replace(g, rollouts=tuple(replace(r, rollout_logprobs=next(flat)) for r in g.rollouts)) for g in groups]
-    denominators = Denominators(len(samples), sum(s.response_length for s in samples), LONGEST)
+    denominators = Denominators(len(samples), sum(s.response_length for s in samples), LONGEST, prompts=PROMPTS)
     out = {}
     for name, config in OBJECTIVES.items():
         objective = resolve(config)
