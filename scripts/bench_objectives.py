@@ -1,6 +1,6 @@
 """What an objective costs in a training step: seconds of its loss and of the loss's backward, and of the whole update.
 
-    .venv/bin/python scripts/bench_objectives.py [--sequences 16] [--tokens 512] [--only gspo grpo ...]
+    .venv/bin/python -m scripts.bench_objectives [--sequences 16] [--tokens 512] [--only gspo grpo ...]
 
 One rank of the real trainer updates a small mixture-of-experts model on a CPU. The loss is timed inside the update; its
 backward is timed apart, on tensors of the same shapes, because in the update it is part of the model's backward.
@@ -35,6 +35,7 @@ def make_samples(sequences: int, tokens: int) -> list[Sample]:
             "rollout_logprobs": rng.normal(-4, 0.02, tokens).astype(np.float32),
             "proximal_logprobs": rng.normal(-4, 0.1, tokens).astype(np.float32),
             "advantage": float(rng.normal()),
+            "prompt_tokens": float(4 * tokens),
         }
         ids = rng.integers(3, 64, tokens + 8).astype(np.int32)
         samples.append(Sample(ids, 8, values=values))
@@ -50,6 +51,7 @@ def inputs_of(batch, current: torch.Tensor) -> LossInputs:
         rollout_logprobs=current.detach() + noise + batch.values["rollout_logprobs"] + 4,
         advantages=batch.values["advantage"],
         mask=batch.mask,
+        prompt_tokens=batch.values["prompt_tokens"],
     )
 
 
@@ -60,7 +62,7 @@ def measure(config: ParallelConfig, model: str, names: list[str], sequences: int
     trainer = TrainerConfig(micro_batch_tokens=4 * (tokens + 8))
     it = Trainer(model, config, trainer, OptimizerConfig(lr=1e-6), replay=False)
     samples = make_samples(sequences, tokens)
-    denominators = Denominators(sequences=sequences, tokens=sequences * tokens, max_length=tokens)
+    denominators = Denominators(sequences, sequences * tokens, max_length=tokens, prompts=max(1, sequences // 4))
     out = {}
     for name in names:
         objective = resolve(ObjectiveConfig(preset=name))
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=[name for name in PRESETS if PRESETS[name].cells.ratio == "token"])
+    parser.add_argument("--only", nargs="*", default=[name for name in PRESETS if name != "ppo"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_tiny_model(folder, HIDDEN, seed=0))
