@@ -44,6 +44,7 @@ _AREAL_CELLS = Composition(
 _AREAL_SOURCES = {
     "clip": "eps_clip 0.4 of that file",
     "std": "its NormConfig: n - 1, plus 1e-5; of the group, and of the batch's tokens",
+    "reward": "reward_scaling 10 and reward_bias -0.5 of that file are left out: centring and whitening undo them",
 }
 
 
@@ -353,6 +354,7 @@ PRESETS: dict[str, Preset] = {
             "tau": "1.0 and 1.05 of that file",
             "ratio_to": "recompute_logprob and use_decoupled_loss are false in that file: the old policy is mu",
             "std": _AREAL_SOURCES["std"],
+            "reward": _AREAL_SOURCES["reward"],
         },
     ),
 }
