@@ -300,6 +300,11 @@ class Batch:
         """[rollouts] int64: position of its episode."""
         return np.repeat(np.arange(len(self.episodes)), [len(episode.rollouts) for episode in self.episodes])
 
+    @cached_property
+    def group_of_rollout(self) -> np.ndarray:
+        """[rollouts] int64: position of its group."""
+        return self.group_of_episode[self.episode_of_rollout]
+
 
 @dataclass(frozen=True)
 class PolicyTokens:

@@ -1,119 +1,115 @@
-"""Loss plus backward of every preset against the plainest torch version of the same equation.
+"""What an objective costs in a training step: seconds of its loss and of the loss's backward, and of the whole update.
 
-    python scripts/bench_objectives.py [--device cuda] [--sequences 64] [--tokens 4096]
+    .venv/bin/python -m scripts.bench_objectives [--sequences 16] [--tokens 512] [--only gspo grpo ...]
 
-Both run in one process, turn about, on the same tensors. The table gives median milliseconds, the median over the turns
-of their ratio, and the most memory that a call holds beyond its inputs (on a CPU from the profiler's allocation events,
-on a GPU from the allocator). The plain versions compute no metrics and check nothing.
+One rank of the real trainer updates a small mixture-of-experts model on a CPU. The loss is timed inside the update; its
+backward is timed apart, on tensors of the same shapes, because in the update it is part of the model's backward.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, resolve
-from tests.support.plain import PLAIN
+from megatron_ext.batch.layout import Sample
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from pipeline.config.model import TinyModelConfig
+from pipeline.data.tiny_model import make_tiny_model
+from pipeline.objectives import PRESETS, Denominators, LossInputs, Objective, ObjectiveConfig, resolve
+from tests.support.ranks import run_ranks
 
-Loss = Callable[[LossInputs, Denominators], Tensor]
+HIDDEN = TinyModelConfig(layers=4, hidden=256, experts=16, topk=4, moe_intermediate=256)
 
 
-def inputs_for(name: str, sequences: int, tokens: int, device: str) -> tuple[LossInputs, Denominators]:
-    """A batch of the mismatch and staleness of a real run: log-ratios of about 0.02 and 0.1."""
-    generator = torch.Generator().manual_seed(0)
+def make_samples(sequences: int, tokens: int) -> list[Sample]:
+    """Random responses with the discrepancy and the staleness of a real run: log-ratios of about 0.02 and 0.1."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(sequences):
+        values = {
+            "rollout_logprobs": rng.normal(-4, 0.02, tokens).astype(np.float32),
+            "proximal_logprobs": rng.normal(-4, 0.1, tokens).astype(np.float32),
+            "advantage": float(rng.normal()),
+            "prompt_tokens": float(4 * tokens),
+        }
+        ids = rng.integers(3, 64, tokens + 8).astype(np.int32)
+        samples.append(Sample(ids, 8, values=values))
+    return samples
 
-    def noise(scale: float) -> Tensor:
-        return (scale * torch.randn(sequences, tokens, generator=generator)).to(device)
 
-    lengths = torch.randint(tokens // 4, tokens + 1, (sequences, 1), generator=generator)
-    mask = (torch.arange(tokens) < lengths).to(device)
-    rollout = -torch.rand(sequences, tokens, generator=generator).to(device)
-    proximal = rollout + noise(0.02)
-    per_token = name in ("ppo", "reinforce_plus_plus")
-    values = noise(1.0)
-    inputs = LossInputs(
-        current_logprobs=(proximal + noise(0.1)).requires_grad_(),
-        proximal_logprobs=proximal,
-        rollout_logprobs=rollout,
-        advantages=noise(1.0) if per_token else noise(1.0)[:, 0].contiguous(),
-        mask=mask,
-        values=(values + noise(0.1)).requires_grad_() if name == "ppo" else None,
-        proximal_values=values if name == "ppo" else None,
-        returns=noise(1.0) if name == "ppo" else None,
+def inputs_of(batch, current: torch.Tensor) -> LossInputs:
+    """A micro-batch's; pi_o is put near pi, so that no clip takes everything."""
+    noise = batch.values["proximal_logprobs"] + 4
+    return LossInputs(
+        current_logprobs=current,
+        proximal_logprobs=current.detach() + noise,
+        rollout_logprobs=current.detach() + noise + batch.values["rollout_logprobs"] + 4,
+        advantages=batch.values["advantage"],
+        mask=batch.mask,
+        prompt_tokens=batch.values["prompt_tokens"],
     )
-    return inputs, Denominators.of(mask, tokens)
 
 
-def step(loss: Loss, inputs: LossInputs, denominators: Denominators) -> float:
-    """One loss and its gradient."""
-    leaves = [x for x in (inputs.current_logprobs, inputs.values) if x is not None]
-    value = loss(inputs, denominators)
-    torch.autograd.grad(value, leaves)
-    return float(value.detach())
+def measure(config: ParallelConfig, model: str, names: list[str], sequences: int, tokens: int, repeats: int):
+    """Runs on the rank: preset -> median seconds of an update, of its loss, of the loss's backward."""
+    from megatron_ext.trainer import Trainer
+
+    trainer = TrainerConfig(micro_batch_tokens=4 * (tokens + 8))
+    it = Trainer(model, config, trainer, OptimizerConfig(lr=1e-6), replay=False)
+    samples = make_samples(sequences, tokens)
+    denominators = Denominators(sequences, sequences * tokens, max_length=tokens, prompts=max(1, sequences // 4))
+    out = {}
+    for name in names:
+        objective = resolve(ObjectiveConfig(preset=name))
+        rows = []
+        for _ in range(repeats + 1):
+            spent = [0.0, 0.0]
+
+            def loss(batch, objective=objective, spent=spent):
+                start = time.perf_counter()
+                share = objective.policy_loss(inputs_of(batch, batch.quantities[0]), denominators)
+                spent[0] += time.perf_counter() - start
+                spent[1] += _backward_seconds(objective, batch, denominators)
+                return share.loss, {}
+
+            start = time.perf_counter()
+            it.update(samples, loss)
+            rows.append((time.perf_counter() - start - spent[1], *spent))
+        out[name] = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+    return out
 
 
-def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most bytes a call holds at once beyond what was there before it."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    results = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    live = peak = 0
-    for event in events:
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+def _backward_seconds(objective: Objective, batch, denominators: Denominators) -> float:
+    with torch.enable_grad():
+        current = batch.quantities[0].detach().requires_grad_()
+        loss = objective.policy_loss(inputs_of(batch, current), denominators).loss
+        start = time.perf_counter()
+        torch.autograd.grad(loss, current)
+        return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--only", nargs="*", default=list(PRESETS))
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=[name for name in PRESETS if name != "ppo"])
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(make_tiny_model(folder, HIDDEN, seed=0))
+        (out,) = run_ranks(measure, ParallelConfig(), model, args.only, args.sequences, args.tokens, args.repeats)
     print(
-        f"{args.sequences} sequences x {args.tokens} tokens, float32, {args.device}, {torch.get_num_threads()} threads"
+        f"{args.sequences} responses x {args.tokens} tokens, float32, one CPU core; medians of {args.repeats} updates"
     )
-    print(f"{'preset':22}{'ms':>8}{'plain ms':>10}{'ratio':>7}{'MiB':>8}{'plain MiB':>11}{'ratio':>7}")
-    for name in args.only:
-        compare(name, args)
-
-
-def compare(name: str, args: argparse.Namespace) -> None:
-    """One row of the table."""
-    objective = resolve(ObjectiveConfig(preset=name))
-    inputs, denominators = inputs_for(name, args.sequences, args.tokens, args.device)
-    losses: tuple[Loss, Loss] = (lambda x, d, o=objective: o.loss(x, d).loss, PLAIN[name])
-    values = [step(loss, inputs, denominators) for loss in losses]
-    if abs(values[0] - values[1]) > 1e-4 * max(1e-3, abs(values[1])):
-        raise SystemExit(f"{name}: {values[0]} against the plain {values[1]}: not the same equation")
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(args.repeats + 5):
-        for loss, taken in zip(losses, seconds, strict=True):
-            start = time.perf_counter()
-            step(loss, inputs, denominators)
-            if args.device != "cpu":
-                torch.cuda.synchronize()
-            if repeat >= 5:
-                taken.append(time.perf_counter() - start)
-    ours, plain = (1e3 * statistics.median(taken) for taken in seconds)
-    ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
-    held = [peak_bytes(lambda loss=loss: step(loss, inputs, denominators), args.device) / 2**20 for loss in losses]
-    print(f"{name:22}{ours:8.2f}{plain:10.2f}{ratio:7.2f}{held[0]:8.1f}{held[1]:11.1f}{held[0] / held[1]:7.2f}")
+    print(f"{'preset':22}{'update s':>9}{'loss ms':>9}{'backward ms':>13}{'of the update':>15}")
+    for name, (update, forward, backward) in out.items():
+        share = (forward + backward) / update
+        print(f"{name:22}{update:9.2f}{1e3 * forward:9.2f}{1e3 * backward:13.2f}{share:15.2%}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The figures of docs/objectives.md and the numbers in its text, from exact enumeration.
 
-    python scripts/objectives_figures.py [--out docs/figures]
+    .venv/bin/python -m scripts.objectives_figures [--out docs/figures]
 
 Everything is a sum over all sequences of a small policy (tests/support/enumeration.py), or a closed form; nothing
 is sampled. Takes about half a minute on one core.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import Objective, ObjectiveConfig, resolve
+from pipeline.objectives.composition import CORRECTION_BOUNDS
 from tests.support.enumeration import (
     Tree,
     coefficients,
@@ -231,17 +232,48 @@ def slopes(path: Path) -> None:
     _save(figure, path)
 
 
-def outside_clip(k3: float, length: int, low: float = 3e-4, high: float = 4e-4) -> float:
-    """Share of sequences whose s leaves GSPO's clip before any update, when mu stands in for pi_o.
+def mean_below(log_s: float, k3: float, length: int) -> float:
+    """P(mean of N log-ratios pi_o/mu < log_s) before any update.
 
-    log s is the mean of N log-ratios of mean -k3 and variance 2 k3 (small ratios): normal by the central limit theorem.
+    The log-ratios have mean -k3 and variance 2 k3 (small ratios): their mean is normal by the central limit theorem.
     """
     deviation = math.sqrt(2 * k3 / length)
+    return 0.5 * (1 + math.erf((log_s + k3) / deviation / math.sqrt(2)))
 
-    def below(log_s: float) -> float:
-        return 0.5 * (1 + math.erf((log_s + k3) / deviation / math.sqrt(2)))
 
-    return below(math.log1p(-low)) + 1 - below(math.log1p(high))
+def outside_clip(k3: float, length: int, low: float = 3e-4, high: float = 4e-4) -> float:
+    """Share of sequences whose s leaves GSPO's clip before any update, when mu stands in for pi_o."""
+    return mean_below(math.log1p(-low), k3, length) + 1 - mean_below(math.log1p(high), k3, length)
+
+
+def dropped(kind: str, low: float | None, high: float, k3: float, length: int) -> float:
+    """Share of responses that a correction drops before any update, of those that it judges (opsm: of the wrong)."""
+    if kind == "opsm":
+        return mean_below(-high, k3, length)
+    power = length if kind == "sequence_mis" else 1  # W = s^N
+    below = mean_below(math.log(low) / power, k3, length) if low else 0.0
+    return below + 1 - mean_below(math.log(high) / power, k3, length)
+
+
+DROPPED = (
+    ("opsm", None, 1e-4),
+    ("opsm", *CORRECTION_BOUNDS["opsm"]),
+    ("geometric_mask", 0.999, 1.001),
+    ("geometric_mask", *CORRECTION_BOUNDS["geometric_mask"]),
+    ("sequence_mis", *CORRECTION_BOUNDS["sequence_mis"]),
+)
+"""Corrections of whole responses with bounds of others and with this project's defaults."""
+
+
+def shares() -> None:
+    """The table of docs/objectives.md of what corrections drop before any update."""
+    lengths = (128, 512, 2048, 8192)
+    print("share of responses dropped before any update, N =", ", ".join(map(str, lengths)))
+    for kind, low, high in DROPPED:
+        assert high is not None
+        for k3 in (7.5e-4, 1.5e-3):
+            row = ", ".join(f"{dropped(kind, low, high, k3, n):.1%}" for n in lengths)
+            print(f"  {kind} {'' if low is None else f'{low:g} to '}{high:g}, k3 = {k3:g}: {row}")
 
 
 def numbers() -> None:
@@ -265,6 +297,7 @@ def numbers() -> None:
     print("share of sequences outside GSPO's clip before any update, rollout log-probs as pi_o:")
     for k3 in (7.5e-4, 1.5e-3):
         print(f"  k3 = {k3:g}:", ", ".join(f"N = {n}: {outside_clip(k3, n):.0%}" for n in (512, 2048, 8192)))
+    shares()
 
 
 def _save(figure, path: Path) -> None:
@@ -276,8 +309,13 @@ def _save(figure, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numbers", action="store_true", help="print the numbers and draw nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "figures")
-    out = parser.parse_args().out
+    options = parser.parse_args()
+    if options.numbers:
+        numbers()
+        return
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     bias(out / "objectives_bias.png")
     variance(out / "objectives_variance.png")

@@ -13,7 +13,6 @@ from megatron_ext.hf.config_json import read_hf_config
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress, read_progress
 from pipeline.config import Config
 from pipeline.errors import NOT_STARTED, SamerouteError
-from pipeline.objectives import resolve
 
 # Where files lie, and what is kept: no part of what a run computes. Models are compared by themselves.
 _INCIDENTAL = (
@@ -94,7 +93,7 @@ def _refuse(config: Config, path: Path, progress: Progress) -> None:
         raise ResumeError(f"{path} was saved by another version of sameroute: {error}") from error
     if (was := saved.precision.weights) != (now := config.precision.weights):
         problems.append(f"precision.weights is {was} in it, {now} in the configuration")
-    had, needs = resolve(saved.objective), resolve(config.objective)
+    had, needs = saved.objective.composition(), config.objective.composition()
     if needs.needs_critic and not had.needs_critic:
         problems.append("it holds no critic, which the objective needs")
     if needs.needs_reference and not had.needs_reference:

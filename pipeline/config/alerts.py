@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import ConfigDict, Field, model_validator
 
 from megatron_ext.config import Frozen
+from pipeline.objectives.composition import DROPS
 
 
 class AlertRule(Frozen):
@@ -59,6 +60,18 @@ DEFAULT_RULES = (
 )
 """Signs of a collapse that mean the same in every run. None stops a run."""
 
+CORRECTION_RULES = tuple(
+    AlertRule(
+        metric=f"correction/{kind}_cut",
+        above=0.5,
+        why=f"the correction {kind} drops more than half of what it judges: widen its bounds, or find out why the "
+        "engines disagree",
+    )
+    for kind in DROPS
+)
+"""Default rules too, each for runs whose objective has the correction. A correction that drops most of a batch is
+training on what is left, in silence."""
+
 
 class AlertsConfig(Frozen):
     """What is watched while a run goes on, and who hears of it."""
@@ -72,4 +85,4 @@ class AlertsConfig(Frozen):
     @property
     def all_rules(self) -> tuple[AlertRule, ...]:
         """Each once."""
-        return tuple(dict.fromkeys((*self.rules, *(DEFAULT_RULES if self.defaults else ()))))
+        return tuple(dict.fromkeys((*self.rules, *((*DEFAULT_RULES, *CORRECTION_RULES) if self.defaults else ()))))

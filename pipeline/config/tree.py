@@ -27,7 +27,7 @@ from pipeline.config.run import (
 )
 from pipeline.config.server import ServerConfig
 from pipeline.config.weights import WeightsConfig
-from pipeline.objectives.config import ObjectiveConfig, resolve
+from pipeline.objectives.config import ObjectiveConfig
 
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
 """Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
@@ -82,7 +82,7 @@ class Config(Frozen):
             )
         check_server_arguments(self.server.extra_args)
         check_trainer_fields(self.trainer.extra)
-        objective = resolve(self.objective)
+        objective = self.objective.composition()
         if self.rollout.samples_per_prompt == 1 and objective.needs_group:
             raise ValueError(
                 "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2, or "
@@ -118,8 +118,7 @@ class Config(Frozen):
         Several mini-batches move the policy away from it; R2 records its routes; a KL in the reward reads it. Else the
         first mini-batch is the whole update, and its forward pass is the proximal one. replay: of the model.
         """
-        kl = self.objective.composition().kl
-        in_reward = kl is not None and kl.place == "reward"
+        in_reward = self.objective.composition().kl_in_reward
         return self.train.mini_batches > 1 or replay.from_proximal or in_reward
 
     @property

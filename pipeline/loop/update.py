@@ -118,10 +118,12 @@ class Update:
 
     def step(self, batch: Batch, rows: dict[int, LossRow]) -> tuple[dict[str, float], PolicyTokens]:
         """One optimizer step of the policy, and of the critic where there is one."""
+        groups = batch.group_of_rollout
         denominators = Denominators(
             sequences=len(rows),
             tokens=sum(batch.rollouts[i].trained_tokens for i in rows),
             max_length=self.config.rollout.max_new_tokens,
+            prompts=len({int(groups[i]) for i in rows}),
         )
         metrics, seen = self.trainers.update_policy(self.config.objective, denominators, rows)
         if self.objective.needs_critic:
@@ -131,8 +133,7 @@ class Update:
 
 def mini_batches(batch: Batch, count: int) -> list[list[int]]:
     """Positions in batch.rollouts, dealt to `count` mini-batches of whole groups, group after group."""
-    groups = batch.group_of_episode[batch.episode_of_rollout]
-    return [[int(i) for i in np.flatnonzero(groups % count == k)] for k in range(count)]
+    return [[int(i) for i in np.flatnonzero(batch.group_of_rollout % count == k)] for k in range(count)]
 
 
 def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new_tokens: int) -> list[LossRow]:
@@ -164,6 +165,7 @@ def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new
         reference_logprobs=matrix(measured.reference),
         values=matrix(measured.values),
     )
+    of_group = np.bincount(batch.group_of_rollout, [r.trained_tokens for r in batch.rollouts])
     rows: list[LossRow] = []
     for episode, own in enumerate(of_episode):
         start = 0
@@ -179,6 +181,7 @@ def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new
                     reference_logprobs=None if measured.reference is None else measured.reference[i],
                     returns=None if out.returns is None else out.returns[episode, where].numpy().astype(np.float32),
                     proximal_values=None if measured.values is None else measured.values[i],
+                    prompt_tokens=int(of_group[batch.group_of_rollout[i]]) if objective.needs_prompt_tokens else None,
                 )
             )
     return rows

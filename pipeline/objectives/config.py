@@ -2,12 +2,14 @@
 
 objective: {preset: gspo}
 objective: {preset: grpo, reduction: token_mean, correction: {kind: token_tis, high: 2}}
+
+Nothing here imports torch; `pipeline.objectives.objective.resolve` makes the functions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -18,11 +20,11 @@ from pipeline.objectives.composition import (
     CorrectionConfig,
     KLConfig,
     RatioLevel,
+    Reduction,
+    Std,
     Surrogate,
 )
-from pipeline.objectives.objective import Objective
 from pipeline.objectives.presets import PRESETS
-from pipeline.objectives.terms.reduce import Reduction
 
 
 class ObjectiveConfig(BaseModel):
@@ -33,6 +35,9 @@ class ObjectiveConfig(BaseModel):
     preset: str = Field(default="gspo", description="row of the table; `sameroute objectives` prints it")
     advantage: Advantage | None = Field(default=None, description="how rewards become advantages")
     ratio: RatioLevel | None = Field(default=None, description="token, sequence, or sequence_token (GSPO-token)")
+    ratio_to: Literal["proximal", "rollout"] | None = Field(
+        default=None, description="what pi is divided by in the ratio: proximal, or rollout for pi/mu"
+    )
     surrogate: Surrogate | None = Field(default=None, description="the term whose gradient is taken")
     reduction: Reduction | None = Field(default=None, description="how terms become a scalar")
     clip_low: float | None = Field(default=None, ge=0, description="1 - clip_low is the lower bound of the ratio")
@@ -48,6 +53,11 @@ class ObjectiveConfig(BaseModel):
     )
     whiten: bool | None = Field(
         default=None, description="whiten the advantages over the batch's tokens, as a last step"
+    )
+    std: Std | None = Field(
+        default=None,
+        description="of a group or a batch: population divides by the count (every row's default but AReaL's), sample "
+        "by the count less one",
     )
     std_epsilon: float | None = Field(default=None, ge=0, description="added to a standard deviation, reward units")
     gae_gamma: float | None = Field(default=None, ge=0, le=1, description="discount per token")
@@ -93,6 +103,11 @@ class ObjectiveConfig(BaseModel):
         _check_clip(self, cells)
         return dataclasses.replace(cells, **written)
 
+    @property
+    def name(self) -> str:
+        """The preset's, with "*" where a cell was written over."""
+        return self.preset + ("*" if self.composition() != PRESETS[self.preset].cells else "")
+
 
 def _check_clip(config: ObjectiveConfig, cells: Composition) -> None:
     """A clip belongs to its ratio: 3e-4 around a token's, or 0.2 around a mean of thousands, clips all or nothing."""
@@ -109,10 +124,3 @@ def _check_clip(config: ObjectiveConfig, cells: Composition) -> None:
             f"another kind of ratio ({cells.clip_low}, {cells.clip_high}); write {' and '.join(missing)} too, "
             f"for example {size}"
         )
-
-
-def resolve(config: ObjectiveConfig) -> Objective:
-    """The objective a config means. Its name is the preset's, with "*" where a cell was written over."""
-    composition = config.composition()
-    changed = composition != PRESETS[config.preset].cells
-    return Objective(config.preset + ("*" if changed else ""), composition)

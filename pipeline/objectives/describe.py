@@ -13,7 +13,7 @@ mu: the rollout engine that sampled the tokens.  pi_o: the trainer at the start 
 r_t = pi/pi_o   w_t = pi_o/mu   rho_t = pi/mu   s = exp(mean_t log r_t)   N: tokens of a response   S: responses
 A: advantage   R: reward   G: samples per prompt   sg: held constant   k1 = log pi_o - log pi_ref"""
 
-_HIDDEN = ("advantage", "ratio", "surrogate", "reduction", "corrections")
+_HIDDEN = ("advantage", "ratio", "surrogate", "reduction", "corrections", "std", "ratio_to")
 
 
 def describe_all() -> str:
@@ -49,7 +49,7 @@ def describe(name: str) -> str:
         _field("breaks", preset.breaks),
         "",
         "composition",
-        *(_field(f"  {cell}", str(getattr(cells, cell))) for cell in ("advantage", "ratio", "surrogate", "reduction")),
+        *(_field(f"  {cell}", text) for cell, text in _cells(cells)),
         _field("  correction", ", ".join(_correction(c) for c in cells.corrections) or "none"),
         "",
         "numbers",
@@ -61,6 +61,16 @@ def describe(name: str) -> str:
         NOTATION,
     ]
     return "\n".join(lines)
+
+
+def _cells(cells: Composition) -> list[tuple[str, str]]:
+    std = f" ({cells.std} std)" if cells.whiten or cells.advantage.endswith("_std") else ""
+    return [
+        ("advantage", cells.advantage + std),
+        ("ratio", f"{cells.ratio} (current/{cells.ratio_to})"),
+        ("surrogate", cells.surrogate),
+        ("reduction", cells.reduction),
+    ]
 
 
 def _field(label: str, text: str) -> str:

@@ -1,29 +1,31 @@
 """One objective: from rewards to advantages, and from log-probs to a loss.
 
-    L = - sum over tokens or sequences of  weight * correction * A * surrogate(ratio)  + KL + critic - entropy
+    L = - sum over tokens or sequences of  per_token * correction * term(ratio, A)  + KL + critic - entropy
 
 Pure tensor functions: any device, float32 or float64, no process group. A call may hold any subset of the mini-batch's
 sequences; with the mini-batch's denominators the losses of the subsets add up to the loss of the whole.
+
+Only trained tokens count: `mask` may have False between tokens, and every length, mean and product skips these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipeline.objectives.composition import MASKS_ONLY, Composition
+from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.terms import advantages as adv
 from pipeline.objectives.terms import ratios, surrogates
-from pipeline.objectives.terms.corrections import correction_weight
+from pipeline.objectives.terms.corrections import correction_factor
 from pipeline.objectives.terms.critic import value_loss
 from pipeline.objectives.terms.kl import kl_estimate
-from pipeline.objectives.terms.reduce import reduce, token_weights
+from pipeline.objectives.terms.reduce import is_per_token, reduce, token_weights
 from pipeline.objectives.terms.surrogates import Term
-from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric
+from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric, check_dtype
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,29 @@ class AdvantageOutputs:
 
 
 @dataclass(frozen=True)
+class _Tokens:
+    """The log-probs of a call, 0 on untrained tokens, and what is counted. lengths: [S, 1], trained tokens."""
+
+    current: Tensor
+    proximal: Tensor
+    rollout: Tensor
+    mask: Tensor
+    lengths: Tensor
+    samples: Sequence[int] | None
+
+    @classmethod
+    def of(cls, x: LossInputs) -> _Tokens:
+        fixed = (ratios.trained(p.detach(), x.mask) for p in (x.proximal_logprobs, x.rollout_logprobs))
+        lengths = x.mask.sum(-1, keepdim=True).to(x.current_logprobs.dtype)
+        return cls(ratios.trained(x.current_logprobs, x.mask), *fixed, x.mask, lengths, x.sample_ids)
+
+    def log_ratio(self, numerator: str, denominator: str) -> Tensor:
+        """[S, T], of two policies by name."""
+        a, b = getattr(self, numerator), getattr(self, denominator)
+        return ratios.token_log_ratio(a, b, f"{numerator}/{denominator}", self.samples)
+
+
+@dataclass(frozen=True)
 class Objective:
     """A filled composition under a name; `resolve(config)` makes one."""
 
@@ -43,29 +68,27 @@ class Objective:
 
     @property
     def needs_rollout_logprobs(self) -> bool:
-        """Whether the loss reads log mu."""
-        kl = self.composition.kl
-        return bool(self.composition.corrections) or (kl is not None and kl.estimator == "unbiased_k3")
+        return self.composition.needs_rollout_logprobs
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a reference model's log-probs are read, by the advantages or by the loss."""
-        return self.composition.kl is not None
+        return self.composition.needs_reference
 
     @property
     def needs_group(self) -> bool:
-        """Whether a rollout is compared with others of its prompt, so that one alone teaches nothing."""
-        return self.composition.advantage in ("group_mean", "group_std", "leave_one_out")
+        return self.composition.needs_group
+
+    @property
+    def needs_prompt_tokens(self) -> bool:
+        return self.composition.needs_prompt_tokens
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the advantages read proximal and reference log-probs."""
-        return self.composition.kl is not None and self.composition.kl.place == "reward"
+        return self.composition.kl_in_reward
 
     @property
     def needs_critic(self) -> bool:
-        """Whether a value model is trained beside the policy."""
-        return self.composition.advantage == "gae"
+        return self.composition.needs_critic
 
     def advantages(
         self,
@@ -79,252 +102,224 @@ class Objective:
     ) -> AdvantageOutputs:
         """Advantages of a whole batch; call it once, before the batch is split.
 
-        rewards: [S] floating. group_ids: [S] integer, equal for the samples of one prompt. mask: [S, T] bool.
-        proximal_logprobs, reference_logprobs: [S, T], for a KL in the reward. values: [S, T], for GAE.
-        Raises ValueError for a missing input, or a reward that is not finite (it names the sequence).
+        rewards: [S] float32 or float64. group_ids: [S] integer, equal for the samples of one prompt. mask: [S, T] bool,
+        trained tokens. proximal_logprobs, reference_logprobs: [S, T], for a KL in the reward. values: [S, T], for GAE.
+        Raises ValueError for a missing input, and with the sequence where a reward, a value or a ratio that is read is
+        not finite.
         """
-        if not rewards.isfinite().all():
-            row = int((~rewards.isfinite()).nonzero()[0])
-            raise ValueError(f"the reward of sequence {row} is {rewards[row].item()}")
+        check_dtype("rewards", rewards)
+        ratios.finite(rewards[:, None], torch.ones_like(rewards[:, None], dtype=torch.bool), "the reward")
         cells = self.composition
-        penalty = None
-        if self.kl_in_reward:
-            assert cells.kl is not None
-            if proximal_logprobs is None or reference_logprobs is None:
-                raise ValueError("a KL in the reward needs proximal_logprobs and reference_logprobs")
-            weights = mask.to(rewards.dtype)
-            log_ratio, _ = ratios.token_log_ratio(
-                reference_logprobs.detach(), proximal_logprobs.detach(), mask, weights, "reference/proximal"
-            )
-            penalty = cells.kl.beta * kl_estimate(log_ratio, cells.kl.estimator)
+        penalty = self._reward_penalty(mask, proximal_logprobs, reference_logprobs)
         returns = None
         if cells.advantage == "gae":
             if values is None:
                 raise ValueError(f"{self.name} estimates advantages with a critic: pass values")
+            known = ratios.finite(values.detach(), mask, "values")
             dense = adv.token_rewards(rewards, mask, penalty)
-            advantages, returns = adv.gae(dense, values, mask, cells.gae_gamma, cells.gae_lambda)
+            advantages, returns = adv.gae(dense, known, mask, cells.gae_gamma, cells.gae_lambda)
         elif cells.advantage == "batch_std":
             if penalty is not None:
                 rewards = adv.returns_to_go(adv.token_rewards(rewards, mask, penalty), mask)
-            advantages = adv.whiten(rewards, mask, cells.std_epsilon)
+            advantages = adv.whiten(rewards, mask, cells.std_epsilon, cells.std)
         else:
             if penalty is not None:
                 rewards = rewards - penalty.sum(-1)
             if cells.advantage == "group_mean":
                 advantages = adv.group_mean(rewards, group_ids)
             elif cells.advantage == "group_std":
-                advantages = adv.group_std(rewards, group_ids, cells.std_epsilon)
+                advantages = adv.group_std(rewards, group_ids, cells.std_epsilon, cells.std)
             else:
                 advantages = adv.leave_one_out(rewards, group_ids)
         if cells.whiten:
-            advantages = adv.whiten(advantages, mask, cells.std_epsilon)
+            advantages = adv.whiten(advantages, mask, cells.std_epsilon, cells.std)
         return AdvantageOutputs(advantages, returns)
+
+    def _reward_penalty(self, mask: Tensor, proximal: Tensor | None, reference: Tensor | None) -> Tensor | None:
+        """beta times the KL estimate at each trained token, where it belongs in the reward."""
+        kl = self.composition.kl
+        if kl is None or kl.place != "reward":
+            return None
+        if proximal is None or reference is None:
+            raise ValueError("a KL in the reward needs proximal_logprobs and reference_logprobs")
+        known, other = (ratios.trained(p.detach(), mask) for p in (reference, proximal))
+        log_ratio = ratios.token_log_ratio(known, other, "reference/proximal")
+        return kl.beta * kl_estimate(log_ratio, kl.estimator)
 
     def loss(self, inputs: LossInputs, denominators: Denominators) -> LossOutputs:
         """This subset's share of the mini-batch's loss, and metrics that reduce exactly: `policy_loss`, and
         `value_loss` where there is a critic.
 
-        Gradient flows through current_logprobs, values and entropy only. N = 0: the sequence contributes 0, with
-        gradient 0. Raises NonFiniteRatio with the rows where a ratio that the objective reads is not finite.
+        Gradient flows through current_logprobs, values and entropy only, and is 0 on untrained tokens. N = 0: the
+        sequence contributes 0, with gradient 0. Raises BadSamples, which names them, where a number that is read is
+        not finite or a ratio runs away (errors.py).
         """
         policy = self.policy_loss(inputs, denominators)
         if not self.needs_critic:
             return policy
         if inputs.values is None or inputs.returns is None:
             raise ValueError(f"{self.name} trains a critic: pass values and returns")
-        value = self.value_loss(inputs.values, inputs.returns, inputs.proximal_values, inputs.mask, denominators)
+        value = self.value_loss(
+            inputs.values,
+            inputs.returns,
+            inputs.proximal_values,
+            inputs.mask,
+            denominators,
+            prompt_tokens=inputs.prompt_tokens,
+            sample_ids=inputs.sample_ids,
+        )
         return LossOutputs(policy.loss + value.loss, policy.metrics | value.metrics)
 
     def policy_loss(self, inputs: LossInputs, denominators: Denominators) -> LossOutputs:
         """The policy's share: surrogate, KL in the loss and entropy bonus. For a policy and a critic that are two
         models; the critic's fields of `inputs` are not read. Errors as in `loss`."""
-        cells, mask = self.composition, inputs.mask
-        weights = mask.view(torch.uint8).to(inputs.current_logprobs.dtype)
-        lengths = weights.sum(-1, keepdim=True)
+        cells, x = self.composition, _Tokens.of(inputs)
+        per_token = token_weights(cells.reduction, x.lengths, denominators, inputs.prompt_tokens)
+        advantages = self._advantages(inputs)
         metrics: dict[str, Metric] = {}
-        value, slope = self._policy(inputs, weights, lengths, denominators, metrics)
-        loss = _with_gradient(inputs.current_logprobs, value, slope)
+        term = self._surrogate(x, advantages, metrics)
+        metrics["loss/clip_fraction"] = _share(term.cut, _counted(term.cut, x.mask))
+        factor = self._corrections(x, advantages, metrics)
+        ratios.check_weight(term.weight * factor * (advantages != 0), "the weight of a gradient", x.samples)
+        loss = -reduce(factor * term.value, x.mask, per_token)
         metrics["loss/policy"] = _sum(loss)
         if cells.kl is not None and cells.kl.place == "loss":
-            estimate = self._kl(inputs, weights)
-            metrics["kl/reference"] = _mean(estimate, lengths)
-            loss = loss + cells.kl.beta * reduce(estimate, lengths, cells.reduction, denominators)
+            estimate = self._kl(inputs, x)
+            metrics["kl/reference"] = _mean(estimate, x.mask)
+            loss = loss + cells.kl.beta * reduce(estimate, x.mask, per_token)
         if cells.entropy_coefficient != 0.0:
             if inputs.entropy is None:
                 raise ValueError("entropy_coefficient needs inputs.entropy")
-            entropy = ratios.masked(inputs.entropy, mask, weights)
-            metrics["entropy"] = _mean(entropy, lengths)
-            loss = loss - cells.entropy_coefficient * reduce(entropy, lengths, cells.reduction, denominators)
+            entropy = ratios.finite(inputs.entropy, x.mask, "entropy", x.samples)
+            metrics["entropy"] = _mean(entropy, x.mask)
+            loss = loss - cells.entropy_coefficient * reduce(entropy, x.mask, per_token)
         return LossOutputs(loss, metrics)
 
     def value_loss(
-        self, values: Tensor, returns: Tensor, proximal_values: Tensor | None, mask: Tensor, denominators: Denominators
+        self,
+        values: Tensor,
+        returns: Tensor,
+        proximal_values: Tensor | None,
+        mask: Tensor,
+        denominators: Denominators,
+        *,
+        prompt_tokens: Tensor | None = None,
+        sample_ids: Sequence[int] | None = None,
     ) -> LossOutputs:
         """The critic's share, value_coefficient times its reduced loss; differentiable in values.
 
-        values, returns, proximal_values: [S, T] of one dtype (the last is read where value_clip is set). mask: [S, T]
-        bool; what stands elsewhere is never read.
+        values, returns, proximal_values: [S, T] of one dtype, float32 or float64 (the last is read where value_clip is
+        set). mask: [S, T] bool; what stands elsewhere is never read. prompt_tokens, sample_ids: as in LossInputs.
         """
         cells = self.composition
-        weights = mask.view(torch.uint8).to(values.dtype)
-        lengths = weights.sum(-1, keepdim=True)
-        squared, slope = value_loss(values, returns, proximal_values, cells.value_clip)
-        value = reduce(ratios.masked(squared, mask, weights), lengths, cells.reduction, denominators)
-        slope = ratios.masked(slope, mask, weights).mul_(token_weights(cells.reduction, lengths, denominators))
-        loss = cells.value_coefficient * _with_gradient(values, value, slope)
-        error = ratios.masked((values - returns).detach().square(), mask, weights)
-        return LossOutputs(loss, {"loss/value": _sum(value), "critic/squared_error": _mean(error, lengths)})
+        check_dtype("values", values)
+        given = {"values": values, "returns": returns.detach()}
+        if cells.value_clip is not None and proximal_values is not None:
+            given["proximal_values"] = proximal_values.detach()
+        known = {name: ratios.finite(tensor, mask, name, sample_ids) for name, tensor in given.items()}
+        halves = value_loss(known["values"], known["returns"], known.get("proximal_values"), cells.value_clip)
+        lengths = mask.sum(-1, keepdim=True).to(values.dtype)
+        value = reduce(halves, mask, token_weights(cells.reduction, lengths, denominators, prompt_tokens))
+        error = (known["values"] - known["returns"]).square()
+        return LossOutputs(
+            cells.value_coefficient * value, {"loss/value": _sum(value), "critic/squared_error": _mean(error, mask)}
+        )
 
-    @torch.no_grad()
-    def _policy(
-        self,
-        inputs: LossInputs,
-        weights: Tensor,
-        lengths: Tensor,
-        denominators: Denominators,
-        metrics: dict[str, Metric],
-    ) -> tuple[Tensor, Tensor]:
-        """The policy's loss, a scalar, and its gradient by current_logprobs, [S, T]."""
-        cells, mask = self.composition, inputs.mask
-        advantages = inputs.advantages.to(weights.dtype)
-        if advantages.dim() == 1:
-            advantages = advantages[:, None]
-        elif cells.ratio == "sequence":
+    def _advantages(self, inputs: LossInputs) -> Tensor:
+        """[S, 1] or [S, T] in the log-probs' dtype, constant, 0 where nothing is trained."""
+        if inputs.advantages.dim() == 2 and self.composition.ratio == "sequence":
             raise ValueError(
                 f"{self.name} has one term per sequence and got advantages per token; pass [sequences], or write "
                 "ratio: sequence_token"
             )
-        else:
-            advantages = ratios.masked(advantages, mask, weights)
-        term = self._surrogate(inputs, weights, lengths, advantages, metrics)
-        metrics["loss/clip_fraction"] = Metric(term.cut.sum(), _count(term.slope, weights, lengths))
-        factor = -advantages * token_weights(cells.reduction, lengths, denominators)
-        for correction in cells.corrections:
-            numerator = inputs.current_logprobs if correction.numerator == "current" else inputs.proximal_logprobs
-            name = f"{correction.numerator}/rollout"
-            log_weight, _ = ratios.token_log_ratio(numerator, inputs.rollout_logprobs, mask, weights, name)
-            weight, cut = correction_weight(correction, log_weight, weights, advantages)
-            del log_weight
-            metrics[f"correction/{correction.kind}_mean"] = _weighted_mean(weight, weights, lengths)
-            metrics[f"correction/{correction.kind}_cut"] = Metric(cut.sum(), _count(weight, weights, lengths))
-            factor = _times(weight, factor)
-        value = None if term.value is None else _dot(term.value.mul_(factor), weights)
-        larger, smaller = (term.slope, factor) if _fits(factor, term.slope) else (factor, term.slope)
-        slope = _times(_times(larger, smaller), weights)
-        if value is None:
-            value = _dot(slope, inputs.current_logprobs)
-            if not value.isfinite():
-                value = _dot(slope, ratios.masked(inputs.current_logprobs, mask, weights))
-        return value, slope
+        advantages = inputs.advantages.detach().to(inputs.current_logprobs.dtype)
+        return ratios.finite(advantages, inputs.mask, "advantages", inputs.sample_ids)
 
-    def _surrogate(
-        self,
-        inputs: LossInputs,
-        weights: Tensor,
-        lengths: Tensor,
-        advantages: Tensor,
-        metrics: dict[str, Metric],
-    ) -> Term:
-        """The term per unit of advantage, before corrections."""
+    def _surrogate(self, x: _Tokens, advantages: Tensor, metrics: dict[str, Metric]) -> Term:
+        """The term before corrections."""
         cells = self.composition
         kind, number = cells.surrogate, cells.number
         # A correction by current/rollout is the whole weight already.
         whole = any(c.numerator == "current" and c.kind not in MASKS_ONLY for c in cells.corrections)
         if kind == "reinforce" and whole:
-            return surrogates.reinforce(torch.ones_like(lengths))
-        log_ratio, largest = ratios.token_log_ratio(
-            inputs.current_logprobs, inputs.proximal_logprobs, inputs.mask, weights, "current/proximal"
-        )
-        if cells.ratio == "token":
-            ratio = log_ratio.exp_()
-        else:
+            return surrogates.reinforce(torch.ones_like(x.lengths), advantages, x.current)
+        log_ratio = x.log_ratio("current", cells.ratio_to)
+        log_level = log_ratio if cells.ratio == "token" else ratios.sequence_log_ratio(log_ratio, x.lengths)
+        metrics["ratio/mean"] = _mean(log_level.exp(), x.mask)
+        metrics["ratio/max_abs_log"] = _largest(log_level)
+        if cells.ratio == "sequence_token":
             # s_t has the value of s and, by its own log pi, the slope of s; it differs in letting A vary by token.
-            log_level = ratios.sequence_log_ratio(log_ratio, lengths)
-            ratio, largest = log_level.exp(), ratios.largest(log_level)
-        metrics["ratio/mean"] = _weighted_mean(ratio, weights, lengths)
-        metrics["ratio/max_abs_log"] = Metric(largest, torch.ones_like(largest), "max")
+            log_level = log_level.detach() + x.current - x.current.detach()
+        ratio = log_level.exp()
         if kind == "log_space_clip":
-            return surrogates.log_space_clip(log_ratio, lengths, advantages, number("clip_low"), number("clip_high"))
+            return surrogates.log_space_clip(log_ratio, x.lengths, advantages, number("clip_low"), number("clip_high"))
         if kind == "soft_gate":
             return surrogates.soft_gate(ratio, advantages, number("tau_positive"), number("tau_negative"))
         if kind == "reinforce":
-            return surrogates.reinforce(ratio)
+            return surrogates.reinforce(ratio, advantages, x.current)
         if kind == "stop_gradient_clip":
-            return surrogates.stop_gradient_clip(ratio, cells.clip_low, number("clip_high"))
+            return surrogates.stop_gradient_clip(ratio, advantages, x.current, cells.clip_low, number("clip_high"))
         if kind == "mask":
-            weight = torch.ones_like(lengths) if whole else ratio
-            return surrogates.mask(ratio, advantages, weight, number("clip_low"), number("clip_high"))
+            weight = torch.ones_like(ratio) if whole else ratio
+            return surrogates.mask(ratio, advantages, x.current, weight, number("clip_low"), number("clip_high"))
         dual_clip = cells.dual_clip if kind == "dual_clip" else None
         return surrogates.clip(ratio, advantages, number("clip_low"), number("clip_high"), dual_clip)
 
-    def _kl(self, inputs: LossInputs, weights: Tensor) -> Tensor:
-        """The KL estimate at each token, [S, T], 0 on padding; differentiable. No correction weighs it."""
-        kl, mask = self.composition.kl, inputs.mask
+    def _corrections(self, x: _Tokens, advantages: Tensor, metrics: dict[str, Metric]) -> Tensor:
+        """The product of all factors, [S, T] or [S, 1]; constant."""
+        product = torch.ones_like(x.lengths)
+        for correction in self.composition.corrections:
+            assert correction.numerator is not None
+            log_weight = x.log_ratio(correction.numerator, "rollout").detach()
+            factor = correction_factor(correction, log_weight, x.mask, advantages, x.samples)
+            metrics[f"correction/{correction.kind}_mean"] = _mean(factor.weight, x.mask)
+            metrics[f"correction/{correction.kind}_cut"] = _share(factor.cut, factor.counted)
+            product = product * factor.weight
+        return product
+
+    def _kl(self, inputs: LossInputs, x: _Tokens) -> Tensor:
+        """The KL estimate at each token, [S, T], 0 on untrained ones; differentiable. No correction weighs it."""
+        kl = self.composition.kl
         assert kl is not None
         if inputs.reference_logprobs is None:
             raise ValueError("a KL in the loss needs inputs.reference_logprobs")
-        current = inputs.current_logprobs
-        log_ratio, _ = ratios.token_log_ratio(
-            inputs.reference_logprobs.detach(), current, mask, weights, "reference/current"
-        )
+        reference = ratios.trained(inputs.reference_logprobs.detach(), x.mask)
+        log_ratio = ratios.token_log_ratio(reference, x.current, "reference/current", x.samples)
         importance = None
         if kl.estimator == "unbiased_k3":
-            rollout = inputs.rollout_logprobs.detach()
-            importance = ratios.token_log_ratio(current, rollout, mask, weights, "current/rollout")[0].exp()
+            importance = x.log_ratio("current", "rollout").exp()
+            ratios.check_weight(importance.detach(), "current/rollout", x.samples)
+        if kl.estimator in ("k3", "unbiased_k3"):
+            ratios.check_weight(log_ratio.detach().exp(), "reference/current", x.samples)
         return kl_estimate(log_ratio, kl.estimator, importance)
 
 
-class _WithGradient(torch.autograd.Function):
-    """A scalar whose gradient by a tensor is given."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return grad_outputs[0] * ctx.saved_tensors[0], None, None
+def resolve(config: ObjectiveConfig) -> Objective:
+    """The objective a config means. Its name is the preset's, with "*" where a cell was written over."""
+    return Objective(config.name, config.composition())
 
 
-def _with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    return _WithGradient.apply(inputs, value, gradient)  # pyright: ignore[reportReturnType]
+def _counted(values: Tensor, mask: Tensor) -> Tensor:
+    """What a mean of the values is over, bool: trained tokens for [S, T], sequences that have some for [S, 1]."""
+    return mask if is_per_token(values, mask) else mask.any(-1, keepdim=True)
 
 
-def _fits(a: Tensor, b: Tensor) -> bool:
-    """Whether a broadcasts into b."""
-    return a.shape[1] in (1, b.shape[1])
+def _mean(values: Tensor, mask: Tensor) -> Metric:
+    """Mean over trained tokens of [S, T], or over the sequences that have some of [S, 1]."""
+    values, counted = values.detach(), _counted(values, mask)
+    return Metric((values * counted).sum(), counted.sum().to(values.dtype))
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b, in a's memory where it fits."""
-    return a.mul_(b) if _fits(b, a) else a * b
+def _share(chosen: Tensor, counted: Tensor) -> Metric:
+    """The share of `counted` that is chosen; both bool of one shape."""
+    return Metric((chosen & counted).sum().double(), counted.sum().double())
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum a b of [S, T] with [S, T], summed pairwise along rows, and of [S, 1] with either."""
-    if a.shape == b.shape:
-        return torch.linalg.vecdot(a, b).sum()
-    return (a * b.sum(-1, keepdim=True)).sum() if a.shape[1] == 1 else (a.sum(-1, keepdim=True) * b).sum()
-
-
-def _count(matrix: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
-    """What a mean of the matrix is over: tokens for [S, T], sequences that have tokens for [S, 1]."""
-    return lengths.sum() if matrix.shape == weights.shape else (lengths > 0).sum().to(lengths.dtype)
-
-
-def _weighted_mean(values: Tensor, weights: Tensor, lengths: Tensor) -> Metric:
-    """Mean over tokens of [S, T], or over the sequences that have tokens of [S, 1]; allocates nothing of their size."""
-    count = _count(values, weights, lengths)
-    if values.shape == weights.shape:
-        return Metric(torch.dot(values.reshape(-1), weights.reshape(-1)), count)
-    return Metric((values * (lengths > 0)).sum(), count)
-
-
-def _mean(values: Tensor, lengths: Tensor) -> Metric:
-    """Mean over tokens of [S, T] that is 0 on padding."""
-    return Metric(values.detach().sum(), lengths.sum())
+def _largest(log_ratio: Tensor) -> Metric:
+    """The largest |log ratio|; 0 of nothing."""
+    values = log_ratio.detach().abs()
+    largest = values.amax() if values.numel() else values.new_zeros(())
+    return Metric(largest, torch.ones_like(largest), "max")
 
 
 def _sum(share: Tensor) -> Metric:

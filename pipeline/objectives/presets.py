@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.objectives.composition import Composition, CorrectionConfig, KLConfig
 
@@ -27,6 +27,25 @@ class Preset:
     breaks: str
     cells: Composition
     sources: dict[str, str] = field(default_factory=dict)
+
+
+_AREAL_CELLS = Composition(
+    advantage="group_std",
+    ratio="token",
+    surrogate="clip",
+    reduction="token_mean",
+    clip_low=0.4,
+    clip_high=0.4,
+    corrections=(CorrectionConfig(kind="token_mis", high=5.0),),
+    whiten=True,
+    std="sample",
+    std_epsilon=1e-5,
+)
+_AREAL_SOURCES = {
+    "clip": "eps_clip 0.4 of that file",
+    "std": "its NormConfig: n - 1, plus 1e-5; of the group, and of the batch's tokens",
+    "reward": "reward_scaling 10 and reward_bias -0.5 of that file are left out: centring and whitening undo them",
+}
 
 
 PRESETS: dict[str, Preset] = {
@@ -144,14 +163,15 @@ PRESETS: dict[str, Preset] = {
     "dapo": Preset(
         title="DAPO",
         paper="2503.14476, eq. 8",
-        equation="min(r_t A, clip(r_t, 1-el, 1+eh) A), mean over tokens; A = (R - mean)/std; equal groups replaced",
+        equation="min(r_t A, clip(r_t, 1-el, 1+eh) A), mean over a prompt's tokens, then over prompts; "
+        "A = (R - mean)/std; equal groups replaced",
         coefficient="r_t A",
         breaks="dynamic sampling costs rollouts when most groups are all right or all wrong; the std as in GRPO",
         cells=Composition(
             advantage="group_std",
             ratio="token",
             surrogate="clip",
-            reduction="token_mean",
+            reduction="prompt_token_mean",
             clip_low=0.2,
             clip_high=0.28,
             dynamic_sampling=True,
@@ -159,6 +179,8 @@ PRESETS: dict[str, Preset] = {
         ),
         sources={
             "clip": "section 4.1 of the paper",
+            "reduction": "eq. 8 of the paper: 1/sum_i N_i within a prompt, its mean over prompts; others ship one mean "
+            "over the tokens of the batch under this name; write reduction: token_mean",
             "overlong_fraction": "4,096 of 20,480 tokens, section 4.1 of the paper",
         },
     ),
@@ -229,19 +251,21 @@ PRESETS: dict[str, Preset] = {
     "cispo": Preset(
         title="CISPO",
         paper="2506.13585, eq. 4 and 5",
-        equation="sg[clip(r_t, ., 1+eh)] A log pi_t, mean over tokens; A = (R - mean)/std",
+        equation="sg[clip(r_t, ., 1+eh)] A log pi_t, mean over a prompt's tokens, then over prompts; "
+        "A = (R - mean)/std",
         coefficient="clip(r_t) A",
         breaks="nothing stops a token that has moved far: many updates per batch keep pushing it",
         cells=Composition(
             advantage="group_std",
             ratio="token",
             surrogate="stop_gradient_clip",
-            reduction="token_mean",
+            reduction="prompt_token_mean",
             clip_high=4.0,
         ),
         sources={
             "clip": "no lower bound: the paper; it gives no number for the upper one; a ratio of at most 5 is what "
-            "TRL's recipe for ScaleRL (2510.13786) uses"
+            "TRL's recipe for ScaleRL (2510.13786) uses",
+            "reduction": "eq. 4 of the paper, as DAPO's; others ship one mean over the tokens of the batch",
         },
     ),
     "sapo": Preset(
@@ -284,45 +308,53 @@ PRESETS: dict[str, Preset] = {
         equation="w_t 1[w_t <= 5] min(r_t A, clip(r_t, 1-e, 1+e) A), mean over tokens; A = whiten((R - mean)/std)",
         coefficient="w_t r_t A",
         breaks="not the paper's GRPO: no 1/N, advantages whitened again over the batch's tokens, masked w_t",
-        cells=Composition(
-            advantage="group_std",
-            ratio="token",
-            surrogate="clip",
-            reduction="token_mean",
-            clip_low=0.4,
-            clip_high=0.4,
-            corrections=(CorrectionConfig(kind="token_mis", high=5.0),),
-            whiten=True,
-            std_epsilon=1e-5,
-        ),
-        sources={
-            "clip": "eps_clip 0.4 of that file",
-            "correction": "behav_imp_weight_cap 5 of that file",
-            "std_epsilon": "its NormConfig; its std divides by n - 1, which whitening over the batch undoes but for a "
-            "factor 1 - 1/(2 tokens)",
-        },
+        cells=_AREAL_CELLS,
+        sources=_AREAL_SOURCES | {"correction": "behav_imp_weight_cap 5 of that file"},
+    ),
+    "areal_dr_grpo": Preset(
+        title="AReaL's Dr.GRPO",
+        paper="AReaL v0.5.0, examples/math/gsm8k_drgrpo.yaml",
+        equation="w_t 1[w_t <= 5] min(r_t A, clip(r_t, 1-e, 1+e) A), mean over tokens; A = whiten(R - mean)",
+        coefficient="w_t r_t A",
+        breaks="not the paper's Dr.GRPO: a mean over tokens, and whitening brings a std back, the batch's",
+        cells=replace(_AREAL_CELLS, advantage="group_mean"),
+        sources=_AREAL_SOURCES | {"correction": "behav_imp_weight_cap 5 of that file"},
     ),
     "areal_gspo": Preset(
         title="AReaL's GSPO",
         paper="AReaL v0.5.0, examples/math/gsm8k_gspo.yaml",
-        equation="N min(s A, clip(s, 1-e, 1+e) A) / tokens of the batch; A = whiten((R - mean)/std)",
-        coefficient="s A",
+        equation="N mean_t(w_t 1[w_t <= 5]) min(s A, clip(s, 1-e, 1+e) A) / tokens of the batch; "
+        "A = whiten((R - mean)/std)",
+        coefficient="mean_t(w_t 1[w_t <= 5]) s A",
         breaks="not the paper's GSPO: no 1/N, a clip of 0.4 around s that never binds, advantages whitened again",
-        cells=Composition(
-            advantage="group_std",
-            ratio="sequence",
-            surrogate="clip",
-            reduction="token_mean",
-            clip_low=0.4,
-            clip_high=0.4,
-            whiten=True,
-            std_epsilon=1e-5,
+        cells=replace(_AREAL_CELLS, ratio="sequence", corrections=(CorrectionConfig(kind="mean_mis", high=5.0),)),
+        sources=_AREAL_SOURCES
+        | {
+            "correction": "behav_imp_weight_cap 5 of that file, on the term that all tokens of a response share: their "
+            "mean is what remains of it"
+        },
+    ),
+    "areal_sapo": Preset(
+        title="AReaL's SAPO",
+        paper="AReaL v0.5.0, examples/math/gsm8k_sapo.yaml",
+        equation="f(rho_t) A, mean over tokens; f as in SAPO, rho = pi/mu; A = whiten((R - mean)/std)",
+        coefficient="sech^2(tau (rho_t-1)/2) rho_t A",
+        breaks="not the paper's SAPO: no 1/N, the gate sees the engines' discrepancy too, advantages whitened again",
+        cells=replace(
+            _AREAL_CELLS,
+            surrogate="soft_gate",
+            clip_low=None,
+            clip_high=None,
+            corrections=(),
+            ratio_to="rollout",
+            tau_positive=1.0,
+            tau_negative=1.05,
         ),
         sources={
-            "clip": "eps_clip 0.4 of that file",
-            "correction": "that file also multiplies by the mean over tokens of w_t 1[w_t <= 5]; left out: a token "
-            "weight on a sequence term; write correction: {kind: geometric_tis, high: 5} for its like",
-            "std_epsilon": "its NormConfig",
+            "tau": "1.0 and 1.05 of that file",
+            "ratio_to": "recompute_logprob and use_decoupled_loss are false in that file: the old policy is mu",
+            "std": _AREAL_SOURCES["std"],
+            "reward": _AREAL_SOURCES["reward"],
         },
     ),
 }

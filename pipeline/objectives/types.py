@@ -2,7 +2,9 @@
 
 Three policies stand behind every sampled token: `rollout` (mu, the engine that sampled it), `proximal` (pi_o, the
 trainer at the start of this update) and `current` (pi, the trainer now). Everything here is a padded matrix over the
-response tokens of whole sequences; `mask` says which entries are tokens, and what stands in the others is never read.
+response tokens of whole sequences. `mask` says which of them are trained: a row may have False anywhere, behind the
+response and between its tokens, as a conversation has where others speak. What stands there is never read, and the loss
+is that of the same rows with these entries taken out.
 """
 
 from __future__ import annotations
@@ -20,42 +22,49 @@ class Denominators:
 
     With these fixed, the losses of any partition of the mini-batch add up to the loss of the whole.
 
-    sequences:  sequences of the mini-batch, those with no token included.
-    tokens:     response tokens of the mini-batch.
+    sequences:  sequences of the mini-batch, those with no trained token included.
+    tokens:     trained tokens of the mini-batch.
     max_length: response tokens; the constant of `token_sum_constant` (the longest response that may be sampled).
+    prompts:    prompts of the mini-batch, for `prompt_token_mean`; None where it is not known.
     """
 
     sequences: int
     tokens: int
     max_length: int
+    prompts: int | None = None
 
     def __post_init__(self) -> None:
         if self.sequences < 1 or self.max_length < 1 or self.tokens < 0:
             raise ValueError(f"a mini-batch has sequences >= 1, max_length >= 1 and tokens >= 0, got {self}")
+        if self.prompts is not None and not 1 <= self.prompts <= self.sequences:
+            raise ValueError(f"a mini-batch has a prompt at least and not more prompts than sequences, got {self}")
 
     @classmethod
-    def of(cls, mask: Tensor, max_length: int) -> Denominators:
+    def of(cls, mask: Tensor, max_length: int, prompts: int | None = None) -> Denominators:
         """The denominators of the mini-batch whose whole mask [sequences, tokens] bool is here."""
-        return cls(sequences=mask.shape[0], tokens=int(mask.sum()), max_length=max_length)
+        return cls(mask.shape[0], int(mask.sum()), max_length, prompts)
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """A subset of a mini-batch: S whole sequences of at most T response tokens.
 
-    All floating tensors but the advantages have one dtype (float32 or float64), and all have one device. Raises
-    ValueError, with the field's name, for another shape or dtype.
+    All floating tensors but the advantages have one dtype, float32 or float64; the advantages are either of the two.
+    All have one device. Raises ValueError, with the field's name, for another shape or dtype.
 
     current_logprobs:   [S, T], log pi; the loss is differentiable in it.
     proximal_logprobs:  [S, T], log pi_o.
     rollout_logprobs:   [S, T], log mu at the sampling temperature. Read only where a correction asks for it.
     advantages:         [S] or [S, T]; constant.
-    mask:               [S, T] bool, True on response tokens.
+    mask:               [S, T] bool, True on trained tokens.
     reference_logprobs: [S, T], log pi_ref; for a KL term in the loss.
     entropy:            [S, T], entropy of pi at each position; for an entropy bonus; differentiable.
     values:             [S, T], the critic now; differentiable.
     proximal_values:    [S, T], the critic at the start of this update.
     returns:            [S, T], what the critic regresses on (advantages + proximal_values).
+    prompt_tokens:      [S], trained tokens of the sequence's prompt, all its samples of the mini-batch together; for
+                        `prompt_token_mean`. Any dtype that holds integers exactly.
+    sample_ids:         the caller's number of each sequence, which errors name; without them they name the row.
     """
 
     current_logprobs: Tensor
@@ -68,8 +77,12 @@ class LossInputs:
     values: Tensor | None = None
     proximal_values: Tensor | None = None
     returns: Tensor | None = None
+    prompt_tokens: Tensor | None = None
+    sample_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_dtype("current_logprobs", self.current_logprobs)
+        check_dtype("advantages", self.advantages)
         if self.mask.dtype != torch.bool or self.mask.dim() != 2:
             raise ValueError(f"mask is [sequences, tokens] bool, got {list(self.mask.shape)} {self.mask.dtype}")
         if self.advantages.shape not in (self.mask.shape[:1], self.mask.shape):
@@ -92,6 +105,16 @@ class LossInputs:
                 raise ValueError(f"{name} is {list(tensor.shape)}, the mask is {list(self.mask.shape)}")
             if tensor is not None and tensor.dtype != self.current_logprobs.dtype:
                 raise ValueError(f"{name} is {tensor.dtype}, current_logprobs is {self.current_logprobs.dtype}")
+        for name in ("prompt_tokens", "sample_ids"):
+            numbers = getattr(self, name)
+            if numbers is not None and len(numbers) != len(self.mask):
+                raise ValueError(f"{name} has {len(numbers)} numbers for {len(self.mask)} sequences")
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless a tensor is float32 or float64: a ratio of bfloat16 log-probs is off by percents."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} is {tensor.dtype}; an objective takes float32 or float64")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import ParallelConfig
 from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
-from pipeline.objectives import resolve
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
@@ -174,7 +173,7 @@ def make_plan(
 
 def step_work(config: Config, model: ModelDescription, sequences: np.ndarray) -> Work:
     """sequences: [N] tokens of each, prompt and answer."""
-    parallel, objective = config.parallel, resolve(config.objective)
+    parallel, objective = config.parallel, config.objective.composition()
     tokens, squares = float(sequences.sum()), float((sequences**2).sum())
     per_rank = tokens / config.train.mini_batches / parallel.data
     micro_batches = max(1, math.ceil(per_rank / config.trainer.micro_batch_tokens))
@@ -195,7 +194,7 @@ def step_work(config: Config, model: ModelDescription, sequences: np.ndarray) ->
 
 def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, efficiency: Efficiency) -> Memory:
     """Of the rank that holds most. A sequence longer than a micro-batch has one of its own."""
-    objective = resolve(config.objective)
+    objective = config.objective.composition()
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     return worst_rank(
         model,

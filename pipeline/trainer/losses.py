@@ -35,6 +35,7 @@ class LossRow:
     reference_logprobs:  [N] float32, log pi_ref, where the objective has a KL in the loss.
     returns:             [N] float32, what a critic regresses on, where there is one.
     proximal_values:     [N] float32, the critic at the start of the update.
+    prompt_tokens:       sampled tokens of all rollouts of its prompt, where the objective's reduction reads them.
     """
 
     rollout_logprobs: np.ndarray
@@ -43,10 +44,14 @@ class LossRow:
     reference_logprobs: np.ndarray | None = None
     returns: np.ndarray | None = None
     proximal_values: np.ndarray | None = None
+    prompt_tokens: int | None = None
 
 
-def policy_loss(objective: Objective, denominators: Denominators) -> LossFunction:
-    """An objective on samples whose rows are LossRows, all of them on policy or none."""
+def policy_loss(objective: Objective, denominators: Denominators, samples: Sequence[int] | None = None) -> LossFunction:
+    """An objective on samples whose rows are LossRows, all of them on policy or none.
+
+    samples: the step's number of each sample of the call, for errors; by default their positions in the call.
+    """
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
         current, entropy = batch.quantities
@@ -61,14 +66,16 @@ def policy_loss(objective: Objective, denominators: Denominators) -> LossFunctio
             mask=batch.mask,
             reference_logprobs=_matrix([r.reference_logprobs for r in rows], current),
             entropy=entropy,
+            prompt_tokens=_prompt_tokens(rows, current),
+            sample_ids=_numbers(batch, samples),
         )
         return _share(objective.policy_loss(inputs, denominators))
 
     return loss
 
 
-def critic_loss(objective: Objective, denominators: Denominators) -> LossFunction:
-    """The critic's error on samples whose rows are LossRows with returns and proximal_values."""
+def critic_loss(objective: Objective, denominators: Denominators, samples: Sequence[int] | None = None) -> LossFunction:
+    """The critic's error on samples whose rows are LossRows with returns and proximal_values; samples: as above."""
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
         (values,) = batch.quantities
@@ -76,8 +83,16 @@ def critic_loss(objective: Objective, denominators: Denominators) -> LossFunctio
         returns = _matrix([r.returns for r in rows], values)
         if returns is None:
             raise ValueError("a critic is trained on rows with returns")
-        proximal = _matrix([r.proximal_values for r in rows], values)
-        return _share(objective.value_loss(values, returns, proximal, batch.mask, denominators))
+        out = objective.value_loss(
+            values,
+            returns,
+            _matrix([r.proximal_values for r in rows], values),
+            batch.mask,
+            denominators,
+            prompt_tokens=_prompt_tokens(rows, values),
+            sample_ids=_numbers(batch, samples),
+        )
+        return _share(out)
 
     return loss
 
@@ -128,6 +143,16 @@ def _matrix(rows: Sequence[np.ndarray | None], like: Tensor) -> Tensor | None:
     if out.shape != like.shape:
         raise ValueError(f"rows of up to {out.shape[1]} tokens for responses of up to {like.shape[1]}")
     return out.to(like.device)
+
+
+def _prompt_tokens(rows: Sequence[LossRow], like: Tensor) -> Tensor | None:
+    """[sequences] int64; None where the objective reads none."""
+    counts = [row.prompt_tokens for row in rows]
+    return None if None in counts else torch.tensor(counts, device=like.device)
+
+
+def _numbers(batch: LossBatch, samples: Sequence[int] | None) -> tuple[int, ...]:
+    return batch.indices if samples is None else tuple(samples[i] for i in batch.indices)
 
 
 def _share(out: LossOutputs) -> tuple[Tensor, Metrics]:

@@ -106,7 +106,8 @@ class TrainerRank:
         """One optimizer step on some of the loaded samples. rows: sample index -> what the loss reads of it."""
         from pipeline.trainer.losses import policy_loss
 
-        return self.trainer.update(self._with(rows), policy_loss(resolve(objective), denominators))
+        loss = policy_loss(resolve(objective), denominators, list(rows))
+        return self.trainer.update(self._with(rows), loss)
 
     def update_critic(
         self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
@@ -114,7 +115,8 @@ class TrainerRank:
         """The same for the critic."""
         from pipeline.trainer.losses import critic_loss
 
-        return self.trainer.update_critic(self._with(rows), critic_loss(resolve(objective), denominators))
+        loss = critic_loss(resolve(objective), denominators, list(rows))
+        return self.trainer.update_critic(self._with(rows), loss)
 
     def _with(self, rows: dict[int, LossRow]) -> list[Sample]:
         return [replace(self.samples[i], row=row) for i, row in rows.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -22,8 +23,13 @@ def make_batch(
     staleness: float = 0.3,
     discrepancy: float = 0.1,
     dtype: torch.dtype = torch.float64,
+    holes: bool = False,
 ) -> LossInputs:
-    """A batch whose log(pi/pi_o) and log(pi_o/mu) have these standard deviations; the first sequence is empty."""
+    """A batch whose log(pi/pi_o) and log(pi_o/mu) have these standard deviations; the first sequence is empty.
+
+    Sequences 2 k and 2 k + 1 are of one prompt. holes: untrained tokens stand between trained ones too, and nothing
+    but nan stands there.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -32,11 +38,16 @@ def make_batch(
     lengths = torch.randint(1, tokens + 1, (sequences, 1), generator=generator)
     lengths[0] = 0
     mask = torch.arange(tokens) < lengths
+    if holes:
+        mask &= torch.rand(sequences, tokens, generator=generator) < 0.6
     rollout = -1 - normal(sequences, tokens).abs()
     proximal = rollout + discrepancy * normal(sequences, tokens)
     current = proximal + staleness * normal(sequences, tokens)
     values = normal(sequences, tokens)
     critic = resolve(ObjectiveConfig(preset=name)).needs_critic
+    if holes:
+        for matrix in (rollout, proximal, current, values):
+            matrix[~mask] = torch.nan
     return LossInputs(
         current_logprobs=current.requires_grad_(),
         proximal_logprobs=proximal,
@@ -46,7 +57,19 @@ def make_batch(
         values=(values + 0.3 * normal(sequences, tokens)).requires_grad_() if critic else None,
         proximal_values=values if critic else None,
         returns=normal(sequences, tokens) if critic else None,
+        prompt_tokens=prompt_tokens(mask),
     )
+
+
+def prompt_tokens(mask: Tensor) -> Tensor:
+    """[S], trained tokens of the two sequences of each one's prompt."""
+    prompt = torch.arange(len(mask)) // 2
+    return torch.zeros(len(mask), dtype=torch.int64).index_add(0, prompt, mask.sum(-1))[prompt]
+
+
+def whole(x: LossInputs, max_length: int = 9) -> Denominators:
+    """The denominators of a batch of `make_batch`."""
+    return Denominators.of(x.mask, max_length, prompts=(len(x.mask) + 1) // 2)
 
 
 def batches(name: str) -> st.SearchStrategy[LossInputs]:
@@ -62,17 +85,24 @@ def batches(name: str) -> st.SearchStrategy[LossInputs]:
     )
 
 
-def loss_and_gradients(name: str, inputs: LossInputs, denominators: Denominators) -> tuple[Tensor, list[Tensor]]:
-    leaves = [leaf for leaf in (inputs.current_logprobs, inputs.values) if leaf is not None]
-    loss = resolve(ObjectiveConfig(preset=name)).loss(inputs, denominators).loss
-    return loss.detach(), list(torch.autograd.grad(loss, leaves))
+def loss_and_gradients(
+    name: str, inputs: LossInputs, denominators: Denominators, **cells: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Of a preset with some cells written over; the gradients by log pi, by values and by entropy where they are."""
+    loss = resolve(ObjectiveConfig(preset=name, **cells)).loss(inputs, denominators).loss
+    return loss.detach(), list(torch.autograd.grad(loss, leaves(inputs), allow_unused=False))
+
+
+def leaves(inputs: LossInputs) -> list[Tensor]:
+    """What a loss is differentiated by."""
+    return [x for x in (inputs.current_logprobs, inputs.values, inputs.entropy) if x is not None and x.requires_grad]
 
 
 def rows(inputs: LossInputs, index: Tensor | slice) -> LossInputs:
     """Some sequences of a batch, as leaves of their own."""
     chosen = {}
     for field, value in vars(inputs).items():
-        if value is not None:
+        if isinstance(value, Tensor):
             chosen[field] = value.detach()[index].requires_grad_(value.requires_grad)
     return replace(inputs, **chosen)
 
@@ -123,6 +153,14 @@ def _gmpo(log_r: Tensor, log_w: Tensor, A: Tensor, mask: Tensor, N: Tensor) -> T
     return A[:, 0] * (kept.sum(-1) / N.clamp(min=1)).exp() * (N > 0)
 
 
+def _areal_token(log_r: Tensor, log_w: Tensor, A: Tensor) -> Tensor:
+    return _clip(0.4, 0.4)(log_r, log_w, A) * log_w.exp() * (log_w.exp() <= 5)
+
+
+def _mean_weight(log_w: Tensor, mask: Tensor, N: Tensor) -> Tensor:
+    return (log_w.exp() * (log_w.exp() <= 5) * mask).sum(-1) / N.clamp(min=1)
+
+
 POTENTIALS: dict[str, Potential] = {
     "reinforce": _token(lambda log_r, log_w, A: (log_r + log_w).exp() * A, per_length=False),
     "rloo": _token(lambda log_r, log_w, A: (log_r + log_w).exp() * A, per_length=False),
@@ -137,10 +175,12 @@ POTENTIALS: dict[str, Potential] = {
     "cispo": _token(lambda log_r, log_w, A: _bounded_above(log_r, 5.0) * A, per_length=False),
     "sapo": _token(_sapo, per_length=True),
     "minirl": _token(_mini_rl, per_length=False),
-    "areal_grpo": _token(
-        lambda log_r, log_w, A: _clip(0.4, 0.4)(log_r, log_w, A) * log_w.exp() * (log_w.exp() <= 5), per_length=False
+    "areal_grpo": _token(_areal_token, per_length=False),
+    "areal_dr_grpo": _token(_areal_token, per_length=False),
+    "areal_gspo": lambda log_r, log_w, A, mask, N: (
+        _sequence(0.4, 0.4, times_length=True)(log_r, log_w, A, mask, N) * _mean_weight(log_w, mask, N)
     ),
-    "areal_gspo": _sequence(0.4, 0.4, times_length=True),
+    "areal_sapo": _token(lambda log_r, log_w, A: _sapo(log_r + log_w, log_w, A), per_length=False),
 }
 """By preset, a function of log pi whose derivative is c_t: the term itself, or where the term stops gradients, the
 integral of its coefficient. gspo_token has none (its slopes at different tokens are not one function's)."""
@@ -158,6 +198,7 @@ EDGES: dict[str, tuple[float, ...]] = {
     "cispo": (5.0,),
     "minirl": (0.8, 1.27),
     "areal_grpo": (0.6, 1.4),
+    "areal_dr_grpo": (0.6, 1.4),
     "areal_gspo": (0.6, 1.4),
 }
 """Values of the ratio at which a preset's gradient jumps."""
@@ -202,10 +243,13 @@ def table_coefficients(name: str, inputs: LossInputs) -> Tensor:
         c = r * A * one_over_n / torch.cosh(tau * (r - 1) / 2) ** 2
     elif name == "minirl":
         c = inside(r, 0.8, 1.27) * rho.clamp(max=5.0) * A
-    elif name == "areal_grpo":
+    elif name in ("areal_grpo", "areal_dr_grpo"):
         c = inside(r, 0.6, 1.4) * r * w * (w <= 5) * A
     elif name == "areal_gspo":
-        c = inside(s, 0.6, 1.4) * s * A
+        c = inside(s, 0.6, 1.4) * s * A * _mean_weight(log_w, mask, N[:, 0])[:, None]
+    elif name == "areal_sapo":
+        tau = torch.where(A > 0, torch.ones_like(A), torch.full_like(A, 1.05))
+        c = rho * A / torch.cosh(tau * (rho - 1) / 2) ** 2
     else:
         raise KeyError(name)
     return c * mask

@@ -85,8 +85,9 @@ def coefficients(
     divided by the batch's tokens or by a constant: all denominators are 1.
     """
     current = current.detach().requires_grad_()
-    batch = LossInputs(current, proximal, rollout, advantages, mask, **inputs)
-    loss = objective.loss(batch, Denominators(sequences=1, tokens=1, max_length=1)).loss
+    ones = torch.ones(len(mask), dtype=torch.int64)
+    batch = LossInputs(current, proximal, rollout, advantages, mask, prompt_tokens=ones, **inputs)
+    loss = objective.loss(batch, Denominators(sequences=1, tokens=1, max_length=1, prompts=1)).loss
     return -torch.autograd.grad(loss, current)[0]
 
 

@@ -1,146 +1,317 @@
-"""Every preset's loss once more, as the plainest torch code for its equation, differentiated by autograd.
+"""Every row, correction, KL, reduction and advantage once more, from the equations alone.
 
-Nothing runs this but the tests, which hold the composed objectives against it, and the benchmark. The numbers are the
-presets' defaults. No checks, no metrics; padding must hold finite numbers.
+One answer at a time, float64, only its trained tokens: no padding, no mask, no batch matrix, and no code of
+`pipeline.objectives`. Papers and notation are those of docs/objectives.md. The tests hold the objectives against this
+file, and fail when something is added there that has no equation here.
+
+J is maximised; a loss is -J. `sg` holds a value constant. Gradients are autograd's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.objectives.types import Denominators, LossInputs
+
+@dataclass(frozen=True)
+class Answer:
+    """The trained tokens of one response. pi, old, mu: [N], log-probs. A: a number or [N]. The rest [N] where read.
+
+    prompt_tokens: trained tokens of all answers of its prompt.
+    """
+
+    pi: Tensor
+    old: Tensor
+    mu: Tensor
+    A: Tensor
+    reference: Tensor | None = None
+    entropy: Tensor | None = None
+    V: Tensor | None = None
+    V_old: Tensor | None = None
+    R: Tensor | None = None
+    prompt_tokens: int = 0
+
+    @property
+    def N(self) -> int:  # noqa: N802, as the equations write it
+        return len(self.pi)
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    return torch.minimum(ratio * advantages, torch.clamp(ratio, 1 - low, 1 + high) * advantages)
+@dataclass(frozen=True)
+class Sizes:
+    """Of the mini-batch: answers, their trained tokens, prompts, and the longest response that may be."""
+
+    answers: int
+    tokens: int
+    prompts: int
+    longest: int
 
 
-def _token_ratio(x: LossInputs) -> Tensor:
-    return torch.exp(x.current_logprobs - x.proximal_logprobs)
+def sg(x: Tensor) -> Tensor:
+    return x.detach()
 
 
-def _sequence_ratio(x: LossInputs) -> tuple[Tensor, Tensor]:
-    log_ratio = (x.current_logprobs - x.proximal_logprobs) * x.mask
-    lengths = x.mask.sum(-1)
-    return torch.exp(log_ratio.sum(-1) / lengths.clamp(min=1)), lengths
+def r(y: Answer) -> Tensor:
+    return torch.exp(y.pi - y.old)
 
 
-def _token_mean(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
-    return -(term * x.mask).sum() / d.tokens
+def w(y: Answer) -> Tensor:
+    return sg(torch.exp(y.old - y.mu))
 
 
-def _sequence_token_mean(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
-    return -((term * x.mask).sum(-1) / x.mask.sum(-1).clamp(min=1)).sum() / d.sequences
+def rho(y: Answer) -> Tensor:
+    return torch.exp(y.pi - y.mu)
 
 
-def _sequence_token_sum(term: Tensor, x: LossInputs, d: Denominators) -> Tensor:
-    return -(term * x.mask).sum() / d.sequences
+def s(y: Answer) -> Tensor:
+    return torch.exp((y.pi - y.old).mean())
 
 
-def reinforce(x: LossInputs, d: Denominators) -> Tensor:
-    rho = torch.exp(x.current_logprobs - x.rollout_logprobs).detach()
-    return _sequence_token_sum(rho * x.advantages[:, None] * x.current_logprobs, x, d)
+# Terms, [N]. A term of a whole answer stands at each of its tokens.
 
 
-def ppo(x: LossInputs, d: Denominators) -> Tensor:
-    policy = _token_mean(_clipped(_token_ratio(x), x.advantages, 0.2, 0.2), x, d)
-    assert x.values is not None
-    assert x.proximal_values is not None
-    assert x.returns is not None
-    clipped = x.proximal_values + torch.clamp(x.values - x.proximal_values, -0.2, 0.2)
-    squared = torch.maximum((x.values - x.returns) ** 2, (clipped - x.returns) ** 2)
-    return policy - 0.5 * _token_mean(0.5 * squared, x, d)
+def _each(y: Answer, term: Tensor) -> Tensor:
+    return term.expand(y.N)
 
 
-def reinforce_plus_plus(x: LossInputs, d: Denominators) -> Tensor:
-    return _token_mean(_clipped(_token_ratio(x), x.advantages, 0.2, 0.2), x, d)
+def _min_clip(x: Tensor, A: Tensor, low: float, high: float) -> Tensor:
+    return torch.minimum(x * A, torch.clamp(x, 1 - low, 1 + high) * A)
 
 
-def grpo(x: LossInputs, d: Denominators) -> Tensor:
-    return _sequence_token_mean(_clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.2), x, d)
+def _policy_gradient(y: Answer) -> Tensor:
+    return sg(rho(y)) * y.A * y.pi
 
 
-def dr_grpo(x: LossInputs, d: Denominators) -> Tensor:
-    term = _clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.2)
-    return -(term * x.mask).sum() / (d.sequences * d.max_length)
+def _clip(low: float, high: float) -> Callable[[Answer], Tensor]:
+    return lambda y: _min_clip(r(y), y.A, low, high)
 
 
-def dapo(x: LossInputs, d: Denominators) -> Tensor:
-    return _token_mean(_clipped(_token_ratio(x), x.advantages[:, None], 0.2, 0.28), x, d)
+def _clip_sequence(low: float, high: float) -> Callable[[Answer], Tensor]:
+    return lambda y: _each(y, _min_clip(s(y), y.A, low, high))
 
 
-def gspo(x: LossInputs, d: Denominators) -> Tensor:
-    ratio, lengths = _sequence_ratio(x)
-    return -((lengths > 0) * _clipped(ratio, x.advantages, 3e-4, 4e-4)).sum() / d.sequences
+def _gspo_token(y: Answer) -> Tensor:
+    s_t = sg(s(y)) * torch.exp(y.pi - sg(y.pi))
+    return _min_clip(s_t, y.A, 3e-4, 4e-4)
 
 
-def gspo_token(x: LossInputs, d: Denominators) -> Tensor:
-    ratio = _sequence_ratio(x)[0].detach()[:, None] * torch.exp(x.current_logprobs - x.current_logprobs.detach())
-    return _sequence_token_mean(_clipped(ratio, x.advantages[:, None], 3e-4, 4e-4), x, d)
+def _gmpo(y: Answer) -> Tensor:
+    """(prod_t |min(r_t A, clip(r_t, e^-.4, e^.4) A)|)^(1/N) sgn(A), as its paper writes it."""
+    if y.A == 0:
+        return _each(y, 0 * y.pi.sum())
+    kept = _min_clip_log(r(y), y.A)
+    return _each(y, torch.sign(y.A) * kept.abs().prod() ** (1 / y.N))
 
 
-def dr_gspo(x: LossInputs, d: Denominators) -> Tensor:
-    ratio, lengths = _sequence_ratio(x)
-    return -(lengths * _clipped(ratio, x.advantages, 3e-4, 4e-4)).sum() / d.sequences
+def _min_clip_log(x: Tensor, A: Tensor) -> Tensor:
+    return torch.minimum(x * A, torch.clamp(x, math.exp(-0.4), math.exp(0.4)) * A)
 
 
-def gmpo(x: LossInputs, d: Denominators) -> Tensor:
-    sign = x.advantages.sign()[:, None]
-    log_ratio = sign * (x.current_logprobs - x.proximal_logprobs)
-    clipped = sign * torch.minimum(log_ratio, torch.clamp(log_ratio, -0.4, 0.4))
-    lengths = x.mask.sum(-1)
-    ratio = torch.exp((clipped * x.mask).sum(-1) / lengths.clamp(min=1))
-    return -((lengths > 0) * ratio * x.advantages).sum() / d.sequences
+def _cispo(y: Answer) -> Tensor:
+    return sg(torch.clamp(r(y), max=5.0)) * y.A * y.pi
 
 
-def cispo(x: LossInputs, d: Denominators) -> Tensor:
-    ratio = torch.clamp(_token_ratio(x), max=5.0).detach()
-    return _token_mean(ratio * x.advantages[:, None] * x.current_logprobs, x, d)
+def _sapo(x: Tensor, A: Tensor) -> Tensor:
+    tau = 1.0 if A > 0 else 1.05
+    return 4 / tau / (1 + torch.exp(-tau * (x - 1))) * A
 
 
-def sapo(x: LossInputs, d: Denominators) -> Tensor:
-    advantages = x.advantages[:, None]
-    tau = torch.where(advantages > 0, torch.ones_like(advantages), torch.full_like(advantages, 1.05))
-    return _sequence_token_mean(torch.sigmoid(tau * (_token_ratio(x) - 1)) * 4 / tau * advantages, x, d)
+def _minirl(y: Answer) -> Tensor:
+    kept = torch.ones_like(y.pi)
+    for t in range(y.N):
+        ratio = float(sg(r(y))[t])
+        if (y.A > 0 and ratio > 1.27) or (y.A < 0 and ratio < 0.8):
+            kept[t] = 0.0
+    return kept * sg(torch.clamp(rho(y), max=5.0)) * y.A * y.pi
 
 
-def minirl(x: LossInputs, d: Denominators) -> Tensor:
-    advantages = x.advantages[:, None]
-    ratio = _token_ratio(x).detach()
-    weight = torch.clamp(torch.exp(x.current_logprobs - x.rollout_logprobs), max=5.0).detach()
-    masked = ((advantages > 0) & (ratio > 1.27)) | ((advantages < 0) & (ratio < 0.8))
-    return _sequence_token_sum(~masked * weight * advantages * x.current_logprobs, x, d)
+def _areal_token(y: Answer) -> Tensor:
+    return w(y) * (w(y) <= 5) * _min_clip(r(y), y.A, 0.4, 0.4)
 
 
-def areal_grpo(x: LossInputs, d: Denominators) -> Tensor:
-    weight = torch.exp(x.proximal_logprobs - x.rollout_logprobs)
-    term = _clipped(_token_ratio(x), x.advantages[:, None], 0.4, 0.4)
-    return _token_mean(term * weight * (weight <= 5), x, d)
+def _areal_gspo(y: Answer) -> Tensor:
+    return _each(y, (w(y) * (w(y) <= 5)).mean() * _min_clip(s(y), y.A, 0.4, 0.4))
 
 
-def areal_gspo(x: LossInputs, d: Denominators) -> Tensor:
-    ratio, lengths = _sequence_ratio(x)
-    return -(lengths * _clipped(ratio, x.advantages, 0.4, 0.4)).sum() / d.tokens
+# Reductions of a term [N], the answer's share. Under sequence_mean an answer counts as one number: what stands at each
+# of its tokens, or of a KL or an entropy, which differ by token, their mean.
 
-
-PLAIN: dict[str, Callable[[LossInputs, Denominators], Tensor]] = {
-    "reinforce": reinforce,
-    "rloo": reinforce,
-    "reinforce_plus_plus": reinforce_plus_plus,
-    "ppo": ppo,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "dapo": dapo,
-    "gspo": gspo,
-    "gspo_token": gspo_token,
-    "dr_gspo": dr_gspo,
-    "gmpo": gmpo,
-    "cispo": cispo,
-    "sapo": sapo,
-    "minirl": minirl,
-    "areal_grpo": areal_grpo,
-    "areal_gspo": areal_gspo,
+REDUCTIONS: dict[str, Callable[[Tensor, Answer, Sizes], Tensor]] = {
+    "sequence_mean_token_mean": lambda x, y, b: x.sum() / y.N / b.answers,
+    "sequence_mean_token_sum": lambda x, y, b: x.sum() / b.answers,
+    "prompt_token_mean": lambda x, y, b: x.sum() / y.prompt_tokens / b.prompts,
+    "token_mean": lambda x, y, b: x.sum() / b.tokens,
+    "token_sum_constant": lambda x, y, b: x.sum() / (b.answers * b.longest),
+    "sequence_mean": lambda x, y, b: x.mean() / b.answers,
 }
+
+ROWS: dict[str, tuple[Callable[[Answer], Tensor], str]] = {
+    "reinforce": (_policy_gradient, "sequence_mean_token_sum"),
+    "rloo": (_policy_gradient, "sequence_mean_token_sum"),
+    "reinforce_plus_plus": (_clip(0.2, 0.2), "token_mean"),
+    "ppo": (_clip(0.2, 0.2), "token_mean"),
+    "grpo": (_clip(0.2, 0.2), "sequence_mean_token_mean"),
+    "dr_grpo": (_clip(0.2, 0.2), "token_sum_constant"),
+    "dapo": (_clip(0.2, 0.28), "prompt_token_mean"),
+    "gspo": (_clip_sequence(3e-4, 4e-4), "sequence_mean"),
+    "gspo_token": (_gspo_token, "sequence_mean_token_mean"),
+    "dr_gspo": (_clip_sequence(3e-4, 4e-4), "sequence_mean_token_sum"),
+    "gmpo": (_gmpo, "sequence_mean"),
+    "cispo": (_cispo, "prompt_token_mean"),
+    "sapo": (lambda y: _sapo(r(y), y.A), "sequence_mean_token_mean"),
+    "minirl": (_minirl, "sequence_mean_token_sum"),
+    "areal_grpo": (_areal_token, "token_mean"),
+    "areal_dr_grpo": (_areal_token, "token_mean"),
+    "areal_gspo": (_areal_gspo, "token_mean"),
+    "areal_sapo": (lambda y: _sapo(rho(y), y.A), "token_mean"),
+}
+"""By preset: the term, and how it is reduced."""
+
+
+def _inside(weight: Tensor, low: float | None, high: float | None) -> Tensor:
+    return weight * float((low is None or weight >= low) and (high is None or weight <= high))
+
+
+def _per_token(f: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
+    return torch.stack([f(weight) for weight in weights])
+
+
+CORRECTIONS: dict[str, Callable[[Tensor, Tensor, float | None, float | None], Tensor]] = {
+    "token_is": lambda x, A, low, high: x,
+    "token_tis": lambda x, A, low, high: _per_token(lambda v: v.clamp(max=high), x),
+    "token_mis": lambda x, A, low, high: _per_token(lambda v: _inside(v, low, high), x),
+    "icepop": lambda x, A, low, high: _per_token(lambda v: _inside(v, low, high), x),
+    "mean_mis": lambda x, A, low, high: _per_token(lambda v: _inside(v, low, high), x).mean(),
+    "sequence_is": lambda x, A, low, high: x.prod(),
+    "sequence_tis": lambda x, A, low, high: x.prod().clamp(max=high),
+    "sequence_mis": lambda x, A, low, high: _inside(x.prod(), low, high),
+    "geometric_is": lambda x, A, low, high: x.prod() ** (1 / len(x)),
+    "geometric_tis": lambda x, A, low, high: (x.prod() ** (1 / len(x))).clamp(max=high),
+    "geometric_mask": lambda x, A, low, high: (_inside(x.prod() ** (1 / len(x)), low, high) > 0).double(),
+    "opsm": lambda x, A, low, high: 1.0 - ((A < 0) & (-x.log().mean() > (high or 0.0))).double(),
+}
+"""(x = pi_o/mu or pi/mu, [N]; A; low; high) -> the factor, [N] or a number."""
+
+DEFAULT_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "token_is": (None, None),
+    "token_tis": (None, 2.0),
+    "token_mis": (None, 2.0),
+    "icepop": (0.5, 5.0),
+    "mean_mis": (None, 5.0),
+    "sequence_is": (None, None),
+    "sequence_tis": (None, 2.0),
+    "sequence_mis": (None, 2.0),
+    "geometric_is": (None, None),
+    "geometric_tis": (None, 2.0),
+    "geometric_mask": (0.99, 1.01),
+    "opsm": (None, 0.01),
+}
+
+
+def _l(y: Answer) -> Tensor:
+    assert y.reference is not None
+    return y.reference - y.pi
+
+
+KLS: dict[str, Callable[[Answer], Tensor]] = {
+    "k1": lambda y: -_l(y),
+    "k2": lambda y: _l(y) ** 2 / 2,
+    "k3": lambda y: torch.exp(_l(y)) - 1 - _l(y),
+    "unbiased_k3": lambda y: rho(y) * (torch.exp(_l(y)) - 1 - _l(y)),
+}
+"""The estimate at each token of an answer."""
+
+
+def _critic(y: Answer) -> Tensor:
+    """1/2 max((V - R)^2, (V_old + clip(V - V_old, +-.2) - R)^2)."""
+    assert y.V is not None
+    assert y.V_old is not None
+    assert y.R is not None
+    clipped = y.V_old + torch.clamp(y.V - y.V_old, -0.2, 0.2)
+    return torch.maximum((y.V - y.R) ** 2, (clipped - y.R) ** 2) / 2
+
+
+def loss(
+    name: str,
+    answers: list[Answer],
+    sizes: Sizes,
+    *,
+    corrections: tuple[tuple[str, str], ...] = (),
+    reduction: str | None = None,
+    kl: tuple[str, float] | None = None,
+    entropy: float = 0.0,
+) -> Tensor:
+    """-J of a row. Answers without tokens have no term; `sizes` counts them.
+
+    corrections: (kind, "proximal" or "current"), beside the row's own. kl: (estimator, beta) in the loss.
+    """
+    term, own = ROWS[name]
+    reduced = REDUCTIONS[reduction or own]
+    total = torch.zeros((), dtype=torch.float64)
+    for y in answers:
+        if y.N == 0:
+            continue
+        x = term(y)
+        for kind, numerator in corrections:
+            weight = sg(torch.exp((y.old if numerator == "proximal" else y.pi) - y.mu))
+            x = CORRECTIONS[kind](weight, y.A, *DEFAULT_BOUNDS[kind]) * x
+        total = total - reduced(x, y, sizes)
+        if kl is not None:
+            total = total + kl[1] * reduced(KLS[kl[0]](y), y, sizes)
+        if entropy:
+            assert y.entropy is not None
+            total = total - entropy * reduced(y.entropy, y, sizes)
+        if name == "ppo":
+            total = total + 0.5 * reduced(_critic(y), y, sizes)
+    return total
+
+
+# Advantages, of numbers: R[i] is the reward of answer i, prompts[i] its prompt, n[i] its trained tokens.
+
+
+def _others(i: int, prompts: list[int]) -> list[int]:
+    return [j for j in range(len(prompts)) if prompts[j] == prompts[i]]
+
+
+def _std(values: list[float], std: str) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - (std == "sample")))
+
+
+def group_mean(R: list[float], prompts: list[int], **_: Any) -> list[float]:
+    return [R[i] - sum(R[j] for j in _others(i, prompts)) / len(_others(i, prompts)) for i in range(len(R))]
+
+
+def group_std(R: list[float], prompts: list[int], std: str = "population", epsilon: float = 1e-6) -> list[float]:
+    centred = group_mean(R, prompts)
+    return [a / (_std([R[j] for j in _others(i, prompts)], std) + epsilon) for i, a in enumerate(centred)]
+
+
+def leave_one_out(R: list[float], prompts: list[int], **_: Any) -> list[float]:
+    return [
+        R[i] - sum(R[j] for j in _others(i, prompts) if j != i) / (len(_others(i, prompts)) - 1) for i in range(len(R))
+    ]
+
+
+def whiten(rows: list[list[float]], std: str = "population", epsilon: float = 1e-6) -> list[list[float]]:
+    """rows: one number a trained token."""
+    tokens = [a for row in rows for a in row]
+    mean = sum(tokens) / len(tokens)
+    return [[(a - mean) / (_std(tokens, std) + epsilon) for a in row] for row in rows]
+
+
+def rewards_to_go(reward: float, penalties: list[float]) -> list[float]:
+    """R - the penalties still to come, at each token."""
+    return [reward - sum(penalties[t:]) for t in range(len(penalties))]
+
+
+def gae(reward: float, penalties: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """sum_k (gamma lam)^k delta_{t+k}; the reward stands on the last token."""
+    n = len(values)
+    after = [*values[1:], 0.0]
+    deltas = [(reward if t == n - 1 else 0.0) - penalties[t] + gamma * after[t] - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t)) for t in range(n)]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.objectives.composition import Std
+
 
 def _group(group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Index [S] of each sequence's group among the groups present, and the size of each group."""
@@ -30,15 +32,17 @@ def group_mean(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return torch.where((low == high)[index], 0.0, rewards - mean[index])
 
 
-def group_std(rewards: Tensor, group_ids: Tensor, epsilon: float = 1e-6) -> Tensor:
+def group_std(rewards: Tensor, group_ids: Tensor, epsilon: float = 1e-6, std: Std = "population") -> Tensor:
     """A_i = (R_i - mean) / (std + epsilon) over its group (GRPO, 2402.03300, section 4.1.2).
 
-    std is the population's (divide by G). The paper does not say which; code that takes torch's default divides by
-    G - 1, which multiplies A by sqrt((G-1)/G). Shapes as in group_mean; equal rewards give A = 0.
+    std: population divides by G, sample by G - 1. The paper does not say which; code that takes torch's default has the
+    sample's, which multiplies A by sqrt((G-1)/G). Shapes as in group_mean; equal rewards, and a group of one, give
+    A = 0.
     """
     centred = group_mean(rewards, group_ids)
     index, sizes = _group(group_ids)
-    variance = rewards.new_zeros(len(sizes)).index_add(0, index, centred.square()) / sizes
+    squares = rewards.new_zeros(len(sizes)).index_add(0, index, centred.square())
+    variance = squares / (sizes if std == "population" else (sizes - 1).clamp(min=1))
     return centred / (variance.sqrt()[index] + epsilon)
 
 
@@ -58,11 +62,11 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return group_mean(rewards, group_ids) * size / (size - 1)
 
 
-def whiten(advantages: Tensor, mask: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """(A - mean) / (std + epsilon), mean and population std over the tokens of the batch.
+def whiten(advantages: Tensor, mask: Tensor, epsilon: float = 1e-6, std: Std = "population") -> Tensor:
+    """(A - mean) / (std + epsilon), mean and std over the trained tokens of the batch.
 
-    advantages: [S] (each counts once per token) or [S, T]. mask: [S, T] bool. Returns advantages' shape; with [S, T],
-    0 on padding. A batch whose advantages are all equal has A = 0.
+    advantages: [S] (each counts once per trained token) or [S, T]. mask: [S, T] bool. std: as in group_std. Returns
+    advantages' shape; with [S, T], 0 on untrained tokens. A batch whose advantages are all equal has A = 0.
     REINFORCE++, 2501.03262.
     """
     weights = mask.to(advantages.dtype) if advantages.dim() == 2 else mask.sum(-1).to(advantages.dtype)
@@ -75,15 +79,15 @@ def whiten(advantages: Tensor, mask: Tensor, epsilon: float = 1e-6) -> Tensor:
     tokens = weights.sum()
     mean = torch.where(counted, advantages * weights, 0.0).sum() / tokens
     centred = torch.where(counted, advantages - mean, 0.0)
-    std = ((centred.square() * weights).sum() / tokens).sqrt()
-    return centred / (std + epsilon)
+    count = tokens if std == "population" else tokens - 1  # advantages differ, so there are at least two tokens
+    return centred / (((centred.square() * weights).sum() / count).sqrt() + epsilon)
 
 
 def token_rewards(rewards: Tensor, mask: Tensor, penalty: Tensor | None = None) -> Tensor:
-    """The sequence's reward on its last token, minus a penalty per token.
+    """The sequence's reward on its last trained token, minus a penalty per trained token.
 
-    rewards: [S]. mask: [S, T] bool. penalty: [S, T], beta times a KL estimate. Returns [S, T], 0 on padding; a sequence
-    without tokens has nowhere to put its reward.
+    rewards: [S]. mask: [S, T] bool. penalty: [S, T], beta times a KL estimate. Returns [S, T], 0 on untrained tokens; a
+    sequence without trained tokens has nowhere to put its reward.
     """
     if mask.shape[1] == 0:
         return rewards.new_zeros(mask.shape)
@@ -94,19 +98,25 @@ def token_rewards(rewards: Tensor, mask: Tensor, penalty: Tensor | None = None) 
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
-    """sum_{i >= t} reward_i at each token (REINFORCE++, 2501.03262, with its KL already in the rewards).
+    """sum_{i >= t} reward_i at each trained token (REINFORCE++, 2501.03262, with its KL already in the rewards).
 
-    rewards: [S, T], 0 on padding. Returns [S, T], 0 on padding.
+    rewards: [S, T], 0 on untrained tokens. Returns [S, T], 0 on untrained tokens.
     """
     return rewards.flip(-1).cumsum(-1).flip(-1) * mask
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = reward_t + gamma V_{t+1} - V_t; V is 0 after the last token.
+    """GAE (1506.02438, eq. 16) over the trained tokens. For a trained token t let t+ be the next trained token:
 
-    GAE, 1506.02438, eq. 16. rewards, values: [S, T]. mask: [S, T] bool; tokens outside it are stepped over.
-    Returns (advantages, returns = advantages + values), [S, T], 0 on padding. A response cut at the length limit is
-    treated as ended.
+        delta_t = reward_t + gamma V_{t+} - V_t
+        A_t     = delta_t + gamma lam A_{t+}        V = A = 0 where there is no t+
+        R_t     = A_t + V_t                         what the critic regresses on
+
+    An untrained token is stepped over: it costs no factor of gamma or lam, and its value and reward are not read. So a
+    sequence with untrained tokens has the advantages of the same sequence without them.
+
+    rewards, values: [S, T]. mask: [S, T] bool. Returns (A, R), [S, T], 0 on untrained tokens. A response cut at the
+    length limit is treated as ended.
     """
     values = torch.where(mask, values.detach(), 0.0)
     advantages = torch.zeros_like(values)

@@ -9,6 +9,7 @@ correct with pi_o/mu: a rollout log-prob inside the clip would clip on the engin
     token_tis        min(w, high)                               Ionides 2008; Yao et al. 2025 (fengyao.notion.site)
     token_mis        w 1[low <= w <= high]                      Liu et al. 2025 (yingru.notion.site)
     icepop           the same, with a lower bound               IcePop, 2510.18855
+    mean_mis         mean_t (w 1[low <= w <= high])             AReaL v0.5.0 on a sequence term
     sequence_is      W                                          the exact weight
     sequence_tis     min(W, high)
     sequence_mis     W 1[low <= W <= high]                      Liu et al. 2025
@@ -19,12 +20,15 @@ correct with pi_o/mu: a rollout log-prob inside the clip would clip on the engin
 
 Truncation and bounds are taken in log space, so a product over thousands of tokens that overflows is truncated or
 dropped exactly as its value asks. Only the unbounded kinds can overflow: they raise NonFiniteRatio.
-A sequence without tokens has W = 1; it holds no term for the factor to multiply.
+N and every mean and product are over trained tokens. A sequence without any has W = 1; it holds no term for the factor
+to multiply.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,45 +37,55 @@ from pipeline.objectives.composition import CorrectionConfig
 from pipeline.objectives.terms.ratios import check_finite, sequence_log_ratio
 
 
+class Factor(NamedTuple):
+    """weight: [S, T] or [S, 1], what the term is multiplied by; constant.
+
+    cut:     bool, [S, T] or [S, 1], which weights were truncated, masked or dropped.
+    counted: bool of cut's shape, which weights the correction judged: those of trained tokens, or of sequences that
+             have some; for opsm only where A < 0. A share of cut is over these.
+    """
+
+    weight: Tensor
+    cut: Tensor
+    counted: Tensor
+
+
 @torch.no_grad()
-def correction_weight(
-    config: CorrectionConfig, log_ratio: Tensor, weights: Tensor, advantages: Tensor
-) -> tuple[Tensor, Tensor]:
+def correction_factor(
+    config: CorrectionConfig, log_ratio: Tensor, mask: Tensor, advantages: Tensor, samples: Sequence[int] | None = None
+) -> Factor:
     """The factor, and how much of it is not the plain weight.
 
-    log_ratio: [S, T], log of numerator/mu, 0 on padding. weights: [S, T], the mask in log_ratio's dtype.
+    log_ratio: [S, T], log of numerator/mu, 0 on untrained tokens. mask: [S, T] bool, trained tokens.
     advantages: [S, 1] or [S, T]; read by opsm only: a bad answer that the policy has already moved away from.
-    Returns the factor, [S, T] or [S, 1], and how many weights of each sequence were truncated, masked or dropped,
-    [S, 1] (of its tokens for a [S, T] factor, else 0 or 1).
+    samples: the caller's numbers of the rows, for errors.
     """
     kind = config.kind
-    lengths = weights.sum(-1, keepdim=True)
-    if kind.startswith("sequence_"):
-        log_weight = log_ratio.sum(-1, keepdim=True)
-    elif config.per_token:
+    lengths = mask.sum(-1, keepdim=True).to(log_ratio.dtype)
+    sequences = lengths > 0
+    per_token = config.per_token or kind == "mean_mis"
+    counted = mask if per_token else sequences
+    if per_token:
         log_weight = log_ratio
+    elif kind.startswith("sequence_"):
+        log_weight = log_ratio.sum(-1, keepdim=True)
     else:
         log_weight = sequence_log_ratio(log_ratio, lengths)
     if kind == "opsm":
         assert config.high is not None
-        kept = 1 - ((advantages < 0) & (-log_weight > config.high)).to(log_ratio.dtype)
-        return kept, _count_cut(kept, weights, lengths)
+        bad = advantages < 0
+        dropped = bad & (-log_weight > config.high)
+        return Factor((~dropped).to(log_ratio.dtype), dropped, bad & (mask if bad.shape == mask.shape else sequences))
     low = math.log(config.low) if config.low else -math.inf
     high = math.log(config.high) if config.high is not None else math.inf
     if high == math.inf and kind.startswith("sequence_"):
-        check_finite(log_weight, f"{config.numerator}/rollout ({kind})")
-    if kind.endswith("_is"):
-        return log_weight.exp(), torch.zeros_like(lengths)
-    bounded = log_weight.clamp(low, high)
-    kept = torch.eq(bounded, log_weight, out=torch.empty_like(bounded))
-    cut = _count_cut(kept, weights, lengths)
+        check_finite(log_weight, f"{config.numerator}/rollout ({kind})", samples)
+    cut = (log_weight < low) | (log_weight > high)
     if kind == "geometric_mask":
-        return kept, cut
-    factor = bounded.exp_()
-    return (factor if kind.endswith("_tis") else factor.mul_(kept)), cut
-
-
-def _count_cut(kept: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
-    if kept.shape[1] == weights.shape[1]:
-        return lengths - torch.linalg.vecdot(kept, weights)[:, None]
-    return (1 - kept) * (lengths > 0)
+        return Factor((~cut).to(log_ratio.dtype), cut, counted)
+    weight = log_weight.clamp(low, high).exp()
+    if kind.endswith("mis") or kind == "icepop":
+        weight = weight * ~cut
+    if kind == "mean_mis":
+        weight = (weight * mask).sum(-1, keepdim=True) / lengths.clamp(min=1)
+    return Factor(weight, cut, counted)

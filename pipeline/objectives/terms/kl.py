@@ -11,17 +11,16 @@ DeepSeek-V3.2, 2512.02556, eq. 7.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-Estimator = Literal["k1", "k2", "k3", "unbiased_k3"]
+from pipeline.objectives.composition import KLEstimator
 
 
-def kl_estimate(log_ratio: Tensor, estimator: Estimator, importance_ratio: Tensor | None = None) -> Tensor:
+def kl_estimate(log_ratio: Tensor, estimator: KLEstimator, importance_ratio: Tensor | None = None) -> Tensor:
     """The estimate at each token, nats.
 
-    log_ratio: [S, T], l, 0 on padding (the estimate is 0 there); differentiable. e^l must be finite (ratios.py checks).
+    log_ratio: [S, T], l, 0 on untrained tokens (the estimate is 0 there); differentiable. e^l must be finite (ratios.py
+    checks).
     importance_ratio: [S, T], pi/mu, differentiable; for unbiased_k3 only.
     """
     if estimator == "k1":

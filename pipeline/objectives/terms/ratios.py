@@ -4,90 +4,90 @@
     log s   = (1/N) sum_t log r_t                                        sequence (GSPO, 2507.18071, eq. 7)
     log s_t = sg[log s] + log pi_t - sg[log pi_t]                        sequence value, token gradient (eq. 14)
 
-Padding has log-ratio 0. A sequence without tokens has log s = 0: its ratio is 1, and it holds nothing to weigh.
-A ratio that is not a finite number stops the update: it means a broken log-prob, and a clip would hide it.
+N counts trained tokens; an untrained token has log-ratio 0. A sequence without trained tokens has log s = 0: its ratio
+is 1, and it holds nothing to weigh.
+
+A ratio that is not a finite number stops the update: it means a broken log-prob, and a clip would hide it. So does a
+finite one above e^20 that no clip or bound holds: one token would be the whole gradient.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pipeline.objectives.errors import NonFiniteInput, NonFiniteRatio, RunawayRatio
 
-class NonFiniteRatio(ValueError):
-    """A log-ratio of two policies is nan or infinite, or the ratio overflows its dtype.
+MAX_LOG_WEIGHT = 20.0
+"""Nats. The largest weight that a term's gradient may have per unit of advantage is e^20, 4.9e8."""
 
-    ratio:     which one, e.g. "current/proximal".
-    sequences: rows of the call's matrices in which it happened.
+
+def token_log_ratio(numerator: Tensor, denominator: Tensor, name: str, samples: Sequence[int] | None = None) -> Tensor:
+    """log r_t.
+
+    numerator, denominator: [S, T] log-probs with 0 on untrained tokens; differentiable. name: of the ratio, for the
+    error. samples: the caller's numbers of the rows. Raises NonFiniteRatio where log r_t is nan or infinite, or r_t
+    overflows the dtype.
     """
-
-    def __init__(self, ratio: str, sequences: list[int], detail: str) -> None:
-        self.ratio = ratio
-        self.sequences = sequences
-        super().__init__(f"{ratio} is not finite in sequence {', '.join(map(str, sequences))}: {detail}")
-
-
-def token_log_ratio(
-    numerator: Tensor, denominator: Tensor, mask: Tensor, weights: Tensor, name: str
-) -> tuple[Tensor, Tensor]:
-    """log r_t, 0 where there is no token, and the largest |log r_t|, a scalar.
-
-    numerator, denominator: [S, T] log-probs; differentiable; what stands in padding, nan included, changes nothing.
-    mask: [S, T] bool. weights: [S, T], the mask in the log-probs' dtype. name: of the ratio, for the error.
-    Raises NonFiniteRatio where log r_t is nan or infinite, or r_t overflows the dtype. Costs one device sync.
-    """
-    log_ratio = (numerator - denominator).mul_(weights)
-    extremes = _extremes(log_ratio)
-    if not _fits(extremes):
-        log_ratio = torch.where(mask, numerator - denominator, 0.0)
-        check_finite(log_ratio, name)
-        extremes = _extremes(log_ratio)
-    return log_ratio, extremes.abs().amax()
-
-
-def masked(values: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """values [S, T] on tokens and 0 on padding, whatever stands there.
-
-    A product, and torch.where only where nan or inf tells them apart: on a CPU the product is five times as fast.
-    """
-    product = values * weights
-    if all(math.isfinite(x) for x in _extremes(product).tolist()):
-        return product
-    return torch.where(mask, values, 0.0)
+    log_ratio = numerator - denominator
+    check_finite(log_ratio, name, samples)
+    return log_ratio
 
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
     """log s, the mean of the token log-ratios.
 
-    log_ratio: [S, T], 0 on padding. lengths: [S, 1], tokens, in log_ratio's dtype. Returns [S, 1]; 0 where N = 0.
+    log_ratio: [S, T], 0 on untrained tokens. lengths: [S, 1], trained tokens, in log_ratio's dtype. Returns [S, 1]; 0
+    where N = 0.
     """
     return log_ratio.sum(-1, keepdim=True) / lengths.clamp(min=1)
 
 
-def check_finite(log_ratio: Tensor, name: str) -> None:
+def check_finite(log_ratio: Tensor, name: str, samples: Sequence[int] | None = None) -> None:
     """Raise NonFiniteRatio, with the rows, unless every log-ratio [S, ...] is finite and its exp fits the dtype."""
-    if _fits(_extremes(log_ratio)):
-        return
-    rows = log_ratio.detach().flatten(1)
-    bad = ~(rows.isfinite() & rows.exp().isfinite())
-    sequences = bad.any(-1).nonzero().flatten().tolist()
-    first = rows[bad][0].item()
-    raise NonFiniteRatio(name, sequences, f"{int(bad.sum())} log-ratios, the first is {first} in {log_ratio.dtype}")
+    values = log_ratio.detach().flatten(1)
+    bad = ~(values.abs() < torch.inf) | (values > math.log(torch.finfo(values.dtype).max))
+    if bad.any():
+        first = values[bad][0].item()
+        problem = f"is not finite ({int(bad.sum())} log-ratios, the first is {first} in {values.dtype})"
+        raise NonFiniteRatio(name, rows_of(bad), problem, samples)
 
 
-def largest(values: Tensor) -> Tensor:
-    """The largest absolute value, a scalar; 0 of nothing."""
-    return _extremes(values).abs().amax()
+def check_weight(weight: Tensor, name: str, samples: Sequence[int] | None = None) -> None:
+    """Raise RunawayRatio, with the rows, where a gradient would be weighed by more than e^MAX_LOG_WEIGHT.
+
+    weight: [S, ...], 0 or above, 0 where it weighs nothing.
+    """
+    bad = ~(weight <= math.exp(MAX_LOG_WEIGHT))
+    if bad.any():
+        largest = weight[bad].max().item()
+        problem = f"is {largest:.1e}, above the bound of e^{MAX_LOG_WEIGHT:g}, and nothing clips it"
+        raise RunawayRatio(name, rows_of(bad), problem, samples)
 
 
-def _extremes(values: Tensor) -> Tensor:
-    """[2], the smallest and the largest; both nan where any is nan; 0 of nothing."""
-    values = values.detach()
-    return torch.stack(torch.aminmax(values)) if values.numel() else values.new_zeros(2)
+def trained(values: Tensor, mask: Tensor) -> Tensor:
+    """values where a token is trained and 0 elsewhere, whatever stands there; so is the gradient.
+
+    values: [S, T]; or [S], one number a sequence: comes back as [S, 1], 0 where nothing of the sequence is trained.
+    mask: [S, T] bool.
+    """
+    if values.dim() == 1:
+        values, mask = values[:, None], mask.any(-1, keepdim=True)
+    return torch.where(mask, values, 0.0)
 
 
-def _fits(extremes: Tensor) -> bool:
-    low, high = extremes.tolist()
-    return math.isfinite(low) and high <= math.log(torch.finfo(extremes.dtype).max)
+def finite(values: Tensor, mask: Tensor, name: str, samples: Sequence[int] | None = None) -> Tensor:
+    """`trained`, and NonFiniteInput with the rows where a number that is read is nan or infinite."""
+    values = trained(values, mask)
+    bad = ~values.detach().isfinite()
+    if bad.any():
+        raise NonFiniteInput(name, rows_of(bad), f"is {values.detach()[bad][0].item()}", samples)
+    return values
+
+
+def rows_of(bad: Tensor) -> list[int]:
+    """The rows of [S, ...] bool that hold a True."""
+    return bad.flatten(1).any(-1).nonzero().flatten().tolist()

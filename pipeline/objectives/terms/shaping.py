@@ -9,7 +9,8 @@ from torch import Tensor
 def overlong_penalty(lengths: Tensor, max_length: int, ramp: int) -> Tensor:
     """What a long response loses: 0 up to max_length - ramp tokens, falling in a line to -1 at max_length, -1 beyond.
 
-    DAPO, eq. 13 (max_length 20,480, ramp 4,096). lengths: [S], tokens. Returns [S] floating, to be added to the reward.
+    DAPO, eq. 13 (max_length 20,480, ramp 4,096). lengths: [S], trained tokens. Returns [S] floating, to be added to the
+    reward.
     Raises ValueError for a ramp outside [1, max_length].
     """
     if not 1 <= ramp <= max_length:

@@ -7,8 +7,9 @@
       command: [scripts/page-me, --team, rl]
       webhook: https://hooks.example.com/services/...
 
-The default rules (DEFAULT_RULES) hold beside these. An alert is a line on the console and in alerts.jsonl of the run
-directory, and goes as one JSON object to the command's standard input and to the webhook as a POST.
+The default rules (DEFAULT_RULES, CORRECTION_RULES) hold beside these. An alert is a line on the console and in
+alerts.jsonl of the run directory, and goes as one JSON object to the command's standard input and to the webhook as a
+POST.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from pipeline import http
-from pipeline.config.alerts import AlertRule, AlertsConfig
+from pipeline.config.alerts import CORRECTION_RULES, AlertRule, AlertsConfig
 from pipeline.errors import SamerouteError
 from pipeline.observe.sinks.background import Background, DeliveryError
 
@@ -112,7 +113,9 @@ class Alerts:
             self._delivery.close(2 * self.config.timeout_s)
 
     def _say_unknown(self, step: int, metrics: Mapping[str, float]) -> None:
-        unknown = sorted({state.rule.metric for state in self.states} - metrics.keys())
+        # A run has the corrections of its own objective; that it lacks the others is no news.
+        expected = {state.rule.metric for state in self.states if state.rule not in CORRECTION_RULES}
+        unknown = sorted(expected - metrics.keys())
         if unknown:
             self.say(
                 f"alerts: step {step} has no metric {', '.join(unknown)}; a rule on it waits for a step that has it; "

@@ -95,7 +95,7 @@ def inputs_of(model: str) -> dict[str, tuple[list[Sample], Denominators]]:
         graded_group(g.prompt, [replace(r, rollout_logprobs=np.minimum(next(flat), 0)) for r in g.rollouts], g.rewards)
         for g in groups
     ]
-    denominators = Denominators(len(samples), sum(s.response_length for s in samples), LONGEST)
+    denominators = Denominators(len(samples), sum(s.response_length for s in samples), LONGEST, prompts=PROMPTS)
     out = {}
     for name, config in OBJECTIVES.items():
         objective = resolve(config)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.objectives import PRESETS, CorrectionConfig, Denominators, KLConfig, ObjectiveConfig, resolve
-from tests.support.batches import make_batch
+from pipeline.objectives import PRESETS, CorrectionConfig, KLConfig, ObjectiveConfig, resolve
+from tests.support.batches import make_batch, whole
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -85,7 +85,16 @@ def test_an_empty_list_takes_the_correction_away() -> None:
             "add only geometric_mask or opsm beside it",
         ),
         ({"preset": "grpo", "clip_low": 1.5}, "write at most 1"),
-        ({"preset": "grpo", "kl": {"estimator": "unbiased_k3", "place": "reward"}}, "write kl.place: loss"),
+        (
+            {"preset": "grpo", "kl": {"estimator": "unbiased_k3", "place": "reward"}},
+            "a number of the proximal policy, without a gradient and without mu; write kl.place: loss",
+        ),
+        (
+            {"preset": "grpo", "ratio_to": "rollout", "correction": {"kind": "token_tis"}},
+            r"write correction: \[\], or ratio_to: proximal",
+        ),
+        ({"preset": "areal_grpo", "ratio_to": "rollout"}, r"write correction: \[\]"),
+        ({"preset": "grpo", "std": "unbiased"}, "'population' or 'sample'"),
         ({"preset": "grpo", "clip": 0.2}, "clip"),
     ],
 )
@@ -100,6 +109,8 @@ def test_what_does_not_go_together_is_refused_with_what_to_write(config: dict, s
         ({"preset": "grpo"}, (False, False, False)),
         ({"preset": "ppo"}, (False, False, True)),
         ({"preset": "minirl"}, (True, False, False)),
+        ({"preset": "areal_sapo"}, (True, False, False)),
+        ({"preset": "gspo", "ratio_to": "rollout"}, (True, False, False)),
         ({"preset": "reinforce_plus_plus"}, (False, True, False)),
         ({"preset": "grpo", "kl": {"estimator": "unbiased_k3"}}, (True, True, False)),
         ({"preset": "gspo", "correction": {"kind": "opsm"}}, (True, False, False)),
@@ -107,19 +118,21 @@ def test_what_does_not_go_together_is_refused_with_what_to_write(config: dict, s
 )
 def test_an_objective_says_what_it_needs(config: dict, needs: tuple[bool, bool, bool]) -> None:
     objective = resolve(ObjectiveConfig.model_validate(config))
+    cells = ObjectiveConfig.model_validate(config).composition()
+    assert (cells.needs_rollout_logprobs, cells.needs_reference, cells.needs_critic) == needs
     assert (objective.needs_rollout_logprobs, objective.needs_reference, objective.needs_critic) == needs
 
 
 def test_a_term_per_sequence_refuses_advantages_per_token() -> None:
     x = make_batch("ppo", 0)
     with pytest.raises(ValueError, match="ratio: sequence_token"):
-        resolve(ObjectiveConfig(preset="gspo")).loss(x, Denominators.of(x.mask, 7))
+        resolve(ObjectiveConfig(preset="gspo")).loss(x, whole(x, 7))
 
 
 def test_sequence_token_takes_the_critics_advantages() -> None:
     x = make_batch("ppo", 0, staleness=1e-4)
     config = ObjectiveConfig(preset="gspo_token", advantage="gae")
-    out = resolve(config).loss(x, Denominators.of(x.mask, 7))
+    out = resolve(config).loss(x, whole(x, 7))
     log_r = (x.current_logprobs - x.proximal_logprobs) * x.mask
     n = x.mask.sum(-1, keepdim=True).clamp(min=1)
     s = (log_r.sum(-1, keepdim=True) / n).exp()
@@ -133,9 +146,10 @@ def test_entropy_is_a_bonus_under_the_same_reduction() -> None:
     x = make_batch("dapo", 0)
     entropy = torch.rand(x.mask.shape, dtype=torch.float64).masked_fill(~x.mask, torch.nan).requires_grad_()
     x = dataclasses.replace(x, entropy=entropy)
-    denominators = Denominators.of(x.mask, 7)
-    plain = resolve(ObjectiveConfig(preset="dapo")).loss(x, denominators)
-    out = resolve(ObjectiveConfig(preset="dapo", entropy_coefficient=0.01)).loss(x, denominators)
+    denominators = whole(x, 7)
+    tokens = {"preset": "dapo", "reduction": "token_mean"}
+    plain = resolve(ObjectiveConfig(**tokens)).loss(x, denominators)
+    out = resolve(ObjectiveConfig(**tokens, entropy_coefficient=0.01)).loss(x, denominators)
     mean = entropy[x.mask].mean()
     assert (plain.loss - out.loss).item() == pytest.approx(0.01 * mean.item(), rel=1e-10)
     assert out.metrics["entropy"].value() == pytest.approx(mean.item())
@@ -145,3 +159,27 @@ def test_entropy_is_a_bonus_under_the_same_reduction() -> None:
         resolve(ObjectiveConfig(preset="dapo", entropy_coefficient=0.01)).loss(
             dataclasses.replace(x, entropy=None), denominators
         )
+
+
+def test_only_a_mean_per_prompt_reads_its_tokens_and_the_papers_rows_take_it() -> None:
+    readers = {name for name in PRESETS if resolve(ObjectiveConfig(preset=name)).needs_prompt_tokens}
+    assert readers == {"dapo", "cispo"}
+    assert resolve(ObjectiveConfig(preset="grpo", reduction="prompt_token_mean")).needs_prompt_tokens
+    x = dataclasses.replace(make_batch("dapo", 0), prompt_tokens=None)
+    with pytest.raises(ValueError, match="pass prompt_tokens"):
+        resolve(ObjectiveConfig(preset="dapo")).loss(x, whole(x))
+
+
+def test_the_population_std_is_the_default_of_every_row_but_areals() -> None:
+    for name, preset in PRESETS.items():
+        assert preset.cells.std == ("sample" if name.startswith("areal") else "population")
+
+
+def test_pi_over_mu_is_the_ratio_of_a_term_that_asks_for_it() -> None:
+    """The same loss as with mu's log-probs given for pi_o."""
+    x = make_batch("grpo", 0)
+    for preset in ("grpo", "gspo", "sapo", "cispo", "gmpo"):
+        asked = resolve(ObjectiveConfig(preset=preset, ratio_to="rollout")).loss(x, whole(x)).loss
+        given = dataclasses.replace(x, proximal_logprobs=x.rollout_logprobs)
+        expected = resolve(ObjectiveConfig(preset=preset)).loss(given, whole(x)).loss
+        assert torch.equal(asked, expected)

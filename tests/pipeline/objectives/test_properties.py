@@ -11,17 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ext.parts import Metrics, add_metrics
-from pipeline.objectives import PRESETS, Denominators, LossInputs, Metric, ObjectiveConfig, resolve
-from tests.support.batches import EDGES, POTENTIALS, batches, loss_and_gradients, make_batch, rows
+from pipeline.objectives import PRESETS, Metric, ObjectiveConfig, resolve
+from tests.support.batches import EDGES, POTENTIALS, batches, loss_and_gradients, make_batch, rows, whole
 from tests.support.enumeration import coefficients
 
 ALL = sorted(PRESETS)
 STOPS_GRADIENTS = ("reinforce", "rloo", "cispo", "minirl", "gspo_token")
 EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True)
-
-
-def _whole(x: LossInputs) -> Denominators:
-    return Denominators.of(x.mask, 9)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -30,8 +26,8 @@ def _whole(x: LossInputs) -> Denominators:
 def test_the_order_of_sequences_changes_nothing(name: str, data: st.DataObject) -> None:
     x = data.draw(batches(name))
     order = torch.tensor(data.draw(st.permutations(range(len(x.mask)))))
-    loss, gradients = loss_and_gradients(name, x, _whole(x))
-    shuffled_loss, shuffled = loss_and_gradients(name, rows(x, order), _whole(x))
+    loss, gradients = loss_and_gradients(name, x, whole(x))
+    shuffled_loss, shuffled = loss_and_gradients(name, rows(x, order), whole(x))
     torch.testing.assert_close(shuffled_loss, loss, rtol=1e-12, atol=1e-13)
     for a, b in zip(shuffled, gradients, strict=True):
         torch.testing.assert_close(a, b[order], rtol=1e-13, atol=1e-16)
@@ -56,8 +52,8 @@ def test_what_stands_in_padding_and_how_wide_it_is_changes_nothing(name: str, da
         for field, value in vars(x).items()
         if value is not None and value.dim() == 2
     }
-    loss, gradients = loss_and_gradients(name, x, _whole(x))
-    wide_loss, wide_gradients = loss_and_gradients(name, replace(x, **wide), _whole(x))
+    loss, gradients = loss_and_gradients(name, x, whole(x))
+    wide_loss, wide_gradients = loss_and_gradients(name, replace(x, **wide), whole(x))
     torch.testing.assert_close(wide_loss, loss, rtol=1e-12, atol=1e-13)
     for a, b in zip(wide_gradients, gradients, strict=True):
         torch.testing.assert_close(a, torch.nn.functional.pad(b, (0, width)), rtol=1e-12, atol=1e-13)
@@ -70,19 +66,19 @@ def test_losses_gradients_and_metrics_of_any_partition_add_up(name: str, data: s
     x = data.draw(batches(name))
     part_of = torch.tensor([data.draw(st.integers(0, 2)) for _ in range(len(x.mask))])
     objective = resolve(ObjectiveConfig(preset=name))
-    whole = objective.loss(x, _whole(x))
-    parts = [objective.loss(rows(x, part_of == part), _whole(x)) for part in range(3)]
-    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss, rtol=1e-12, atol=1e-13)
-    _, gradients = loss_and_gradients(name, x, _whole(x))
+    together = objective.loss(x, whole(x))
+    parts = [objective.loss(rows(x, part_of == part), whole(x)) for part in range(3)]
+    torch.testing.assert_close(sum(part.loss for part in parts), together.loss, rtol=1e-12, atol=1e-13)
+    _, gradients = loss_and_gradients(name, x, whole(x))
     for part in range(3):
-        _, share = loss_and_gradients(name, rows(x, part_of == part), _whole(x))
+        _, share = loss_and_gradients(name, rows(x, part_of == part), whole(x))
         for a, b in zip(share, gradients, strict=True):
             torch.testing.assert_close(a, b[part_of == part], rtol=1e-13, atol=1e-16)
     merged: Metrics = {}
     for part in parts:
         add_metrics(merged, {key: (float(m.total), float(m.count), m.kind) for key, m in part.metrics.items()})
-    assert merged.keys() == whole.metrics.keys()
-    for key, metric in whole.metrics.items():
+    assert merged.keys() == together.metrics.keys()
+    for key, metric in together.metrics.items():
         total, count, kind = merged[key]
         value = Metric(*(torch.tensor(x, dtype=torch.float64) for x in (total, count)), kind).value()
         assert value == pytest.approx(metric.value(), rel=1e-10, abs=1e-12, nan_ok=True), key
@@ -123,7 +119,7 @@ def test_the_gradient_is_the_finite_difference_of_the_objective(name: str, data:
 def test_the_gradient_is_the_finite_difference_of_the_loss_it_reports(name: str, data: st.DataObject) -> None:
     x = data.draw(batches(name))
     objective = resolve(ObjectiveConfig(preset=name))
-    loss, gradients = loss_and_gradients(name, x, _whole(x))
+    loss, gradients = loss_and_gradients(name, x, whole(x))
     mask = x.mask.to(loss)
     log_r = (x.current_logprobs - x.proximal_logprobs).detach()
     smooth = _away_from_kinks(name, log_r, x.proximal_logprobs - x.rollout_logprobs, mask, mask.sum(-1))
@@ -133,7 +129,7 @@ def test_the_gradient_is_the_finite_difference_of_the_loss_it_reports(name: str,
             step = torch.zeros_like(log_r)
             step[s, t] = h
             up, down = (
-                objective.loss(replace(x, current_logprobs=x.current_logprobs + sign * step), _whole(x)).loss.detach()
+                objective.loss(replace(x, current_logprobs=x.current_logprobs + sign * step), whole(x)).loss.detach()
                 for sign in (1, -1)
             )
             scale = 1 + gradients[0].abs().max().item() + abs(loss.item())
@@ -157,9 +153,9 @@ def _away_from_kinks(name: str, log_r: Tensor, log_w: Tensor, mask: Tensor, N: T
 @pytest.mark.parametrize("name", ALL)
 def test_in_float32_micro_batches_add_up_to_1e6(name: str) -> None:
     x = make_batch(name, 0, sequences=16, tokens=64, staleness=0.05, discrepancy=0.02, dtype=torch.float32)
-    whole, gradients = loss_and_gradients(name, x, _whole(x))
+    together, gradients = loss_and_gradients(name, x, whole(x))
     for size in (1, 2, 4):
-        shares = [loss_and_gradients(name, rows(x, slice(i, i + size)), _whole(x)) for i in range(0, 16, size)]
-        assert sum(share.item() for share, _ in shares) == pytest.approx(whole.item(), rel=1e-6, abs=1e-6)
+        shares = [loss_and_gradients(name, rows(x, slice(i, i + size)), whole(x)) for i in range(0, 16, size)]
+        assert sum(share.item() for share, _ in shares) == pytest.approx(together.item(), rel=1e-6, abs=1e-6)
         for k, gradient in enumerate(gradients):
             torch.testing.assert_close(torch.cat([g[k] for _, g in shares]), gradient, rtol=1e-6, atol=1e-9)

@@ -22,7 +22,9 @@ def row(n: int, proximal, advantage: np.ndarray | float = 1.0, **more) -> LossRo
 
 def loss_of(rows, objective=GRPO, mask=MASK):
     current = CURRENT.clone().requires_grad_()
-    batch = SimpleNamespace(quantities=(current, torch.zeros_like(current)), mask=mask, rows=tuple(rows))
+    batch = SimpleNamespace(
+        quantities=(current, torch.zeros_like(current)), mask=mask, rows=tuple(rows), indices=(0, 1)
+    )
     value, _ = policy_loss(objective, Denominators(2, int(mask.sum()), 3))(batch)
     (gradient,) = torch.autograd.grad(value, current)
     return value.detach(), gradient
@@ -74,6 +76,8 @@ def test_a_token_that_was_not_sampled_has_no_gradient_and_counts_for_nothing():
 def test_a_critic_needs_returns():
     values = CURRENT.clone().requires_grad_()
     ppo = resolve(ObjectiveConfig(preset="ppo"))
-    batch = SimpleNamespace(quantities=(values,), mask=MASK, rows=(row(3, ON_POLICY), row(1, ON_POLICY)))
+    batch = SimpleNamespace(
+        quantities=(values,), mask=MASK, rows=(row(3, ON_POLICY), row(1, ON_POLICY)), indices=(0, 1)
+    )
     with pytest.raises(ValueError, match="rows with returns"):
         critic_loss(ppo, Denominators(2, 4, 3))(batch)

@@ -156,7 +156,7 @@ def test_ppo_returns_advantages_and_the_critics_targets() -> None:
 
 def test_areals_advantage_is_the_group_std_whitened_again_over_tokens() -> None:
     out = resolve(ObjectiveConfig(preset="areal_grpo")).advantages(FOUR, PAIRS, MASK)
-    expected = whiten(group_std(FOUR, PAIRS, 1e-5), MASK, 1e-5)
+    expected = whiten(group_std(FOUR, PAIRS, 1e-5, "sample"), MASK, 1e-5, "sample")
     torch.testing.assert_close(out.advantages, expected)
 
 
@@ -172,5 +172,5 @@ def test_a_missing_input_is_named(preset: str, sentence: str) -> None:
 def test_a_reward_that_is_not_a_number_names_its_sequence() -> None:
     rewards = FOUR.clone()
     rewards[2] = math.nan
-    with pytest.raises(ValueError, match="reward of sequence 2 is nan"):
+    with pytest.raises(ValueError, match="the reward is nan in sequence 2"):
         resolve(ObjectiveConfig()).advantages(rewards, PAIRS, MASK)

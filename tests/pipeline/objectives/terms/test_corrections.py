@@ -8,22 +8,23 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.objectives import CorrectionConfig, Denominators, LossInputs, NonFiniteRatio, ObjectiveConfig, resolve
-from pipeline.objectives.terms.corrections import correction_weight
+from pipeline.objectives.terms.corrections import Factor, correction_factor
 
 LOG_W = torch.tensor(
     [[0.9, -0.9, 0.1, 0.0], [1.8, 0.2, 0.0, 0.0], [-0.0005, 0.0001, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]],
     dtype=torch.float64,
 )
 LENGTHS = torch.tensor([[3.0], [2.0], [2.0], [0.0]], dtype=torch.float64)
-WEIGHTS = (torch.arange(4)[None] < LENGTHS).double()
+MASK = torch.arange(4)[None] < LENGTHS
+WEIGHTS = MASK.double()
 ADVANTAGES = torch.tensor([[1.0], [-1.0], [-1.0], [-1.0]], dtype=torch.float64)
 W = LOG_W.exp()
 SEQUENCE = LOG_W.sum(-1, keepdim=True).exp()
 GEOMETRIC = (LOG_W.sum(-1, keepdim=True) / LENGTHS.clamp(min=1)).exp()
 
 
-def _weight(**config) -> tuple[Tensor, Tensor]:
-    return correction_weight(CorrectionConfig(**config), LOG_W, WEIGHTS, ADVANTAGES)
+def _factor(**config) -> Factor:
+    return correction_factor(CorrectionConfig(**config), LOG_W, MASK, ADVANTAGES)
 
 
 @pytest.mark.parametrize(
@@ -37,44 +38,53 @@ def _weight(**config) -> tuple[Tensor, Tensor]:
         ({"kind": "token_mis"}, W * (W <= 2)),
         ({"kind": "token_mis", "low": 0.5, "high": 3}, W * (W >= 0.5) * (W <= 3)),
         ({"kind": "icepop"}, W * (W >= 0.5) * (W <= 5)),
+        ({"kind": "mean_mis"}, (W * (W <= 5) * WEIGHTS).sum(-1, keepdim=True) / LENGTHS.clamp(min=1)),
+        ({"kind": "mean_mis", "high": 2}, (W * (W <= 2) * WEIGHTS).sum(-1, keepdim=True) / LENGTHS.clamp(min=1)),
         ({"kind": "sequence_is"}, SEQUENCE),
         ({"kind": "sequence_tis"}, SEQUENCE.clamp(max=2)),
         ({"kind": "sequence_mis"}, SEQUENCE * (SEQUENCE <= 2)),
         ({"kind": "geometric_is"}, GEOMETRIC),
         ({"kind": "geometric_tis", "high": 1.01}, GEOMETRIC.clamp(max=1.01)),
-        ({"kind": "geometric_mask"}, ((GEOMETRIC >= 0.999) & (GEOMETRIC <= 1.001)).double()),
+        ({"kind": "geometric_mask"}, ((GEOMETRIC >= 0.99) & (GEOMETRIC <= 1.01)).double()),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_a_factor_is_its_equation(config: dict, expected: Tensor) -> None:
-    weight, cut = _weight(**config)
+    weight, cut, counted = _factor(**config)
     torch.testing.assert_close(weight, expected, rtol=1e-14, atol=0)
-    plain = {"token": W, "icepop": W, "sequence": SEQUENCE, "geometric": GEOMETRIC}[config["kind"].split("_")[0]]
-    changed = (weight - (torch.ones_like(plain) if config["kind"] == "geometric_mask" else plain)).abs() > 1e-12
-    where = WEIGHTS if plain.shape == WEIGHTS.shape else (LENGTHS > 0).double()
-    assert torch.equal(cut, (changed * where).sum(-1, keepdim=True))
+    kind = config["kind"]
+    plain = {"token": W, "icepop": W, "mean": W, "sequence": SEQUENCE, "geometric": GEOMETRIC}[kind.split("_")[0]]
+    beyond = plain > config.get("high", 5.0) if kind == "mean_mis" else (weight - plain).abs() > 1e-12
+    if kind == "geometric_mask":
+        beyond = weight == 0
+    where = MASK if plain.shape == MASK.shape else LENGTHS > 0
+    assert torch.equal(counted, where)
+    assert torch.equal(cut & where, beyond & where)
 
 
 def test_opsm_drops_a_bad_answer_that_the_policy_has_left() -> None:
-    weight, cut = _weight(kind="opsm", high=1e-4)
+    weight, cut, counted = _factor(kind="opsm", high=1e-4)
     # 0: A > 0. 1: pi above mu. 2: mean log(mu/pi) = 2e-4. 3: empty.
     assert weight.flatten().tolist() == [1.0, 1.0, 0.0, 1.0]
-    assert cut.flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
-    assert _weight(kind="opsm", high=3e-4)[0].flatten().tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert cut.flatten().tolist() == [False, False, True, False]
+    assert counted.flatten().tolist() == [False, True, True, False]  # of the wrong answers that have tokens
+    assert _factor(kind="opsm", high=3e-4).weight.flatten().tolist() == [1.0, 1.0, 1.0, 1.0]
     assert CorrectionConfig(kind="opsm").numerator == "current"
 
 
 def test_opsm_with_advantages_per_token_drops_only_the_bad_tokens() -> None:
     advantages = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64).expand(4, 4)
-    weight, _ = correction_weight(CorrectionConfig(kind="opsm"), LOG_W, WEIGHTS, advantages)
-    assert weight[2].tolist() == [1.0, 0.0, 1.0, 1.0]
+    factor = correction_factor(CorrectionConfig(kind="opsm", high=1e-4), LOG_W, MASK, advantages)
+    assert factor.weight[2].tolist() == [1.0, 0.0, 1.0, 1.0]
+    assert factor.counted[2].tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("kind", ["sequence_tis", "sequence_mis", "geometric_tis", "geometric_mask"])
 def test_a_product_over_thousands_of_tokens_neither_overflows_nor_becomes_nan(kind: str) -> None:
     log_w = torch.full((2, 4096), 0.5)
     log_w[1] *= -1
-    weight, _ = correction_weight(CorrectionConfig(kind=kind), log_w, torch.ones(2, 4096), torch.ones(2, 1))
+    mask = torch.ones(2, 4096, dtype=torch.bool)
+    weight = correction_factor(CorrectionConfig(kind=kind), log_w, mask, torch.ones(2, 1)).weight
     expected = {
         "sequence_tis": [2.0, 0.0],
         "sequence_mis": [0.0, 0.0],
@@ -86,8 +96,10 @@ def test_a_product_over_thousands_of_tokens_neither_overflows_nor_becomes_nan(ki
 def test_an_unbounded_product_that_overflows_names_its_sequence() -> None:
     log_w = torch.zeros(3, 4096)
     log_w[1] = 0.5
-    with pytest.raises(NonFiniteRatio, match=r"proximal/rollout \(sequence_is\) is not finite in sequence 1"):
-        correction_weight(CorrectionConfig(kind="sequence_is"), log_w, torch.ones(3, 4096), torch.ones(3, 1))
+    with pytest.raises(NonFiniteRatio, match=r"proximal/rollout \(sequence_is\) is not finite .* in sequence 1"):
+        correction_factor(
+            CorrectionConfig(kind="sequence_is"), log_w, torch.ones(3, 4096, dtype=torch.bool), torch.ones(3, 1)
+        )
 
 
 def _loss_and_gradient(x: LossInputs, **config) -> tuple[float, Tensor, dict]:

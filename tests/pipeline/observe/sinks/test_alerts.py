@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.config.alerts import DEFAULT_RULES, AlertsConfig
+from pipeline.objectives.composition import DROPS
 from pipeline.observe.sinks.alerts import Alerts, AlertStop, RuleState
 from pipeline.observe.sinks.sinks import ObserveError, check_sinks
 from tests.support.receivers import Said, config_of, webhook
@@ -158,6 +159,25 @@ def test_a_run_that_learns_raises_no_default_alert_and_each_sign_of_a_collapse_r
     silent = Alerts(AlertsConfig(defaults=False), tmp_path, said)
     silent.record(1, metrics(1) | signs)
     assert silent.firing() == {}
+
+
+@pytest.mark.parametrize("kind", DROPS)
+def test_a_correction_that_drops_more_than_half_is_named_with_its_share_once(tmp_path, kind):
+    said = Said()
+    alerts = Alerts(AlertsConfig(), tmp_path, said)
+    for step, share in enumerate([0.5, 0.66, 0.7, 0.9], 1):
+        alerts.record(step, metrics(step) | {f"correction/{kind}_cut": share})
+    (line,) = said
+    assert f"step 2: alert fires: correction/{kind}_cut above 0.5" in line
+    assert f"the correction {kind} drops more than half" in line
+    assert "The value is 0.66." in line
+
+
+def test_a_correction_that_only_bounds_its_weight_is_not_warned_about(tmp_path):
+    said = Said()
+    alerts = Alerts(AlertsConfig(), tmp_path, said)
+    alerts.record(1, metrics(1) | {"correction/token_tis_cut": 0.9, "correction/geometric_tis_cut": 1.0})
+    assert said == []
 
 
 def test_a_metric_that_does_not_exist_is_refused_or_told_after_the_first_step(tmp_path):
