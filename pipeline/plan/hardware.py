@@ -8,8 +8,10 @@ leaves of a card's; `network` one adapter a GPU (200 Gb/s in a DGX A100, 400 in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pipeline.config.run import GPUName
+if TYPE_CHECKING:
+    from pipeline.config.run import GPUName
 
 GIB = 2.0**30
 
