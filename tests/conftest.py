@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 TINY = {
@@ -41,12 +43,26 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def preloaded(tmp_path_factory):
+    """From now on servers and trainer ranks are forked from processes that have made their imports."""
+    from tests.support import preloaded
+
+    folder, keeper = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder, keeper = folder.parent, os.getppid()  # all workers' own
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in preloaded.start(folder, keeper).items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny_model"), seed=0)
 
 
 @pytest.fixture(scope="session")
-def server(tiny_model_dir, tmp_path_factory):
+def server(preloaded, tiny_model_dir, tmp_path_factory):
     """A server that tests share: leave its weights, its version and its state as you found them."""
     from pipeline.config.server import ServerConfig
     from pipeline.engine.server import SGLangServer
