@@ -21,7 +21,7 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -80,10 +80,10 @@ def ask(path: str, arguments: list[str]) -> None:
     os._exit(code)
 
 
-def serve(path: Path, keeper: int, imports: Callable[[], None], reads: tuple[str, ...]) -> Forked:
+def serve(path: Path, keeper: int, imports: Callable[[], None], reads: Sequence[str]) -> Forked:
     """Make the imports, then fork a child a request for as long as the process `keeper` lives.
 
-    reads: beginnings of the names of variables that the imports read: a child must have them as this process has.
+    reads: variables that the imports read: a child must have them as this process has.
     Returns in each child, and only there; in this process it ends with SystemExit. Start it with `ROOM` in its
     environment. Raises ForkError where the imports leave a thread, which no child would have.
     """
@@ -146,9 +146,9 @@ def _take(streams: list[int]) -> None:
         os.close(stream)
 
 
-def _check(had: Mapping[str, str], asked: Mapping[str, str], reads: tuple[str, ...]) -> None:
-    for name in sorted(had.keys() | asked.keys()):
-        if name.startswith(reads) and had.get(name) != asked.get(name):
+def _check(had: Mapping[str, str], asked: Mapping[str, str], reads: Sequence[str]) -> None:
+    for name in reads:
+        if had.get(name) != asked.get(name):
             raise ForkError(
                 f"the imports were made with {name}={had.get(name)}, this process is to have {asked.get(name)}"
             )

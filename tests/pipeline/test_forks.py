@@ -21,7 +21,7 @@ from pipeline import forks
 def imports():
     os.environ["SET_BY_IMPORTS"] = "1"
 
-child = forks.serve(Path(sys.argv[1]), int(sys.argv[2]), imports, ("READ_",))
+child = forks.serve(Path(sys.argv[1]), int(sys.argv[2]), imports, ("READ_EARLY",))
 child.follow(lambda: os._exit(1))
 exec(child.arguments[0])
 """

@@ -17,7 +17,7 @@ _MODULES = (
     "megatron_ext.trainer",
     "torch._dynamo",
 )
-_READ = ("TORCH", "CUDA_", "PYTHONPATH")  # of OMP_NUM_THREADS a rank makes its own
+_READ = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH")  # of OMP_NUM_THREADS a rank makes its own
 
 
 def _import() -> None:

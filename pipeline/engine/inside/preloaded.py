@@ -21,7 +21,14 @@ _MODULES = (
     "pipeline.engine.inside.cpu.batched_attention",
     "pipeline.engine.inside.cpu.patches",
 )
-_READ = ("SGLANG_", "OMP_", "TORCH", "CUDA_", "PYTHONPATH")
+_READ = (
+    "SGLANG_USE_CPU_ENGINE",
+    "SGLANG_EXTERNAL_MODEL_PACKAGE",
+    "OMP_NUM_THREADS",
+    "TORCHDYNAMO_DISABLE",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTHONPATH",
+)
 
 
 def _import() -> None:

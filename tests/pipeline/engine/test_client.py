@@ -14,6 +14,7 @@ from pipeline.engine.server import ServerError
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Prompt
 from tests.support import reference
+from tests.support.sampling import sampling_begins
 
 FREE = Sampling(max_new_tokens=16, temperature=1.0, ignore_eos=True)
 
@@ -122,7 +123,7 @@ def test_an_aborted_request_returns_what_it_has(client):
     async def run():
         async with client:
             task = asyncio.create_task(client.generate([4, 5, 6], 2, Sampling(900, 1.0, ignore_eos=True)))
-            await asyncio.sleep(0.5)
+            await sampling_begins(client.url)
             await asyncio.to_thread(client.abort)
             return await task
 
@@ -157,7 +158,7 @@ def test_what_was_sampled_before_an_abort_keeps_its_routes_under_other_weights_v
     async def run():
         async with client:
             task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
-            await asyncio.sleep(0.4)
+            await sampling_begins(client.url)
             await asyncio.to_thread(client.abort)
             return (await task)[0]
 
@@ -194,8 +195,8 @@ def test_a_continuation_of_something_else_is_refused(client):
 def test_tokens_carry_the_version_of_the_weights_that_sampled_them(client):
     async def run():
         async with client:
-            task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(200, 1.0, ignore_eos=True)))
-            await asyncio.sleep(0.3)
+            task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
+            await sampling_begins(client.url)
             await asyncio.to_thread(client.pause, "in_place")
             await asyncio.to_thread(client.set_weight_version, 7)
             await asyncio.to_thread(client.resume)

@@ -20,6 +20,7 @@ from pipeline.engine.client import Sampling, SGLangClient
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of, shared_memory_of
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.forks import FORKS_VARIABLE
+from tests.support.sampling import sampling_begins
 
 pytestmark = pytest.mark.usefixtures("preloaded")
 SHAPE = {"vocab_size": 512, "num_layers": 4, "topk": 2, "num_experts": 8}
@@ -123,7 +124,7 @@ def test_a_killed_scheduler_fails_its_requests_in_time_and_leaves_nothing(tiny_m
         async def generate_and_kill():
             async with client:
                 task = asyncio.create_task(client.generate([1, 2, 3], 2, Sampling(900, 1.0, ignore_eos=True)))
-                await asyncio.sleep(0.5)
+                await sampling_begins(server.url)
                 scheduler.kill()
                 return await task
 
