@@ -1,15 +1,8 @@
-"""The whole loop on both real engines, as a user runs it: what it leaves, and what happens when something dies."""
+"""The loop on both real engines: what its steps say, and what stops it."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,37 +11,12 @@ from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import merge_update
 from pipeline.config import load_config
-from pipeline.dumps.dump import DumpError
 from pipeline.loop.loop import DisagreementError, to_sample
-from pipeline.loop.run import _replay, open_loop, train
+from pipeline.loop.run import open_loop
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
-from pipeline.observe.report.page import write_report
 from pipeline.trainer.losses import policy_loss
-from tests.support.command import DUMPED, QUICKSTART, SMALL, Command
+from tests.support.command import KEYS, QUICKSTART, SMALL
 from tests.support.ranks import run_ranks
-from tests.support.receivers import free_port, scrape
-
-KEYS = {
-    "step", "reward/mean", "mismatch/k3", "mismatch/abs_logprob", "routing/replayed_fraction", "routing/agreement",
-    "loss/clip_fraction", "response/length_mean", "weights/version", "time/rollout_s", "time/train_s", "time/sync_s",
-    "time/step_s",
-}  # fmt: skip
-
-
-@pytest.fixture
-def command(tmp_path):
-    """Starts commands in folders of their own; none outlives the test."""
-    started: list[Command] = []
-
-    def start(*overrides: str, folder: Path | None = None) -> Command:
-        folder = folder or tmp_path / str(len(started))
-        folder.mkdir(exist_ok=True)
-        started.append(Command(folder, *overrides))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.stop()
 
 
 @pytest.fixture(scope="module")
@@ -140,183 +108,3 @@ def test_tokens_of_an_older_version_stop_the_run(loop):
     with pytest.raises(DisagreementError, match=r"sampled under weights \[\d+\], the trainer holds"):
         loop.probe()
     loop.version -= 1
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of three steps on two ranks, which dumped them."""
-    folder = tmp_path_factory.mktemp("finished")
-    run = Command(folder, *SMALL, *DUMPED, "debug.dump_rollouts=true", forked=False)  # all of it as a user has it
-    try:
-        assert run.end(240) == 0, run.text()
-        yield run
-    finally:
-        run.stop()
-
-
-@pytest.mark.slow
-def test_a_run_leaves_its_files_and_no_process(finished, command):
-    run = finished
-    assert run.orphans() == []
-    rows = [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [1, 2, 3]
-    assert all(r.keys() >= KEYS and r["mismatch/max_abs_logprob"] < 1e-4 for r in rows)
-    assert "step 3/3  reward" in run.text()
-    assert load_config(run.run / "config.yaml").train.steps == 3
-    assert (run.run / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert list((run.run / "tensorboard").glob("events.out.tfevents.*"))
-    assert {f.name for f in (run.run / "logs").iterdir()} == {
-        "sglang.log", "trainer_rank0.log", "trainer_rank1.log",
-    }  # fmt: skip
-    assert len(list((run.run / "rollouts").glob("*.txt"))) == 3
-    records = [json.loads(line) for line in (run.run / "records.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [1, 2, 3]
-    assert all(len(r["routing"]) == 4 and sum(r["ratios"]["proximal/rollout"]["counts"]) > 0 for r in records)
-    facts = json.loads((run.run / "facts.json").read_text())
-    assert [rank["rank"] for rank in facts["trainer"]] == [0, 1]
-    assert {rank["node"] for rank in facts["trainer"]} == {node["id"] for node in facts["ray"]["nodes"]}
-    found = json.loads((run.run / "diagnose.json").read_text())
-    assert found["agree"]
-    assert found["sentence"].startswith("The engines agree")
-    assert found["sentence"] in run.text()
-    assert found["rollouts"] == 16
-    assert not (run.run / "diagnose.html").exists()
-    page = write_report(run.run).read_text()
-    assert "Finished: 3 of 3 steps." in page
-    assert "is recorded yet" not in page
-
-    from transformers import AutoModelForCausalLM
-
-    start = AutoModelForCausalLM.from_pretrained(run.run / "model").state_dict()
-    trained = AutoModelForCausalLM.from_pretrained(run.run / "hf").state_dict()
-    assert start.keys() == trained.keys()
-    assert max(float((start[k] - trained[k]).abs().max()) for k in start) > 1e-4
-
-    again = command(*SMALL, "run.overwrite=false", folder=run.run.parent)
-    assert again.end() == 2
-    assert "holds a run already; set run.directory" in again.text()
-
-
-@pytest.mark.slow
-def test_a_replay_needs_no_server_and_repeats_the_run_bit_for_bit(finished, command):
-    dumps = finished.run / "dumps"
-    replay = command(*SMALL, *DUMPED, "server.extra_args=[--no-such-argument]", "--from-dump", str(dumps))
-    assert replay.end(240) == 0, replay.text()
-    assert replay.orphans() == []
-    assert not (replay.run / "logs" / "sglang.log").exists()
-    before, after = (
-        [
-            {key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "throughput/"))}
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
-        ]
-        for folder in (finished.run, replay.run)
-    )
-    assert len(before) == 3
-    assert all(row["train/grad_norm"] > 0 and row["reward/std"] > 0 for row in before)
-    assert after == before
-    trained, again = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (finished.run, replay.run))
-    assert again == trained
-    rollouts = [sorted((folder / "rollouts").glob("*.txt")) for folder in (finished.run, replay.run)]
-    assert [f.read_text() for f in rollouts[1]] == [f.read_text() for f in rollouts[0]]
-
-
-@pytest.mark.slow
-def test_diagnose_takes_the_rollouts_of_a_dump_and_tells_by_its_exit_code(finished, tmp_path):
-    dump, out = finished.run / "dumps" / "step_000001.safetensors", tmp_path / "out"
-    arguments = [*SMALL, *DUMPED, f"run.directory={tmp_path / 'run'}", "--rollouts", str(dump), "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.commands.main", "diagnose", QUICKSTART, *arguments],
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads((out / "diagnose.json").read_text())
-    assert found["sentence"] in done.stdout
-    assert found["agree"]
-    assert found["rollouts"] == 32
-    assert len(found["parts"]) == 7
-    assert (out / "diagnose.html").is_file()
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_dump_that_the_run_would_delete_is_refused_before_it_does(tmp_path):
-    dumps = tmp_path / "dumps"
-    dumps.mkdir()
-    (tmp_path / "config.yaml").touch()
-    with pytest.raises(DumpError, match=r"dumps lies in run\.directory=.*; set run\.directory to another path"):
-        train(load_config(QUICKSTART, [f"run.directory={tmp_path}", "run.overwrite=true"]), dumps)
-    assert dumps.is_dir()
-
-
-def test_a_replay_from_other_weights_says_so():
-    def step(number, dumped):
-        raise DisagreementError("the log-probs differ")
-
-    loop, dumped = SimpleNamespace(config=None, shape=None, step=step), SimpleNamespace(steps=[7], read=lambda *_: None)
-    with pytest.raises(DisagreementError, match=r"log-probs differ\. Or these are not the weights that sampled step 7"):
-        _replay(loop, dumped, 7)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("victim", "message"), [("sglang::scheduler", "sglang.log"), ("ray::TrainerRank", "trainer rank 0 died")]
-)
-def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(command, victim, message):
-    port = free_port()
-    run = command(*SMALL, "supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}")
-    run.wait_for("step    2/9999")
-    served = scrape(port)
-    assert served["sameroute_steps_total"][0][1] >= 1
-    assert served["sameroute_routing_replayed_fraction"] == [({}, 1.0)]
-    victims = [
-        int(folder.name)
-        for folder in Path("/proc").iterdir()
-        if folder.name.isdigit()
-        and victim.encode() in (folder / "cmdline").read_bytes()
-        and run.mark.encode() in (folder / "environ").read_bytes()
-    ]
-    assert victims
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    assert run.end() == 1
-    assert message in run.text()
-    assert "Traceback" not in run.text()
-    assert run.orphans() == []
-
-
-@pytest.mark.slow
-def test_a_termination_request_ends_the_run_with_no_orphan(command):
-    run = command(*SMALL, "supervised.steps=100000")
-    run.wait_for("supervised")
-    run.process.terminate()
-    assert run.end() == 130
-    assert "interrupted" in run.text()
-    assert run.orphans() == []
-
-
-def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp_path):
-    import socket
-
-    earlier = tmp_path / "earlier"
-    earlier.mkdir()
-    (earlier / "config.yaml").write_text("of an earlier run")
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        cases = [
-            (["train.stepz=1"], "train.stepz: there is no such key"),
-            ([f"server.port={busy.getsockname()[1]}"], "cannot listen on 127.0.0.1"),
-            ([f"observe.prometheus_port={busy.getsockname()[1]}"], "observe.prometheus_port: cannot listen on"),
-            (["model.tiny=null", "model.path=/nowhere"], "/nowhere is no Hugging Face model directory"),
-            (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
-            (["data.reward=none.such"], "none.such"),
-            (["data.task=null", "data.path=/nowhere.jsonl"], "there is no data file /nowhere.jsonl"),
-            (["--from-dump", "/nowhere"], "there is no dump /nowhere"),
-        ]
-        runs = [command(f"run.directory={earlier}", *overrides) for overrides, _ in cases]
-        for run, (_, message) in zip(runs, cases, strict=True):
-            assert run.end() in (1, 2)
-            assert message in run.text()
-            assert "Traceback" not in run.text()
-            assert run.orphans() == []
-
-    assert (earlier / "config.yaml").read_text() == "of an earlier run"
