@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from tests.support import costs
+
 TINY = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -37,9 +39,8 @@ def save_tiny_model(folder, seed):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: no worker is left with one when the others have finished."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Dear files first: no worker is left with one when the others have finished."""
+    items.sort(key=lambda item: -costs.of(item.path))
 
 
 @pytest.fixture(scope="session")
