@@ -90,13 +90,13 @@ def serve(path: Path, keeper: int, imports: Callable[[], None], reads: Sequence[
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as events:
         listener.bind(str(path))
         listener.listen(64)  # from here on requests wait
+        end = os.pidfd_open(keeper)
         before = dict(os.environ)
         imports()
         if len(threads := os.listdir("/proc/self/task")) > 1:
             raise ForkError(f"the imports have started {len(threads) - 1} threads")
         changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
         events.register(listener, selectors.EVENT_READ)
-        end = os.pidfd_open(keeper)
         events.register(end, selectors.EVENT_READ)
         while True:
             for event, _ in events.select():

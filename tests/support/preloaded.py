@@ -19,16 +19,22 @@ from pipeline.engine.server import SGLangServer
 from pipeline.forks import FORKS_VARIABLE, ROOM
 
 WORKER_FORKS_VARIABLE = "SAMEROUTE_WORKER_FORKS"
-VARIABLES = FORKS_VARIABLE, WORKER_FORKS_VARIABLE, "RAY_JOB_CONFIG_JSON_ENV_VAR"
+VARIABLES = (
+    FORKS_VARIABLE,
+    WORKER_FORKS_VARIABLE,
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_prestart_worker_first_driver",
+    "RAY_enable_worker_prestart",
+)
+"""Where servers and ranks come from; and Ray starts no workers ahead, which would be ones that are not forked."""
+
 _WORKER = Path(__file__).with_name("forked_worker.py")
 _TITLE = " " * 4000  # processes change their titles in place, and children have longer ones
 
 
 def server_environment() -> dict[str, str]:
     """What a server on the CPU has in its environment, but for what is its own."""
-    server = SGLangServer(
-        ServerConfig(), Path(), Path(), device="cpu", seed=0, return_routed_experts=True
-    )  # it is not started
+    server = SGLangServer(ServerConfig(), Path(), Path(), device="cpu", seed=0, return_routed_experts=True)
     return {k: v for k, v in server._environment().items() if k not in (TOKEN_VARIABLE, "TMPDIR")}
 
 
@@ -44,7 +50,7 @@ def start(folder: Path, keeper: int) -> dict[str, str]:
             _start("pipeline.engine.inside.preloaded", servers, keeper, server_environment())
             _start("tests.support.preloaded_worker", workers, keeper, os.environ | {"OMP_NUM_THREADS": "1"})
     job = {"runtime_env": {"py_executable": f"{sys.executable} {_WORKER}"}}
-    return dict(zip(VARIABLES, (str(servers), str(workers), json.dumps(job)), strict=True))
+    return dict(zip(VARIABLES, (str(servers), str(workers), json.dumps(job), "0", "0"), strict=True))
 
 
 def _start(module: str, path: Path, keeper: int, environment: dict[str, str]) -> None:
