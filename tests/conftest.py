@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -36,6 +37,16 @@ def save_tiny_model(folder, seed):
     torch.manual_seed(seed)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY)).to(torch.float32).save_pretrained(folder)
     return folder
+
+
+def pytest_sessionstart():
+    """What is imported while tests are collected stays: no collection of garbage looks through it, now or later."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

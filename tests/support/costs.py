@@ -6,7 +6,7 @@ from pathlib import Path
 
 _TESTS = Path(__file__).parents[1]
 SECONDS: dict[str, int] = {}
-"""Of a processor, children included, on two cores of an EPYC at 2.4 GHz; files of less than five seconds are left out."""
+"""Of a processor, children included, on an EPYC of 2.4 GHz; files of less than five are left out."""
 
 
 def of(path: Path) -> int:
