@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pytest
+
+from tests.support import costs
 
 TINY = {
     "vocab_size": 512,
@@ -34,10 +39,33 @@ def save_tiny_model(folder, seed):
     return folder
 
 
+def pytest_sessionstart():
+    """What is imported while tests are collected stays: no collection of garbage looks through it, now or later."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: no worker is left with one when the others have finished."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Dear files first: no worker is left with one when the others have finished."""
+    items.sort(key=lambda item: -costs.of(item.path))
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory):
+    """From now on servers and trainer ranks are forked from processes that have made their imports."""
+    from tests.support import preloaded
+
+    folder, keeper = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder, keeper = folder.parent, os.getppid()  # all workers' own
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in preloaded.start(folder, keeper).items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +74,7 @@ def tiny_model_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(tiny_model_dir, tmp_path_factory):
+def server(preloaded, tiny_model_dir, tmp_path_factory):
     """A server that tests share: leave its weights, its version and its state as you found them."""
     from pipeline.config.server import ServerConfig
     from pipeline.engine.server import SGLangServer

@@ -17,7 +17,7 @@ from pipeline.checkpoints.resume import ResumeError, choose_start, differences
 from pipeline.checkpoints.store import CheckpointStore, progress_of, read_progress
 from pipeline.config import load_config
 from pipeline.observe.report.page import write_report
-from tests.end_to_end.test_run import DUMPED, QUICKSTART, SMALL, Command
+from tests.support.command import DUMPED, QUICKSTART, SMALL, Command
 from tests.support.convert_cli import convert
 
 CURSOR = {"prompts": 24, "supervised": 0}

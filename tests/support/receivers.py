@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.config import Config, load_config
+from pipeline.engine.server import reserve_port
 
 
 def config_of(folder, *overrides: str) -> Config:
@@ -21,9 +21,8 @@ def config_of(folder, *overrides: str) -> Config:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody is given meanwhile: see `reserve_port`."""
+    return reserve_port("127.0.0.1", None)
 
 
 def scrape(port: int) -> dict[str, list[tuple[dict[str, str], float]]]:

@@ -4,6 +4,7 @@ It adds one thing to SGLang's own entry point: when the process PARENT_PID is go
 server goes too. The parent is polled rather than watched with PR_SET_PDEATHSIG, because that signal is sent when
 the *thread* that started the child ends, and a server may be started from a short-lived thread.
 SGLang's schedulers and detokenizers follow this process by PR_SET_PDEATHSIG of their own.
+Where a process forks servers (`preloaded.py`), this one lets it, and waits for the one it got.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server
+from pipeline.forks import FORKS_VARIABLE, ask
 from pipeline.imports import lasting_imports
 
 _POLL_S = 0.5
@@ -25,19 +27,22 @@ if __name__ in ("__main__", "__mp_main__"):  # also in the processes that SGLang
     sys.modules["megatron"] = None  # pyright: ignore[reportArgumentType]
 
 
-def _end_with_parent(parent_pid: int) -> None:
-    while os.getppid() == parent_pid:
-        time.sleep(_POLL_S)
+def leave() -> None:
+    """End the whole server, this process last."""
     try:
         remove_server(os.environ[TOKEN_VARIABLE], Path(os.environ["TMPDIR"]), set())
     finally:
         os._exit(1)
 
 
-def main() -> None:
-    """Watch the parent and serve; returns when the server has been asked to stop."""
-    threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
-    # Imported here: these take seconds, in which the parent may already be gone.
+def _end_with_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_POLL_S)
+    leave()
+
+
+def serve(arguments: list[str]) -> None:
+    """Serve under SGLang's `arguments`; returns when the server has been asked to stop."""
     with lasting_imports():
         from sglang.launch_server import run_server
         from sglang.srt.plugins import load_plugins
@@ -45,7 +50,15 @@ def main() -> None:
 
         load_plugins()
         importlib.import_module("sglang.srt.entrypoints.http_server")  # what run_server imports
-    run_server(prepare_server_args(sys.argv[2:]))
+    run_server(prepare_server_args(arguments))
+
+
+def main() -> None:
+    """Watch the parent and serve."""
+    threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
+    if FORKS_VARIABLE in os.environ:
+        ask(os.environ[FORKS_VARIABLE], sys.argv[2:])
+    serve(sys.argv[2:])  # its imports take seconds, in which the parent may already be gone
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.support.ranks import run_ranks
 from tests.support.route_codes import Seen, complaints, loss, make_samples, reading
 
 RECOMPUTE, PACKING, MICRO_BATCHES = ("none", "selective", "full"), (True, False), (1, 2, 3)
+SETTINGS = RECOMPUTE, PACKING, MICRO_BATCHES
 
 
 def layouts() -> list[dict]:
@@ -34,6 +36,34 @@ def layouts() -> list[dict]:
                         "virtual_pipeline": chunks, "expert": expert, "expert_tensor": expert_tensor,
                         "context": context})  # fmt: skip
     return out
+
+
+def settings_of(layout: dict) -> list[tuple[str, bool, int]]:
+    """Half of the product of the settings: every pair of their values is in it. Layouts that differ in one number have
+    different halves, so what neither of the two has been through, the other has."""
+    chunks = layout["virtual_pipeline"] or 1
+    turn = layout["tensor"] + layout["pipeline"] + chunks + layout["expert"] + layout["context"]
+    out = []
+    for (i, recompute), (j, micro_batches) in itertools.product(enumerate(RECOMPUTE), enumerate(MICRO_BATCHES)):
+        out.append((recompute, PACKING[(i + j + turn + layout["expert_tensor"]) % 2], micro_batches))
+    return out
+
+
+def test_each_layout_meets_every_pair_of_settings():
+    for layout in layouts():
+        for one, other in itertools.combinations(range(3), 2):
+            met = {(setting[one], setting[other]) for setting in settings_of(layout)}
+            assert met == set(itertools.product(SETTINGS[one], SETTINGS[other])), layout
+
+
+def test_each_value_of_a_layout_meets_every_setting():
+    everything, met = set(itertools.product(*SETTINGS)), defaultdict(set)
+    for layout in layouts():
+        for key in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context"):
+            met[key, layout[key]] |= set(settings_of(layout))
+    assert len(met) == 12
+    for value, settings in met.items():
+        assert settings == everything, value
 
 
 def name_of(layout: dict) -> str:
@@ -101,7 +131,7 @@ def reference(model: str) -> Found:
 @pytest.mark.parametrize("layout", layouts(), ids=name_of)
 def test_each_router_takes_exactly_its_own_rows_and_gradients_are_those_of_one_rank(coded_model_dir, layout):
     model = str(coded_model_dir)
-    one, combos = reference(model), list(itertools.product(RECOMPUTE, PACKING, MICRO_BATCHES))
+    one, combos = reference(model), settings_of(layout)
     ranks = run_ranks(combinations, ParallelConfig(**layout), model, combos)
     expected = merge_update([one.update])["loss/objective"]
     for number, (recompute, packing, micro_batches) in enumerate(combos):

@@ -17,6 +17,7 @@ SERVER_ROTATES_OTHERWISE = f"server.extra_args={json.dumps(['--json-model-overri
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded")
 def test_a_run_whose_engines_disagree_stops_before_its_first_step_with_the_part_that_differs(tmp_path, capsys):
     overrides = [*SMALL, f"run.directory={tmp_path / 'run'}", SERVER_ROTATES_OTHERWISE]
     assert main(["train", "configs/quickstart.yaml", *overrides]) == 1

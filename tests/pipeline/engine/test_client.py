@@ -15,6 +15,7 @@ from pipeline.engine.server import ServerError
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Prompt, Rollout, Sampled
 from tests.support import reference
+from tests.support.sampling import sampling_begins
 
 FREE = Sampling(max_new_tokens=16, temperature=1.0, ignore_eos=True)
 
@@ -123,7 +124,7 @@ def test_an_aborted_request_returns_what_it_has(client):
     async def run():
         async with client:
             task = asyncio.create_task(client.generate([4, 5, 6], 2, Sampling(900, 1.0, ignore_eos=True)))
-            await asyncio.sleep(0.5)
+            await sampling_begins(client.url)
             await asyncio.to_thread(client.abort)
             return await task
 
@@ -158,7 +159,7 @@ def test_what_was_sampled_before_an_abort_keeps_its_routes_under_other_weights_v
     async def run():
         async with client:
             task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
-            await asyncio.sleep(0.4)
+            await sampling_begins(client.url)
             await asyncio.to_thread(client.abort)
             return (await task)[0]
 
@@ -204,8 +205,8 @@ def test_a_continuation_that_does_not_follow_on_is_refused(client):
 def test_tokens_carry_the_version_of_the_weights_that_sampled_them(client):
     async def run():
         async with client:
-            task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(200, 1.0, ignore_eos=True)))
-            await asyncio.sleep(0.3)
+            task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
+            await sampling_begins(client.url)
             await asyncio.to_thread(client.pause, "in_place")
             await asyncio.to_thread(client.set_weight_version, 7)
             await asyncio.to_thread(client.resume)

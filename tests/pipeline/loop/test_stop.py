@@ -44,7 +44,7 @@ def wait_for_the_end(stop: StopRequest, *, armed: bool = True) -> None:
         if armed:
             stop.arm()
         send(signal.SIGUSR1)
-        time.sleep(5)
+        time.sleep(60)
 
 
 def test_the_end_of_the_grace_period_ends_the_run():
@@ -54,7 +54,7 @@ def test_the_end_of_the_grace_period_ends_the_run():
     with pytest.raises(KeyboardInterrupt):
         wait_for_the_end(stop)
     assert stop.signal_name == "SIGUSR1"
-    assert 0.1 < time.monotonic() - began < 4
+    assert 0.1 < time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(("grace_s", "armed"), [(None, True), (100, False)])
@@ -64,7 +64,7 @@ def test_a_signal_ends_at_once_without_checkpoints_or_before_the_first_step(grac
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         wait_for_the_end(stop, armed=armed)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 30
 
 
 def test_no_grace_period_outlives_the_run():

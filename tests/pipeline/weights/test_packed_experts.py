@@ -12,6 +12,7 @@ from tests.support.tiny_families import save_family
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded")
 def test_a_server_holds_every_tensor_that_it_was_sent_bit_for_bit(tmp_path):
     model = save_family("gpt_oss", tmp_path / "gpt_oss")
     # SGLang keeps sinks in bfloat16

@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from pipeline.config import load_config
+from pipeline.engine.processes import TOKEN_VARIABLE, processes_of
 from pipeline.loop.open_loop import open_loop
 from pipeline.trainer import group as trainer_group
 from pipeline.trainer.group import TrainerError
@@ -27,7 +28,7 @@ class OverError(Exception):
 
 
 @pytest.fixture(scope="module")
-def loop(tmp_path_factory):
+def loop(preloaded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stream")
     (folder / "logs").mkdir()
     config = load_config("configs/quickstart.yaml", SETTINGS)
@@ -102,6 +103,10 @@ def test_a_rank_and_a_server_that_stall_are_named(loop, monkeypatch):
 
     port = url(loop).rpartition(":")[2]
     server = next(p for p in psutil.Process().children(recursive=True) if port in p.cmdline())
-    (scheduler,) = [p.pid for p in server.children(recursive=True) if "sglang::scheduler" in " ".join(p.cmdline())]
+    (scheduler,) = [
+        process.pid
+        for process in processes_of(server.environ()[TOKEN_VARIABLE])
+        if "sglang::scheduler" in " ".join(process.cmdline())
+    ]
     with stopped(scheduler), pytest.raises(TrainerError, match=rf"{url(loop)}\S* did not answer in 3 s"):
         loop.sync()

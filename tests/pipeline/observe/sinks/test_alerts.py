@@ -109,16 +109,16 @@ def test_deliveries_that_fail_are_said_and_counted_and_the_run_goes_on(tmp_path)
 def test_a_command_that_hangs_holds_up_no_step_and_is_killed_with_what_it_started(tmp_path):
     pid = tmp_path / "pid"
     config = AlertsConfig(
-        rules=(rule(above=1),), command=("sh", "-c", f"sleep 600 & echo $! > {pid}; sleep 600"), timeout_s=1.0
+        rules=(rule(above=1),), command=("sh", "-c", f"sleep 600 & echo $! > {pid}; sleep 600"), timeout_s=3.0
     )
     said = Said()
     alerts = Alerts(config, tmp_path, said)
     start = time.monotonic()
     alerts.record(1, {**metrics(1), "x": 2.0})
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 2.5
     alerts.close(True)
-    assert "sh took longer than alerts.timeout_s=1, and was killed (failures so far: 1)" in said[-1]
-    started, deadline = int(pid.read_text()), time.monotonic() + 5
+    assert "sh took longer than alerts.timeout_s=3, and was killed (failures so far: 1)" in said[-1]
+    started, deadline = int(pid.read_text()), time.monotonic() + 60
     while not gone(started) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert gone(started)

@@ -1,0 +1,107 @@
+"""`sameroute train` when something dies, when it is asked to end, and when it cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from pipeline.commands.main import main
+from pipeline.config import load_config
+from pipeline.dumps.dump import DumpError
+from pipeline.loop.compare import DisagreementError
+from pipeline.loop.run import _replay, train
+from tests.support.command import QUICKSTART, SMALL
+from tests.support.receivers import free_port, scrape
+
+
+def test_a_dump_that_the_run_would_delete_is_refused_before_it_does(tmp_path):
+    dumps = tmp_path / "dumps"
+    dumps.mkdir()
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(DumpError, match=r"dumps lies in run\.directory=.*; set run\.directory to another path"):
+        train(load_config(QUICKSTART, [f"run.directory={tmp_path}", "run.overwrite=true"]), dumps)
+    assert dumps.is_dir()
+
+
+def test_a_replay_from_other_weights_says_so():
+    def step(number, dumped):
+        raise DisagreementError("the log-probs differ")
+
+    loop, dumped = SimpleNamespace(config=None, shape=None, step=step), SimpleNamespace(steps=[7], read=lambda *_: None)
+    with pytest.raises(DisagreementError, match=r"log-probs differ\. Or these are not the weights that sampled step 7"):
+        _replay(loop, dumped, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "message"), [("sglang::scheduler", "sglang.log"), ("ray::TrainerRank", "trainer rank 0 died")]
+)
+def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(command, victim, message):
+    port = free_port()
+    run = command(*SMALL, "supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}")
+    run.wait_for("step    2/9999")
+    served = scrape(port)
+    assert served["sameroute_steps_total"][0][1] >= 1
+    assert served["sameroute_routing_replayed_fraction"] == [({}, 1.0)]
+    victims = [
+        int(folder.name)
+        for folder in Path("/proc").iterdir()
+        if folder.name.isdigit()
+        and victim.encode() in (folder / "cmdline").read_bytes()
+        and run.mark.encode() in (folder / "environ").read_bytes()
+    ]
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    assert run.end() == 1
+    assert message in run.text()
+    assert "Traceback" not in run.text()
+    assert run.orphans() == []
+
+
+@pytest.mark.slow
+def test_a_termination_request_ends_the_run_with_no_orphan(command):
+    run = command(*SMALL, "supervised.steps=100000")
+    run.wait_for("supervised")
+    run.process.terminate()
+    assert run.end() == 130
+    assert "interrupted" in run.text()
+    assert run.orphans() == []
+
+
+def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp_path, capsys):
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "config.yaml").write_text("of an earlier run")
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        cases = [
+            (["train.stepz=1"], "train.stepz: there is no such key"),
+            ([f"server.port={port}"], "cannot listen on 127.0.0.1"),
+            ([f"observe.prometheus_port={port}"], "observe.prometheus_port: cannot listen on"),
+            (["model.tiny=null", "model.path=/nowhere"], "/nowhere is no Hugging Face model directory"),
+            (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
+            (["data.reward=none.such"], "none.such"),
+            (["data.task=null", "data.path=/nowhere.jsonl"], "there is no data file /nowhere.jsonl"),
+            (["--from-dump", "/nowhere"], "there is no dump /nowhere"),
+        ]
+        before = psutil.Process().children(recursive=True)
+        for overrides, message in cases:
+            assert main(["train", QUICKSTART, f"run.directory={earlier}", *overrides]) in (1, 2)
+            assert message in capsys.readouterr().err
+        assert psutil.Process().children(recursive=True) == before
+        run = command(f"run.directory={earlier}", f"server.port={port}")
+        assert run.end() == 1
+        assert "cannot listen on 127.0.0.1" in run.text()
+        assert "Traceback" not in run.text()
+        assert run.orphans() == []
+
+    assert (earlier / "config.yaml").read_text() == "of an earlier run"

@@ -1,0 +1,8 @@
+"""A Ray worker forked by `preloaded_worker.py`: what Ray starts in place of Python, with a worker's command line."""
+
+import os
+import sys
+
+from pipeline.forks import ask
+
+ask(os.environ["SAMEROUTE_WORKER_FORKS"], sys.argv[1:])

@@ -1,0 +1,69 @@
+"""Processes that have imported the engines, once for all workers of a test session: servers and ranks are forked.
+
+A server's imports take ten seconds of a processor and a trainer rank's five, and tests start some twenty of each.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pipeline.config.server import ServerConfig
+from pipeline.engine.processes import TOKEN_VARIABLE
+from pipeline.engine.server import SGLangServer
+from pipeline.forks import FORKS_VARIABLE, ROOM
+
+WORKER_FORKS_VARIABLE = "SAMEROUTE_WORKER_FORKS"
+VARIABLES = (
+    FORKS_VARIABLE,
+    WORKER_FORKS_VARIABLE,
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_prestart_worker_first_driver",
+    "RAY_enable_worker_prestart",
+)
+"""Where servers and ranks come from; and Ray starts no workers ahead, which would be ones that are not forked."""
+
+_WORKER = Path(__file__).with_name("forked_worker.py")
+_TITLE = " " * 4000  # processes change their titles in place, and children have longer ones
+
+
+def server_environment() -> dict[str, str]:
+    """What a server on the CPU has in its environment, but for what is its own."""
+    server = SGLangServer(ServerConfig(), Path(), Path(), device="cpu", seed=0, return_routed_experts=True)
+    return {k: v for k, v in server._environment().items() if k not in (TOKEN_VARIABLE, "TMPDIR")}
+
+
+def start(folder: Path, keeper: int) -> dict[str, str]:
+    """Both processes, started where no other worker has; they end with the process `keeper`.
+
+    Returns the environment under which servers and Ray's workers are forked from them.
+    """
+    servers, workers = folder / "servers", folder / "workers"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "servers.log").exists():
+            _start("pipeline.engine.inside.preloaded", servers, keeper, server_environment())
+            _start("tests.support.preloaded_worker", workers, keeper, os.environ | {"OMP_NUM_THREADS": "1"})
+    job = {"runtime_env": {"py_executable": f"{sys.executable} {_WORKER}"}}
+    return dict(zip(VARIABLES, (str(servers), str(workers), json.dumps(job), "0", "0"), strict=True))
+
+
+def _start(module: str, path: Path, keeper: int, environment: dict[str, str]) -> None:
+    with path.with_suffix(".log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(path), str(keeper), _TITLE],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment | ROOM,
+        )
+    deadline = time.monotonic() + 60
+    while not path.exists():  # its imports come after it listens
+        assert process.poll() is None, path.with_suffix(".log").read_text()
+        assert time.monotonic() < deadline, f"{module} does not listen"
+        time.sleep(0.02)
