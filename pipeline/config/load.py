@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_ext.hf.description import model_shape, read_hf_config
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
 from pipeline.config.tree import Config
+from pipeline.config.yaml_text import YamlError, parse
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -44,6 +44,7 @@ def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[P
     tree, files = read_tree(Path(path))
     for override in overrides or []:
         _apply(tree, override)
+    _check_extra(tree)
     try:
         return Config.model_validate(tree), files
     except ValidationError as error:
@@ -76,6 +77,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"an override reads section.field=value, not {override!r}")
+    if key != key.strip() or not all(key.split(".")):
+        raise ConfigError(f"an override reads section.field=value, with names between the dots, not {override!r}")
     node = tree
     *sections, last = key.split(".")
     for section in sections:
@@ -84,7 +87,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = node[section]
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {section} is a value, not a section")
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = parse(value)
+    except YamlError as error:
+        raise ConfigError(f"{key}: the value {value!r} is not YAML: {error}") from error
+
+
+def _check_extra(tree: dict[str, Any]) -> None:
+    """trainer.extra has no types that would turn a word into a truth value, and Megatron takes any text for true."""
+    trainer = tree.get("trainer")
+    extra = trainer.get("extra") if isinstance(trainer, dict) else None
+    for key, value in extra.items() if isinstance(extra, dict) else ():
+        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "y", "n"):
+            raise ConfigError(f"trainer.extra.{key}: {value!r} is a text there; write true or false")
 
 
 def _explain(error: ValidationError) -> str:
@@ -99,11 +114,12 @@ def _explain(error: ValidationError) -> str:
                 instead = f"; set precision.{MOVED[where]}, which sets both engines"
             lines.append(f"{where}: there is no such key{instead}")
         else:
-            lines.append(
-                f"{where}: {mistake['msg'].removeprefix('Value error, ')}"
-                if where
-                else mistake["msg"].removeprefix("Value error, ")
-            )
+            words = mistake["msg"].removeprefix("Value error, ")
+            if mistake["input"] is None and mistake["type"] == "model_type":
+                words = "the section holds nothing; give it fields, or leave it out for its defaults"
+            elif mistake["type"] in ("string_type", "path_type") and isinstance(mistake["input"], bool | int | float):
+                words += f", not {mistake['input']!r}; write it in quotes"
+            lines.append(f"{where}: {words}" if where else words)
     return "\n".join(lines)
 
 

@@ -29,8 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import yaml
-
+from pipeline.config.yaml_text import dump
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import StepArrays, shown_rollouts, step_record
 from pipeline.types import Group
@@ -98,7 +97,7 @@ class RunDirectory:
             (self.path / "summary.png").unlink(missing_ok=True)  # it says that a run is finished
         for directory in (self.logs, self.path / "rollouts", self.path / "tensorboard"):
             directory.mkdir(parents=True, exist_ok=resume_after is not None)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        (self.path / "config.yaml").write_text(dump(dict(config)), encoding="utf-8")
         self._resume_after = resume_after
         self._metrics = self.metrics_path.open("x" if resume_after is None else "a", encoding="utf-8")
         self._steps = records.open("x" if resume_after is None else "a", encoding="utf-8")
