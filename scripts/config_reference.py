@@ -29,8 +29,8 @@ names them, mappings are merged key by key, the file wins over its bases and the
 named has its default. What cannot run is refused before anything starts.
 
 Numbers are written as people write them, in files and on the command line: `1e-3`, `2E4`, `.5`, `1_000`. `true` and
-`false` are truth values; `yes`, `no`, `on`, `off`, dates and times are text, and a field of type true or false takes the
-first four as well. A key that stands twice is refused.
+`false` are truth values; `yes`, `no`, `on`, `off`, dates and times are text, and a field of type true or false takes
+the first four as well. A key that stands twice is refused.
 
 This page is made by `.venv/bin/python scripts/config_reference.py` from the classes themselves.
 """

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_ext.hf.description import model_shape, read_hf_config
+from pipeline.config.context import fit_context
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
 from pipeline.config.tree import Config
@@ -20,9 +21,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises ConfigError: file missing, not YAML, unknown key, wrong type, or settings that do not go together.
     """
     config, _ = _read(path, overrides)
-    if config.model.path is not None:
-        _check_model(config, config.model.path)
-    return config
+    return fit_context(config, _model_config(config, config.model.path))
 
 
 def load_config_and_model(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
@@ -32,12 +31,18 @@ def load_config_and_model(path: str | Path, overrides: list[str] | None = None) 
     that has one. Raises ConfigError as load_config does, and where there is none.
     """
     config, files = _read(path, overrides)
-    if config.model.tiny is not None:
-        return config, config.model.tiny.hf_config()
-    assert config.model.path is not None
-    places = [config.model.path, *(file.parent for file in files)]
+    places = [] if config.model.path is None else [config.model.path, *(file.parent for file in files)]
     place = next((p for p in places if (p / "config.json").is_file()), config.model.path)
-    return config, _check_model(config, place)
+    hf = _model_config(config, place)
+    return fit_context(config, hf), hf
+
+
+def _model_config(config: Config, directory: Path | None) -> dict[str, Any]:
+    """config.json of the model: of a tiny one, or what lies in `directory`."""
+    if config.model.tiny is not None:
+        return config.model.tiny.hf_config()
+    assert directory is not None
+    return _check_model(config, directory)
 
 
 def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[Path]]:

@@ -20,9 +20,17 @@ class ServerConfig(Frozen):
     tensor_parallel: int = Field(1, ge=1, description="GPUs (or processes, on the CPU) that hold one copy of the model")
     max_running_requests: int = Field(256, ge=1, description="requests decoded together; more wait in a queue")
     max_total_tokens: int | None = Field(
-        None, ge=1, description="tokens in the KV cache; null: SGLang's own sizing on GPUs, 65,536 on the CPU"
+        None,
+        ge=1,
+        description="tokens in the KV cache; null: SGLang's own sizing on GPUs; on the CPU 65,536, or "
+        "context_length where that is more",
     )
-    context_length: int = Field(4096, ge=2, description="tokens of a prompt and its answer together, at most")
+    context_length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens of a prompt and its answer together and SGLang's own two, at most; null: 4096, or what the "
+        "run needs where that is more, or the model's max_position_embeddings where that is less",
+    )
     mem_fraction_static: float | None = Field(
         None, gt=0, lt=1, description="share of GPU memory for weights and KV cache; null: SGLang's own choice"
     )

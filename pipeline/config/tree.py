@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from megatron_ext.config import Frozen, ParallelConfig, TrainerConfig
 from pipeline.config.alerts import AlertsConfig
 from pipeline.config.checkpoint import CheckpointConfig
+from pipeline.config.context import request_tokens
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.observe import ObserveConfig
@@ -94,13 +95,15 @@ class Config(Frozen):
                 f"{self.rollout_gpus} for a server of server.tensor_parallel={server}; set cluster.nodes higher or "
                 "parallel.ranks lower"
             )
-        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        if longest > self.server.context_length:
-            raise ValueError(
-                f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
-                f"{self.rollout.max_new_tokens} do not fit server.context_length={self.server.context_length}; "
-                f"set that to {longest} or more"
-            )
+        longest = request_tokens(self.data.max_prompt_tokens, self.rollout.max_new_tokens)
+        for name in ("context_length", "max_total_tokens"):
+            room = getattr(self.server, name)
+            if room is not None and longest > room:
+                raise ValueError(
+                    f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
+                    f"{self.rollout.max_new_tokens} do not fit server.{name}={room}: SGLang, which keeps two tokens "
+                    f"for itself, would cut answers; set that to {longest} or more"
+                )
         if self.model.tiny is not None:
             self.parallel.check_model(self.model.tiny.hf_config())
         return self

@@ -50,6 +50,7 @@ class SGLangServer:
 
     model_path: Hugging Face folder (config, weights). log_path: file that gets all output of the server.
     device: "cpu" or "cuda". precision: what it computes with. seed: of the sampler.
+    trust_remote_code: let SGLang run the Python code that the folder's config.json names.
     return_routed_experts: let requests ask for the experts of every token (mixture-of-experts models only).
     """
 
@@ -63,12 +64,14 @@ class SGLangServer:
         seed: int,
         return_routed_experts: bool,
         precision: PrecisionConfig = _FULL,
+        trust_remote_code: bool = False,
     ) -> None:
         self.config = config
         self.model_path = Path(model_path)
         self.log_path = Path(log_path)
         self.device = device
         self.precision = precision
+        self.trust_remote_code = trust_remote_code
         self.seed = seed
         self.return_routed_experts = return_routed_experts
         self._port: int | None = None
@@ -135,6 +138,8 @@ class SGLangServer:
         flags = ["--skip-tokenizer-init"]
         if self.return_routed_experts:
             flags.append("--enable-return-routed-experts")
+        if self.trust_remote_code:
+            flags.append("--trust-remote-code")
         if config.deterministic:
             flags.append("--enable-deterministic-inference")
         if not (self.device == "cuda" if config.prefix_cache is None else config.prefix_cache):
@@ -143,7 +148,9 @@ class SGLangServer:
             plain = self.precision.weights == "float32" and self.precision.kv_cache == "same"
             batched = CPU_ATTENTION_BACKEND if plain else "torch_native"
             arguments["--attention-backend"] = config.attention_backend or batched
-            arguments["--max-total-tokens"] = config.max_total_tokens or _CPU_TOTAL_TOKENS
+            arguments["--max-total-tokens"] = config.max_total_tokens or max(
+                _CPU_TOTAL_TOKENS, config.context_length or 0
+            )
             arguments["--sampling-backend"] = "pytorch"
             # Nothing is compiled on the CPU, so there is nothing to warm up; overlap helps only a GPU.
             flags += ["--disable-overlap-schedule", "--skip-server-warmup", "--sleep-on-idle"]

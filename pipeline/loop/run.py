@@ -242,7 +242,13 @@ def open_loop(
     device = config_device(config)
     model_path = prepare_model(config, directory / "model")
     shape = model_shape(read_hf_config(model_path))
-    source = PromptSource(config.data, model_path, seed=config.run.seed)
+    source = PromptSource(
+        config.data,
+        model_path,
+        seed=config.run.seed,
+        supervised=config.supervised.steps > 0,
+        trust_remote_code=config.model.trust_remote_code,
+    )
     objective = resolve(config.objective)
     routes = config.replay == "r3" and shape.num_experts > 0
     gpus = max(1, torch.cuda.device_count()) if device == "cuda" else 0
@@ -257,6 +263,7 @@ def open_loop(
             seed=config.run.seed + number + (0 if start is None else start.progress.step),
             return_routed_experts=routes,
             precision=config.precision,
+            trust_remote_code=config.model.trust_remote_code,
         )
         for number in range(count)
     ]
