@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline.commands import launch
@@ -14,6 +17,7 @@ from pipeline.commands.convert import ConvertError, add_arguments
 from pipeline.commands.convert import run as convert
 from pipeline.imports import lasting_imports
 from pipeline.plan.arguments import add_arguments as add_plan_arguments
+from pipeline.text import visible
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -25,6 +29,9 @@ TO_BE_RESUMED = 75  # EX_TEMPFAIL of sysexits.h
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the run failed, 2 the command or its configuration is wrong, 3 diagnose found that the
     engines disagree, 75 ended by a signal and to be resumed, 130 interrupted."""
+    sys.excepthook = _show_uncaught
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a text that its encoding does not have ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="sameroute", description="Reinforcement learning for mixture-of-experts language models."
     )
@@ -235,8 +242,13 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sameroute: {message}", file=sys.stderr)
+    print(f"sameroute: {visible(message)}", file=sys.stderr)
     return code
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback whose message may hold what a model wrote."""
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
 
 
 if __name__ == "__main__":
