@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.secrets import shown
+
 if TYPE_CHECKING:
     from pipeline.config import Config
 
@@ -128,4 +130,4 @@ def _to_disk(path: Path) -> None:
 
 def progress_of(config: Config, *, step: int, supervised: int, version: int, cursor: dict[str, int]) -> Progress:
     """Where a run with this configuration stands."""
-    return Progress(step, supervised, version, cursor, config.model_dump(mode="json"))
+    return Progress(step, supervised, version, cursor, shown(config.model_dump(mode="json")))

@@ -11,6 +11,7 @@ from megatron_ext.hf.description import model_shape, read_hf_config
 from pipeline.config.context import fit_context
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
+from pipeline.config.secrets import is_hidden
 from pipeline.config.tree import Config
 from pipeline.config.yaml_text import YamlError, parse
 
@@ -50,10 +51,22 @@ def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[P
     for override in overrides or []:
         _apply(tree, override)
     _check_extra(tree)
+    _check_hidden(tree)
     try:
-        return Config.model_validate(tree), files
+        return _with_reward_directory(Config.model_validate(tree), files), files
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+
+
+def _with_reward_directory(config: Config, files: list[Path]) -> Config:
+    """The configuration with the folder of a verifier that lies beside one of its files."""
+    module, colon, _ = config.data.reward.partition(":")
+    if not colon or config.data.reward_directory is not None:
+        return config
+    name = module.partition(".")[0]
+    folders = (file.resolve().parent for file in files)
+    found = next((f for f in folders if (f / f"{name}.py").is_file() or (f / name).is_dir()), None)
+    return config.model_copy(update={"data": config.data.model_copy(update={"reward_directory": found})})
 
 
 def _check_model(config: Config, directory: Path) -> dict[str, Any]:
@@ -96,6 +109,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[last] = parse(value)
     except YamlError as error:
         raise ConfigError(f"{key}: the value {value!r} is not YAML: {error}") from error
+
+
+def _check_hidden(node: Any, place: str = "") -> None:
+    """Raise ConfigError where a run directory's config.yaml, which holds no secrets, is taken for a whole one."""
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inner:
+        where = f"{place}.{key}" if place else str(key)
+        if isinstance(value, str) and is_hidden(value):
+            raise ConfigError(
+                f"{where} is hidden in this file, as in every config.yaml of a run directory; take the secrets.yaml "
+                "beside it, or give the value on the command line"
+            )
+        _check_hidden(value, where)
 
 
 def _check_extra(tree: dict[str, Any]) -> None:

@@ -129,6 +129,6 @@ def _check_cuts(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
             where = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), len(expected))
             raise DataError(
                 f"the tokenizer of {directory} loads as {type(tokenizer).__name__}, which cuts text otherwise than "
-                f"{file.name} says, at token {where} of {probe!r}; correct tokenizer_class in tokenizer_config.json "
+                f"tokenizer.json says, at token {where} of {probe!r}; correct tokenizer_class in tokenizer_config.json "
                 "(PreTrainedTokenizerFast takes tokenizer.json as it is)"
             )

@@ -59,7 +59,7 @@ class PromptSource:
         """
         self.config = config
         self.stream: Stream = stream
-        self.reward: RewardFunction = resolve_reward(config.reward)
+        self.reward: RewardFunction = resolve_reward(config.reward, config.reward_directory)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
         self.vocab_size: int = read_hf_config(model_path)["vocab_size"]
         self.stop_token_ids = stop_token_ids(model_path, self.tokenizer)

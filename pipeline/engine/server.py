@@ -24,6 +24,7 @@ import requests
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
+from pipeline.imports import own_folder
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
@@ -103,7 +104,8 @@ class SGLangServer:
         self._port = reserve_port(self.config.host, self.config.port)
         self._scratch = Path(tempfile.mkdtemp(prefix="sameroute-"))
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pipeline.engine.inside.launch", str(os.getpid()), *self.arguments()]
+        # -P: what lies in the working directory is no part of the path.
+        command = [sys.executable, "-P", "-m", "pipeline.engine.inside.launch", str(os.getpid()), *self.arguments()]
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -165,6 +167,7 @@ class SGLangServer:
         environment["SPT_NOENV"] = "1"  # else setproctitle overwrites the environment that carries the token
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
         environment |= self.precision.server_environment()
+        paths = own_folder()
         if self.device == "cpu":
             environment["SGLANG_USE_CPU_ENGINE"] = "1"
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -176,8 +179,9 @@ class SGLangServer:
                 chosen = [str(cores[rank % len(cores)]) for rank in range(self.config.tensor_parallel)]
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(chosen)
                 environment["SGLANG_NCCL_SO_PATH"] = "none"  # it finds NCCL installed and takes that for a GPU
-            paths = [str(CPU_STUBS), *filter(None, [environment.get("PYTHONPATH")])]
-            environment["PYTHONPATH"] = os.pathsep.join(paths)
+            paths.append(str(CPU_STUBS))
+        paths.append(environment.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         return environment
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
