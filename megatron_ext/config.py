@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_ext.hf.description import num_experts
+from megatron_ext.hf.description import ModelDescription
 
 Head = Literal["bf16", "fp32_accumulate", "fp32"]
 """How the LM head makes logits; `logprobs.linear_logprobs` says what each rounds."""
@@ -104,17 +104,17 @@ class ParallelConfig(Frozen):
             raise ValueError(f"{layers} layers give stages of {each}, with {chunks} chunks each; every chunk needs one")
         return each
 
-    def check_model(self, hf: dict[str, Any]) -> None:
-        """Raise ValueError where a model (its Hugging Face config) does not divide into this layout."""
-        experts = num_experts(hf)
+    def check_model(self, model: ModelDescription) -> None:
+        """Raise ValueError where a model does not divide into this layout."""
+        experts = model.num_experts
 
         def divides(what: str, size: int, by: int, field: str) -> None:
             if size % by:
                 raise ValueError(f"the model's {size} {what} do not divide among {field}={by}; use a divisor of {size}")
 
-        divides("attention heads", hf["num_attention_heads"], self.tensor, "parallel.tensor")
-        divides("key-value heads", hf["num_key_value_heads"], self.tensor, "parallel.tensor")
-        self.stage_layers(hf["num_hidden_layers"])
+        divides("attention heads", model.heads, self.tensor, "parallel.tensor")
+        divides("key-value heads", model.kv_heads, self.tensor, "parallel.tensor")
+        self.stage_layers(model.num_layers)
         if experts:
             divides("experts", experts, self.expert, "parallel.expert")
             if self.tensor > 1 and not self.sequence:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_ext.config import Head
-from megatron_ext.hf.description import rope_settings
+from megatron_ext.hf.description import ModelDescription
 
 if TYPE_CHECKING:
     from megatron_ext.network import Network
@@ -35,14 +35,14 @@ class Exchange:
     rope_theta: float | None = None
 
 
-def exchangeable_rope_theta(hf: dict[str, Any]) -> float | None:
+def exchangeable_rope_theta(model: ModelDescription) -> float | None:
     """The base of the rotary embedding where `exchanged` can exchange it, else None.
 
-    hf: config.json. Scaled embeddings (YaRN, llama3) and multi-latent attention build their frequencies from more than
+    Scaled embeddings (YaRN, llama3) and multi-latent attention build their frequencies from more than
     the base, inside each layer.
     """
-    rope = rope_settings(hf)
-    return float(rope["rope_theta"]) if rope["rope_type"] == "default" and not hf.get("kv_lora_rank") else None
+    rope = model.rope
+    return float(rope["rope_theta"]) if rope["rope_type"] == "default" and not model.latent else None
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def exchanged(network: Network, exchange: Exchange) -> Iterator[None]:
     """The network computes as `exchange` says until the block ends. Raises ValueError for a rope_theta where
     `exchangeable_rope_theta` is None."""
     kept = network.label_shift, network.precision
-    if exchange.rope_theta is not None and exchangeable_rope_theta(network.hf) is None:
+    if exchange.rope_theta is not None and exchangeable_rope_theta(network.model) is None:
         raise ValueError("the frequencies of this model's rotary embedding do not follow from rope_theta alone")
     rotary = [chunk.rotary_pos_emb for chunk in network.chunks] if exchange.rope_theta is not None else []
     network.label_shift += exchange.label_shift

@@ -21,7 +21,7 @@ from megatron_ext.batch.layout import Sample, TokenLayout, plan_micro_batches
 from megatron_ext.batch.micro_batch import MicroBatch, make_micro_batch
 from megatron_ext.batch.replay import ChunkReplay, replaying
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
-from megatron_ext.hf.description import ModelShape
+from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.load import load_hf
 from megatron_ext.logprobs.head import logprob_head
 from megatron_ext.mcore import (
@@ -73,8 +73,7 @@ class Network:
 
     def __init__(
         self,
-        hf: dict[str, Any],
-        shape: ModelShape,
+        model: ModelDescription,
         parallel_config: ParallelConfig,
         config: TrainerConfig,
         precision: TrainerPrecision,
@@ -90,10 +89,12 @@ class Network:
         replay:      whether its routers can record and replay routes.
         Raises UnsupportedModel or ValueError where the model cannot be built in this layout.
         """
-        self.hf, self.shape, self.parallel, self.config = hf, shape, parallel_config, config
+        self.model, self.parallel, self.config = model, parallel_config, config
         self.head, self.trainable, self.precision = head, trainable, precision
         self.label_shift = 0  # anything else is a diagnosis' doing
-        self.mcore_config, self.chunks = build_model(hf, parallel_config, config, precision, head=head, replay=replay)
+        self.mcore_config, self.chunks = build_model(
+            model, parallel_config, config, precision, head=head, replay=replay
+        )
         round_key_values(self.chunks, precision.kv_cache)
         self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
         self.models: list[Any] = list(self.chunks)
@@ -107,7 +108,7 @@ class Network:
 
     def load(self, path: str | Path) -> None:
         """The weights of a Hugging Face directory; a value head has none and keeps its own. Errors as in load_hf."""
-        load_hf(self.chunks, self.hf, self.shape, path, value_head=self.head == "value")
+        load_hf(self.chunks, self.model, path, value_head=self.head == "value")
 
     @torch.no_grad()
     def copy_from(self, other: Network) -> None:
@@ -238,7 +239,7 @@ class Network:
                 packed=self.config.packing,
                 align=get_fp8_align_size(self.mcore_config.fp8_recipe) if self.mcore_config.fp8 else 1,
             )
-            routed = self.shape if replay else None
+            routed = self.model if replay else None
             batches.append(make_micro_batch(indices, samples, layout, self.device, routed, self.label_shift))
         return batches
 
@@ -248,7 +249,7 @@ class Network:
             return None
         return logprob_head(
             batch.labels,
-            vocab_size=self.shape.vocab_size,
+            vocab_size=self.model.vocab_size,
             temperature=self.precision.temperature,
             head=self.precision.head,
             kept=batch.kept,

@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from megatron_ext import parallel
-from megatron_ext.batch.layout import Sample, pad_values, response_mask
+from megatron_ext.batch.layout import Sample, trained_mask
 from megatron_ext.batch.micro_batch import MicroBatch
 from megatron_ext.checkpoint import training
 from megatron_ext.checkpoint.staged_save import StagedSave
 from megatron_ext.checkpoint.training import Networks
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchanged
-from megatron_ext.hf.description import model_shape, read_hf_config
-from megatron_ext.hf.export import Bucket, HFExporter
+from megatron_ext.hf.bucket import Bucket
+from megatron_ext.hf.description import read_description
+from megatron_ext.hf.export import HFExporter
 from megatron_ext.network import Network, Routing
 from megatron_ext.parts import Metrics, TokenPart, UpdatePart, add_metrics
 
@@ -32,14 +34,14 @@ class LossBatch:
 
     quantities: [samples, tokens] float32 each with gradient, zero behind each response: for a policy its log-probs and
                 its entropies; for a critic its values.
-    mask:       [samples, tokens] bool.
-    values:     the samples' values: [samples, tokens] or [samples] float32.
+    mask:       [samples, tokens] bool: the tokens that the loss counts.
+    rows:       `Sample.row` of each.
     indices:    which samples of the call these are.
     """
 
     quantities: tuple[Tensor, ...]
     mask: Tensor
-    values: dict[str, Tensor]
+    rows: tuple[Any, ...]
     indices: tuple[int, ...]
 
 
@@ -75,22 +77,21 @@ class Trainer:
         reference:   hold a frozen copy of the policy; `keep_reference` says of when.
         Raises FileNotFoundError, UnsupportedModel, ValueError or KeyError where the model does not fit.
         """
-        hf = read_hf_config(model_path)
-        shape = model_shape(hf, parallel_config.tensor)
+        model = read_description(model_path)
 
         def network(**kind) -> Network:
-            built = Network(hf, shape, parallel_config, config, precision, **kind)
+            built = Network(model, parallel_config, config, precision, **kind)
             if load_weights:
                 built.load(model_path)
             return built
 
-        self.policy = network(replay=replay and shape.num_experts > 0)
+        self.policy = network(replay=replay and model.num_experts > 0)
         self.policy.restart_optimizer(optimizer)
         self.reference = network(trainable=False) if reference else None
         self.critic = network(head="value") if critic is not None else None
         if self.critic is not None and critic is not None:
             self.critic.restart_optimizer(critic)
-        self.exporter = HFExporter(self.policy.chunks, hf, shape)
+        self.exporter = HFExporter(self.policy.chunks, model)
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """Begin a phase of the policy's training: these settings, no moments, the step count at 0."""
@@ -174,9 +175,9 @@ class Trainer:
 
         def share(batch: MicroBatch, quantities: tuple[Tensor, ...]):
             _collect(seen, batch, quantities)
-            values = {n: pad_values(batch.samples, n).to(network.device) for n in batch.samples[0].values}
-            mask = response_mask([s.response_length for s in batch.samples]).to(network.device)
-            value, measured = loss(LossBatch(quantities, mask, values, batch.indices))
+            mask = trained_mask(batch.samples).to(network.device)
+            rows = tuple(sample.row for sample in batch.samples)
+            value, measured = loss(LossBatch(quantities, mask, rows, batch.indices))
             if parallel.is_reporter():
                 add_metrics(metrics, {"loss/objective": (float(value.detach()), 0.0, "sum")} | measured)
             return value, {}

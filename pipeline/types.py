@@ -1,5 +1,8 @@
-"""What flows through the loop: a prompt, the rollouts sampled for it, the group they form.
+"""What flows through the loop: a prompt, the episodes that answer it, the group they form, the batch of a step.
 
+    Batch -> Group (one prompt) -> Episode (one reward, or failed) -> Rollout(s)
+
+A single-turn answer is an episode of one rollout. A rollout is checked when it is made, and nowhere again.
 All arrays are numpy, so that they travel between processes without a copy of their own serialisation.
 """
 
@@ -7,11 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_ext.batch.routes import Routed, check_routes
+
 FinishReason = Literal["stop", "length", "abort"]
+
+LARGEST_LOGPROB = 1e-3
+"""A log-prob may exceed 0 by rounding, and not by more."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +40,42 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One sampled answer, exactly as the rollout engine returned it.
+class Sampled:
+    """What one request sampled: M tokens, and what came back with them.
 
-    prompt_ids:       [P] int32.
-    response_ids:     [N] int32, the stop token included where there was one.
+    ids: [M] int32.  logprobs: [M] float32.  weight_versions: [M] int32.  kept: [M, K] int32 or None; all as in Rollout.
+    routes: [rows, layers, topk] of the input tokens that had no row before this request, or None.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    routes: np.ndarray | None
+    weight_versions: np.ndarray
+    finish_reason: FinishReason
+    kept: np.ndarray | None = None
+    retractions: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sequence that the policy sampled, all of it or parts of it, exactly as the rollout engine returned it.
+
+    prompt_ids:       [P] int32, at least one: what stood there before the policy sampled first.
+    response_ids:     [N] int32: everything after the prompt, the stop token included where there was one.
     rollout_logprobs: [N] float32, log mu(y_t | x, y_<t) at the sampling temperature, over the kept tokens if any.
     routes:           [P + N - 1, layers, topk] uint8 or int16: row t holds the experts chosen where token t was the
-                      input. The last sampled token was never an input, so it has no row. None: not asked for.
+                      input. The last token was never an input, so it has no row. None: not asked for.
     weight_versions:  [N] int32, the version of the weights that sampled each token.
     finish_reason:    "stop" (a stop token), "length" (the limit), "abort" (interrupted; what is there is valid).
+    trained:          [N] bool: which tokens the policy sampled, and so are trained on. The others (what a tool said)
+                      have log-prob 0, version -1 and no kept set; they have routes, because the trainer reads them too.
+                      Left out: all.
     kept:             [N, K] int32, the token ids that top-k, top-p and min-p left to the sampler, -1 behind them. None:
                       all of the vocabulary.
     retractions:      how often the server dropped this request's KV cache and computed it again, tokens and routes of
                       what had been sampled included; those rows are then of the second computation.
+
+    Raises ValueError where these do not go together.
     """
 
     prompt_ids: np.ndarray
@@ -55,43 +86,113 @@ class Rollout:
     finish_reason: FinishReason
     kept: np.ndarray | None = None
     retractions: int = 0
+    trained: np.ndarray = None  # pyright: ignore[reportAssignmentType]  (set below: all)
+
+    def __post_init__(self):
+        if self.trained is None:
+            object.__setattr__(self, "trained", np.ones(len(self.response_ids), bool))
+        self._check_shapes()
+        self._check_values()
+
+    def _check_shapes(self) -> None:
+        count, rows = len(self.response_ids), len(self.prompt_ids) + len(self.response_ids) - 1
+        _must(len(self.prompt_ids) > 0, "a rollout needs a prompt of at least one token")
+        expected: dict[str, tuple[tuple[str, ...], int, int]] = {
+            "prompt_ids": (("int32",), 1, len(self.prompt_ids)),
+            "response_ids": (("int32",), 1, count),
+            "rollout_logprobs": (("float32",), 1, count),
+            "weight_versions": (("int32",), 1, count),
+            "trained": (("bool",), 1, count),
+            "routes": (("uint8", "int16"), 3, rows),
+            "kept": (("int32",), 2, count),
+        }
+        for name, (dtypes, dimensions, length) in expected.items():
+            array = getattr(self, name)
+            if array is None:
+                continue
+            _must(array.dtype.name in dtypes, f"{name} is {array.dtype}, not {' or '.join(dtypes)}")
+            _must(array.ndim == dimensions, f"{name} has shape {list(array.shape)}")
+            _must(len(array) == length, f"{name} has {len(array)} rows for {length} tokens")
+
+    def _check_values(self) -> None:
+        trained, logprobs, versions = self.trained, self.rollout_logprobs, self.weight_versions
+        for name in ("prompt_ids", "response_ids", "routes"):
+            array = getattr(self, name)
+            least = 0 if array is None else array.min(initial=0)
+            _must(least >= 0, f"{name} holds {least}")
+        largest = logprobs.max(initial=-np.inf) if np.isfinite(logprobs).all() else np.nan
+        _must(largest <= LARGEST_LOGPROB, f"log-probs must be at most 0, got {largest}")  # NaN fails too
+        _must((versions[trained] >= 0).all(), "a sampled token has no weight version")
+        _must((versions[~trained] == -1).all(), "a token that was not sampled has a weight version")
+        _must((logprobs[~trained] == 0).all(), "a token that was not sampled has a log-prob")
+        if self.kept is not None:
+            _must(self.kept.min(initial=-1) >= -1, f"kept holds token {self.kept.min(initial=-1)}")
+            own = (self.kept == self.response_ids[:, None]).sum(1)
+            _must((own[trained] == 1).all(), "a sampled token is not among those that were kept for it")
+            _must((self.kept[~trained] == -1).all(), "a token that was not sampled has a kept set")
+
+    def check_model(self, model: Routed, vocab_size: int) -> None:
+        """Raise ValueError where tokens or routes cannot be a model's."""
+        for name in ("prompt_ids", "response_ids", "kept"):
+            array = getattr(self, name)
+            largest = -1 if array is None else array.max(initial=-1)
+            _must(largest < vocab_size, f"{name} holds token {largest}, outside the model's vocabulary of {vocab_size}")
+        if self.routes is not None:
+            check_routes(self.routes, model)
 
     def __len__(self) -> int:
-        """Response tokens."""
+        """Tokens after the prompt, N."""
         return len(self.response_ids)
+
+    @cached_property
+    def trained_tokens(self) -> int:
+        """Tokens that the policy sampled: what every mean, exponent and length penalty counts."""
+        return int(self.trained.sum())
 
     @property
     def token_ids(self) -> np.ndarray:
         """[P + N] int32."""
         return np.concatenate([self.prompt_ids, self.response_ids])
 
-    def extended(self, more: Rollout) -> Rollout:
+    @classmethod
+    def begun(cls, prompt_ids: np.ndarray, first: Sampled) -> Rollout:
+        """What one request sampled after a prompt [P] int32. first.routes: [P + M - 1, layers, topk] or None."""
+        return cls(
+            prompt_ids=prompt_ids,
+            response_ids=first.ids,
+            rollout_logprobs=first.logprobs,
+            routes=first.routes,
+            weight_versions=first.weight_versions,
+            finish_reason=first.finish_reason,
+            kept=first.kept,
+            retractions=first.retractions,
+        )
+
+    def extended(self, more: Sampled) -> Rollout:
         """This rollout and what was sampled after it. Nothing that is here changes: the tokens keep the log-probs,
         versions and routes of the forward passes that sampled them, whatever recomputed them since.
 
-        more: a rollout whose prompt is all of this one's tokens and whose routes, if any, are those from the last of
-              them on: [M, layers, topk] for M new tokens.
-        Raises ValueError where that is not so.
+        more.routes: of the tokens from the last one here on, [M, layers, topk] for M new tokens; None where this
+        rollout has none. Raises ValueError where that is not so.
         """
-        if not np.array_equal(more.prompt_ids, self.token_ids):
-            raise ValueError("a continuation's prompt is all tokens so far, and this one's is not")
-        routes = None
-        if self.routes is not None:
-            if more.routes is None or len(more.routes) != len(more):
-                have = None if more.routes is None else len(more.routes)
-                raise ValueError(f"a continuation of {len(more)} tokens brings as many route rows, not {have}")
-            routes = np.concatenate([self.routes, more.routes])
         if (self.kept is None) != (more.kept is None):
             raise ValueError("a continuation is sampled from kept tokens where its beginning was, and only there")
+        rows = None if more.routes is None else len(more.routes)
+        if rows != (None if self.routes is None else len(more.ids)):
+            raise ValueError(f"a continuation of {len(more.ids)} tokens brings as many route rows, not {rows}")
+        routes = None
+        if self.routes is not None and more.routes is not None:
+            routes = np.concatenate([self.routes, more.routes])
         return Rollout(
             prompt_ids=self.prompt_ids,
-            response_ids=np.concatenate([self.response_ids, more.response_ids]),
-            rollout_logprobs=np.concatenate([self.rollout_logprobs, more.rollout_logprobs]),
+            response_ids=np.concatenate([self.response_ids, more.ids]),
+            rollout_logprobs=np.concatenate([self.rollout_logprobs, more.logprobs]),
             routes=routes,
             weight_versions=np.concatenate([self.weight_versions, more.weight_versions]),
             finish_reason=more.finish_reason,
             kept=None if self.kept is None or more.kept is None else stack_kept([self.kept, more.kept]),
             retractions=self.retractions + more.retractions,
+            trained=np.concatenate([self.trained, np.ones(len(more.ids), bool)]),
         )
 
 
@@ -106,24 +207,140 @@ def stack_kept(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Episode:
+    """One attempt at a prompt.
+
+    rollouts: its sequences, at least one; several where a conversation could not be one growing sequence. Each sampled
+              token is in exactly one of them.
+    reward:   of the whole attempt; None until it is graded, and where grading failed.
+    failure:  why there is no reward, where the verifier failed. Such an episode is no part of a baseline or a loss.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    reward: float | None = None
+    failure: str | None = None
+
+    def __post_init__(self):
+        _must(len(self.rollouts) > 0, "an episode has at least one rollout")
+        _must(self.reward is None or self.failure is None, "an episode has a reward or a failure, not both")
+
+    @property
+    def graded(self) -> bool:
+        """Whether the verifier has spoken, or failed."""
+        return self.reward is not None or self.failure is not None
+
+    @property
+    def last(self) -> Rollout:
+        """The rollout that its end is in: a single turn's only one."""
+        return self.rollouts[-1]
+
+
+@dataclass(frozen=True)
 class Group:
-    """The G rollouts of one prompt. rewards: [G] float32, empty until graded."""
+    """The G episodes of one prompt."""
 
     prompt: Prompt
-    rollouts: tuple[Rollout, ...]
-    rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    episodes: tuple[Episode, ...]
+
+    @classmethod
+    def of_single_turns(cls, prompt: Prompt, rollouts: Sequence[Rollout]) -> Group:
+        """A group whose episodes are one rollout each, not graded yet."""
+        return cls(prompt, tuple(Episode((rollout,)) for rollout in rollouts))
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """Of all its episodes, in order."""
+        return [rollout for episode in self.episodes for rollout in episode.rollouts]
+
+    @property
+    def graded(self) -> bool:
+        return all(episode.graded for episode in self.episodes)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[episodes with a reward] float32."""
+        return np.array([e.reward for e in self.episodes if e.reward is not None], np.float32)
 
 
-def route_dtype(num_experts: int) -> np.dtype:
-    """The narrowest type that holds every expert id: uint8 up to 256 experts, else int16."""
-    return np.dtype(np.uint8 if num_experts <= 256 else np.int16)
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on.
+
+    step:    its number, from 1.
+    version: of the weights that the trainer held when the step began.
+    groups:  graded.
+    """
+
+    step: int
+    version: int
+    groups: tuple[Group, ...]
+
+    @cached_property
+    def episodes(self) -> list[Episode]:
+        """Those with a reward, in order: the ones that are trained on."""
+        return [episode for group in self.groups for episode in group.episodes if episode.reward is not None]
+
+    @cached_property
+    def rollouts(self) -> list[Rollout]:
+        """Of `episodes`, in order."""
+        return [rollout for episode in self.episodes for rollout in episode.rollouts]
+
+    @cached_property
+    def rewards(self) -> np.ndarray:
+        """[episodes] float32."""
+        return np.array([episode.reward for episode in self.episodes], np.float32)
+
+    @cached_property
+    def group_of_episode(self) -> np.ndarray:
+        """[episodes] int64: position of its group."""
+        return np.repeat(np.arange(len(self.groups)), [len(group.rewards) for group in self.groups])
+
+    @cached_property
+    def episode_of_rollout(self) -> np.ndarray:
+        """[rollouts] int64: position of its episode."""
+        return np.repeat(np.arange(len(self.episodes)), [len(episode.rollouts) for episode in self.episodes])
 
 
-def layer_with_duplicates(routes: np.ndarray) -> int | None:
-    """A layer of routes [tokens, layers, topk] in which a row names an expert twice, or None."""
-    for a in range(routes.shape[-1] - 1):
-        for b in range(a + 1, routes.shape[-1]):
-            same = routes[..., a] == routes[..., b]
-            if same.any():
-                return int(same.any(0).nonzero()[0][0])
-    return None
+@dataclass(frozen=True)
+class PolicyTokens:
+    """What the policy says of every response token of some rollouts.
+
+    logprobs, entropy: [N] float32 a rollout; what stands at tokens that were not sampled means nothing.
+    routing: [layers, 3] int64: tokens replayed, of these native selection agreed, tokens fallen back; no layers where
+             nothing is routed.
+    """
+
+    logprobs: list[np.ndarray]
+    entropy: list[np.ndarray]
+    routing: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    metrics:          name -> number, "step" among them.
+    batch:            what it trained on.
+    proximal:         pi_o on the batch's rollouts.
+    current_logprobs: [N] float32 a rollout, log pi at the start of the mini-batch that trained on it.
+    advantages:       a number, or [N] float32, a rollout.
+    """
+
+    metrics: dict[str, float]
+    batch: Batch
+    proximal: PolicyTokens
+    current_logprobs: list[np.ndarray]
+    advantages: list[np.ndarray | float]
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows [N] of different lengths as one matrix [rows, longest], zeros (False) behind."""
+    out = np.zeros((len(rows), max(len(r) for r in rows)), rows[0].dtype)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return out
+
+
+def _must(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)

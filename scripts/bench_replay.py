@@ -54,7 +54,7 @@ def trainer_step(model: Path, sequences: int, tokens: int, turns: int) -> None:
     """One update of GSPO on full sequences; the routes are random, as costly as any."""
     from megatron_ext import parallel
     from megatron_ext.trainer import Trainer
-    from pipeline.trainer.losses import policy_loss
+    from pipeline.trainer.losses import ON_POLICY, LossRow, policy_loss
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
@@ -69,8 +69,8 @@ def trainer_step(model: Path, sequences: int, tokens: int, turns: int) -> None:
         samples = []
         for _ in range(sequences):
             routes = rng.random((tokens - 1, SHAPE.layers, SHAPE.experts)).argsort(-1)[..., : SHAPE.topk]
-            values = {"rollout_logprobs": np.full(tokens - 16, -4, np.float32), "advantage": float(rng.normal())}
-            samples.append(Sample(rng.integers(3, 60, tokens).astype(np.int32), 16, values, routes.astype(np.uint8)))
+            row = LossRow(np.full(tokens - 16, -4, np.float32), ON_POLICY, float(rng.normal()))
+            samples.append(Sample(rng.integers(3, 60, tokens).astype(np.int32), 16, row, routes.astype(np.uint8)))
         objective = resolve(ObjectiveConfig(preset="gspo"))
         loss = policy_loss(objective, Denominators(sequences, sequences * (tokens - 16), tokens))
         plain = [replace(s, routes=None) for s in samples]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import load_config
-from pipeline.loop.run import open_loop
+from pipeline.loop.open_loop import open_loop
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SETTINGS = [
@@ -44,7 +44,8 @@ def main() -> None:
             loop.sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
             steps, groups = [], []
             for number in range(1, options.steps + 4):
-                metrics, groups = loop.step(number)
+                result = loop.step(number)
+                metrics, groups = result.metrics, result.batch.groups
                 steps.append(metrics)
     steps = steps[3:]
     sequences = sum(len(g.rollouts) for g in groups)

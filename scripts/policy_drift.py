@@ -23,7 +23,7 @@ import ray
 from pipeline.config import load_config
 from pipeline.data.prompts import PromptSource
 from pipeline.loop.loop import Loop
-from pipeline.loop.run import open_loop
+from pipeline.loop.open_loop import open_loop
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 CORRECTION = "correction: {kind: token_tis, high: 2}"
@@ -54,14 +54,13 @@ def run(session: Loop, objective: str, replay: str, mini_batches: int, seed: int
     ray.get([rank.__ray_call__.remote(to_start) for rank in session.trainers.ranks])
     session.trainers.restart_optimizer(config.train)
     source = PromptSource(config.data, model, seed=seed + 1, trust_remote_code=config.model.trust_remote_code)
-    loop = replace(session, config=config, source=source, version=session.version)
+    loop = replace(session, config=config, source=source)
     loop.sync()
     curves: dict[str, list[float]] = {key: [] for key in KEYS}
     for number in range(1, steps + 1):
-        metrics, _ = loop.step(number)
+        metrics = loop.step(number).metrics
         for key in KEYS:
             curves[key].append(metrics.get(key, float("nan")))
-    session.version = loop.version
     return {"objective": objective, "replay": replay, "mini_batches": mini_batches, "seed": seed, "curves": curves}
 
 

@@ -20,8 +20,8 @@ import ray
 
 from megatron_ext.config import TrainerPrecision
 from pipeline.config import load_config
-from pipeline.loop.loop import mismatch_of
-from pipeline.loop.run import open_loop
+from pipeline.loop.compare import mismatch_of
+from pipeline.loop.open_loop import open_loop
 from pipeline.rollout.sampler import sample_groups_sync
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -50,7 +50,7 @@ def compute_with(rank, precision: TrainerPrecision) -> None:
     from megatron_ext.network import Network
 
     old = rank.trainer.policy
-    new = Network(old.hf, old.shape, old.parallel, old.config, precision, trainable=False, replay=bool(old.replays))
+    new = Network(old.model, old.parallel, old.config, precision, trainable=False, replay=bool(old.replays))
     new.copy_from(old)
     rank.trainer.policy = new
 
@@ -62,7 +62,7 @@ def measure(overrides: list[str], others: list[dict], prompts: int) -> None:
         (Path(folder) / "logs").mkdir()
         with open_loop(config, Path(folder), Path(folder) / "logs") as (loop, _):
             sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
-            groups = sample_groups_sync(loop.client, loop.source.take(prompts), 4, sampling)
+            groups = sample_groups_sync(loop.fleet, loop.source.take(prompts), 4, sampling)
             rollouts = [r for g in groups for r in g.rollouts]
             loop.load(rollouts)
             alike = None

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import load_config
-from pipeline.loop.loop import mismatch_of
-from pipeline.loop.run import open_loop
+from pipeline.loop.compare import mismatch_of
+from pipeline.loop.open_loop import open_loop
 from pipeline.rollout.sampler import sample_groups_sync
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -33,7 +33,7 @@ def measure(dtype: str, prompts: int) -> tuple[dict[str, np.ndarray], dict[str, 
         config = load_config(QUICKSTART, [*SETTINGS, f"precision.weights={dtype}"])
         with open_loop(config, Path(folder), Path(folder) / "logs") as (loop, _):
             sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
-            groups = sample_groups_sync(loop.client, loop.source.take(prompts), 4, sampling)
+            groups = sample_groups_sync(loop.fleet, loop.source.take(prompts), 4, sampling)
             rollouts = [r for g in groups for r in g.rollouts]
             loop.load(rollouts)
             native, replayed = (loop.trainers.logprobs(routing) for routing in ("native", "replay"))

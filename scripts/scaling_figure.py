@@ -24,10 +24,10 @@ STRONG, WEAK = 8192, 256
 
 
 def main() -> None:
-    config, hf = load_config_and_model("configs/qwen3-30b-a3b/1-node.yaml")
-    plan = make_plan(config, hf, "h100")
+    config, model = load_config_and_model("configs/qwen3-30b-a3b/1-node.yaml")
+    plan = make_plan(config, model, "h100")
     one = Workload(
-        hf,
+        model,
         plan.gpu,
         plan.server,
         plan.lengths,

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,18 +31,19 @@ class Sample:
 
     tokens:        [P + N] int32.
     prompt_length: P, at least 1.
-    values:        per-response-token arrays [N] float32 or numbers, by name (rollout_logprobs, advantage, ...);
-                   the trainer hands them to the loss as [samples, tokens] and [samples] tensors.
+    row:           what the loss is to know of this sample; the trainer only carries it there (`LossBatch.rows`).
     routes:        [P + N - 1, layers, topk] unsigned or signed integers, or None.
     kept:          [N, K] token ids that each response token was sampled from, -1 behind them; its log-prob and entropy
                    are over these. None: over the vocabulary.
+    trained:       [N] bool: the response tokens that the loss counts; the others are read, and no more. None: all.
     """
 
     tokens: np.ndarray
     prompt_length: int
-    values: dict[str, np.ndarray | float] = field(default_factory=dict)
+    row: Any = None
     routes: np.ndarray | None = None
     kept: np.ndarray | None = None
+    trained: np.ndarray | None = None
 
     def __post_init__(self):
         if not 1 <= self.prompt_length < len(self.tokens):
@@ -50,11 +52,10 @@ class Sample:
             )
         if self.routes is not None and len(self.routes) != self.input_length:
             raise ValueError(f"{len(self.routes)} route rows for {self.input_length} input tokens")
-        if self.kept is not None and len(self.kept) != self.response_length:
-            raise ValueError(f"{len(self.kept)} kept sets for a response of {self.response_length} tokens")
-        for name, value in self.values.items():
-            if isinstance(value, np.ndarray) and value.shape != (self.response_length,):
-                raise ValueError(f"{name} has shape {value.shape} for a response of {self.response_length} tokens")
+        for name in ("kept", "trained"):
+            rows = getattr(self, name)
+            if rows is not None and len(rows) != self.response_length:
+                raise ValueError(f"{name} has {len(rows)} rows for a response of {self.response_length} tokens")
 
     @property
     def input_length(self) -> int:
@@ -236,14 +237,10 @@ def response_mask(response_lengths: Sequence[int]) -> torch.Tensor:
     return torch.arange(max(response_lengths)) < torch.tensor(response_lengths)[:, None]
 
 
-def pad_values(samples: Sequence[Sample], name: str) -> torch.Tensor:
-    """`values[name]` of each sample: arrays to [samples, longest response] float32 (zeros behind), numbers to
-    [samples]."""
-    values = [s.values[name] for s in samples]
-    if not isinstance(values[0], np.ndarray):
-        return torch.tensor(values, dtype=torch.float32)
-    out = np.zeros((len(samples), max(s.response_length for s in samples)), np.float32)
-    for row, value in zip(out, values, strict=True):
-        assert isinstance(value, np.ndarray)
-        row[: len(value)] = value
-    return torch.from_numpy(out)
+def trained_mask(samples: Sequence[Sample]) -> torch.Tensor:
+    """[samples, longest response] bool: the tokens that the loss counts."""
+    mask = response_mask([s.response_length for s in samples])
+    for row, sample in zip(mask, samples, strict=True):
+        if sample.trained is not None:
+            row[: sample.response_length] = torch.from_numpy(sample.trained)
+    return mask

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.batch.layout import Sample, TokenLayout
-from megatron_ext.hf.description import ModelShape
+from megatron_ext.batch.routes import check_routes
+from megatron_ext.hf.description import ModelDescription
 from megatron_ext.mcore import PackedSeqParams
 
 
@@ -45,7 +46,7 @@ def make_micro_batch(
     samples: Sequence[Sample],
     layout: TokenLayout,
     device: torch.device,
-    routed: ModelShape | None,
+    routed: ModelDescription | None,
     label_shift: int = 0,
 ) -> MicroBatch:
     """Lay the chosen samples out.
@@ -101,19 +102,13 @@ def _following(of_tokens: np.ndarray, shift: int) -> np.ndarray:
     return of_tokens[following.clip(0, len(of_tokens) - 1)]
 
 
-def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelShape) -> Tensor:
+def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelDescription) -> Tensor:
     """[this rank's tokens, layers, topk] int16, -1 where there is no row to replay."""
     rows, shape = [], (model.num_layers, model.topk)
     for n, sample in itertools.zip_longest(layout.lengths, samples):
         if sample is None or sample.routes is None:
             rows.append(np.full((n, *shape), -1, np.int16))
             continue
-        if sample.routes.shape[1:] != shape:
-            raise ValueError(f"routes of shape {sample.routes.shape} for {shape[0]} layers, top {shape[1]}")
-        if shape[1] > 1:
-            ordered = np.sort(sample.routes[:, model.moe_layers], -1)
-            repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
-            if repeated.size:
-                raise ValueError(f"a route names expert {repeated[0]} twice for one token")
+        check_routes(sample.routes, model)
         rows.append(sample.routes.astype(np.int16))
     return layout.slice_sequence(layout.pack(rows, fill=-1))

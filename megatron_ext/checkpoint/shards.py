@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_ext.checkpoint.names import CheckpointError
 from megatron_ext.mcore import (
     GPTModel,
     MCoreSavePlanner,
@@ -34,13 +35,8 @@ from megatron_ext.mcore import (
     replace_keys_with_sharded_keys,
 )
 
-HF_FOLDER = "hf"
 _MODEL = {"embedding", "decoder", "output_layer", "mtp"}  # what a key of the model begins with
 Resolve = Callable[[Tensor], Tensor]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, or is another model's; the message names what."""
 
 
 def sharded_state(chunks: Sequence[GPTModel]) -> dict[str, dict[str, Any]]:

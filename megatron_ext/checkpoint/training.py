@@ -1,6 +1,6 @@
 """A training checkpoint: all that a trainer needs to go on, in a directory that is also a checkpoint of its policy.
 
-Megatron-Core's dist checkpoint of `checkpoint.py`, and in it, beside the policy's weights under their own keys:
+Megatron-Core's dist checkpoint of `shards.py`, and in it, beside the policy's weights under their own keys:
 
     optimizer.state.*      fp32 weights and both Adam moments of every parameter, in the parameter's own shape
     critic.*, reference.*  the same of a critic; the weights of a reference
@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext import cpu
-from megatron_ext.checkpoint.shards import CheckpointError, check_files, check_model, sharded_state
+from megatron_ext.checkpoint.names import CHECKSUMS, CheckpointError
+from megatron_ext.checkpoint.shards import check_files, check_model, sharded_state
 from megatron_ext.checkpoint.staged_save import StagedSave
 from megatron_ext.mcore import (
     ShardedObject,
@@ -38,7 +39,6 @@ from megatron_ext.mcore import (
 )
 from megatron_ext.network import Network
 
-CHECKSUMS = "checksums.json"
 _BLOCK = 1 << 24
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_ext import parallel
-from megatron_ext.checkpoint.shards import HF_FOLDER
+from megatron_ext.checkpoint.names import HF_FOLDER
 from megatron_ext.config import ParallelConfig
 from megatron_ext.convert.output import OutputError, output_directory
 from megatron_ext.convert.ranks import run_ranks
@@ -30,15 +30,15 @@ from megatron_ext.convert.tensors import (
     Advance,
     CheckpointTensors,
     Comparison,
-    Dtype,
     compare,
     hf_of_checkpoint,
     source_dtype,
     write_checkpoint,
-    write_companions,
     write_hf,
 )
-from megatron_ext.hf.description import draft_tensors, model_shape, read_hf_config
+from megatron_ext.hf.companions import Dtype, write_companions
+from megatron_ext.hf.config_json import draft_tensors
+from megatron_ext.hf.description import ModelDescription, read_description
 from megatron_ext.hf.files import TensorFiles
 
 
@@ -100,12 +100,11 @@ def to_megatron(
     """
     began = time.monotonic()
     _keep_apart(hf_dir, out)
-    hf = read_hf_config(hf_dir)
-    model_shape(hf)
-    layout.check_model(hf)
+    model = read_description(hf_dir)
+    layout.check_model(model)
     files = TensorFiles(hf_dir)
     dtype = dtype or source_dtype(files)
-    drafts = set(draft_tensors(hf, files.files))
+    drafts = set(draft_tensors(model.hf, files.files))
     width = {"float32": 4, "bfloat16": 2}[dtype]
     nbytes = sum(math.prod(shape) * width for name, shape in files.shapes.items() if name not in drafts)
     compared = None
@@ -125,10 +124,10 @@ def to_megatron(
         else:
             partial = stack.enter_context(output_directory(out, needed_bytes=nbytes, overwrite=overwrite))
             run_ranks(_write_rank, layout, hf_dir, partial, layout, dtype)
-        write_companions(hf_dir, partial / HF_FOLDER, hf, dtype)
+        write_companions(hf_dir, partial / HF_FOLDER, dtype)
         if verify:
             results: list[Comparison] = []
-            run_ranks(_compare_checkpoint, ParallelConfig(), partial, hf, files, nbytes, results)
+            run_ranks(_compare_checkpoint, ParallelConfig(), partial, model, files, nbytes, results)
             (compared,) = results
     return Report(out, dtype, nbytes, time.monotonic() - began, sorted(drafts), compared)
 
@@ -154,10 +153,10 @@ def _agree_on(out: Path, nbytes: int, overwrite: bool, stack: contextlib.ExitSta
 
 
 def _compare_checkpoint(
-    partial: Path, hf: dict[str, Any], files: TensorFiles, nbytes: int, results: list[Comparison]
+    partial: Path, model: ModelDescription, files: TensorFiles, nbytes: int, results: list[Comparison]
 ) -> None:
     with _progress("comparing", nbytes) as advance:
-        results.append(compare(CheckpointTensors(partial, hf), files, to_hf=False, advance=advance))
+        results.append(compare(CheckpointTensors(partial, model), files, to_hf=False, advance=advance))
 
 
 def to_hf(
@@ -182,8 +181,7 @@ def to_hf(
     results: list[Report] = []
 
     def convert() -> None:
-        hf = read_hf_config(companions)
-        tensors = CheckpointTensors(checkpoint, hf)
+        tensors = CheckpointTensors(checkpoint, read_description(companions))
         target = dtype or tensors.dtype
         width = {"float32": 4, "bfloat16": 2}[target]
         nbytes = sum(t.numel() * width for _, t in tensors.outputs())
@@ -191,7 +189,7 @@ def to_hf(
         with output_directory(out, needed_bytes=nbytes, overwrite=overwrite) as partial:
             with _progress("writing", nbytes) as advance:
                 write_hf(tensors, partial, target, shard_bytes, advance)
-            write_companions(companions, partial, hf, target)
+            write_companions(companions, partial, target)
             if verify:
                 with _progress("comparing", nbytes) as advance:
                     compared = compare(tensors, TensorFiles(partial), to_hf=True, advance=advance)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.serialization import skip_data
 
-from megatron_ext.checkpoint.shards import CheckpointError
+from megatron_ext.checkpoint.names import CheckpointError
 from megatron_ext.mcore import ShardedTensor
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

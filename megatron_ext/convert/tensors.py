@@ -14,14 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.names import HF_FOLDER, CheckpointError
 from megatron_ext.checkpoint.shards import (
-    HF_FOLDER,
-    CheckpointError,
     check_files,
     check_model,
     save_model,
@@ -30,17 +29,17 @@ from megatron_ext.checkpoint.shards import (
 )
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.convert.reader import CheckpointReader
-from megatron_ext.hf.description import exported_config, model_shape, read_hf_config
-from megatron_ext.hf.files import TensorFiles, copy_companions
+from megatron_ext.hf.companions import Dtype
+from megatron_ext.hf.description import ModelDescription, read_description
+from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.load import check_tensors, read_shard
 from megatron_ext.hf.packed import PackedExperts
-from megatron_ext.hf.params import dims_of, local_parameters
+from megatron_ext.hf.params import local_parameters
 from megatron_ext.hf.tables import Match
 from megatron_ext.hf.writer import SafetensorsWriter
 from megatron_ext.mcore import GPTModel, dist_checkpointing, is_main_replica
 from megatron_ext.model.build import build_model
 
-Dtype = Literal["float32", "bfloat16"]
 Advance = Callable[[int], None]
 """Called with the bytes of each tensor that is done."""
 Watch = Callable[[int], AbstractContextManager[Advance]]
@@ -63,11 +62,11 @@ def source_dtype(files: TensorFiles) -> Dtype:
     return names[files.dtypes[largest]]
 
 
-def meta_model(hf: dict[str, Any], parallel: ParallelConfig, dtype: Dtype) -> list[GPTModel]:
+def meta_model(model: ModelDescription, parallel: ParallelConfig, dtype: Dtype) -> list[GPTModel]:
     """This rank's chunks, without storage."""
     trainer = TrainerConfig(extra={"perform_initialization": False})
     with torch.device("meta"):
-        return build_model(hf, parallel, trainer, TrainerPrecision(weights=dtype), replay=False)[1]
+        return build_model(model, parallel, trainer, TrainerPrecision(weights=dtype), replay=False)[1]
 
 
 def write_checkpoint(hf_dir: Path, out: Path, parallel: ParallelConfig, dtype: Dtype, watch: Watch) -> None:
@@ -75,11 +74,10 @@ def write_checkpoint(hf_dir: Path, out: Path, parallel: ParallelConfig, dtype: D
 
     Raises as `check_tensors` does, before anything is written.
     """
-    hf, files = read_hf_config(hf_dir), TensorFiles(hf_dir)
-    shape = model_shape(hf, parallel.tensor)
-    chunks, dims = meta_model(hf, parallel, dtype), dims_of(hf, shape)
-    parameters = local_parameters(chunks, shape)
-    check_tensors(files, parameters, hf, shape)
+    model, files = read_description(hf_dir), TensorFiles(hf_dir)
+    chunks = meta_model(model, parallel, dtype)
+    parameters = local_parameters(chunks, model)
+    check_tensors(files, parameters, model)
     by_storage = {_storage(p): (p, match) for _, p, match in parameters}
     held: dict[int, Tensor] = {}  # Megatron-Core writes gate and up, views of one parameter, one after the other
 
@@ -88,7 +86,7 @@ def write_checkpoint(hf_dir: Path, out: Path, parallel: ParallelConfig, dtype: D
         if key not in held:
             parameter, match = by_storage[key]
             held.clear()
-            held[key] = read_shard(files, match, dims).to(parameter.dtype).contiguous()
+            held[key] = read_shard(files, match, model).to(parameter.dtype).contiguous()
         advance(tensor.nbytes)
         # An own tensor may be a view of its file: where it begins counts.
         offset = held[key].storage_offset() + tensor.storage_offset()
@@ -117,34 +115,34 @@ class _Part:
 class CheckpointTensors:
     """The Hugging Face tensors of a checkpoint. Needs a world of one rank."""
 
-    def __init__(self, path: Path, hf: dict[str, Any]):
+    def __init__(self, path: Path, model: ModelDescription):
         """Raises CheckpointError where the checkpoint is damaged or another model's."""
         check_files(path)
-        self.path, self.shape, self.reader = path, model_shape(hf), CheckpointReader(path)
+        self.path, self.model, self.reader = path, model, CheckpointReader(path)
         stored = dist_checkpointing.load_tensors_metadata(path)
         if _EMBEDDING not in stored:
             raise CheckpointError(f"{path} holds another model: {_EMBEDDING} is not in it")
         self.dtype: Dtype = "bfloat16" if stored[_EMBEDDING].dtype == torch.bfloat16 else "float32"
-        chunks, self.dims = meta_model(hf, ParallelConfig(), self.dtype), dims_of(hf, self.shape)
+        chunks = meta_model(model, ParallelConfig(), self.dtype)
         self.state = sharded_state(chunks)["model0"]
         check_model(path, list(self.state.values()))
         self.parts: list[_Part] = []
         self.own_dtype: set[str] = set()  # tensors whose dtype is not the model's to choose: routing biases
-        for name, tensor, match in local_parameters(chunks, self.shape):
-            merged = match.row.transform.merge([tensor.to("meta")], self.dims)
+        for name, tensor, match in local_parameters(chunks, model):
+            merged = match.row.transform.merge([tensor.to("meta")], model)
             self.parts.append(_Part(name, tensor, match, merged))
             if not isinstance(tensor, torch.nn.Parameter):
                 self.own_dtype.update(match.hf_names)
 
     def outputs(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor without storage) of everything that `stream` gives, in its order."""
-        packed = PackedExperts(self.shape.num_experts)
+        packed = PackedExperts(self.model.num_experts)
         for part in self.parts:
             yield from packed.add(part.match, part.outputs)
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor), each once."""
-        packed = PackedExperts(self.shape.num_experts)
+        packed = PackedExperts(self.model.num_experts)
         for part in self.parts:
             yield from packed.add(part.match, self._read(part))
 
@@ -154,7 +152,7 @@ class CheckpointTensors:
         for shard in shards_of([entry]):
             self.reader.fill(shard)
         whole, entry.data = entry.data, part.tensor
-        return part.match.row.transform.merge([whole], self.dims)
+        return part.match.row.transform.merge([whole], self.model)
 
 
 def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes: int, advance: Advance) -> None:
@@ -186,13 +184,6 @@ def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_companions(source: Path, out: Path, hf: dict[str, Any], dtype: Dtype) -> None:
-    """Everything of a model directory but its weights. config.json names the dtype, and only layers that are there."""
-    copy_companions(source, out)
-    config = exported_config(hf) | {"torch_dtype" if "torch_dtype" in hf else "dtype": dtype}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @dataclass

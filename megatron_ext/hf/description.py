@@ -1,14 +1,16 @@
-"""What a Hugging Face config.json says, and whether such a model is built here. No Megatron."""
+"""What a model is: one object for all that ask, made from its config.json alone. Neither torch nor Megatron is here."""
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_ext.hf.config_json import num_experts, read_hf_config, rope_settings
+from megatron_ext.hf.families import FAMILIES
+from megatron_ext.hf.families.family import Family
 
 
 class UnsupportedModel(ValueError):
@@ -16,41 +18,161 @@ class UnsupportedModel(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What the rest of the package must know of a model.
+class ModelDescription:
+    """A supported model. Widths are in elements, counts over the whole model.
 
-    moe_layers:        layers with a router, counted from 0; the others are dense.
-    topk:              experts a token; 0 for a dense model.
-    vocab_size:        tokens of the Hugging Face model.
-    padded_vocab_size: rows of the embedding here, a multiple of the tensor-parallel size.
+    hf:          its config.json.
+    model_type:  of config.json; `family` is what is known of all such models.
+    moe_layers:  layers with a router, counted from 0; the others are dense.
+    num_experts: routed experts of such a layer; 0 for a dense model.
+    topk:        experts a token; 0 for a dense model.
+    vocab_size:  tokens; see `padded_vocab_size` for rows.
     """
 
-    family: str
+    hf: dict[str, Any] = field(repr=False)
+    model_type: str
     num_layers: int
     moe_layers: tuple[int, ...]
     num_experts: int
     topk: int
     vocab_size: int
-    padded_vocab_size: int
     tied_embeddings: bool
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
-def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model directory. FileNotFoundError says what is missing."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is no Hugging Face model directory: it has no config.json")
-    return json.loads(file.read_text())
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """Rows of the embedding: a multiple of the tensor-parallel size."""
+        return math.ceil(self.vocab_size / tensor_parallel) * tensor_parallel
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """The family's fields of Megatron-Core's TransformerConfig."""
+        return self.family.fields(self.hf)
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """See config_json.rope_settings."""
+        return rope_settings(self.hf)
+
+    @property
+    def hidden(self) -> int:
+        return self.hf["hidden_size"]
+
+    @property
+    def heads(self) -> int:
+        return self.hf["num_attention_heads"]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.hf["num_key_value_heads"]
+
+    @property
+    def head_dim(self) -> int:
+        """Of queries, keys and values, where attention is not latent."""
+        return self.hf.get("head_dim") or self.hidden // self.heads
+
+    @property
+    def latent(self) -> bool:
+        """Multi-head latent attention."""
+        return bool(self.fields.get("multi_latent_attention"))
+
+    @property
+    def query(self) -> int:
+        """Width of all heads' queries."""
+        if self.latent:
+            return self.heads * (self.fields["qk_head_dim"] + self.fields["qk_pos_emb_head_dim"])
+        return self.heads * self.head_dim
+
+    @property
+    def key_value(self) -> int:
+        """Width of all heads' keys; of values too, where attention is not latent."""
+        return self.query if self.latent else self.kv_heads * self.head_dim
+
+    @property
+    def value(self) -> int:
+        """Width of what the output projection reads."""
+        return self.heads * (self.fields["v_head_dim"] if self.latent else self.head_dim)
+
+    @property
+    def ffn(self) -> int:
+        """Width of a dense MLP."""
+        return self.hf["intermediate_size"]
+
+    @property
+    def expert_ffn(self) -> int:
+        """Width of one routed expert; 0 for a dense model."""
+        return self.fields.get("moe_ffn_hidden_size", 0) if self.num_experts else 0
+
+    @property
+    def shared_ffn(self) -> int:
+        """Width of all shared experts together; 0: none."""
+        return self.fields.get("moe_shared_expert_intermediate_size", 0)
+
+    @property
+    def shared_gate(self) -> bool:
+        """A gate scales the shared experts."""
+        return bool(self.fields.get("moe_shared_expert_gate"))
+
+    @property
+    def biased(self) -> bool:
+        """Every linear layer but the LM head has a bias."""
+        return bool(self.fields.get("add_bias_linear"))
+
+    @property
+    def qkv_biased(self) -> bool:
+        """Queries, keys and values have a bias."""
+        return self.biased or bool(self.fields.get("add_qkv_bias"))
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys of a head are normalised; of latent attention, the latents."""
+        return bool(self.fields.get("qk_layernorm"))
+
+    @property
+    def sinks(self) -> bool:
+        """Each head has a score that no token has."""
+        return self.fields.get("softmax_type") == "learnable"
+
+    @property
+    def router_biased(self) -> bool:
+        """A bias an expert that counts for the choice only, and is no parameter."""
+        return bool(self.fields.get("moe_router_enable_expert_bias"))
+
+    @property
+    def clamped(self) -> bool:
+        """An expert's gate is clamped."""
+        return self.fields.get("activation_func_clamp_value") is not None
 
 
-def model_shape(hf: dict[str, Any], tensor_parallel: int = 1) -> ModelShape:
-    """The shape of a supported model. Raises UnsupportedModel with all reasons."""
-    from megatron_ext.hf.families import FAMILIES  # families read this file
-
+def describe(hf: dict[str, Any]) -> ModelDescription:
+    """Of a config.json. Raises UnsupportedModel with all reasons."""
     name = hf.get("model_type", "?")
     if name not in FAMILIES:
         raise UnsupportedModel(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
+    if reasons := _reasons(hf, FAMILIES[name]):
+        raise UnsupportedModel(f"{name} with {'; with '.join(reasons)} is not built here")
+    moe_layers = tuple(FAMILIES[name].moe_layers(hf))
+    return ModelDescription(
+        hf=hf,
+        model_type=name,
+        num_layers=hf["num_hidden_layers"],
+        moe_layers=moe_layers,
+        num_experts=num_experts(hf) if moe_layers else 0,
+        topk=hf["num_experts_per_tok"] if moe_layers else 0,
+        vocab_size=hf["vocab_size"],
+        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+    )
+
+
+def read_description(path: str | Path) -> ModelDescription:
+    """Of a model directory. Raises FileNotFoundError and UnsupportedModel."""
+    return describe(read_hf_config(path))
+
+
+def _reasons(hf: dict[str, Any], family: Family) -> list[str]:
+    """Why such a model is not built here."""
     reasons = list(family.unsupported(hf))
     if (rope := rope_settings(hf)["rope_type"]) not in family.rope_types:
         reasons.append(f"rope_type {rope!r}")
@@ -60,47 +182,4 @@ def model_shape(hf: dict[str, Any], tensor_parallel: int = 1) -> ModelShape:
         reasons.append(f"hidden_act {hf['hidden_act']!r}")
     if (quantized := hf.get("quantization_config")) and quantized.get("quant_method") not in family.quantization:
         reasons.append("quantized weights (write the model in bfloat16 first)")
-    if reasons:
-        raise UnsupportedModel(f"{name} with {'; with '.join(reasons)} is not built here")
-    moe_layers, vocab = tuple(family.moe_layers(hf)), hf["vocab_size"]
-    return ModelShape(
-        family=name,
-        num_layers=hf["num_hidden_layers"],
-        moe_layers=moe_layers,
-        num_experts=num_experts(hf) if moe_layers else 0,
-        topk=hf["num_experts_per_tok"] if moe_layers else 0,
-        vocab_size=vocab,
-        padded_vocab_size=math.ceil(vocab / tensor_parallel) * tensor_parallel,
-        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-    )
-
-
-def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
-    """rope_theta, rope_type and what the type needs. transformers 5 nests them; earlier files hold them flat, or call
-    the type `type`."""
-    nested = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    nested["rope_type"] = nested.get("rope_type") or nested.get("type") or "default"
-    flat = {k: hf[k] for k in ("rope_theta", "partial_rotary_factor") if hf.get(k) is not None}
-    return {"rope_theta": 10000.0} | flat | nested
-
-
-def num_experts(hf: dict[str, Any]) -> int:
-    """Routed experts a layer of a Hugging Face config, under whichever name its family uses; 0: a dense model."""
-    return next((hf[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if hf.get(k)), 0)
-
-
-def draft_tensors(hf: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Which tensor names belong to multi-token-prediction layers.
-
-    They stand behind the model's own layers, draft tokens for speculative decoding, and are no part of the policy:
-    they are left out, by name and in the log, and the config of an exported model says that it has none.
-    """
-    count, first = hf.get("num_nextn_predict_layers") or 0, hf["num_hidden_layers"]
-    hit = re.compile(r"model\.layers\.(\d+)\.")
-    return sorted(n for n in names if (m := hit.match(n)) and first <= int(m[1]) < first + count)
-
-
-def exported_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a model exported from here: without the layers that are left out, its weights not quantized."""
-    kept = {key: value for key, value in hf.items() if key != "quantization_config"}
-    return kept | ({"num_nextn_predict_layers": 0} if hf.get("num_nextn_predict_layers") else {})
+    return reasons

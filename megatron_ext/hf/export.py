@@ -18,13 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.hf.description import ModelShape
+from megatron_ext.hf.bucket import Bucket
+from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.packed import PackedExperts
-from megatron_ext.hf.params import dims_of, local_parameters
+from megatron_ext.hf.params import local_parameters
 from megatron_ext.hf.tables import Match
 from megatron_ext.mcore import GPTModel, parallel_state
-
-Bucket = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class HFExporter:
     def __init__(
         self,
         chunks: Sequence[GPTModel],
-        hf: dict[str, Any],
-        shape: ModelShape,
+        model: ModelDescription,
         *,
         value_head: bool = False,
         bucket_bytes: int = 1 << 28,
@@ -52,8 +50,8 @@ class HFExporter:
 
         bucket_bytes: most bytes of one bucket's whole tensors; a larger tensor has a bucket of its own, and so many
         bytes are held beside it where it packs experts."""
-        self.shape, self.dims, self.bucket_bytes = shape, dims_of(hf, shape), bucket_bytes
-        self.parameters = local_parameters(chunks, shape, value_head=value_head)
+        self.model, self.bucket_bytes = model, bucket_bytes
+        self.parameters = local_parameters(chunks, model, value_head=value_head)
         self.device = self.parameters[0][1].device
         mine = [_Item(match, tuple(p.shape), p.dtype) for _, p, match in self.parameters]
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -74,7 +72,7 @@ class HFExporter:
         everywhere: to every rank; else to rank 0, and the others' streams are empty.
         With tied embeddings there is no LM head. A bucket has one dtype."""
         self.position = 0
-        packed = PackedExperts(self.shape.num_experts)
+        packed = PackedExperts(self.model.num_experts)
         gather = self._gather if everywhere else self._gather_to_first
         for stage, items in enumerate(self.stages):
             own = [p for _, p, _ in self.parameters] if stage == self.pp_group.rank() else [None] * len(items)
@@ -93,7 +91,7 @@ class HFExporter:
                     self.position += 1
 
     def _sent(self, item: _Item, expert: bool) -> bool:
-        tied = self.shape.tied_embeddings and item.match.row.megatron == "output_layer.weight"
+        tied = self.model.tied_embeddings and item.match.row.megatron == "output_layer.weight"
         return item.match.row.expert == expert and not tied
 
     @staticmethod
@@ -143,7 +141,7 @@ class HFExporter:
         """Cut gathered shards into whole parameters: as what Hugging Face tensors, or parts of them."""
         expert_ranks = parallel_state.get_expert_model_parallel_world_size() if expert else 1
         flat = flat.view(expert_ranks, self._ways(expert) // expert_ranks, -1)
-        experts_here = self.shape.num_experts // expert_ranks
+        experts_here = self.model.num_experts // expert_ranks
         offset = 0
         for item in items:
             n, match = math.prod(item.shape), item.match
@@ -151,7 +149,7 @@ class HFExporter:
                 shards = [part[offset : offset + n].view(item.shape) for part in flat[rank]]
                 if match.expert is not None:  # the item carries the expert of the rank that described it
                     match = replace(match, expert=match.expert % experts_here + rank * experts_here)
-                yield match, match.row.transform.merge(shards, self.dims)
+                yield match, match.row.transform.merge(shards, self.model)
             offset += n
 
 

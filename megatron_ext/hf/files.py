@@ -1,9 +1,8 @@
-"""The files of a Hugging Face model directory: its safetensors, read a tensor at a time, and everything else in it."""
+"""The safetensors of a Hugging Face model directory, read a tensor at a time."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,7 +11,6 @@ from torch import Tensor
 from megatron_ext.hf.mxfp4 import dequantise
 
 _REOPEN_BYTES = 1 << 30
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
 class DamagedModel(ValueError):
@@ -98,11 +96,3 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             return dict.fromkeys(f.keys(), single)
     except SafetensorError as error:
         raise DamagedModel(f"{single} is damaged: {error}") from error
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Configuration, tokenizer, generation settings, code, licence: every file of `source` that holds no weights."""
-    target.mkdir(exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, target / file.name)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.hf.description import ModelShape, draft_tensors
+from megatron_ext.hf.config_json import draft_tensors
+from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.files import TensorFiles
-from megatron_ext.hf.params import dims_of, local_parameters, shard_position
+from megatron_ext.hf.params import local_parameters, shard_position
 from megatron_ext.hf.tables import LM_HEAD, Match
-from megatron_ext.hf.transforms import Dims
 from megatron_ext.mcore import GPTModel
 
 log = logging.getLogger(__name__)
@@ -25,29 +25,27 @@ Parameters = list[tuple[str, Tensor, Match]]
 
 
 @torch.no_grad()
-def load_hf(
-    chunks: Sequence[GPTModel], hf: dict[str, Any], shape: ModelShape, path: str | Path, *, value_head: bool = False
-) -> None:
+def load_hf(chunks: Sequence[GPTModel], model: ModelDescription, path: str | Path, *, value_head: bool = False) -> None:
     """Copy a model directory into the chunks. All ranks call it together.
 
     value_head: the chunks end in a value head, which stays as it is; the directory's LM head is not read.
 
     Raises FileNotFoundError and DamagedModel, and as `check_tensors` does.
     """
-    files, dims = TensorFiles(Path(path)), dims_of(hf, shape)
-    parameters = local_parameters(chunks, shape, value_head=value_head)
-    check_tensors(files, parameters, hf, shape, value_head=value_head)
+    files = TensorFiles(Path(path))
+    parameters = local_parameters(chunks, model, value_head=value_head)
+    check_tensors(files, parameters, model, value_head=value_head)
     for _, parameter, match in parameters:
-        parameter.copy_(read_shard(files, match, dims))
+        parameter.copy_(read_shard(files, match, model))
 
 
-def read_shard(files: TensorFiles, match: Match, dims: Dims) -> Tensor:
+def read_shard(files: TensorFiles, match: Match, model: ModelDescription) -> Tensor:
     """This rank's shard of one parameter, in the dtype of the files."""
-    return match.row.transform.shard([files.read(n, match.part) for n in match.hf_names], dims, *shard_position(match))
+    return match.row.transform.shard([files.read(n, match.part) for n in match.hf_names], model, *shard_position(match))
 
 
 def check_tensors(
-    files: TensorFiles, parameters: Parameters, hf: dict[str, Any], shape: ModelShape, *, value_head: bool = False
+    files: TensorFiles, parameters: Parameters, model: ModelDescription, *, value_head: bool = False
 ) -> None:
     """Whether the directory holds exactly this model, before a value is read. All ranks call it together.
 
@@ -55,24 +53,24 @@ def check_tensors(
     differs. Nothing is skipped, but the tensors of multi-token-prediction layers, which are logged, as are tensors that
     come in fewer bits than they are read in.
     """
-    used, dims = {name for _, _, match in parameters for name in match.hf_names}, dims_of(hf, shape)
+    used = {name for _, _, match in parameters for name in match.hf_names}
     if missing := sorted(used - files.files.keys()):
-        raise KeyError(f"{files.path} lacks tensors of {shape.family}: {', '.join(missing)}")
+        raise KeyError(f"{files.path} lacks tensors of {model.model_type}: {', '.join(missing)}")
     for name, parameter, match in parameters:
         tensors = [torch.empty(files.shapes[n], device="meta") for n in match.hf_names]
         if match.part is not None:
             for hf_name, tensor in zip(match.hf_names, tensors, strict=True):
-                if len(tensor) != shape.num_experts:
-                    raise ValueError(f"{hf_name} holds {len(tensor)} experts; the model has {shape.num_experts}")
+                if len(tensor) != model.num_experts:
+                    raise ValueError(f"{hf_name} holds {len(tensor)} experts; the model has {model.num_experts}")
             tensors = [t[match.part] for t in tensors]
         try:
-            shard = tuple(match.row.transform.shard(tensors, dims, *shard_position(match)).shape)
+            shard = tuple(match.row.transform.shard(tensors, model, *shard_position(match)).shape)
         except RuntimeError:  # shapes that do not even join
             shard = "that does not join"
         if shard != parameter.shape:
             given = ", ".join(f"{n} {list(files.shapes[n])}" for n in match.hf_names)
             raise ValueError(f"{given} give {name} a shape {shard}; the model has {tuple(parameter.shape)}")
-    if drafts := draft_tensors(hf, files.files):
+    if drafts := draft_tensors(model.hf, files.files):
         used.update(drafts)
         if dist.get_rank() == 0:
             names = ", ".join(drafts)
@@ -84,4 +82,4 @@ def check_tensors(
     dist.all_gather_object(everyone, used)
     head = set(LM_HEAD.hf) if value_head else set()
     if unknown := sorted(files.files.keys() - head.union(*everyone)):
-        raise KeyError(f"{files.path} holds tensors that {shape.family} has no place for: {', '.join(unknown)}")
+        raise KeyError(f"{files.path} holds tensors that {model.model_type} has no place for: {', '.join(unknown)}")

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
 
-from megatron_ext.hf.description import ModelShape
-from megatron_ext.hf.families import FAMILIES
+from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.tables import Match, match_parameters
-from megatron_ext.hf.transforms import Dims
 from megatron_ext.mcore import GPTModel, parallel_state
 
 
-def dims_of(hf: dict[str, Any], shape: ModelShape) -> Dims:
-    """The sizes that joined tensors are cut by, of a Hugging Face config."""
-    heads = hf["num_attention_heads"]
-    return Dims(
-        heads=heads,
-        kv_heads=hf["num_key_value_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        vocab_size=shape.vocab_size,
-        padded_vocab_size=shape.padded_vocab_size,
-    )
-
-
 def local_parameters(
-    chunks: Sequence[GPTModel], shape: ModelShape, *, value_head: bool = False
+    chunks: Sequence[GPTModel], model: ModelDescription, *, value_head: bool = False
 ) -> list[tuple[str, Tensor, Match]]:
     """(global name, tensor, its table row) of every parameter and persistent buffer that this rank holds, in module
     order, the buffers of a chunk after its parameters.
@@ -37,7 +22,7 @@ def local_parameters(
 
     Raises KeyError where one has no row.
     """
-    experts_here = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    experts_here = model.num_experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert = experts_here * parallel_state.get_expert_model_parallel_rank()
     named: list[tuple[str, Tensor]] = []
     for chunk in chunks:
@@ -56,8 +41,7 @@ def local_parameters(
                 name,
             )
             named.append((name, parameter))
-    table = FAMILIES[shape.family].table
-    matches = match_parameters(table, [n for n, _ in named], tied_embeddings=shape.tied_embeddings)
+    matches = match_parameters(model.family.table, [n for n, _ in named], tied_embeddings=model.tied_embeddings)
     return [(name, parameter, matches[name]) for name, parameter in named]
 
 

@@ -31,6 +31,21 @@ class Row:
         return "{expert}" in self.megatron
 
     @property
+    def quantised(self) -> bool:
+        """Whether an engine with quantised weights holds it in fewer bits: the matrices of attention and of MLPs."""
+        name = self.megatron.removesuffix("{expert}")
+        kept = (
+            "router.",
+            "embedding.",
+            "output_layer.",
+            "gate_weight",
+            "layernorm",
+            "layer_norm_weight",
+            "softmax_offset",
+        )
+        return name.endswith("weight") and not any(part in name for part in kept)
+
+    @property
     def packed(self) -> bool:
         """Whether a Hugging Face tensor holds all experts of a layer."""
         return self.expert and "{expert}" not in self.hf[0]

@@ -1,49 +1,58 @@
 """How Hugging Face tensors become one tensor-parallel shard of a Megatron parameter, and back.
 
 A transform has two pure functions, inverse to each other:
-    shard(tensors, dims, rank, size) -> this rank's tensor
-    merge(shards, dims)              -> the Hugging Face tensors, in the order of the table's names
+    shard(tensors, model, rank, size) -> this rank's tensor
+    merge(shards, model)              -> the Hugging Face tensors, in the order of the table's names
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Dims:
-    """The sizes of a model that joined tensors are cut by."""
+class Sizes(Protocol):
+    """What joined tensors are cut by, of a description.ModelDescription."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    padded_vocab_size: int
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int: ...
 
 
 class Transform(Protocol):
-    def shard(self, tensors: Sequence[Tensor], dims: Dims, rank: int, size: int) -> Tensor: ...
+    def shard(self, tensors: Sequence[Tensor], model: Sizes, rank: int, size: int) -> Tensor: ...
 
-    def merge(self, shards: Sequence[Tensor], dims: Dims) -> list[Tensor]: ...
+    def merge(self, shards: Sequence[Tensor], model: Sizes) -> list[Tensor]: ...
 
 
 def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Concatenated; a single part is itself, not a copy."""
+    import torch  # here: tables of families are read where no tensor is cut
+
     return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
 class Replicated:
     """The same on every rank: norms and routers."""
 
-    def shard(self, tensors, dims, rank, size):
+    def shard(self, tensors, model, rank, size):
         return tensors[0]
 
-    def merge(self, shards, dims):
+    def merge(self, shards, model):
         return [shards[0]]
 
 
@@ -53,38 +62,38 @@ class Split:
 
     dim: int
 
-    def shard(self, tensors, dims, rank, size):
+    def shard(self, tensors, model, rank, size):
         return tensors[0].chunk(size, self.dim)[rank]
 
-    def merge(self, shards, dims):
+    def merge(self, shards, model):
         return [_join(shards, self.dim)]
 
 
 class Vocabulary:
     """Rows of the embedding or the LM head, padded with zeros to a multiple of the ranks."""
 
-    def shard(self, tensors, dims, rank, size):
+    def shard(self, tensors, model, rank, size):
         (table,) = tensors
-        padding = dims.padded_vocab_size - dims.vocab_size
-        padded = torch.cat([table, table.new_zeros(padding, table.shape[1])]) if padding else table
+        padding = model.padded_vocab_size(size) - model.vocab_size
+        padded = _join([table, table.new_zeros(padding, table.shape[1])]) if padding else table
         return padded.chunk(size)[rank]
 
-    def merge(self, shards, dims):
-        return [_join(shards)[: dims.vocab_size]]
+    def merge(self, shards, model):
+        return [_join(shards)[: model.vocab_size]]
 
 
 class QKV:
     """Query, key and value, interleaved by key-value group: [group: its queries, its key, its value] x groups."""
 
-    def shard(self, tensors, dims, rank, size):
-        q, k, v = (t.view(dims.kv_heads, -1, dims.head_dim, *t.shape[1:]) for t in tensors)
-        joined = torch.cat([q, k, v], 1)
+    def shard(self, tensors, model, rank, size):
+        q, k, v = (t.view(model.kv_heads, -1, model.head_dim, *t.shape[1:]) for t in tensors)
+        joined = _join([q, k, v], 1)
         return joined.chunk(size)[rank].reshape(-1, *tensors[0].shape[1:])
 
-    def merge(self, shards, dims):
+    def merge(self, shards, model):
         joined = _join(shards)
-        grouped = joined.view(dims.kv_heads, -1, dims.head_dim, *joined.shape[1:])
-        parts = grouped.split([dims.heads // dims.kv_heads, 1, 1], 1)
+        grouped = joined.view(model.kv_heads, -1, model.head_dim, *joined.shape[1:])
+        parts = grouped.split([model.heads // model.kv_heads, 1, 1], 1)
         return [p.reshape(-1, *joined.shape[1:]) for p in parts]
 
 
@@ -94,20 +103,20 @@ class Transposed:
 
     inner: Transform
 
-    def shard(self, tensors, dims, rank, size):
-        return self.inner.shard([t.t() for t in tensors], dims, rank, size)
+    def shard(self, tensors, model, rank, size):
+        return self.inner.shard([t.t() for t in tensors], model, rank, size)
 
-    def merge(self, shards, dims):
-        return [t.t() for t in self.inner.merge(shards, dims)]
+    def merge(self, shards, model):
+        return [t.t() for t in self.inner.merge(shards, model)]
 
 
 class GateUp:
     """The gate and up projections of a gated MLP, each cut into the ranks, joined on each rank."""
 
-    def shard(self, tensors, dims, rank, size):
-        return torch.cat([t.chunk(size)[rank] for t in tensors])
+    def shard(self, tensors, model, rank, size):
+        return _join([t.chunk(size)[rank] for t in tensors])
 
-    def merge(self, shards, dims):
+    def merge(self, shards, model):
         halves = [s.chunk(2) for s in shards]
         return [_join([h[i] for h in halves]) for i in range(2)]
 
@@ -115,10 +124,10 @@ class GateUp:
 class AlternatingGateUp(GateUp):
     """Gate and up in one tensor of Hugging Face, by turns in its first dimension."""
 
-    def shard(self, tensors, dims, rank, size):
+    def shard(self, tensors, model, rank, size):
         (joined,) = tensors
-        return super().shard([joined[0::2], joined[1::2]], dims, rank, size)
+        return super().shard([joined[0::2], joined[1::2]], model, rank, size)
 
-    def merge(self, shards, dims):
-        gate, up = super().merge(shards, dims)
-        return [torch.stack([gate, up], 1).flatten(0, 1)]
+    def merge(self, shards, model):
+        gate, up = super().merge(shards, model)
+        return [_join([gate.unsqueeze(1), up.unsqueeze(1)], 1).flatten(0, 1)]

@@ -21,10 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.config import Head
+from megatron_ext.logprobs.sizes import MAX_ROWS, TILE
 from megatron_ext.logprobs.tiles import RowGradients, RowStats, TorchTiles, add_product, keep_bits
-
-TILE = {"cpu": 2**24, "cuda": 2**27}  # scores at once
-MAX_ROWS = 2**14  # tokens of a tile; more would leave too few columns for an efficient matmul
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
 
 
 @dataclass(frozen=True)
-class _Bucket:
+class _SameLength:
     """Sequences of similar length. Indices of padding point at place 0; its outputs are never read.
 
     query: [sequences, longest local part] places among this rank's tokens.
@@ -98,7 +98,7 @@ def _visible(positions: np.ndarray, keys: int, window: int | None) -> torch.Tens
 
 def _plan(
     lengths: list[int], cp_size: int, cp_rank: int, device: torch.device, window: int | None
-) -> tuple[list[_Bucket], torch.Tensor]:
+) -> tuple[list[_SameLength], torch.Tensor]:
     """Buckets of a packed sequence, and where each local token's output lies among the buckets' outputs."""
     local_total = sum(lengths) // cp_size
     starts = np.cumsum([0, *(n // cp_size for n in lengths)])
@@ -125,7 +125,7 @@ def _plan(
             mask = _visible(position, longest, window).to(device)
         elif window is not None and window < longest:
             mask = _visible(np.arange(longest)[None], longest, window).to(device)
-        buckets.append(_Bucket(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), mask))
+        buckets.append(_SameLength(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), mask))
         base += query.size
     return buckets, torch.from_numpy(back).to(device)
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 from megatron_ext import cpu
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
-from megatron_ext.hf.description import ModelShape, model_shape, rope_settings
-from megatron_ext.hf.families import FAMILIES
+from megatron_ext.hf.description import ModelDescription
 from megatron_ext.mcore import (
     GPTModel,
     MLASelfAttention,
@@ -32,80 +31,28 @@ _ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 
 
 def transformer_config(
-    hf: dict[str, Any],
+    model: ModelDescription,
     parallel: ParallelConfig,
     trainer: TrainerConfig,
     precision: TrainerPrecision,
     *,
     replay: bool,
 ) -> TransformerConfig:
-    """Megatron-Core's config for a Hugging Face config. `replay` gives each router its RouterReplay.
+    """Megatron-Core's config for a model. `replay` gives each router its RouterReplay.
 
     Raises ValueError where Megatron-Core cannot train such a model in this layout.
     """
-    shape, on_cpu = model_shape(hf), cpu.needed()
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision.weights]
-    fields: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": hf["hidden_size"],
-        "num_attention_heads": hf["num_attention_heads"],
-        "num_query_groups": hf["num_key_value_heads"],
-        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        "ffn_hidden_size": hf["intermediate_size"],
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": hf["rms_norm_eps"],
-        "gated_linear_unit": True,
-        "activation_func": "silu",
-        "add_bias_linear": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "tensor_model_parallel_size": parallel.tensor,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
-        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
-        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
-        "context_parallel_size": parallel.context,
-        "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
-        "sequence_parallel": parallel.sequence,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": precision.weights == "bfloat16",
-        "variable_seq_lengths": True,  # packed micro-batches differ in length
-        "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths; checked for dense too
-        "calculate_per_token_loss": True,  # the three-tuple loss; the two-tuple form is multiplied by the CP size
-        "use_cpu_initialization": on_cpu,
-        # batch_p2p_comm with interleaved stages and no overlap gives wrong gradients, silently (0.19.2)
-        "batch_p2p_comm": parallel.virtual_pipeline is None,
-        "overlap_p2p_comm": parallel.virtual_pipeline is not None,
-        "deallocate_pipeline_outputs": True,
-        "persist_layer_norm": not on_cpu,
-        "bias_activation_fusion": not on_cpu,
-        "bias_dropout_fusion": not on_cpu,
-        "masked_softmax_fusion": not on_cpu,
-        "apply_rope_fusion": not on_cpu,
-        "gradient_accumulation_fusion": False,  # needs apex
-        "attention_softmax_in_fp32": True,
-    }
-    if shape.num_experts:
-        fields |= _moe_fields(shape, trainer, precision, replay=replay)
-    if trainer.recompute == "full":
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif trainer.recompute == "selective":
-        modules = ["moe"] if shape.num_experts else ["mlp"]
-        fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
-    fields |= FAMILIES[shape.family].fields(hf)
-    kind = TransformerConfig
-    if fields.get("multi_latent_attention"):
-        kind = MLATransformerConfig
-        fields["apply_rope_fusion"] = not on_cpu and fields["rope_type"] == "yarn"  # the kernel knows no other
-    elif "yarn_rotary_scaling_factor" in fields:
-        kind = YarnTransformerConfig
-        fields["apply_rope_fusion"] = False  # the kernel leaves out YaRN's scale of the rotation
-    fields |= {"activation_func": _ACTIVATIONS[fields["activation_func"]]} | trainer.extra
-    if not (shape.num_experts and fields["add_bias_linear"]):
+    fields = (
+        _shape_fields(model) | _layout_fields(parallel) | _dtype_fields(precision) | _kernel_fields()
+    )  # fmt: skip
+    if model.num_experts:
+        fields |= _moe_fields(model, trainer, precision, replay=replay)
+    fields |= _recompute_fields(model, trainer) | model.fields
+    kind, of_kind = _kind(fields)
+    fields |= of_kind | {"activation_func": _ACTIVATIONS[fields["activation_func"]]} | trainer.extra
+    if not (model.num_experts and fields["add_bias_linear"]):
         return kind(**fields)
-    if not on_cpu and fields["expert_tensor_parallel_size"] > 1:
+    if not cpu.needed() and fields["expert_tensor_parallel_size"] > 1:
         raise ValueError(
             "Transformer Engine's experts would add their output bias on every expert-tensor rank; set "
             "parallel.expert_tensor=1"
@@ -116,14 +63,102 @@ def transformer_config(
     return config
 
 
+def _shape_fields(model: ModelDescription) -> dict[str, Any]:
+    """What the families have in common, unless a family's own fields say otherwise."""
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.ffn,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.hf["rms_norm_eps"],
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    """How the ranks divide it."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "variable_seq_lengths": True,  # packed micro-batches differ in length
+        "moe_token_dispatcher_type": "alltoall",  # the only one that takes variable lengths; checked for dense too
+        "calculate_per_token_loss": True,  # the three-tuple loss; the two-tuple form is multiplied by the CP size
+        # batch_p2p_comm with interleaved stages and no overlap gives wrong gradients, silently (0.19.2)
+        "batch_p2p_comm": parallel.virtual_pipeline is None,
+        "overlap_p2p_comm": parallel.virtual_pipeline is not None,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
+def _dtype_fields(precision: TrainerPrecision) -> dict[str, Any]:
+    """Of weights and activations."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision.weights]
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": precision.weights == "bfloat16",
+        "attention_softmax_in_fp32": True,
+    }
+
+
+def _kernel_fields() -> dict[str, Any]:
+    """Fused kernels, which are a GPU's."""
+    on_cpu = cpu.needed()
+    return {
+        "use_cpu_initialization": on_cpu,
+        "persist_layer_norm": not on_cpu,
+        "bias_activation_fusion": not on_cpu,
+        "bias_dropout_fusion": not on_cpu,
+        "masked_softmax_fusion": not on_cpu,
+        "apply_rope_fusion": not on_cpu,
+        "gradient_accumulation_fusion": False,  # needs apex
+    }
+
+
+def _recompute_fields(model: ModelDescription, trainer: TrainerConfig) -> dict[str, Any]:
+    """Activations that backward computes again."""
+    if trainer.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if trainer.recompute == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["moe"] if model.num_experts else ["mlp"],
+        }
+    return {}
+
+
+def _kind(fields: dict[str, Any]) -> tuple[type[TransformerConfig], dict[str, Any]]:
+    """The class of config that takes such fields, and what goes with it."""
+    if fields.get("multi_latent_attention"):
+        # the kernel knows no other rotation
+        return MLATransformerConfig, {"apply_rope_fusion": not cpu.needed() and fields["rope_type"] == "yarn"}
+    if "yarn_rotary_scaling_factor" in fields:
+        return YarnTransformerConfig, {"apply_rope_fusion": False}  # the kernel leaves out YaRN's scale
+    return TransformerConfig, {}
+
+
 def _moe_fields(
-    shape: ModelShape, trainer: TrainerConfig, precision: TrainerPrecision, *, replay: bool
+    model: ModelDescription, trainer: TrainerConfig, precision: TrainerPrecision, *, replay: bool
 ) -> dict[str, Any]:
     """What every mixture of experts has."""
-    sparse = [int(layer in shape.moe_layers) for layer in range(shape.num_layers)]
+    sparse = [int(layer in model.moe_layers) for layer in range(model.num_layers)]
     return {
-        "num_moe_experts": shape.num_experts,
-        "moe_router_topk": shape.topk,
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.topk,
         "moe_layer_freq": 1 if all(sparse) else sparse,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -172,7 +207,7 @@ class ValueHead(torch.nn.Linear):
 
 
 def build_model(
-    hf: dict[str, Any],
+    model: ModelDescription,
     parallel: ParallelConfig,
     trainer: TrainerConfig,
     precision: TrainerPrecision,
@@ -185,30 +220,30 @@ def build_model(
     head: "value" puts a ValueHead where the LM head would be.
     Raises UnsupportedModel, or ValueError where the model does not divide into the layout.
     """
-    parallel.check_model(hf)
-    shape, rope = model_shape(hf, parallel.tensor), rope_settings(hf)
-    config = transformer_config(hf, parallel, trainer, precision, replay=replay)
+    parallel.check_model(model)
+    rope = model.rope
+    config = transformer_config(model, parallel, trainer, precision, replay=replay)
     chunks = []
     for chunk in range(parallel.virtual_pipeline or 1):
         stage = chunk if parallel.virtual_pipeline else None
-        model = GPTModel(
+        built = GPTModel(
             config=config,
             transformer_layer_spec=layer_spec(config, stage),
-            vocab_size=shape.padded_vocab_size,
-            max_sequence_length=hf["max_position_embeddings"],
+            vocab_size=model.padded_vocab_size(parallel.tensor),
+            max_sequence_length=model.hf["max_position_embeddings"],
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-            share_embeddings_and_output_weights=shape.tied_embeddings and head == "lm",
+            share_embeddings_and_output_weights=model.tied_embeddings and head == "lm",
             position_embedding_type="yarn" if isinstance(config, YarnTransformerConfig) else "rope",
             rotary_percent=rope.get("partial_rotary_factor", 1.0),
             rotary_base=rope["rope_theta"],
             vp_stage=stage,
         )
-        if head == "value" and model.post_process:
-            model.output_layer = ValueHead(config)
-        for name, parameter in model.named_parameters():
+        if head == "value" and built.post_process:
+            built.output_layer = ValueHead(config)
+        for name, parameter in built.named_parameters():
             if name.endswith("softmax_offset"):  # Megatron-Core tells no optimizer that ranks hold different sinks
                 set_tensor_model_parallel_attributes(parameter, parallel.tensor > 1, 0, 1)
                 parameter.data = parameter.data.to(config.params_dtype)  # Transformer Engine makes them float32
-        chunks.append(model if cpu.needed() else model.cuda())
+        chunks.append(built if cpu.needed() else built.cuda())
     return config, chunks

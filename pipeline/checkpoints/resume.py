@@ -8,10 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_ext.hf.description import read_hf_config
+from megatron_ext.hf.companions import exported_config
+from megatron_ext.hf.config_json import read_hf_config
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress, read_progress
 from pipeline.config import Config
 from pipeline.config.secrets import shown
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.objectives import resolve
 
 # Where files lie, and what is kept: no part of what a run computes. Models are compared by themselves.
@@ -29,8 +31,10 @@ _INCIDENTAL = (
 _NAMES_ONLY = {"architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 
 
-class ResumeError(RuntimeError):
+class ResumeError(SamerouteError):
     """The run cannot be resumed; the message says why and what to do."""
+
+    exit_code = NOT_STARTED
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,12 @@ def _refuse(config: Config, path: Path, progress: Progress) -> None:
     problems = []
     tiny = config.model.tiny
     wanted = read_hf_config(config.model.path) if config.model.path is not None else tiny.hf_config() if tiny else {}
-    stored = read_hf_config(path / "hf")
+    try:
+        stored = read_hf_config(path / "hf")
+    except FileNotFoundError as error:
+        raise ResumeError(f"{error}; remove {path} to resume from an older checkpoint") from error
+    # a checkpoint's config.json is that of a written model: the configuration's is compared as it would be written
+    wanted, stored = (exported_config(hf, config.precision.weights) for hf in (wanted, stored))
     for key in sorted((wanted.keys() & stored.keys()) - _NAMES_ONLY):
         if wanted[key] != stored[key]:
             problems.append(f"the model's {key} is {stored[key]} in it, {wanted[key]} in the configuration")

@@ -33,7 +33,7 @@ class Saver:
         try:
             partial = self.store.begin(progress.name)
             self._pending = partial, progress
-            self.trainers.call("begin_save", str(partial.resolve()))
+            self.trainers.begin_save(partial)
         except (OSError, TrainerError) as error:
             raise self._failed(error) from error
         if not self.config.asynchronous:
@@ -52,9 +52,9 @@ class Saver:
             return
         partial, progress = self._pending
         try:
-            if not all(self.trainers.call("save_written", wait)):
+            if not self.trainers.save_written(wait=wait):
                 return
-            self.trainers.call("finish_save")
+            self.trainers.finish_save()
             self.companions(partial / "hf")
             target = self.store.commit(partial, progress)
         except (OSError, TrainerError) as error:

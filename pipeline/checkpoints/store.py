@@ -18,18 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.checkpoint.names import CHECKSUMS
 from pipeline.config.secrets import shown
+from pipeline.errors import SamerouteError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
 FORMAT = 1
 PROGRESS = "progress.json"
-_CHECKSUMS = "checksums.json"  # megatron_ext.checkpoint.training writes it
 _NAME = re.compile(r"(step|supervised)_(\d+)")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(SamerouteError):
     """A checkpoint was not written, or is not one; the message says which, and which is the last."""
 
 
@@ -64,7 +65,7 @@ def read_progress(checkpoint: Path) -> Progress:
         if tree.pop("format") != FORMAT:
             raise CheckpointError(f"{checkpoint} is of another version of sameroute")
         progress = Progress(**tree)
-        for name, (size, _) in json.loads((checkpoint / _CHECKSUMS).read_text()).items():
+        for name, (size, _) in json.loads((checkpoint / CHECKSUMS).read_text()).items():
             file = checkpoint / name
             if not file.is_file() or file.stat().st_size != size:
                 found = f"has {file.stat().st_size}" if file.is_file() else "is missing"

@@ -17,11 +17,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.errors import SamerouteError
+
 _POLL_S = 0.5
 _KINDS = ("trainer", "rollout")
 
 
-class PlacementError(RuntimeError):
+class PlacementError(SamerouteError):
     """The Ray cluster is too small for the run; the message says what it has and what is needed."""
 
 

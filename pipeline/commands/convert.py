@@ -1,13 +1,18 @@
-"""`sameroute convert`: its arguments, and what its failures are called. The work is in `megatron_ext.convert`."""
+"""`sameroute convert`: its arguments, and what its failures are called. The work is in `megatron_ext.convert`.
+
+`megatron_ext` knows nothing of exit codes: its errors become messages here.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import signal
 import warnings
 from pathlib import Path
 
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.imports import lasting_imports
 
 _SIZES = {
@@ -19,12 +24,14 @@ _SIZES = {
 }
 
 
-class ConvertError(RuntimeError):
-    """A conversion that did not happen; the message says why. code: of the process's exit."""
+class ConvertError(SamerouteError):
+    """A conversion began and failed; the message says why."""
 
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
+
+class CannotConvertError(ConvertError):
+    """What was asked for cannot be converted: a layout, a name or a model."""
+
+    exit_code = NOT_STARTED
 
 
 def add_arguments(convert: argparse.ArgumentParser) -> None:
@@ -49,14 +56,15 @@ def add_arguments(convert: argparse.ArgumentParser) -> None:
         direction.add_argument("--overwrite", action="store_true", help="replace OUT, once the new one is whole")
 
 
-def run(options: argparse.Namespace) -> str:
-    """Convert; returns what was done, nothing on the ranks of a launcher but the first. Raises ConvertError."""
+def run(options: argparse.Namespace) -> int:
+    """0, and what was done is printed, on the first rank of a launcher. Raises ConvertError and KeyboardInterrupt."""
+    signal.signal(signal.SIGTERM, _interrupt)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # conversions run on the CPU, beside whatever uses the GPUs
     os.environ["PYTHONWARNINGS"] = "ignore"  # torch's and Megatron-Core's advice is for who writes models
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with lasting_imports():
-        from megatron_ext.checkpoint.shards import CheckpointError
+        from megatron_ext.checkpoint.names import CheckpointError
         from megatron_ext.convert import conversion
         from megatron_ext.convert.output import OutputError
         from megatron_ext.convert.ranks import RankError
@@ -71,9 +79,15 @@ def run(options: argparse.Namespace) -> str:
             size = int(options.shard_gb * 1e9)
             report = conversion.to_hf(options.source, options.out, hf_dir=options.hf, shard_bytes=size, **common)
     except (CheckpointError, ConversionError, OutputError, RankError, OSError) as error:
-        raise ConvertError(str(error), 1) from error
+        raise ConvertError(str(error)) from error
     except KeyError as error:
-        raise ConvertError(str(error.args[0]), 2) from error
+        raise CannotConvertError(str(error.args[0])) from error
     except ValueError as error:  # another model than config.json says, or one that is not built here
-        raise ConvertError(str(error), 2) from error
-    return "" if report is None else str(report)
+        raise CannotConvertError(str(error)) from error
+    if report is not None:
+        print(report)
+    return 0
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

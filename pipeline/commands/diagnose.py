@@ -1,53 +1,36 @@
-"""`sameroute diagnose`: both engines up as a run would have them at its first step, and the diagnosis of their gap."""
+"""`sameroute diagnose CONFIG`."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.diagnose.bench import new_rollouts
-from pipeline.diagnose.diagnosis import Diagnosis, diagnose
-from pipeline.diagnose.page import write_page
-from pipeline.dumps.steps import DumpedSteps
-from pipeline.loop.run import check_inputs, open_loop
-from pipeline.observe.console import Console
+from pipeline.commands.config_arguments import add_config
+from pipeline.errors import DISAGREEMENT
+from pipeline.imports import lasting_imports
 
 
-def run(config: Config, out: Path, dump: Path | None = None) -> Diagnosis:
-    """Diagnose a configuration; writes diagnose.json, diagnose.html and logs/ into `out`. Nothing is left running.
-
-    dump: a step that a run with debug.dump_rollouts wrote, or a directory of them, of which the first counts; its
-          rollouts in the place of new ones. They should be of the weights that the configuration begins with.
-    Raises what `session.train` raises.
-    """
-    dumped = None if dump is None else DumpedSteps(dump)
-    check_inputs(config)
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with Console(0) as console:
-        with open_loop(
-            with_routes(config),
-            out,
-            logs,
-            on_supervised=lambda number, nll, *_: console.supervised(number, config.supervised.steps, nll),
-        ) as (loop, model_path):
-            if dumped is None:
-                rollouts = new_rollouts(loop, config.checks.probe_rollouts)
-            else:
-                step = dumped.read(dumped.steps[0], config, loop.shape)
-                rollouts = [r for g in step.groups for r in g.rollouts]
-            found = diagnose(loop, model_path, rollouts, replay=config.replay)
-        found.write_json(out / "diagnose.json")
-        write_page(found, out / "diagnose.html", name=str(config.run.directory))
-        console.say(found.sentence)
-        console.say(f"{out / 'diagnose.html'}, {out / 'diagnose.json'}")
-    return found
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add_config(parser)
+    parser.add_argument(
+        "--rollouts", type=Path, metavar="DUMP", help="a dumped step whose rollouts are compared, in place of new ones"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="directory of diagnose.html and diagnose.json; default: run.directory with -diagnose"
+    )
 
 
-def with_routes(config: Config) -> Config:
-    """The same with routes beside the rollouts, where the trainer can take them; else as it is."""
-    try:
-        config.trainer.check_replay()
-    except ValueError:
-        return config
-    return config.model_copy(update={"replay": "r3"})
+def run(options: argparse.Namespace) -> int:
+    """0 where the engines agree, DISAGREEMENT where they do not. Raises a SamerouteError."""
+    from pipeline.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    with lasting_imports():
+        from pipeline.loop.check_engines import diagnose_config
+        from pipeline.loop.stop import StopRequest
+
+    StopRequest.of_run(config.checkpoint)
+    directory = config.run.directory
+    out = options.out or directory.with_name(f"{directory.name}-diagnose")
+    return 0 if diagnose_config(config, out, options.rollouts).agree else DISAGREEMENT

@@ -1,206 +1,34 @@
-"""`sameroute plan`: will it fit, how long will it take, and if it will not fit, what would."""
+"""`sameroute plan CONFIG`: will it fit, how long will it take, and if it will not fit, what would."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from pipeline.config import Config, ConfigError, load_config_and_model
-from pipeline.plan.hardware import GIB
-from pipeline.plan.layouts import Proposal, nearest
-from pipeline.plan.plan import Plan, make_plan
-
-GB = 1e9
+from pipeline.commands.config_arguments import add_config
+from pipeline.errors import FAILED
+from pipeline.plan.hardware import GPUS
 
 
-def plan_command(options: argparse.Namespace) -> int:
-    """Print the plan; 0: it fits, 1: it does not. Raises ConfigError."""
-    config, hf = load_config_and_model(options.config, [*options.overrides, *_nodes(options)])
-    gpu = options.gpu or config.cluster.gpu or "h100"
-    try:
-        plan = make_plan(config, hf, gpu, mean_response=options.mean_response)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add_config(parser)
+    parser.add_argument(
+        "--nodes", type=int, help="machines; the trainer's ranks grow with them. Default: cluster.nodes"
+    )
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="kind of GPU. Default: cluster.gpu, else h100")
+    parser.add_argument(
+        "--mean-response", type=float, metavar="TOKENS", help="of an answer. Default: a third of the longest"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan; 0: it fits, FAILED: it does not. Raises ConfigError."""
+    from pipeline.plan.layouts import nearest
+    from pipeline.plan.of_file import plan_of
+    from pipeline.plan.show import print_json, print_plan
+
+    plan = plan_of(options.config, options.overrides, options.gpu, options.nodes, options.mean_response)
     proposal = None if plan.fits else nearest(plan, options.mean_response)
-    if options.json:
-        print(json.dumps(as_json(plan, proposal), indent=2))
-    else:
-        print_plan(plan, proposal, Console())
-    return 0 if plan.fits else 1
-
-
-def _nodes(options: argparse.Namespace) -> list[str]:
-    """--nodes as overrides: the same share of the GPUs trains."""
-    if options.nodes is None:
-        return []
-    if options.nodes < 1:
-        raise ConfigError(f"--nodes is a number of machines, not {options.nodes}")
-    config, _ = load_config_and_model(options.config, ["cluster.gpu=null", *options.overrides])
-    ranks = config.parallel.ranks * options.nodes
-    if ranks % config.cluster.nodes:
-        raise ConfigError(
-            f"{config.parallel.ranks} trainer ranks on {config.cluster.nodes} nodes do not scale to {options.nodes}; "
-            "give parallel.ranks and cluster.nodes as overrides"
-        )
-    return [f"cluster.nodes={options.nodes}", f"parallel.ranks={ranks // config.cluster.nodes}"]
-
-
-def layout_of(config: Config) -> str:
-    """One line."""
-    p = config.parallel
-    sizes = {
-        "tensor": p.tensor, "pipeline": p.pipeline, "chunks": p.virtual_pipeline or 1, "context": p.context,
-        "expert": p.expert, "data": p.data,
-    }  # fmt: skip
-    return f"{p.ranks} ranks: " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-
-
-def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
-    """Bytes, seconds, counts and shares by name."""
-    m, s = plan.memory, plan.seconds
-    out: dict[str, Any] = {
-        "fits": plan.fits,
-        "reasons": list(plan.reasons),
-        "gpu": plan.gpu.name,
-        "nodes": plan.config.cluster.nodes,
-        "trainer_ranks": plan.config.parallel.ranks,
-        "servers": plan.servers,
-        "parameters": {"total": plan.total, "active": plan.active},
-        "trainer_bytes": {
-            "weights": m.weights,
-            "gradients": m.gradients,
-            "optimizer": m.optimizer,
-            "reference_and_critic": m.others,
-            "activations": m.activations,
-            "lm_head": m.head,
-            "overhead": m.overhead,
-            "total": m.total,
-            "capacity": plan.gpu.memory,
-            "host": m.host,
-            "stage": m.stage,
-        },
-        "server": {
-            "gpus": plan.server.gpus,
-            "weight_bytes_a_gpu": plan.server.weights,
-            "cache_bytes_a_gpu": max(0.0, plan.server.cache),
-            "cache_tokens": plan.server.cache_tokens,
-            "sequences": plan.server.sequences,
-            "busy": plan.sampling.busy,
-        },
-        "step": {
-            "tokens": plan.work.tokens,
-            "flops": plan.flops,
-            "micro_batches": plan.work.micro_batches,
-            "bubble": plan.bubble,
-            "expert_tokens": plan.expert_tokens[0],
-            "expert_tokens_deviation": plan.expert_tokens[1],
-            "weight_transfer_bytes": plan.weight_bytes,
-            "route_bytes": plan.route_bytes,
-            "route_wire_bytes": plan.route_wire_bytes,
-        },
-    }
-    if plan.server.fits:
-        out["seconds"] = {
-            "rollout": s.rollout, "logprobs": s.logprobs, "update": s.update, "sync": s.sync, "step": s.step,
-        }  # fmt: skip
-    if proposal is not None:
-        out["proposal"] = {"overrides": list(proposal.overrides), "plan": as_json(proposal.plan, None)}
-    return out
-
-
-def print_plan(plan: Plan, proposal: Proposal | None, console: Console) -> None:
-    """For people."""
-    config, m, one = plan.config, plan.memory, plan.server
-    console.print(
-        f"[bold]{plan.hf.get('model_type')}[/]: {plan.total:,} parameters, {plan.active:,} active; "
-        f"{config.cluster.nodes} x {config.cluster.gpus_per_node} {plan.gpu.name}; trainer {layout_of(config)}; "
-        f"{plan.servers} servers of {one.gpus} GPUs"
-    )
-    console.print(
-        _table(
-            f"Memory of a trainer rank, GiB (stage {m.stage}, which holds most)",
-            [
-                ("weights", _gib(m.weights), config.precision.weights),
-                ("gradients", _gib(m.gradients), "float32"),
-                ("optimizer", _gib(m.optimizer), f"{_gib(m.host)} in the machine's memory" if m.host else "float32"),
-                ("reference, critic", _gib(m.others), ""),
-                ("activations", _gib(m.activations), f"recompute {config.trainer.recompute}"),
-                ("LM head", _gib(m.head), "no logits are kept"),
-                ("reserve, fragments", _gib(m.overhead), "assumed"),
-                ("[bold]total[/]", f"[bold]{_gib(m.total)}[/]", f"of {_gib(plan.gpu.memory)}"),
-            ],
-        )
-    )
-    console.print(
-        _table(
-            "Memory of a server's GPU, GiB",
-            [
-                ("weights", _gib(one.weights), ""),
-                ("KV cache", _gib(max(0.0, one.cache)), f"{one.cache_tokens:,} tokens a server"),
-                (
-                    "sequences at once",
-                    f"{one.sequences:,}",
-                    f"server.max_running_requests {config.server.max_running_requests}",
-                ),
-            ],
-        )
-    )
-    console.print(
-        _table(
-            f"A step: {plan.work.tokens:,.0f} tokens, answers of {plan.lengths.mean:,.0f} on average (assumed)",
-            [
-                (
-                    "FLOPs of the trainer",
-                    f"{plan.flops:.2e}",
-                    f"{plan.work.model:.2e} without recomputation",
-                ),
-                ("micro-batches a rank", f"{plan.work.micro_batches}", f"pipeline bubble {plan.bubble:.1%}"),
-                (
-                    "tokens an expert",
-                    f"{plan.expert_tokens[0]:,.0f}",
-                    f"± {plan.expert_tokens[1]:,.0f} if drawn at random",
-                ),
-                ("weights sent", f"{plan.weight_bytes / GB:.1f} GB", "once a step"),
-                ("routes", f"{plan.route_bytes / GB:.2f} GB", f"{plan.route_wire_bytes / GB:.2f} GB in the answers"),
-            ],
-        )
-    )
-    if plan.server.fits:
-        s = plan.seconds
-        console.print(
-            _table(
-                "Seconds of a step, from assumed efficiencies (docs/plan.md)",
-                [
-                    ("rollout", f"{s.rollout:.1f}", f"places of a server busy {plan.sampling.busy:.0%} of it"),
-                    ("log-probs", f"{s.logprobs:.1f}", ""),
-                    ("update", f"{s.update:.1f}", ""),
-                    ("sync", f"{s.sync:.1f}", ""),
-                    ("[bold]step[/]", f"[bold]{s.step:.1f}[/]", ""),
-                ],
-            )
-        )
-    for reason in plan.reasons:
-        console.print(f"[bold red]does not fit:[/] {reason}.", highlight=False)
-    if proposal is not None:
-        console.print("The nearest layout that fits:", layout_of(proposal.plan.config), highlight=False)
-        console.print("    " + " ".join(proposal.overrides), highlight=False, soft_wrap=True)
-    elif plan.reasons:
-        console.print("No layout that was looked at fits, up to 32 times as many nodes.")
-
-
-def _gib(value: float) -> str:
-    return f"{value / GIB:.1f}"
-
-
-def _table(title: str, rows: list[tuple[str, str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-    table.add_column(min_width=20)
-    table.add_column(justify="right", min_width=12)
-    table.add_column(style="dim")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    (print_json if options.json else print_plan)(plan, proposal)
+    return 0 if plan.fits else FAILED

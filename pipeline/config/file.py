@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.yaml_text import YamlError, parse
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.text import decode
 
 
-class ConfigError(ValueError):
+class ConfigError(SamerouteError, ValueError):
     """The configuration cannot be run; the message says what to write instead."""
+
+    exit_code = NOT_STARTED
 
 
 def read_tree(path: Path, inheriting: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:

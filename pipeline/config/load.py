@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_ext.hf.description import model_shape, read_hf_config
+from megatron_ext.hf.description import ModelDescription, describe, read_description
 from pipeline.config.context import fit_context
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
@@ -22,11 +22,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises ConfigError: file missing, not YAML, unknown key, wrong type, or settings that do not go together.
     """
     config, _ = _read(path, overrides)
-    return fit_context(config, _model_config(config, config.model.path))
+    return fit_context(config, _model(config, config.model.path).hf)
 
 
-def load_config_and_model(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, dict[str, Any]]:
-    """The same where the model need not be on this machine, for plans and dry runs, with the model's config.json.
+def load_config_and_model(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, ModelDescription]:
+    """The same where the model need not be on this machine, for plans and dry runs, with what the model is.
 
     Where there is no directory `model.path`, the `config.json` beside the YAML file counts, or beside its nearest base
     that has one. Raises ConfigError as load_config does, and where there is none.
@@ -34,14 +34,14 @@ def load_config_and_model(path: str | Path, overrides: list[str] | None = None) 
     config, files = _read(path, overrides)
     places = [] if config.model.path is None else [config.model.path, *(file.parent for file in files)]
     place = next((p for p in places if (p / "config.json").is_file()), config.model.path)
-    hf = _model_config(config, place)
-    return fit_context(config, hf), hf
+    model = _model(config, place)
+    return fit_context(config, model.hf), model
 
 
-def _model_config(config: Config, directory: Path | None) -> dict[str, Any]:
-    """config.json of the model: of a tiny one, or what lies in `directory`."""
+def _model(config: Config, directory: Path | None) -> ModelDescription:
+    """A tiny model's, or that of what lies in `directory`."""
     if config.model.tiny is not None:
-        return config.model.tiny.hf_config()
+        return describe(config.model.tiny.hf_config())
     assert directory is not None
     return _check_model(config, directory)
 
@@ -69,26 +69,22 @@ def _with_reward_directory(config: Config, files: list[Path]) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"reward_directory": found})})
 
 
-def _check_model(config: Config, directory: Path) -> dict[str, Any]:
-    """config.json of a model that is supported and divides into the layout."""
+def _check_model(config: Config, directory: Path) -> ModelDescription:
+    """Of a model that is supported, divides into the layout and can be had in this precision."""
     try:
-        hf = read_hf_config(directory)
-        model_shape(hf)
-        config.parallel.check_model(hf)
+        model = read_description(directory)
+        config.parallel.check_model(model)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
-    if quantized := hf.get("quantization_config"):
+    if quantized := model.hf.get("quantization_config"):
         raise ConfigError(
             f"model.path: SGLang would hold {quantized.get('quant_method')} weights, which the trainer's cannot "
             "replace; write the model in bfloat16 first, with sameroute convert to-megatron and to-hf"
         )
-    if hf.get("kv_lora_rank") and config.precision.kv_cache != "same":
-        raise ConfigError("the cache of latent attention holds latents, not keys; set precision.kv_cache=same")
-    if hf["model_type"] == "gpt_oss" and config.precision.weights != "bfloat16":
-        raise ConfigError("SGLang keeps gpt-oss's sinks in bfloat16; set precision.weights=bfloat16")
-    if hf["model_type"].startswith("glm4") and config.precision.router != "fp32":
-        raise ConfigError("GLM's routers are float32 in SGLang whatever is asked for; set precision.router=fp32")
-    return hf
+    for needed in model.family.needs:
+        if getattr(config.precision, needed.setting) != needed.value:
+            raise ConfigError(f"{needed.why}; set precision.{needed.setting}={needed.value}")
+    return model
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -9,7 +9,8 @@ from pydantic import Field, PositiveInt
 
 from megatron_ext.config import Frozen, OptimizerConfig
 
-GPU = Literal["a100", "h100", "h200", "b200", "b300"]
+GPUName = Literal["a100", "h100", "h200", "b200", "b300"]
+"""Kinds of GPU that `sameroute plan` has figures of: the keys of `pipeline.plan.hardware.GPUS`."""
 
 
 class RunConfig(Frozen):
@@ -100,7 +101,7 @@ class ClusterConfig(Frozen):
 
     nodes: int = Field(1, ge=1, description="machines of the run")
     gpus_per_node: int = Field(8, ge=1, description="GPUs of one of them")
-    gpu: GPU | None = Field(
+    gpu: GPUName | None = Field(
         None, description="kind of GPU, for `sameroute plan`; given, a layout that asks for more GPUs is refused"
     )
     address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")

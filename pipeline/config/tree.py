@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_ext.config import Frozen, ParallelConfig, TrainerConfig
+from megatron_ext.hf.description import describe
 from pipeline.config.alerts import AlertsConfig
 from pipeline.config.checkpoint import CheckpointConfig
 from pipeline.config.context import request_tokens
@@ -14,6 +15,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.observe import ObserveConfig
 from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
+from pipeline.config.replay import Replay
 from pipeline.config.run import (
     ChecksConfig,
     ClusterConfig,
@@ -46,8 +48,8 @@ class Config(Frozen):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]
-    replay: Literal["none", "r2", "r3"] = Field(
-        "r3",
+    replay: Replay = Field(
+        Replay.R3,
         description="r3: the trainer takes the rollout engine's routes; r2: updates take the routes of the proximal "
         "forward pass; none: the trainer routes natively",
     )
@@ -63,7 +65,7 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _together(self):
-        if self.replay != "none":
+        if self.replay.any:
             self.trainer.check_replay()
         if self.trainer.offload_optimizer and self.precision.weights != "bfloat16":
             raise ValueError(
@@ -105,13 +107,23 @@ class Config(Frozen):
                     f"for itself, would cut answers; set that to {longest} or more"
                 )
         if self.model.tiny is not None:
-            self.parallel.check_model(self.model.tiny.hf_config())
+            self.parallel.check_model(describe(self.model.tiny.hf_config()))
         return self
 
     @property
     def rollout_gpus(self) -> int:
         """GPUs of the cluster that the trainer does not take."""
         return self.cluster.nodes * self.cluster.gpus_per_node - self.parallel.ranks
+
+    def proximal_pass(self, replay: Replay) -> bool:
+        """Whether an update begins with a forward pass of its own for log pi_o.
+
+        Several mini-batches move the policy away from it; R2 records its routes; a KL in the reward reads it. Else the
+        first mini-batch is the whole update, and its forward pass is the proximal one. replay: of the model.
+        """
+        kl = self.objective.composition().kl
+        in_reward = kl is not None and kl.place == "reward"
+        return self.train.mini_batches > 1 or replay.from_proximal or in_reward
 
     @property
     def logprob_bound(self) -> float:

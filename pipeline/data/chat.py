@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class DataError(ValueError):
+class DataError(SamerouteError, ValueError):
     """Prompts cannot be read or used; the message says where and what to change."""
+
+    exit_code = NOT_STARTED
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:

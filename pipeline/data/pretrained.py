@@ -46,13 +46,13 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     """The tokenizer of a model directory; nothing is downloaded.
 
     trust_remote_code: run the directory's own Python code where `auto_map` of tokenizer_config.json names some.
-    Raises FileNotFoundError where the directory holds no tokenizer; DataError where it needs code that may not run,
-    does not load, or is another than the files mean.
+    Raises DataError where the directory holds no tokenizer, or one that needs code that may not run, does not load, or
+    is another than the files mean.
     """
     directory = Path(directory)
     file = directory / "tokenizer_config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} holds no tokenizer: it has no tokenizer_config.json")
+        raise DataError(f"{directory} holds no tokenizer: it has no tokenizer_config.json")
     settings = read_json(file)
     code = own_code(settings)
     if code is not None and not trust_remote_code:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_ext.hf.description import read_hf_config
+from megatron_ext.hf.config_json import read_hf_config
 from pipeline.config.data import DataConfig
 from pipeline.data.chat import DataError, answer_ids, check_vocabulary
 from pipeline.data.jsonl import check_length, read_rows, tokenize
@@ -55,7 +55,7 @@ class PromptSource:
         stream: "held_out" gives a synthetic task's other questions; a file has one stream only.
         supervised: pairs will be taken, so a file's answers are tokenized now as well.
         trust_remote_code: as ModelConfig has it. say: gets a line every few seconds while a file is tokenized.
-        Raises DataError or FileNotFoundError (data or tokenizer), RewardError (verifier), before any prompt is taken.
+        Raises DataError (data or tokenizer), RewardError (verifier), before any prompt is taken.
         """
         self.config = config
         self.stream: Stream = stream

@@ -14,8 +14,7 @@ from megatron_ext.config import Head
 from megatron_ext.exchange import Exchange
 from pipeline.loop.loop import Loop, to_sample
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.trainer.group import PolicyTokens
-from pipeline.types import Rollout
+from pipeline.types import PolicyTokens, Rollout
 
 Routes = Literal["native", "rollout", "rescored"]
 Server = Literal["sampled", "rescored", "resent"]
@@ -71,9 +70,9 @@ class Bench:
     Measuring with server="resent" sends the trainer's weights anew; all else leaves both engines as they are.
     """
 
-    def __init__(self, loop: Loop, hf: dict[str, Any], rollouts: Sequence[Rollout]):
-        """hf: the model's config.json. rollouts: at least one, none without a response."""
-        self.loop, self.hf, self.rollouts = loop, hf, list(rollouts)
+    def __init__(self, loop: Loop, rollouts: Sequence[Rollout]):
+        """rollouts: at least one, none without a response."""
+        self.loop, self.rollouts = loop, list(rollouts)
         self._loaded: tuple[str, bool] | None = None
         self._scored: dict[Server, tuple[list[np.ndarray], list[np.ndarray] | None]] = {}
         self._trainer: dict[Any, PolicyTokens] = {}
@@ -81,7 +80,7 @@ class Bench:
     @property
     def has_routes(self) -> bool:
         """Whether the rollouts came with routes that the trainer can take."""
-        return self.loop.config.replay != "none" and all(r.routes is not None for r in self.rollouts)
+        return self.loop.config.replay.any and all(r.routes is not None for r in self.rollouts)
 
     @property
     def has_mask(self) -> bool:
@@ -91,7 +90,7 @@ class Bench:
     @property
     def can_score(self) -> bool:
         """Whether there is a server to ask."""
-        return self.loop.client is not None
+        return self.loop.fleet.serves
 
     def gap(self, setting: Setting) -> Gap:
         """The difference of the engines on every response token."""
@@ -146,15 +145,14 @@ class Bench:
     def _score(self, kind: Server) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         """The server's log-probs and routes of the whole sequences, by prefill."""
         if kind not in self._scored:
-            client = self.loop.client
-            assert client is not None
+            fleet = self.loop.fleet
             if kind == "resent":
                 self._score("rescored")  # what it says now is gone afterwards
                 self.loop.sync()
 
             async def score() -> list[tuple[np.ndarray, np.ndarray | None]]:
-                async with client:
-                    return await asyncio.gather(*(client.score(r.token_ids) for r in self.rollouts))
+                async with fleet:
+                    return await asyncio.gather(*(fleet.score(r.token_ids) for r in self.rollouts))
 
             answers = asyncio.run(score())
             logprobs = [row[-len(r) :] for (row, _), r in zip(answers, self.rollouts, strict=True)]
@@ -168,9 +166,8 @@ def new_rollouts(loop: Loop, count: int, max_new_tokens: int | None = None) -> l
 
     max_new_tokens: a limit below the run's own.
     """
-    assert loop.client is not None
     sampling = loop.sampling
     if max_new_tokens is not None:
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, max_new_tokens))
-    groups = sample_groups_sync(loop.client, loop.source.peek(math.ceil(count / 2)), 2, sampling)
+    groups = sample_groups_sync(loop.fleet, loop.source.peek(math.ceil(count / 2)), 2, sampling)
     return [r for g in groups for r in g.rollouts]

@@ -10,9 +10,7 @@ import numpy as np
 
 from pipeline.loop.loop import Loop
 from pipeline.objectives import mismatch_by
-from pipeline.trainer.group import PolicyTokens
-from pipeline.trainer.rows import padded
-from pipeline.types import Rollout
+from pipeline.types import PolicyTokens, Rollout, padded
 
 BUCKETS = 24  # of positions, at most
 WORST = 20

@@ -15,16 +15,17 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from megatron_ext.hf.description import read_hf_config
+from pipeline.config.replay import Replay
 from pipeline.diagnose.bench import Bench, Setting
 from pipeline.diagnose.breakdown import Calibration, WorstToken, by_lag, by_position, calibration, worst_tokens
 from pipeline.diagnose.exchanges import PARTS, WHOLESALE, NotMeasured, Trial, try_part
 from pipeline.diagnose.verdict import verdict
-from pipeline.loop.loop import Loop, mismatch_of
+from pipeline.loop.compare import mismatch_of
+from pipeline.loop.loop import Loop
 from pipeline.trainer.group import TrainerError
 from pipeline.types import Rollout
 
@@ -85,7 +86,7 @@ def diagnose(
     model_path: Path,
     rollouts: Sequence[Rollout],
     *,
-    replay: Literal["none", "r2", "r3"] | None = None,
+    replay: Replay | None = None,
     in_full: bool = True,
 ) -> Diagnosis:
     """Measure.
@@ -99,12 +100,12 @@ def diagnose(
     rollouts = [r for r in rollouts if len(r)]
     if not rollouts:
         raise ValueError("there is no rollout with a response to compare the engines on")
-    bench = Bench(loop, read_hf_config(model_path), rollouts)
-    base = Setting(routes="rollout" if (replay or loop.replay) == "r3" and bench.has_routes else "native")
+    bench = Bench(loop, rollouts)
+    base = Setting(routes="rollout" if (replay or loop.replay).from_server and bench.has_routes else "native")
     policy = bench.trainer(base)
     gap = {name.removeprefix("mismatch/"): value for name, value in mismatch_of(rollouts, policy).items()}
     bound, tokens = loop.config.logprob_bound, sum(len(r) for r in rollouts)
-    version = loop.version  # weights that are sent again are the same under the next number
+    version = loop.fleet.version  # weights that are sent again are the same under the next number
     measured: dict[str, Any] = {}
     uncompared: dict[str, str] = {}
     if tokens > 1:
@@ -118,7 +119,7 @@ def diagnose(
             "by_lag": tuple(by_lag(rollouts, policy, version)),
             "worst": tuple(worst_tokens(loop, rollouts, policy)),
         }
-        if loop.client is not None:
+        if loop.fleet.serves:
             try:
                 measured["weights"] = tuple(f"{d.name} ({d.kind})" for d in loop.trainers.weight_differences())
             except TrainerError as error:  # quantized weights cannot be read back

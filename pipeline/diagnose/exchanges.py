@@ -100,7 +100,7 @@ def _routing(bench: Bench, setting: Setting) -> Iterable[tuple[str, Setting]]:
 
 
 def _rope(bench: Bench, setting: Setting) -> Iterable[tuple[str, Setting]]:
-    now = setting.rope_theta or exchangeable_rope_theta(bench.hf)
+    now = setting.rope_theta or exchangeable_rope_theta(bench.loop.shape)
     if now is None:
         raise NotMeasured("the rotary embedding of this model is scaled, or inside multi-latent attention")
     best = _fit(lambda theta: replace(setting, rope_theta=theta), bench, [t for t in ROPE_THETAS if t != now])

@@ -2,22 +2,26 @@
 
 dumps/step_000012.safetensors holds flat arrays, all rollouts one behind the other in the order of training:
 
-    group_sizes       [groups] int32       rollouts of each prompt
+    group_sizes       [groups] int32       episodes of each prompt
     prompts           [bytes] uint8        JSON, a list of {text, metadata, index}
-    prompt_lengths    [groups] int32       P
-    prompt_ids        [sum P] int32
+    episode_sizes     [episodes] int32     rollouts of each
+    rewards           [episodes] float32   0 where it failed
+    failures          [bytes] uint8        JSON, a list: why an episode has no reward, or null
+    prompt_lengths    [rollouts] int32     P
+    prompt_ids        [sum P] int32        a group's prompt is that of its first rollout
     response_lengths  [rollouts] int32     N
     response_ids      [sum N] int32
     rollout_logprobs  [sum N] float32      nats, at the sampling temperature, over the kept tokens if any
     weight_versions   [sum N] int32
+    trained           [sum N] bool
     finish_reasons    [rollouts] uint8     position in FINISH_REASONS
-    rewards           [rollouts] float32
+    retractions       [rollouts] int32
     has_routes        [rollouts] bool
     routes            [sum of P + N - 1 where has_routes, layers, topk] uint8 or int16; absent where no rollout has any
     kept              [sum N, K] int32, as Rollout says; absent where sampling was from the whole vocabulary
 
 and in its header: format, format_version, step, weight_version, temperature. Nothing in it is code, and a file appears
-whole or not at all.
+whole or not at all. What a rollout may hold, `Rollout` checks when it is read.
 """
 
 from __future__ import annotations
@@ -25,28 +29,33 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.types import FinishReason, Group, Prompt, Rollout, stack_kept
+from pipeline.errors import NOT_STARTED, SamerouteError
+from pipeline.types import Batch, Episode, FinishReason, Group, Prompt, Rollout, stack_kept
 
-FORMAT, FORMAT_VERSION = "sameroute.rollouts", 1
+FORMAT, FORMAT_VERSION = "sameroute.rollouts", 2
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 _ARRAYS: dict[str, tuple[str, ...]] = {
     "group_sizes": ("int32",),
     "prompts": ("uint8",),
+    "episode_sizes": ("int32",),
+    "rewards": ("float32",),
+    "failures": ("uint8",),
     "prompt_lengths": ("int32",),
     "prompt_ids": ("int32",),
     "response_lengths": ("int32",),
     "response_ids": ("int32",),
     "rollout_logprobs": ("float32",),
     "weight_versions": ("int32",),
+    "trained": ("bool",),
     "finish_reasons": ("uint8",),
-    "rewards": ("float32",),
+    "retractions": ("int32",),
     "has_routes": ("bool",),
     "routes": ("uint8", "int16"),
     "kept": ("int32",),
@@ -55,24 +64,18 @@ _OPTIONAL = {"routes": 3, "kept": 2}
 """Arrays that a step may lack, and their dimensions; all others have one."""
 
 
-class DumpError(ValueError):
+class DumpError(SamerouteError, ValueError):
     """A dump cannot be written, read or used; the message says which and why."""
+
+    exit_code = NOT_STARTED
 
 
 @dataclass(frozen=True)
 class Dump:
-    """One step's rollouts.
+    """One step's batch, and the temperature of its log-probs."""
 
-    step:           its number in the run that sampled them.
-    weight_version: of the weights that the trainer held when the step began.
-    temperature:    of the log-probs.
-    groups:         graded.
-    """
-
-    step: int
-    weight_version: int
+    batch: Batch
     temperature: float
-    groups: tuple[Group, ...]
 
 
 def dump_path(directory: Path, step: int) -> Path:
@@ -83,23 +86,22 @@ def dump_path(directory: Path, step: int) -> Path:
 def write_dump(directory: Path, dump: Dump) -> Path:
     """Write a step into a directory, which is made where there is none; returns the file.
 
-    Raises DumpError for what could not be read back as it is: an ungraded group, a rollout with another prompt than its
-    group's, an array of another dtype or length than Rollout says, routes of two shapes, a number that is not finite,
-    or metadata that JSON does not hold.
+    Raises DumpError for what could not be read back as it is: an ungraded episode, a group whose first rollout has
+    another prompt, routes of two shapes, a reward that is not finite, or metadata that JSON does not hold.
     """
     from safetensors.numpy import save_file
 
-    arrays = _flatten(dump.groups)
+    arrays = _flatten(dump.batch.groups)
     _check(arrays)
     header = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        "step": str(dump.step),
-        "weight_version": str(dump.weight_version),
+        "step": str(dump.batch.step),
+        "weight_version": str(dump.batch.version),
         "temperature": repr(float(dump.temperature)),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    target = dump_path(directory, dump.step)
+    target = dump_path(directory, dump.batch.step)
     partial = target.with_name(f".{target.name}.partial")
     save_file(arrays, partial, header)
     partial.chmod(0o644)  # safetensors 0.8 writes for its owner only
@@ -116,9 +118,9 @@ def read_dump(path: str | Path) -> Dump:
     try:
         _check(arrays)
         groups = _restore(arrays)
-    except DumpError as error:
+    except ValueError as error:  # of ours, or of a rollout that cannot be
         raise DumpError(f"{path}: {error}") from error
-    return Dump(int(header["step"]), int(header["weight_version"]), float(header["temperature"]), groups)
+    return Dump(Batch(int(header["step"]), int(header["weight_version"]), groups), float(header["temperature"]))
 
 
 def read_step(path: str | Path) -> int:
@@ -127,44 +129,35 @@ def read_step(path: str | Path) -> int:
 
 
 def _flatten(groups: Sequence[Group]) -> dict[str, np.ndarray]:
-    """Arrays of all groups. Raises DumpError for what would be lost in them; `_check` looks at the rest."""
-    rollouts = [r for g in groups for r in g.rollouts]
-    if not rollouts:
-        raise DumpError("a step without rollouts cannot be dumped")
+    """Arrays of all groups. Raises DumpError for what would be lost in them."""
+    episodes = [e for g in groups for e in g.episodes]
+    rollouts = [r for e in episodes for r in e.rollouts]
+    _must(rollouts, "a step without rollouts cannot be dumped")
     for group in groups:
         where = f"prompt {group.prompt.index}"
-        if len(group.rewards) != len(group.rollouts):
-            raise DumpError(f"{where} has {len(group.rewards)} rewards for {len(group.rollouts)} rollouts")
-        for rollout in group.rollouts:
-            if not np.array_equal(rollout.prompt_ids, group.prompt.ids):
-                raise DumpError(f"{where} has a rollout of another prompt")
-            if not len(rollout) == len(rollout.rollout_logprobs) == len(rollout.weight_versions):
-                raise DumpError(f"{where} has a rollout whose arrays differ in length")
-            rows = len(rollout.prompt_ids) + len(rollout) - 1
-            if rollout.routes is not None and len(rollout.routes) != rows:
-                raise DumpError(f"{where} has {len(rollout.routes)} route rows for {rows} input tokens")
-            if rollout.kept is not None and len(rollout.kept) != len(rollout):
-                raise DumpError(f"{where} has {len(rollout.kept)} kept sets for {len(rollout)} tokens")
+        _must(group.graded, f"{where} has an episode without a reward")
+        first = group.rollouts[0].prompt_ids
+        _must(np.array_equal(first, group.prompt.ids), f"{where} has a rollout of another prompt")
     routes = [r.routes for r in rollouts if r.routes is not None]
     kinds = {f"{rows.shape[1:]} {rows.dtype}" for rows in routes}
-    if len(kinds) > 1:
-        raise DumpError(f"routes of one step have one shape and dtype, not {' and '.join(sorted(kinds))}")
+    _must(len(kinds) < 2, f"routes of one step have one shape and dtype, not {' and '.join(sorted(kinds))}")
     kept = [r.kept for r in rollouts if r.kept is not None]
-    if kept and len(kept) != len(rollouts):
-        raise DumpError(f"{len(kept)} of {len(rollouts)} rollouts have kept tokens; a step has them for all or none")
+    some = f"{len(kept)} of {len(rollouts)} rollouts have kept tokens; a step has them for all or none"
+    _must(not kept or len(kept) == len(rollouts), some)
     arrays = {
-        "group_sizes": np.array([len(g.rollouts) for g in groups], np.int32),
+        "group_sizes": np.array([len(g.episodes) for g in groups], np.int32),
         "prompts": np.frombuffer(_prompts_json([g.prompt for g in groups]), np.uint8),
-        "prompt_lengths": np.array([len(g.prompt.ids) for g in groups], np.int32),
-        "prompt_ids": np.concatenate([g.prompt.ids for g in groups]),
+        "episode_sizes": np.array([len(e.rollouts) for e in episodes], np.int32),
+        "rewards": np.array([0.0 if e.reward is None else e.reward for e in episodes], np.float32),
+        "failures": np.frombuffer(json.dumps([e.failure for e in episodes]).encode(), np.uint8),
+        "prompt_lengths": np.array([len(r.prompt_ids) for r in rollouts], np.int32),
         "response_lengths": np.array([len(r) for r in rollouts], np.int32),
-        "response_ids": np.concatenate([r.response_ids for r in rollouts]),
-        "rollout_logprobs": np.concatenate([r.rollout_logprobs for r in rollouts]),
-        "weight_versions": np.concatenate([r.weight_versions for r in rollouts]),
         "finish_reasons": np.array([FINISH_REASONS.index(r.finish_reason) for r in rollouts], np.uint8),
-        "rewards": np.concatenate([g.rewards for g in groups]),
+        "retractions": np.array([r.retractions for r in rollouts], np.int32),
         "has_routes": np.array([r.routes is not None for r in rollouts]),
     }
+    for name in ("prompt_ids", "response_ids", "rollout_logprobs", "weight_versions", "trained"):
+        arrays[name] = np.concatenate([getattr(r, name) for r in rollouts])
     arrays |= {"routes": np.concatenate(routes)} if routes else {}
     return arrays | ({"kept": stack_kept(kept)} if kept else {})
 
@@ -216,69 +209,78 @@ def _number(path: Path, header: dict[str, str], name: str, read: Callable[[str],
 
 
 def _check(arrays: dict[str, np.ndarray]) -> None:
-    """Raise DumpError where dtypes, lengths or values cannot be those of a step."""
+    """Raise DumpError where arrays are not of the dtypes and lengths that a file has, or a reward is not finite."""
     for name, array in arrays.items():
         _must(array.dtype.name in _ARRAYS[name], f"{name} is {array.dtype}, not {' or '.join(_ARRAYS[name])}")
         _must(array.ndim == _OPTIONAL.get(name, 1), f"{name} has shape {list(array.shape)}")
-    sizes, prompt_lengths, lengths = (arrays[n] for n in ("group_sizes", "prompt_lengths", "response_lengths"))
-    _must(len(sizes) and sizes.min() > 0, "a group has no rollouts")
-    _must(prompt_lengths.min(initial=1) > 0, "a prompt has no tokens")
+    groups, episodes = arrays["group_sizes"], arrays["episode_sizes"]
+    prompts, lengths = arrays["prompt_lengths"], arrays["response_lengths"]
+    _must(len(groups) and groups.min() > 0, "a group has no episodes")
+    _must(len(episodes) and episodes.min() > 0, "an episode has no rollouts")
     _must(lengths.min(initial=0) >= 0, "a response has a negative length")
-    count, tokens = int(sizes.sum(dtype=np.int64)), int(lengths.sum(dtype=np.int64))
-    expected = {"kept": tokens} if "kept" in arrays else {}
-    expected |= dict.fromkeys(("response_lengths", "finish_reasons", "rewards", "has_routes"), count)
-    expected |= dict.fromkeys(("response_ids", "rollout_logprobs", "weight_versions"), tokens)
-    expected |= {"prompt_lengths": len(sizes), "prompt_ids": int(prompt_lengths.sum(dtype=np.int64))}
+    _must(prompts.min(initial=1) > 0, "a prompt has no tokens")
+    count = int(episodes.sum(dtype=np.int64))
+    expected = dict.fromkeys(("episode_sizes", "rewards"), int(groups.sum(dtype=np.int64)))
+    expected |= dict.fromkeys(("prompt_lengths", "response_lengths", "finish_reasons", "retractions"), count)
+    expected |= {"has_routes": count, "prompt_ids": int(prompts.sum(dtype=np.int64))}
+    tokens = int(lengths.sum(dtype=np.int64))
+    expected |= dict.fromkeys(("response_ids", "rollout_logprobs", "weight_versions", "trained"), tokens)
+    expected |= {"kept": tokens} if "kept" in arrays else {}
+    expected |= {"routes": int(_route_rows(arrays).sum())} if "routes" in arrays else {}
     for name, size in expected.items():
         _must(len(arrays[name]) == size, f"{name} has {len(arrays[name])} entries, not {size}")
-    for name in ("prompt_ids", "response_ids", "weight_versions"):
-        _must(arrays[name].min(initial=0) >= 0, f"{name} holds {arrays[name].min(initial=0)}")
-    for name in ("rollout_logprobs", "rewards"):
-        _must(np.isfinite(arrays[name]).all(), f"{name} holds a number that is not finite")
-    _must(arrays["rollout_logprobs"].max(initial=0) <= 1e-3, "rollout_logprobs holds a number above 0")
+    _must(np.isfinite(arrays["rewards"]).all(), "rewards holds a number that is not finite")
     _must(arrays["finish_reasons"].max(initial=0) < len(FINISH_REASONS), "finish_reasons holds an unknown one")
-    if "kept" in arrays:
-        kept = arrays["kept"]
-        _must(kept.min(initial=-1) >= -1, f"kept holds token {kept.min(initial=-1)}")
-        _must((kept == arrays["response_ids"][:, None]).any(1).all(), "kept lacks a token that was sampled")
-    if "routes" in arrays:
-        routes, rows = arrays["routes"], _route_rows(arrays).sum()
-        _must(len(routes) == rows, f"routes has {len(routes)} rows, not {rows}")
-        _must(routes.min(initial=0) >= 0, f"routes holds expert {routes.min(initial=0)}")
-    else:
-        _must(not arrays["has_routes"].any(), "there are no routes, though has_routes says so")
+    _must("routes" in arrays or not arrays["has_routes"].any(), "there are no routes, though has_routes says so")
 
 
 def _route_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """[rollouts] int64: rows that each rollout has in `routes`."""
-    prompts = np.repeat(arrays["prompt_lengths"].astype(np.int64), arrays["group_sizes"])
-    return np.where(arrays["has_routes"], prompts + arrays["response_lengths"] - 1, 0)
+    rows = arrays["prompt_lengths"].astype(np.int64) + arrays["response_lengths"] - 1
+    return np.where(arrays["has_routes"], rows, 0)
 
 
 def _restore(arrays: dict[str, np.ndarray]) -> tuple[Group, ...]:
-    """The groups of checked arrays. Raises DumpError for prompts that are not what they should be."""
+    """The groups of checked arrays. Raises ValueError for prompts or rollouts that cannot be."""
+    failures = _read_json(arrays["failures"], "failures", len(arrays["episode_sizes"]))
+    _must(all(why is None or isinstance(why, str) for why in failures), "a failure is a text, or null")
+    rollouts, rewards = _rollouts(arrays), iter(arrays["rewards"].tolist())
+    episodes = iter(
+        [
+            Episode(tuple(next(rollouts) for _ in range(size)), *((reward, None) if why is None else (None, why)))
+            for size, reward, why in zip(arrays["episode_sizes"], rewards, failures, strict=True)
+        ]
+    )
+    prompts = _read_json(arrays["prompts"], "prompts", len(arrays["group_sizes"]))
+    groups = []
+    for row, size in zip(prompts, arrays["group_sizes"], strict=True):
+        own = tuple(next(episodes) for _ in range(size))
+        groups.append(Group(_prompt(row, own[0].rollouts[0].prompt_ids), own))
+    return tuple(groups)
 
+
+def _rollouts(arrays: dict[str, np.ndarray]) -> Iterator[Rollout]:
     def split(name: str, lengths: np.ndarray) -> list[np.ndarray]:
         return np.split(arrays[name], np.cumsum(lengths, dtype=np.int64)[:-1])
 
-    sizes, lengths, has_routes = (arrays[n] for n in ("group_sizes", "response_lengths", "has_routes"))
-    prompts = _read_prompts(arrays["prompts"], split("prompt_ids", arrays["prompt_lengths"]))
-    rows = split("routes", _route_rows(arrays)) if "routes" in arrays else [None] * len(lengths)
+    lengths, has_routes = arrays["response_lengths"], arrays["has_routes"]
+    prompts = split("prompt_ids", arrays["prompt_lengths"])
+    routes = split("routes", _route_rows(arrays)) if "routes" in arrays else [None] * len(lengths)
     kept = [_narrow(k) for k in split("kept", lengths)] if "kept" in arrays else [None] * len(lengths)
-    rollouts = iter(
-        zip(
-            *(split(name, lengths) for name in ("response_ids", "rollout_logprobs", "weight_versions")),
-            (r if has else None for r, has in zip(rows, has_routes, strict=True)),
-            (FINISH_REASONS[i] for i in arrays["finish_reasons"]),
-            kept,
-            strict=True,
+    names = ("response_ids", "rollout_logprobs", "weight_versions", "trained")
+    by_token = zip(*(split(name, lengths) for name in names), strict=True)
+    for i, (ids, logprobs, versions, trained) in enumerate(by_token):
+        yield Rollout(
+            prompt_ids=prompts[i],
+            response_ids=ids,
+            rollout_logprobs=logprobs,
+            routes=routes[i] if has_routes[i] else None,
+            weight_versions=versions,
+            finish_reason=FINISH_REASONS[arrays["finish_reasons"][i]],
+            kept=kept[i],
+            retractions=int(arrays["retractions"][i]),
+            trained=trained,
         )
-    )
-    groups = []
-    for prompt, size, rewards in zip(prompts, sizes, split("rewards", sizes), strict=True):
-        own = [next(rollouts) for _ in range(size)]
-        groups.append(Group(prompt, tuple(_rollout(prompt, *parts) for parts in own), rewards))
-    return tuple(groups)
 
 
 def _narrow(kept: np.ndarray) -> np.ndarray:
@@ -286,41 +288,25 @@ def _narrow(kept: np.ndarray) -> np.ndarray:
     return kept[:, : max(1, int((kept >= 0).sum(1).max(initial=0)))]
 
 
-def _rollout(
-    prompt: Prompt,
-    ids: np.ndarray,
-    logprobs: np.ndarray,
-    versions: np.ndarray,
-    routes: np.ndarray | None,
-    reason: FinishReason,
-    kept: np.ndarray | None,
-) -> Rollout:
-    return Rollout(
-        prompt_ids=prompt.ids,
-        response_ids=ids,
-        rollout_logprobs=logprobs,
-        routes=routes,
-        weight_versions=versions,
-        finish_reason=reason,
-        kept=kept,
-    )
-
-
-def _read_prompts(encoded: np.ndarray, ids: Sequence[np.ndarray]) -> list[Prompt]:
+def _read_json(encoded: np.ndarray, name: str, count: int) -> list[Any]:
+    """A list of `count` entries. Raises DumpError for anything else."""
     try:
         rows: Any = json.loads(encoded.tobytes().decode())
     except ValueError as error:
-        raise DumpError(f"prompts is not JSON: {error}") from error
-    _must(isinstance(rows, list) and len(rows) == len(ids), f"prompts is not a list of {len(ids)}")
-    for row in rows:
-        well_formed = (
-            isinstance(row, dict)
-            and isinstance(row.get("text"), str)
-            and isinstance(row.get("metadata"), dict)
-            and isinstance(row.get("index"), int)
-        )
-        _must(well_formed, "a prompt is not {text, metadata, index}")
-    return [Prompt(i, row["text"], row["metadata"], row["index"]) for i, row in zip(ids, rows, strict=True)]
+        raise DumpError(f"{name} is not JSON: {error}") from error
+    _must(isinstance(rows, list) and len(rows) == count, f"{name} is not a list of {count}")
+    return rows
+
+
+def _prompt(row: Any, ids: np.ndarray) -> Prompt:
+    well_formed = (
+        isinstance(row, dict)
+        and isinstance(row.get("text"), str)
+        and isinstance(row.get("metadata"), dict)
+        and isinstance(row.get("index"), int)
+    )
+    _must(well_formed, "a prompt is not {text, metadata, index}")
+    return Prompt(ids, row["text"], row["metadata"], row["index"])
 
 
 def _must(holds: object, otherwise: str) -> None:

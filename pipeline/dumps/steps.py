@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.dumps.dump import Dump, DumpError, read_dump, read_step
 
 if TYPE_CHECKING:
-    from megatron_ext.hf.description import ModelShape
+    from megatron_ext.hf.description import ModelDescription
     from pipeline.config import Config
 
 
@@ -42,18 +42,15 @@ class DumpedSteps:
                 "give a directory of consecutive steps, or a single file"
             )
 
-    def read(self, step: int, config: Config, shape: ModelShape) -> Dump:
+    def read(self, step: int, config: Config, shape: ModelDescription) -> Dump:
         """The dump of a step. Raises DumpError where this configuration cannot train on it, saying what to change."""
         dump, file = read_dump(self.files[step]), self.files[step]
-        rollouts = [r for g in dump.groups for r in g.rollouts]
-        lengths = [len(r) for r in rollouts]
-        largest = max(int(ids.max(initial=0)) for r in rollouts for ids in (r.prompt_ids, r.response_ids))
-        if largest >= shape.vocab_size:
-            raise DumpError(f"{file}: token id {largest} is outside the model's vocabulary of {shape.vocab_size}")
-        if not min(lengths):
+        rollouts = dump.batch.rollouts
+        if not rollouts or not min(r.trained_tokens for r in rollouts):
             raise DumpError(f"{file}: a rollout has no response, so there is nothing to train on")
-        if max(lengths) > config.rollout.max_new_tokens:
-            raise DumpError(f"{file}: a response has {max(lengths)} tokens; set rollout.max_new_tokens={max(lengths)}")
+        longest = max(r.trained_tokens for r in rollouts)
+        if longest > config.rollout.max_new_tokens:
+            raise DumpError(f"{file}: a response has {longest} tokens; set rollout.max_new_tokens={longest}")
         if dump.temperature != config.precision.temperature:
             raise DumpError(
                 f"{file}: its log-probs are at another temperature; set precision.temperature={dump.temperature}"
@@ -61,18 +58,11 @@ class DumpedSteps:
         if (rollouts[0].kept is not None) != config.precision.masks_sampling:
             instead = "top_k=-1, top_p=1, min_p=0" if config.precision.masks_sampling else "top_k as its run had it"
             raise DumpError(f"{file}: its log-probs are over other tokens; set precision: {instead}")
-        largest = max((int(r.kept.max(initial=0)) for r in rollouts if r.kept is not None), default=0)
-        if largest >= shape.vocab_size:
-            raise DumpError(f"{file}: kept token {largest} is outside the model's vocabulary of {shape.vocab_size}")
-        routes = [r.routes for r in rollouts if r.routes is not None]
-        if config.replay == "r3" and shape.num_experts and not routes:
+        if config.replay.of_model(shape.num_experts).from_server and all(r.routes is None for r in rollouts):
             raise DumpError(f"{file}: it holds no routes; set replay=none")
-        for rows in routes:
-            if rows.shape[1:] != (shape.num_layers, shape.topk):
-                raise DumpError(
-                    f"{file}: its routes are for {rows.shape[1]} layers, top {rows.shape[2]}; the model has "
-                    f"{shape.num_layers}, top {shape.topk}"
-                )
-            if rows.max(initial=0) >= shape.num_experts:
-                raise DumpError(f"{file}: expert {rows.max()} is outside the model's {shape.num_experts}")
+        for rollout in rollouts:
+            try:
+                rollout.check_model(shape, shape.vocab_size)
+            except ValueError as error:
+                raise DumpError(f"{file}: it is of another model: {error}") from error
         return dump

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,11 @@ from typing import Any, Self, get_args
 import aiohttp
 import numpy as np
 
+from megatron_ext.batch.routes import check_routes, route_dtype
+from pipeline import http
 from pipeline.engine.control import SGLangControl
 from pipeline.engine.server import ServerError
-from pipeline.types import FinishReason, Rollout, layer_with_duplicates, route_dtype
+from pipeline.types import FinishReason, Rollout, Sampled
 
 
 class AnswerError(ServerError):
@@ -108,10 +110,7 @@ class SGLangClient(SGLangControl):
 
     async def __aenter__(self) -> Self:
         if self._entered == 0:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # the server queues, not the client
-                timeout=aiohttp.ClientTimeout(total=self.timeout_s),
-            )
+            self._session = http.session(self.timeout_s)
         self._entered += 1
         return self
 
@@ -143,7 +142,8 @@ class SGLangClient(SGLangControl):
         answers = await self._post_generate(body)
         if not isinstance(answers, list) or len(answers) != n:
             raise AnswerError(f"{n} samples asked for, got {len(answers) if isinstance(answers, list) else answers}")
-        return [self._rollout(ids, answer, sampling) for answer in answers]
+        parts = [self._sampled(answer, sampling, len(ids) - 1) for answer in answers]
+        return [self._checked(lambda part=part: Rollout.begun(ids, part)) for part in parts]
 
     async def extend(self, rollout: Rollout, sampling: Sampling) -> Rollout:
         """Go on with an interrupted rollout, `sampling.max_new_tokens` tokens more at most.
@@ -164,7 +164,8 @@ class SGLangClient(SGLangControl):
             "return_sampling_mask": sampling.return_kept,
         }
         answer = await self._post_generate(body)
-        return rollout.extended(self._rollout(ids, answer, sampling, routes_from=start))
+        part = self._sampled(answer, sampling, 0)
+        return self._checked(lambda: rollout.extended(part))
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probs and routes of a given sequence, by one prefill at temperature 1; nothing is sampled.
@@ -188,7 +189,10 @@ class SGLangClient(SGLangControl):
         if len(named) != len(ids) or np.any((named != ids) & (named != written)):
             raise AnswerError(f"log-probs of tokens {named.tolist()} came back for {ids.tolist()}")
         logprobs = np.array([pair[0] for pair in pairs[1:]], np.float32)
-        return logprobs, self._decode_routes(meta, len(ids) - 1)
+        routes = self._decode_routes(meta, len(ids) - 1)
+        if routes is not None:
+            check_routes(routes, self)
+        return logprobs, routes
 
     def _checked_ids(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(token_ids)
@@ -218,60 +222,57 @@ class SGLangClient(SGLangControl):
                 return await response.json(content_type=None)
         except TimeoutError as error:
             raise ServerError(f"{self.url}/generate took more than {self.timeout_s:g} s{self._see_log()}") from error
-        except aiohttp.ClientError as error:
+        except http.HttpError as error:
             raise ServerError(f"{self.url}/generate was cut off: {error!r}{self._see_log()}") from error
 
-    def _rollout(
-        self, prompt_ids: np.ndarray, answer: dict[str, Any], sampling: Sampling, routes_from: int = 0
-    ) -> Rollout:
+    def _sampled(self, answer: dict[str, Any], sampling: Sampling, route_rows: int) -> Sampled:
+        """What one answer brings. route_rows: of its routes, but for those of the tokens that were sampled.
+
+        Raises AnswerError for what was not asked for; `Rollout` checks what it makes of the rest.
+        """
         meta = answer["meta_info"]
         reason = meta["finish_reason"]["type"]
         if reason not in get_args(FinishReason):
             raise AnswerError(f"unknown finish reason {meta['finish_reason']}")
-        response_ids = np.array(answer["output_ids"], np.int32)
-        count = len(response_ids)
+        ids = np.array(answer["output_ids"], np.int32)
+        count = len(ids)
         if count > sampling.max_new_tokens or (count == 0 and reason != "abort" and sampling.max_new_tokens > 0):
             raise AnswerError(f"{count} tokens for a limit of {sampling.max_new_tokens}, finish reason {reason}")
         if reason == "length" and count < sampling.max_new_tokens:
             raise AnswerError(
-                f"an answer to {len(prompt_ids)} tokens was cut at {count} of {sampling.max_new_tokens}: the server "
-                "has no room for more; raise server.context_length or server.max_total_tokens"
+                f"an answer was cut at {count} of {sampling.max_new_tokens} tokens: the server has no room for more; "
+                "raise server.context_length or server.max_total_tokens"
             )
         pairs = meta["output_token_logprobs"]
         if [pair[1] for pair in pairs] != answer["output_ids"]:
             raise AnswerError(f"{len(pairs)} log-probs do not belong to the {count} tokens of the answer")
-        kept = None
+        kept, logprobs = None, [pair[0] for pair in pairs]
         if sampling.return_kept:
-            kept = self._decode_kept(meta, response_ids)
-            logprobs = np.array(meta["output_token_sampling_logprobs"], np.float32)
-        else:
-            logprobs = np.array([pair[0] for pair in pairs], np.float32)
-        if not np.all(logprobs <= 1e-3):  # also catches NaN
-            raise AnswerError(f"log-probs must be at most 0, got {logprobs.max()}")
-        return Rollout(
-            prompt_ids=prompt_ids,
-            response_ids=response_ids,
-            rollout_logprobs=logprobs,
-            routes=self._decode_routes(meta, len(prompt_ids) + count - 1 - routes_from),
+            kept, logprobs = _decode_kept(meta, count), meta["output_token_sampling_logprobs"]
+        return Sampled(
+            ids=ids,
+            logprobs=np.array(logprobs, np.float32),
+            routes=self._decode_routes(meta, route_rows + count),
             weight_versions=_decode_versions(meta, count),
             finish_reason=reason,
             kept=kept,
             retractions=int(meta.get("num_retractions") or 0),
         )
 
-    def _decode_kept(self, meta: dict[str, Any], response_ids: np.ndarray) -> np.ndarray:
-        """[N, K] int32, -1 behind each row. Every row holds the token that was sampled from it, once."""
-        rows = meta.get("output_token_sampling_mask")
-        if rows is None or not len(rows) == len(response_ids) == len(meta["output_token_sampling_logprobs"]):
-            raise AnswerError(f"{None if rows is None else len(rows)} kept sets for {len(response_ids)} tokens")
-        kept = np.full((len(rows), max(map(len, rows), default=1)), -1, np.int32)
-        for out, row in zip(kept, rows, strict=True):
-            out[: len(row)] = row
-        if kept.min(initial=-1) < -1 or kept.max(initial=0) >= self.vocab_size:
-            raise AnswerError(f"kept token ids {kept.min()} .. {kept.max()} are outside the vocabulary")
-        if not np.all((kept == response_ids[:, None]).sum(1) == 1):
-            raise AnswerError("a sampled token is not among those that were kept for it")
-        return kept
+    def _checked(self, make: Callable[[], Rollout]) -> Rollout:
+        """A rollout whose tokens and routes are the model's. Raises AnswerError for another."""
+        try:
+            rollout = make()
+            rollout.check_model(self, self.vocab_size)
+        except ValueError as error:
+            hint = ""
+            if "twice" in str(error):
+                hint = (
+                    ": the server did not capture that layer's routes; set replay=none or r2, or another MoE backend "
+                    "(server.extra_args)"
+                )
+            raise AnswerError(f"{error}{hint}") from error
+        return rollout
 
     def _decode_routes(self, meta: dict[str, Any], rows: int) -> np.ndarray | None:
         """[rows, layers, topk] uint8 where that holds every expert id, else int16."""
@@ -283,15 +284,20 @@ class SGLangClient(SGLangControl):
         shape = (rows, self.num_layers, self.topk)
         if flat.size != np.prod(shape):
             raise AnswerError(f"{flat.size} expert ids came back for routes of shape {shape}")
-        if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):
+        if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):  # before they are cut to fewer bits
             raise AnswerError(f"expert ids {flat.min()} .. {flat.max()} are outside [0, {self.num_experts})")
-        routes = flat.reshape(shape).astype(route_dtype(self.num_experts))
-        if (found := layer_with_duplicates(routes[:, self.moe_layers])) is not None:
-            raise AnswerError(
-                f"a route of layer {self.moe_layers[found]} names an expert twice: the server did not capture that "
-                "layer's routes; set replay=none or r2, or another MoE backend (server.extra_args)"
-            )
-        return routes
+        return flat.reshape(shape).astype(route_dtype(self.num_experts))
+
+
+def _decode_kept(meta: dict[str, Any], count: int) -> np.ndarray:
+    """[count, K] int32, -1 behind each row."""
+    rows = meta.get("output_token_sampling_mask")
+    if rows is None or not len(rows) == count == len(meta["output_token_sampling_logprobs"]):
+        raise AnswerError(f"{None if rows is None else len(rows)} kept sets for {count} tokens")
+    kept = np.full((count, max(map(len, rows), default=1)), -1, np.int32)
+    for out, row in zip(kept, rows, strict=True):
+        out[: len(row)] = row
+    return kept
 
 
 def _decode_versions(meta: dict[str, Any], count: int) -> np.ndarray:

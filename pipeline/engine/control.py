@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import requests
-
+from pipeline import http
 from pipeline.engine.server import ServerError
 
 PauseMode = Literal["abort", "in_place", "retract"]
 HELD_WEIGHTS = "sameroute_held_weights"
 """The action of /weights_checker that `inside/hooks.py` adds to SGLang's own."""
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where a server listens, and the file that gets its output, which error messages name."""
+
+    url: str
+    log_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -53,18 +60,18 @@ class SGLangControl:
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         try:
-            answer = requests.request(method, self.url + path, json=body, timeout=self.timeout_s)
-        except requests.Timeout as error:
+            answer = http.request(method, self.url + path, body=body, timeout_s=self.timeout_s)
+        except TimeoutError as error:
             raise ServerError(f"{self.url}{path} did not answer in {self.timeout_s:g} s{self._see_log()}") from error
-        except requests.RequestException as error:
+        except http.HttpError as error:
             raise ServerError(f"{self.url}{path} cannot be reached: {error}{self._see_log()}") from error
         try:
             content = answer.json()
-        except requests.JSONDecodeError:
+        except ValueError:
             content = {}
-        if answer.status_code != 200 or content.get("success") is False:
+        if answer.status != 200 or content.get("success") is False:
             reason = content.get("message") or answer.text[:1000]
-            raise ServerError(f"{self.url}{path} answered {answer.status_code}: {reason}{self._see_log()}")
+            raise ServerError(f"{self.url}{path} answered {answer.status}: {reason}{self._see_log()}")
         return content
 
     def _see_log(self) -> str:
@@ -73,8 +80,8 @@ class SGLangControl:
     def healthy(self) -> bool:
         """Whether the server answers and takes requests (False while generation is paused)."""
         try:
-            return requests.get(f"{self.url}/ready", timeout=min(5.0, self.timeout_s)).status_code == 200
-        except requests.RequestException:
+            return http.request("GET", f"{self.url}/ready", timeout_s=min(5.0, self.timeout_s)).status == 200
+        except (http.HttpError, TimeoutError):
             return False
 
     def model_info(self) -> dict[str, Any]:

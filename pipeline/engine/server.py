@@ -13,24 +13,25 @@ import secrets
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-import requests
-
+from pipeline import http
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
+from pipeline.errors import SamerouteError
 from pipeline.imports import own_folder
+from pipeline.socket_folder import make_socket_folder
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
 _FREE_PORTS = range(20_000, 32_000)
 CPU_STUBS = Path(__file__).parent / "inside" / "cpu" / "stub"
 _LOG_TAIL_LINES = 30
+_LONGEST_SCRATCH = 60  # bytes; behind it stand names as multiprocessing's /pymp-abcdefgh/listener-abcdefgh
 
 # SGLang logs these and goes on waiting, or goes on without what failed.
 _FATAL_LOG_LINE = re.compile(
@@ -39,7 +40,7 @@ _FATAL_LOG_LINE = re.compile(
 )
 
 
-class ServerError(RuntimeError):
+class ServerError(SamerouteError):
     """The rollout engine could not be started, died, or cannot be reached."""
 
 
@@ -102,7 +103,10 @@ class SGLangServer:
         if not (self.model_path / "config.json").is_file():
             raise ServerError(f"no model at {self.model_path}: there is no config.json")
         self._port = reserve_port(self.config.host, self.config.port)
-        self._scratch = Path(tempfile.mkdtemp(prefix="sameroute-"))
+        try:
+            self._scratch = make_socket_folder(_LONGEST_SCRATCH)
+        except OSError as error:
+            raise ServerError(str(error)) from error
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # -P: what lies in the working directory is no part of the path.
         command = [sys.executable, "-P", "-m", "pipeline.engine.inside.launch", str(os.getpid()), *self.arguments()]
@@ -166,6 +170,7 @@ class SGLangServer:
         environment["TMPDIR"] = str(self._scratch)
         environment["SPT_NOENV"] = "1"  # else setproctitle overwrites the environment that carries the token
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
+        environment |= _without_proxy(self.config.host)
         environment |= self.precision.server_environment()
         paths = own_folder()
         if self.device == "cpu":
@@ -208,8 +213,8 @@ class SGLangServer:
 
     def _answers(self) -> bool:
         try:
-            return requests.get(f"{self.url}/ready", timeout=5).status_code == 200
-        except requests.RequestException:  # not listening yet
+            return http.request("GET", f"{self.url}/ready", timeout_s=5).status == 200
+        except (http.HttpError, TimeoutError):  # not listening yet
             return False
 
     def _freeze_garbage_collection(self) -> None:
@@ -218,7 +223,9 @@ class SGLangServer:
         SGLang does it after its own warm-up; without one it tries before the port is open, and fails.
         """
         if self.device == "cpu":
-            requests.post(f"{self.url}/freeze_gc", timeout=60).raise_for_status()
+            answer = http.request("POST", f"{self.url}/freeze_gc", timeout_s=60)
+            if answer.status != 200:
+                raise ServerError(f"{self.url}/freeze_gc answered {answer.status}: {answer.text[:1000]}")
 
     def alive(self) -> bool:
         """Whether the server's first process runs; SGLang ends it when a scheduler dies."""
@@ -257,6 +264,13 @@ class SGLangServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _without_proxy(host: str) -> dict[str, str]:
+    """Variables under which the server's processes ask each other directly, whatever proxies the environment names."""
+    hosts = [os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), host, "127.0.0.1", "localhost"]
+    value = ",".join(dict.fromkeys(filter(None, hosts)))
+    return {"no_proxy": value, "NO_PROXY": value}
 
 
 def reserve_port(host: str, port: int | None) -> int:

@@ -1,24 +1,134 @@
-"""Ray and the processes of a run on it: trainer ranks and servers, here or on the nodes of a cluster."""
+"""Both engines of a run: the servers as a fleet and the trainer ranks as a group, here or on the nodes of a cluster."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import ray
+import torch
 
+from megatron_ext.hf.description import ModelDescription
 from pipeline.cluster.placement import wait_and_place
+from pipeline.cluster.ray_session import ray_session
 from pipeline.config import Config
 from pipeline.config.weights import WeightsConfig
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.fleet import Fleet, FleetServer, ServerProcess
 from pipeline.engine.remote import RemoteServer
 from pipeline.engine.server import ServerError, SGLangServer
+from pipeline.loop.inputs import config_device
 from pipeline.trainer.group import TrainerGroup
+
+
+@dataclass(frozen=True)
+class Engines:
+    """fleet: its servers are started, and load. trainers: started, without a model yet. gpus: of this machine; 0: the
+    run uses none."""
+
+    config: Config
+    fleet: Fleet
+    trainers: TrainerGroup
+    gpus: int
+
+    def connect(self) -> None:
+        """Wait for the servers, and make the way that weights take to them. Raises ServerError, TrainerError."""
+        if not self.fleet.serves:
+            return
+        self.fleet.wait_ready()
+        weights, rounding = weights_config(self.config, self.gpus), self.config.precision.rollout_weights
+        self.trainers.connect(self.fleet.addresses, weights, config_device(self.config), rounding)
+
+
+@contextlib.contextmanager
+def start_engines(
+    config: Config, model_path: Path, shape: ModelDescription, logs: Path, *, serve: bool, seed: int
+) -> Iterator[Engines]:
+    """Everything is started inside, and nothing of it is left when the block ends.
+
+    logs: existing folder for the logs of both engines. serve: false starts no server. seed: of the first server's
+    sampler. Raises ServerError for a server that could never work, and PlacementError for a cluster that does not hold
+    the run.
+    """
+    gpus = max(1, torch.cuda.device_count()) if config_device(config) == "cuda" else 0
+    routes = config.replay.of_model(shape.num_experts).from_server
+    count = server_count(config, gpus) if serve else 0
+    local = [
+        SGLangServer(
+            config.server,
+            model_path,
+            logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
+            device=config_device(config),
+            seed=seed + number,  # another draw for each
+            return_routed_experts=routes,
+            precision=config.precision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        for number in range(count)
+    ]
+    with contextlib.ExitStack() as stack:
+        processes, nodes = stack.enter_context(_processes(config, local, gpus))
+        fleet = Fleet([FleetServer(process, _client(config, shape, process, routes)) for process in processes])
+        trainers = TrainerGroup(
+            config.parallel,
+            gpus=gpus > 0,
+            log_directory=logs,
+            threads=config.cluster.cpu_threads,
+            timeout_s=config.cluster.call_timeout_s,
+            watch=fleet.check_alive,  # a server that dies ends what the trainer waits for
+            nodes=nodes,
+        )
+        stack.callback(trainers.stop)
+        yield Engines(config, fleet, trainers, gpus)
+
+
+def _client(config: Config, shape: ModelDescription, process: ServerProcess, routes: bool) -> SGLangClient:
+    return SGLangClient(
+        process.url,
+        vocab_size=shape.vocab_size,
+        num_layers=shape.num_layers,
+        topk=shape.topk,
+        num_experts=shape.num_experts,
+        moe_layers=shape.moe_layers,
+        routes=routes,
+        timeout_s=config.rollout.timeout_s,
+        log_path=process.log_path,
+    )
+
+
+@contextlib.contextmanager
+def _processes(
+    config: Config, servers: list[SGLangServer], gpus: int
+) -> Iterator[tuple[Sequence[ServerProcess], list[str] | None]]:
+    """Ray up and the servers started: as children of this process where there are no GPUs, or too few for both engines;
+    else by Ray, on GPUs and nodes of their own.
+
+    Yields the servers, and in the second case the node of each trainer rank. All is gone on leaving.
+    """
+    with contextlib.ExitStack() as stack:
+        ray_up = ray_session(config.cluster, cpus=config.parallel.ranks + 1)
+        if config.cluster.address is None and (not gpus or shares_gpus(config, gpus)):
+            for server in servers:
+                stack.callback(server.stop)
+                server.start()  # it loads while Ray and the trainer do
+            stack.enter_context(ray_up)
+            yield servers, None
+            return
+        stack.enter_context(ray_up)
+        placement = wait_and_place(
+            config.parallel.ranks,
+            [config.server.tensor_parallel] * len(servers),
+            gpus=gpus > 0,
+            timeout_s=config.cluster.join_timeout_s,
+        )
+        kind = {"gpus": gpus > 0, "reachable": config.cluster.address is not None}
+        remote = [RemoteServer(s, node, **kind) for s, node in zip(servers, placement.servers, strict=True)]
+        for server in remote:
+            stack.callback(server.stop)
+        for server in remote:
+            server.start()
+        yield remote, placement.trainers
 
 
 def server_count(config: Config, gpus: int) -> int:
@@ -51,94 +161,3 @@ def weights_config(config: Config, gpus: int) -> WeightsConfig:
     if config.weights.transport != "auto" or not gpus or shares_gpus(config, gpus):
         return config.weights
     return config.weights.model_copy(update={"transport": "distributed"})
-
-
-@contextlib.contextmanager
-def cluster(
-    config: Config, servers: list[SGLangServer], gpus: int
-) -> Iterator[tuple[Sequence[SGLangServer | RemoteServer], list[str] | None]]:
-    """Ray up and the servers started: as children of this process where there are no GPUs, or too few for both engines;
-    else by Ray, on GPUs and nodes of their own.
-
-    gpus: of this machine; 0: the run uses none.
-    Yields the servers, and in the second case the node of each trainer rank. All is gone on leaving. Raises ServerError
-    for a server that could never work, and PlacementError for a cluster that does not hold the run.
-    """
-    with contextlib.ExitStack() as stack:
-        if config.cluster.address is None and (not gpus or shares_gpus(config, gpus)):
-            for server in servers:
-                stack.callback(server.stop)
-                server.start()  # it loads while Ray and the trainer do
-            stack.enter_context(_ray(config))
-            yield servers, None
-            return
-        stack.enter_context(_ray(config))
-        placement = wait_and_place(
-            config.parallel.ranks,
-            [config.server.tensor_parallel] * len(servers),
-            gpus=gpus > 0,
-            timeout_s=config.cluster.join_timeout_s,
-        )
-        kind = {"gpus": gpus > 0, "reachable": config.cluster.address is not None}
-        remote = [RemoteServer(s, node, **kind) for s, node in zip(servers, placement.servers, strict=True)]
-        for server in remote:
-            stack.callback(server.stop)
-        for server in remote:
-            server.start()
-        yield remote, placement.trainers
-
-
-@contextlib.contextmanager
-def _ray(config: Config) -> Iterator[None]:
-    """Ray started here, or joined."""
-    on_termination = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
-    if config.cluster.address is None:
-        ray.init(
-            address="local",  # never another run's cluster on this machine
-            num_cpus=config.parallel.ranks + 1,
-            include_dashboard=False,
-            object_store_memory=int(config.cluster.object_store_gb * 1e9),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    else:
-        ray.init(address=config.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-    # Ray takes SIGTERM over and aborts the process in the middle of its own clean-up (2.60); the caller's stays.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_termination)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def trainer_group(
-    config: Config,
-    device: Literal["cpu", "cuda"],
-    logs: Path,
-    servers: Sequence[SGLangServer | RemoteServer],
-    nodes: list[str] | None,
-) -> Iterator[TrainerGroup]:
-    """One actor a trainer rank; all gone on leaving. A server that dies ends what they wait for."""
-
-    def watch() -> None:
-        for server in servers:
-            if not server.alive():
-                raise ServerError(f"the SGLang server died\n{server.log_tail()}")
-
-    group = TrainerGroup(
-        config.parallel,
-        gpus=device == "cuda",
-        log_directory=logs,
-        threads=config.cluster.cpu_threads,
-        timeout_s=config.cluster.call_timeout_s,
-        watch=watch,
-        nodes=nodes,
-    )
-    try:
-        yield group
-    finally:
-        group.stop()

@@ -1,44 +1,33 @@
-"""Everything that a run needs is started here, and nothing of it is left when the block ends."""
+"""`train`: a whole run, from its configuration to its last checkpoint, fresh or resumed, and its end."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
-import torch
-
-from megatron_ext.hf.description import model_shape, read_hf_config
-from megatron_ext.hf.files import copy_companions
+from megatron_ext.hf.companions import write_companions
 from pipeline.checkpoints.resume import Start, choose_start
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import CheckpointStore, Progress, progress_of
-from pipeline.config import Config, ConfigError
-from pipeline.data.chat import DataError
+from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
-from pipeline.data.tiny_model import make_tiny_model
-from pipeline.diagnose import diagnose
-from pipeline.diagnose.bench import new_rollouts
-from pipeline.diagnose.page import write_page
-from pipeline.dumps.dump import DumpError
 from pipeline.dumps.steps import DumpedSteps
-from pipeline.engine.client import SGLangClient
-from pipeline.engine.pool import ClientPool
-from pipeline.engine.server import SGLangServer, reserve_port
-from pipeline.loop.engines import cluster, server_count, trainer_group, weights_config
-from pipeline.loop.loop import DisagreementError, Loop, NothingToLearnError, supervise
+from pipeline.loop.check_engines import check_first_rollouts
+from pipeline.loop.compare import DisagreementError
+from pipeline.loop.inputs import check_inputs, dumped_steps
+from pipeline.loop.loop import Loop, NothingToLearnError
+from pipeline.loop.open_loop import open_loop
 from pipeline.loop.stop import Stopped, StopRequest
-from pipeline.objectives import resolve
 from pipeline.observe.console import Console
-from pipeline.observe.facts import write_facts
+from pipeline.observe.facts import write_facts, written_by_this_job
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.alerts import AlertStop
-from pipeline.observe.sinks.sinks import Sinks, check_sinks
-from pipeline.rewards import resolve_reward
+from pipeline.observe.sinks.sinks import Sinks
 from pipeline.trainer.group import TrainerGroup
 from pipeline.trainer.hf_output import has_weights
-from pipeline.types import Group
+from pipeline.types import StepResult
 
 
 def train(
@@ -50,115 +39,148 @@ def train(
     resume: go on from the newest checkpoint, and refuse where there is none; see checkpoints.resume.choose_start.
     stop: signals that may ask for the end.
     Raises what the CLI turns into a message: DataError, DumpError, ObserveError, RewardError, ResumeError,
-    CheckpointError, RunDirectoryError and ServerError (its port) before anything starts; ServerError, TrainerError,
-    WeightTransferError, DumpError, NothingToLearnError, DisagreementError, CheckpointError and AlertStop after; Stopped
-    where a signal ended the run.
+    CheckpointError, RunDirectoryError and ServerError (its port) before anything starts; ServerError, PlacementError,
+    TrainerError, WeightTransferError, DumpError, NothingToLearnError, DisagreementError, CheckpointError and AlertStop
+    after; Stopped where a signal ended the run and it can be resumed, KeyboardInterrupt where it cannot.
     """
-    dumped = None if from_dump is None else _dumped_steps(from_dump, config)
-    check_inputs(config)
     store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep_last)
-    start = choose_start(config, store, asked=resume)
-    steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
-    last = max(steps, default=0)
-    done = 0 if start is None else start.progress.step
-    steps = [step for step in steps if step > done]
     stop = stop or StopRequest(None)
-    with (
-        RunDirectory.create(config, resume_after=None if start is None else done) as run,
-        Console(last) as console,
-    ):
-        if start is not None:
-            removed = [f"removed {name}, which was interrupted" for name in store.clean()]
-            for note in (*removed, *start.notes):
-                console.say(note)
-            if not steps and has_weights(run.path / "hf"):
-                console.say(f"all {last} steps are done; a larger train.steps goes on")
-                run.finish()
-                return run.path
-        write_facts(run.path)
-        serve = dumped is None and config.train.steps > 0
-        session = _Session(config, store, stop, console, run)
+    with _ended_at_once(config, store, stop):
+        dumped = None if from_dump is None else dumped_steps(from_dump, config)
+        check_inputs(config)
+        start = choose_start(config, store, asked=resume)
+        steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
+        done, last = 0 if start is None else start.progress.step, max(steps, default=0)
+        left = [step for step in steps if step > done]
         with (
-            stop.saving(),
-            Sinks(config, run.path, console.say) as sinks,
+            RunDirectory.create(config, resume_after=None if start is None else done) as run,
+            Console(last) as console,
+        ):
+            if start is not None:
+                for note in (*(f"removed {name}, which was interrupted" for name in store.clean()), *start.notes):
+                    console.say(note)
+            if start is not None and not left and has_weights(run.path / "hf"):
+                console.say(f"all {last} steps are done; a larger train.steps goes on")
+            else:
+                write_facts(run.path)
+                _Run(config, store, stop, console, run, last).go(left, start, dumped)
+            run.finish()
+        return run.path
+
+
+def requeued_attempt(config: Config) -> tuple[Config, bool]:
+    """What a later attempt of a Slurm job does: the configuration, and whether to resume.
+
+    It resumes where there is a checkpoint. Where none of its attempts has come to one, it begins anew over what they
+    left, and only over that.
+    """
+    if CheckpointStore(config.run.directory / "checkpoints").latest() is not None:
+        return config, True
+    if written_by_this_job(config.run.directory):
+        config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
+    return config, False
+
+
+@contextlib.contextmanager
+def _ended_at_once(config: Config, store: CheckpointStore, stop: StopRequest) -> Iterator[None]:
+    """A signal that did not wait for the next checkpoint leaves the one before: then the run is Stopped too."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        latest = store.latest()
+        if stop.at_once and config.checkpoint.every_steps is not None and latest is not None:
+            raise Stopped(f"ended by {stop.signal_name}; --resume goes on from {latest}") from None
+        raise
+
+
+class _Run:
+    """A run in its directory. last: number of its last step."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: CheckpointStore,
+        stop: StopRequest,
+        console: Console,
+        directory: RunDirectory,
+        last: int,
+    ):
+        self.config, self.store, self.stop, self.console = config, store, stop, console
+        self.directory, self.last = directory, last
+
+    def go(self, steps: Sequence[int], start: Start | None, dumped: DumpedSteps | None) -> None:
+        """Both engines up, the steps, the model as a Hugging Face directory."""
+        config, directory = self.config, self.directory
+        serve = dumped is None and config.train.steps > 0
+        with (
+            self.stop.saving(),
+            Sinks(config, directory.path, self.console.say) as sinks,
             open_loop(
                 config,
-                run.path,
-                run.logs,
+                directory.path,
+                directory.logs,
                 serve=serve,
                 start=start,
-                on_supervised=session.supervised,
-                may_stop=session.supervised_done,
+                on_supervised=self._supervised,
+                may_stop=self._supervised_done,
             ) as (loop, model_path),
         ):
-            write_facts(run.path, loop.trainers)
+            write_facts(directory.path, loop.trainers)
             if serve and config.checks.first_rollouts:
-                _check_engines(loop, model_path, run, console)
-            saver = session.saver(loop.trainers)
-            stop.arm()
+                check_first_rollouts(loop, model_path, directory, self.console)
+            saver = self._saver(loop.trainers)
+            self.stop.arm()
             for number in steps:
-                try:
-                    metrics, groups = loop.step(number) if dumped is None else _replay(loop, dumped, number)
-                except (DisagreementError, NothingToLearnError):
-                    saver.wait()  # the trainer lives, and so may what it has begun to save
-                    raise
-                run.record(metrics)
-                run.write_rollouts(number, groups, loop.source.tokenizer)
-                assert loop.arrays is not None
-                run.write_arrays(number, groups, loop.arrays, loop.objective, loop.source.tokenizer)
-                console.step(metrics)
-                try:
-                    sinks.record(metrics)
-                except AlertStop:
-                    saver.wait()
-                    raise
-                session.step_done(loop, saver, number, last)
+                self._step(loop, dumped, number, saver, sinks)
             saver.wait()  # whatever the last check finds, the last checkpoint is there
-            if loop.version and serve:
+            if loop.fleet.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
-            loop.trainers.call("save_hf", str(run.hf_directory(model_path).resolve()))
-        run.finish()
-    return run.path
+            loop.trainers.save_hf(directory.hf_directory(model_path, config.precision.weights))
 
+    def _step(self, loop: Loop, dumped: DumpedSteps | None, number: int, saver: Saver, sinks: Sinks) -> None:
+        """One RL step and its records. What it raises does not cost the checkpoint that was begun before it."""
+        try:
+            result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+            self.directory.record(result.metrics)
+            self.directory.write_step(result, loop.objective, loop.source.tokenizer)
+            self.console.step(result.metrics)
+            sinks.record(result.metrics)
+        except (DisagreementError, NothingToLearnError, AlertStop):
+            saver.wait()  # the trainer lives, and so may what it has begun to save
+            raise
+        self._step_done(loop, saver, number)
 
-class _Session:
-    """What happens between steps: checkpoints, and the end where a signal asked for it."""
+    def _saver(self, trainers: TrainerGroup) -> Saver:
+        model = self.config.model.path or self.directory.path / "model"
+        companions = functools.partial(write_companions, model, dtype=self.config.precision.weights)
+        return Saver(self.store, self.config.checkpoint, trainers, companions, self.console.say)
 
-    def __init__(self, config: Config, store: CheckpointStore, stop: StopRequest, console: Console, run: RunDirectory):
-        self.config, self.store, self.stop, self.console, self.run = config, store, stop, console, run
-
-    def saver(self, trainers: TrainerGroup) -> Saver:
-        model = self.config.model.path or self.run.path / "model"
-        return Saver(
-            self.store, self.config.checkpoint, trainers, lambda hf: copy_companions(model, hf), self.console.say
-        )
-
-    def supervised(self, number: int, nll: float) -> None:
+    def _supervised(self, number: int, nll: float) -> None:
         self.console.supervised(number, self.config.supervised.steps, nll)
 
-    def supervised_done(self, number: int, trainers: TrainerGroup, source: PromptSource) -> None:
+    def _supervised_done(self, number: int, trainers: TrainerGroup, source: PromptSource) -> None:
         """A supervised step. Only a signal saves here; the phase is short."""
         self.stop.arm()
         if self.stop.requested:
             progress = progress_of(self.config, step=0, supervised=number, version=0, cursor=source.state())
-            self._end(self.saver(trainers), progress)
+            self._end(self._saver(trainers), progress)
 
-    def step_done(self, loop: Loop, saver: Saver, number: int, last: int) -> None:
+    def _step_done(self, loop: Loop, saver: Saver, number: int) -> None:
         """An RL step, recorded and synchronised."""
         saver.poll()
         every = self.config.checkpoint.every_steps
-        due = every is not None and (number % every == 0 or number == last)
+        due = every is not None and (number % every == 0 or number == self.last)
         if not (due or self.stop.requested):
             return
-        self.run.to_disk()
+        self.directory.to_disk()
         progress = progress_of(
             self.config,
             step=number,
             supervised=self.config.supervised.steps,
-            version=loop.version,
+            version=loop.fleet.version,
             cursor=loop.source.state(),
         )
-        if self.stop.requested and number < last:
+        if self.stop.requested and number < self.last:
             self._end(saver, progress)
         saver.save(progress)
 
@@ -171,44 +193,7 @@ class _Session:
         )
 
 
-def _check_engines(loop: Loop, model_path: Path, run: RunDirectory, console: Console) -> None:
-    """Compare the engines on a few rollouts. Raises DisagreementError with the diagnosis where they disagree."""
-    rollouts = new_rollouts(loop, loop.config.checks.first_rollouts, max_new_tokens=64)
-    found = diagnose(loop, model_path, rollouts, in_full=False)
-    found.write_json(run.path / "diagnose.json")
-    if not found.agree:
-        write_page(found, run.path / "diagnose.html", name=run.path.name)
-        raise DisagreementError(f"{found.sentence} See {run.path / 'diagnose.html'}")
-    console.say(found.sentence)
-
-
-def config_device(config: Config) -> Literal["cpu", "cuda"]:
-    """Of both engines."""
-    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_inputs(config: Config) -> None:
-    """What can be known to be wrong before an earlier run is written over: sinks, the verifier, the data file, the
-    port, a precision that this device does not have."""
-    check_sinks(config)
-    try:
-        config.precision.check_device(config_device(config))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    resolve_reward(config.data.reward, config.data.reward_directory)
-    if config.data.path is not None and not config.data.path.is_file():
-        raise DataError(f"there is no data file {config.data.path}")
-    reserve_port(config.server.host, config.server.port)
-
-
-def _dumped_steps(path: Path, config: Config) -> DumpedSteps:
-    run = config.run.directory.resolve()
-    if path.resolve().is_relative_to(run):
-        raise DumpError(f"{path} lies in run.directory={config.run.directory}; set run.directory to another path")
-    return DumpedSteps(path)
-
-
-def _replay(loop: Loop, dumped: DumpedSteps, number: int) -> tuple[dict[str, float], list[Group]]:
+def _replay(loop: Loop, dumped: DumpedSteps, number: int) -> StepResult:
     """A step on dumped rollouts. Raises DisagreementError where they were sampled under other weights."""
     try:
         return loop.step(number, dumped.read(number, loop.config, loop.shape))
@@ -217,118 +202,3 @@ def _replay(loop: Loop, dumped: DumpedSteps, number: int) -> tuple[dict[str, flo
             f"{error}. Or these are not the weights that sampled step {number}: a replay begins with those that the "
             f"dumping run had at step {dumped.steps[0]}, and another configuration leads to others from step to step"
         ) from error
-
-
-@contextlib.contextmanager
-def open_loop(
-    config: Config,
-    directory: Path,
-    logs: Path,
-    *,
-    serve: bool = True,
-    start: Start | None = None,
-    on_supervised: Callable[[int, float], None] = lambda *_: None,
-    may_stop: Callable[[int, TrainerGroup, PromptSource], None] = lambda *_: None,
-) -> Iterator[tuple[Loop, Path]]:
-    """Server, Ray and trainer ranks up, supervised steps done, weights synchronised: a loop ready for its first step.
-
-    directory: where a tiny model and dumps are written. logs: existing folder for the logs of both engines.
-    serve: false starts no server, for a loop that replays.
-    start: a checkpoint to go on from.
-    on_supervised: called with each supervised step and its loss, nats a token.
-    may_stop: called after it with its number and with what would have to be saved.
-    Yields the loop and the model directory it started from.
-    """
-    device = config_device(config)
-    model_path = prepare_model(config, directory / "model")
-    shape = model_shape(read_hf_config(model_path))
-    source = PromptSource(
-        config.data,
-        model_path,
-        seed=config.run.seed,
-        supervised=config.supervised.steps > 0,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    objective = resolve(config.objective)
-    routes = config.replay == "r3" and shape.num_experts > 0
-    gpus = max(1, torch.cuda.device_count()) if device == "cuda" else 0
-    count = server_count(config, gpus) if serve else 0
-    local = [
-        SGLangServer(
-            config.server,
-            model_path,
-            logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
-            device=device,
-            # Another draw for each server, and not those of the first steps again after a resumption.
-            seed=config.run.seed + number + (0 if start is None else start.progress.step),
-            return_routed_experts=routes,
-            precision=config.precision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        for number in range(count)
-    ]
-    with contextlib.ExitStack() as stack:
-        servers, nodes = stack.enter_context(cluster(config, local, gpus))
-        trainers = stack.enter_context(trainer_group(config, device, logs, servers, nodes))
-        trainers.build(
-            model_path,
-            config.trainer,
-            config.supervised,
-            replay=config.replay != "none",
-            precision=config.precision,
-            critic=config.critic if objective.needs_critic else None,
-            reference=objective.needs_reference,
-            seed=config.run.seed,
-            load_weights=start is None,
-        )
-        in_loop = start is not None and start.progress.step > 0
-        if in_loop:
-            trainers.restart_optimizer(config.train)
-        if start is not None:
-            trainers.call("resume", str(start.path.resolve()))
-            source.restore(start.progress.cursor)
-        if not in_loop:
-            done = 0 if start is None else start.progress.supervised
-            for number, nll in supervise(config, source, trainers, done):
-                on_supervised(number, nll)
-                may_stop(number, trainers, source)
-            trainers.restart_optimizer(config.train)
-            if objective.needs_reference:
-                trainers.call("keep_reference")
-        client = None
-        if serve:
-            for server in servers:
-                server.wait_ready()
-            clients = [
-                SGLangClient(
-                    server.url,
-                    vocab_size=shape.vocab_size,
-                    num_layers=shape.num_layers,
-                    topk=shape.topk,
-                    num_experts=shape.num_experts,
-                    moe_layers=shape.moe_layers,
-                    routes=routes,
-                    timeout_s=config.rollout.timeout_s,
-                    log_path=server.log_path,
-                )
-                for server in servers
-            ]
-            client = clients[0] if len(clients) == 1 else ClientPool(clients)
-            urls, logs_of_servers = [s.url for s in servers], [s.log_path for s in servers]
-            weights = weights_config(config, gpus)
-            trainers.connect(urls, weights, device, logs_of_servers, config.precision.rollout_weights)
-        loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
-        if start is not None and in_loop:
-            loop.version = start.progress.version - 1  # which the sync makes good
-        if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
-            loop.sync()
-        yield loop, model_path
-        trainers.call("close")
-
-
-def prepare_model(config: Config, directory: Path) -> Path:
-    """The Hugging Face directory to start from: the configured one, or a tiny one made at `directory`."""
-    if config.model.path is not None:
-        return config.model.path
-    assert config.model.tiny is not None
-    return make_tiny_model(directory, config.model.tiny, config.run.seed)

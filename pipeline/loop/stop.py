@@ -12,12 +12,18 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Self
+
+from pipeline.config.checkpoint import CheckpointConfig
+from pipeline.errors import TO_BE_RESUMED, SamerouteError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Stopped(Exception):
+class Stopped(SamerouteError):
     """A signal ended the run, and it can be resumed; the message says from where."""
+
+    exit_code = TO_BE_RESUMED
 
 
 class StopRequest:
@@ -30,6 +36,13 @@ class StopRequest:
         self.at_once = False
         self._armed = False
         self._timer: threading.Timer | None = None
+
+    @classmethod
+    def of_run(cls, config: CheckpointConfig) -> Self:
+        """Of a run with these checkpoints; it listens. In the main thread."""
+        request = cls(config.grace_s if config.every_steps is not None else None)
+        request.listen()
+        return request
 
     @property
     def requested(self) -> bool:

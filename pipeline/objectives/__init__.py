@@ -10,7 +10,7 @@ from pipeline.objectives.objective import AdvantageOutputs, Objective
 from pipeline.objectives.presets import PRESETS, Preset
 from pipeline.objectives.terms.ratios import NonFiniteRatio
 from pipeline.objectives.terms.shaping import is_informative, overlong_penalty
-from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric, merge_metrics
+from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric
 
 __all__ = [
     "PRESETS",
@@ -27,7 +27,6 @@ __all__ = [
     "ObjectiveConfig",
     "Preset",
     "is_informative",
-    "merge_metrics",
     "mismatch_by",
     "mismatch_metrics",
     "overlong_penalty",

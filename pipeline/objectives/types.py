@@ -7,7 +7,6 @@ response tokens of whole sequences; `mask` says which entries are tokens, and wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -119,17 +118,3 @@ class LossOutputs:
 
     loss: Tensor
     metrics: dict[str, Metric] = field(default_factory=dict)
-
-
-def merge_metrics(shares: Iterable[dict[str, Metric]]) -> dict[str, Metric]:
-    """The metrics of a mini-batch from those of its parts. A metric that only some parts have is merged over them."""
-    merged: dict[str, Metric] = {}
-    for share in shares:
-        for name, metric in share.items():
-            if name not in merged:
-                merged[name] = metric
-                continue
-            seen = merged[name]
-            total = torch.maximum(seen.total, metric.total) if seen.kind == "max" else seen.total + metric.total
-            merged[name] = Metric(total, seen.count + metric.count, seen.kind)
-    return merged

@@ -96,7 +96,7 @@ def cluster_facts(trainers: TrainerGroup) -> dict[str, Any]:
         }
         for node in ray.nodes()
     ]
-    return {"ray": {"nodes": nodes, "resources": ray.cluster_resources()}, "trainer": trainers.call("where")}
+    return {"ray": {"nodes": nodes, "resources": ray.cluster_resources()}, "trainer": trainers.where()}
 
 
 def gpus() -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ _LINE = 100  # characters of a table of tokens
 def pick(groups: Sequence[Group], count: int) -> list[tuple[Group, int]]:
     """Up to `count` (group, rollout) positions: of prompts spread over the step the best and the worst answer each, and
     only where that is not enough the others."""
-    longest = max((len(g.rollouts) for g in groups), default=0)
+    longest = max((len(g.episodes) for g in groups), default=0)
     prompts = min(len(groups), math.ceil(count / max(1, min(2, longest))))
     # Every other one is moved by a place, because mini-batches are dealt in turn, and all of them shall be seen.
     shift = len(groups) >= 2 * prompts
@@ -32,10 +32,11 @@ def pick(groups: Sequence[Group], count: int) -> list[tuple[Group, int]]:
 
 
 def _best_and_worst_first(group: Group) -> list[int]:
-    samples = list(range(len(group.rollouts)))
-    if len(group.rewards) != len(samples) or len(samples) < 2:
+    samples = list(range(len(group.episodes)))
+    rewards = group.rewards
+    if len(rewards) != len(samples) or len(samples) < 2:
         return samples
-    best, worst = int(np.argmax(group.rewards)), len(samples) - 1 - int(np.argmin(group.rewards[::-1]))
+    best, worst = int(np.argmax(rewards)), len(samples) - 1 - int(np.argmin(rewards[::-1]))
     return [best, worst, *(i for i in samples if i not in (best, worst))]
 
 
@@ -44,11 +45,11 @@ def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase
 
     What would act on a terminal is shown in its place: see pipeline.text.visible.
     """
-    rollout = group.rollouts[position]
-    graded = len(group.rewards) == len(group.rollouts)
-    reward = f"{group.rewards[position]:.3f}" if graded else "not graded"
+    episode = group.episodes[position]
+    rollout = episode.last
+    reward = f"{episode.reward:.3f}" if episode.reward is not None else episode.failure or "not graded"
     lines = [
-        f"=== prompt {group.prompt.index}, sample {position} of {len(group.rollouts)} ===",
+        f"=== prompt {group.prompt.index}, sample {position} of {len(group.episodes)} ===",
         f"reward    {reward}",
         f"finish    {rollout.finish_reason} after {len(rollout)} tokens",
         f"versions  {_versions(rollout.weight_versions)}",
@@ -61,9 +62,10 @@ def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase
 
 
 def _total(rollout: Rollout) -> str:
-    if not len(rollout):
+    if not rollout.trained_tokens:
         return "no tokens"
-    sum_, mean = float(rollout.rollout_logprobs.sum()), float(rollout.rollout_logprobs.mean())
+    sum_ = float(rollout.rollout_logprobs.sum())
+    mean = sum_ / rollout.trained_tokens
     return f"sum {sum_:.3f}, mean {mean:.3f} nats, under the rollout policy"
 
 
@@ -76,8 +78,9 @@ def _versions(versions: np.ndarray) -> str:
 
 def _tokens(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     lines, line = [], ""
-    for token, logprob in zip(rollout.response_ids.tolist(), rollout.rollout_logprobs.tolist(), strict=True):
-        cell = f"{tokenizer.decode([token])!r} {logprob:.3f}"
+    columns = (rollout.response_ids.tolist(), rollout.rollout_logprobs.tolist(), rollout.trained.tolist())
+    for token, logprob, sampled in zip(*columns, strict=True):
+        cell = f"{tokenizer.decode([token])!r} {f'{logprob:.3f}' if sampled else '(given)'}"
         if line and len(line) + 2 + len(cell) > _LINE:
             lines.append(line)
             line = ""

@@ -25,16 +25,18 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from megatron_ext.hf.companions import Dtype, write_companions
 from pipeline.config.secrets import hidden, shown
 from pipeline.config.yaml_text import dump
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.observe.rollout_text import pick, rollout_text
-from pipeline.observe.step_record import StepArrays, shown_rollouts, step_record
-from pipeline.types import Group
+from pipeline.observe.step_record import shown_rollouts, step_record
+from pipeline.types import StepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,11 +60,12 @@ _FILES = (
     "records.partial",
 )
 _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb", "checkpoints", "dropped")
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
-class RunDirectoryError(RuntimeError):
+class RunDirectoryError(SamerouteError):
     """The run directory cannot be used; the message says what to write instead."""
+
+    exit_code = NOT_STARTED
 
 
 class RunDirectory:
@@ -161,40 +164,25 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Path | None:
-        """Write `rollouts_shown` rollouts of a step to rollouts/step_NNNNNN.txt; None where none are shown."""
-        if not self.rollouts_shown:
-            return None
-        texts = [rollout_text(group, position, tokenizer) for group, position in pick(groups, self.rollouts_shown)]
-        file = self.path / "rollouts" / f"step_{step:06d}.txt"
-        file.write_text("\n".join(texts), encoding="utf-8")
-        return file
-
-    def write_arrays(
-        self,
-        step: int,
-        groups: Sequence[Group],
-        arrays: StepArrays,
-        objective: Objective,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        """A step's line of records.jsonl (flushed), and what `write_rollouts` shows as rollouts/step_NNNNNN.json."""
-        self._steps.write(json.dumps(step_record(step, groups, arrays, objective), allow_nan=False) + "\n")
+    def write_step(self, result: StepResult, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A step's line of records.jsonl (flushed), and `rollouts_shown` of its rollouts, readable in
+        rollouts/step_NNNNNN.txt and token by token in rollouts/step_NNNNNN.json."""
+        self._steps.write(json.dumps(step_record(result, objective), allow_nan=False) + "\n")
         self._steps.flush()
-        if self.rollouts_shown:
-            shown = shown_rollouts(groups, arrays, tokenizer, self.rollouts_shown)
-            file = self.path / "rollouts" / f"step_{step:06d}.json"
-            partial = file.with_suffix(".partial")  # the report may read while the run writes
-            partial.write_text(json.dumps(shown, allow_nan=False), encoding="utf-8")
-            partial.replace(file)
+        if not self.rollouts_shown:
+            return
+        shown = pick(result.batch.groups, self.rollouts_shown)
+        file = self.path / "rollouts" / f"step_{result.batch.step:06d}.txt"
+        file.write_text("\n".join(rollout_text(*one, tokenizer) for one in shown), encoding="utf-8")
+        tokens = shown_rollouts(result, tokenizer, self.rollouts_shown)
+        partial = file.with_suffix(".partial")  # the report may read while the run writes
+        partial.write_text(json.dumps(tokens, allow_nan=False), encoding="utf-8")
+        partial.replace(file.with_suffix(".json"))
 
-    def hf_directory(self, model_path: str | Path) -> Path:
-        """hf/ with every file of a Hugging Face directory but its weights: config, tokenizer, generation settings."""
+    def hf_directory(self, model_path: str | Path, dtype: Dtype) -> Path:
+        """hf/ with everything of a model directory but its weights, which are to be written in `dtype`."""
         target = self.path / "hf"
-        target.mkdir(exist_ok=True)
-        for file in Path(model_path).iterdir():
-            if file.is_file() and not file.name.endswith(_WEIGHTS):
-                shutil.copyfile(file, target / file.name)
+        write_companions(Path(model_path), target, dtype)
         return target
 
     def finish(self) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.objectives import Objective
-    from pipeline.types import Group
+    from pipeline.types import StepResult
 
 TOKENS_SHOWN = 512
 """Of one rollout; the text file has all."""
@@ -37,36 +36,22 @@ BIN_EDGES = np.concatenate([-_DECADES[::-1], _DECADES])
 -1e-8 and 1e-8 is the bin in the middle, what lies beyond 10 are the outermost two: 93 bins."""
 
 
-@dataclass(frozen=True)
-class StepArrays:
-    """What a step computed for each of its rollouts, in their order.
-
-    proximal_logprobs: [N] float32 each, log pi_o.
-    current_logprobs:  [N] float32 each, log pi at the start of the mini-batch that trained on the rollout.
-    entropy:           [N] float32 each, of pi_o.
-    advantages:        a number or [N] (padding behind it) each.
-    routing:           [layers, 3] int64, as merge_routing returns it; no layers where nothing is routed.
-    """
-
-    proximal_logprobs: Sequence[np.ndarray]
-    current_logprobs: Sequence[np.ndarray]
-    entropy: Sequence[np.ndarray]
-    advantages: Sequence[np.ndarray] | np.ndarray
-    routing: np.ndarray
-
-
-def step_record(step: int, groups: Sequence[Group], arrays: StepArrays, objective: Objective) -> dict[str, Any]:
-    """A line of records.jsonl."""
-    rollout = [r.rollout_logprobs for g in groups for r in g.rollouts]
+def step_record(result: StepResult, objective: Objective) -> dict[str, Any]:
+    """A line of records.jsonl. Log-ratios are those of the tokens that the policy sampled."""
+    rollouts = result.batch.rollouts
+    mu, proximal, current = (
+        [row[r.trained] for row, r in zip(rows, rollouts, strict=True)]
+        for rows in ([r.rollout_logprobs for r in rollouts], result.proximal.logprobs, result.current_logprobs)
+    )
     cells = objective.composition
     # What the surrogate clips: GMPO's ratio is per sequence, but its clip is on tokens.
     level = "token" if cells.ratio == "token" or cells.surrogate == "log_space_clip" else "sequence"
-    update = histogram(arrays.current_logprobs, arrays.proximal_logprobs, level)
+    update = histogram(current, proximal, level)
     return {
-        "step": step,
-        "routing": np.asarray(arrays.routing).tolist(),
+        "step": result.batch.step,
+        "routing": np.asarray(result.proximal.routing).tolist(),
         "ratios": {
-            "proximal/rollout": histogram(arrays.proximal_logprobs, rollout, "token") | {"bounds": [None, None]},
+            "proximal/rollout": histogram(proximal, mu, "token") | {"bounds": [None, None]},
             "current/proximal": update | {"bounds": clip_bounds(objective)},
         },
     }
@@ -99,43 +84,48 @@ def clip_bounds(objective: Objective) -> list[float | None]:
     ]
 
 
-def shown_rollouts(
-    groups: Sequence[Group], arrays: StepArrays, tokenizer: PreTrainedTokenizerBase, count: int
-) -> list[dict[str, Any]]:
+def shown_rollouts(result: StepResult, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
     """Up to `count` rollouts, those that rollout_text shows too, with the log-probs of all three policies.
 
     Each: prompt, index, sample, samples, metadata, reward, advantage (of the first token), finish_reason, versions,
-    length, and of its first TOKENS_SHOWN tokens: text, rollout, proximal, current (log-probs, nats), entropy (nats).
+    length, and of its first TOKENS_SHOWN tokens: text, rollout, proximal, current (log-probs, nats), entropy (nats);
+    null at a token that the policy did not sample.
     """
-    starts = np.cumsum([0, *(len(g.rollouts) for g in groups)])
-    position_of = {id(group): start for group, start in zip(groups, starts, strict=False)}
+    rollouts = result.batch.rollouts
+    position_of = {id(rollout): i for i, rollout in enumerate(rollouts)}
     out = []
-    for group, sample in pick(groups, count):
-        i, rollout = position_of[id(group)] + sample, group.rollouts[sample]
+    for group, sample in pick([g for g in result.batch.groups if len(g.rewards)], count):
+        episode = group.episodes[sample]
+        rollout = episode.last
+        i = position_of.get(id(rollout))
+        if i is None:  # an episode that failed is not trained on
+            continue
+        sampled = rollout.trained
         out.append(
             {
                 "prompt": group.prompt.text,
                 "index": group.prompt.index,
                 "sample": sample,
-                "samples": len(group.rollouts),
+                "samples": len(group.episodes),
                 "metadata": {key: str(value) for key, value in group.prompt.metadata.items()},
-                "reward": _short(group.rewards[sample]),
-                "advantage": _short(np.ravel(arrays.advantages[i])[0]),
+                "reward": _short(np.float32(episode.reward)),
+                "advantage": _short(np.ravel(result.advantages[i])[0]),
                 "finish_reason": rollout.finish_reason,
-                "versions": sorted(set(rollout.weight_versions.tolist())),
+                "versions": sorted(set(rollout.weight_versions[sampled].tolist())),
                 "length": len(rollout),
                 "text": [tokenizer.decode([token]) for token in rollout.response_ids[:TOKENS_SHOWN].tolist()],
-                "rollout": _row(rollout.rollout_logprobs),
-                "proximal": _row(arrays.proximal_logprobs[i]),
-                "current": _row(arrays.current_logprobs[i]),
-                "entropy": _row(arrays.entropy[i]),
+                "rollout": _row(rollout.rollout_logprobs, sampled),
+                "proximal": _row(result.proximal.logprobs[i], sampled),
+                "current": _row(result.current_logprobs[i], sampled),
+                "entropy": _row(result.proximal.entropy[i], sampled),
             }
         )
     return out
 
 
-def _row(values: np.ndarray) -> list[float | None]:
-    return [_short(value) for value in values[:TOKENS_SHOWN]]
+def _row(values: np.ndarray, sampled: np.ndarray) -> list[float | None]:
+    shown = zip(values[:TOKENS_SHOWN], sampled[:TOKENS_SHOWN], strict=True)
+    return [_short(value) if own else None for value, own in shown]
 
 
 def _short(value: np.floating[Any] | float) -> float | None:

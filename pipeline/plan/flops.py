@@ -11,36 +11,33 @@ and half of the attention matrix.)
 
 from __future__ import annotations
 
-from typing import Any
+from megatron_ext.hf.description import ModelDescription
+from pipeline.plan.parameters import active
 
-from pipeline.plan.parameters import active, architecture
 
-
-def matmul_parameters(hf: dict[str, Any]) -> int:
+def matmul_parameters(model: ModelDescription) -> int:
     """Of `active`, those that multiply: without the embedding, unless it is the LM head too."""
-    a = architecture(hf)
-    return active(hf) - (0 if a.shape.tied_embeddings else a.shape.vocab_size * a.hidden)
+    return active(model) - (0 if model.tied_embeddings else model.vocab_size * model.hidden)
 
 
-def forward(hf: dict[str, Any], tokens: float, squares: float) -> float:
+def forward(model: ModelDescription, tokens: float, squares: float) -> float:
     """FLOPs of a forward pass. tokens: sum of the lengths. squares: sum of their squares."""
-    a = architecture(hf)
-    return 2.0 * matmul_parameters(hf) * tokens + a.layers * (a.query + a.value) * squares
+    return 2.0 * matmul_parameters(model) * tokens + model.num_layers * (model.query + model.value) * squares
 
 
-def training(hf: dict[str, Any], tokens: float, squares: float, *, recompute: str = "none") -> float:
+def training(model: ModelDescription, tokens: float, squares: float, *, recompute: str = "none") -> float:
     """FLOPs of forward and backward. `selective` recomputes the (sparse) MLPs, `full` everything."""
-    once = forward(hf, tokens, squares)
+    once = forward(model, tokens, squares)
     if recompute == "full":
         return 4.0 * once
     if recompute == "selective":
-        return 3.0 * once + 2.0 * mlp_parameters(hf) * tokens
+        return 3.0 * once + 2.0 * mlp_parameters(model) * tokens
     return 3.0 * once
 
 
-def mlp_parameters(hf: dict[str, Any]) -> int:
+def mlp_parameters(model: ModelDescription) -> int:
     """Of `active`, those in what selective recomputation runs again: sparse MLPs, or all where there are no experts."""
-    a = architecture(hf)
-    if not a.moe:
-        return 3 * a.hidden * a.ffn * a.layers
-    return a.moe * a.hidden * (3 * (a.shape.topk * a.expert_ffn + a.shared_ffn) + a.shape.num_experts)
+    if not model.moe_layers:
+        return 3 * model.hidden * model.ffn * model.num_layers
+    widths = 3 * (model.topk * model.expert_ffn + model.shared_ffn)
+    return len(model.moe_layers) * model.hidden * (widths + model.num_experts)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config.run import GPUName
+
 GIB = 2.0**30
 
 
@@ -16,7 +18,7 @@ GIB = 2.0**30
 class GPU:
     """memory, host: bytes. bf16: FLOP/s. bandwidth, pcie, network: bytes/s."""
 
-    name: str
+    name: GPUName
     memory: float
     bf16: float
     bandwidth: float
@@ -25,7 +27,7 @@ class GPU:
     host: float
 
 
-GPUS = {
+GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
         GPU("a100", 79.2 * GIB, 312e12, 2.039e12, 32e9, 25e9, 256e9),

@@ -10,12 +10,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
-from pipeline.plan.parameters import architecture
 from pipeline.plan.plan import Plan, make_plan
 
 _TIMES_NODES = (1, 2, 4, 8, 16, 32)
@@ -32,14 +31,14 @@ class Proposal:
 def nearest(plan: Plan, mean_response: float | None = None) -> Proposal | None:
     """The nearest layout that fits on the same kind of GPU, or None where none of those looked at does."""
     servers = [t for t in _server_sizes(plan.config) if _server_fits(plan, t, mean_response)]
-    variants = sorted(_variants(plan.config, plan.hf, servers), key=lambda v: v[0])
+    variants = sorted(_variants(plan.config, plan.model, servers), key=lambda v: v[0])
     for _, config in variants:
         try:
-            candidate = make_plan(config, plan.hf, plan.gpu.name, mean_response=mean_response, quick=True)
+            candidate = make_plan(config, plan.model, plan.gpu.name, mean_response=mean_response, quick=True)
         except ValueError:  # the model does not divide into this one
             continue
         if candidate.fits:
-            whole = make_plan(config, plan.hf, plan.gpu.name, mean_response=mean_response)
+            whole = make_plan(config, plan.model, plan.gpu.name, mean_response=mean_response)
             return Proposal(tuple(differences(plan.config, config)), whole)
     return None
 
@@ -52,7 +51,7 @@ def _server_fits(plan: Plan, gpus: int, mean_response: float | None) -> bool:
     """Whether so many GPUs hold the model and a sequence, which no other part of a layout changes."""
     server = plan.config.server.model_copy(update={"tensor_parallel": gpus})
     config = plan.config.model_copy(update={"server": server})
-    return make_plan(config, plan.hf, plan.gpu.name, mean_response=mean_response, quick=True).server.fits
+    return make_plan(config, plan.model, plan.gpu.name, mean_response=mean_response, quick=True).server.fits
 
 
 def differences(old: Config, new: Config) -> Iterator[str]:
@@ -66,12 +65,12 @@ def differences(old: Config, new: Config) -> Iterator[str]:
                 yield f"{section}.{name}={text}"
 
 
-def _variants(config: Config, hf: dict[str, Any], servers: list[int]) -> Iterator[tuple[float, Config]]:
-    a, old = architecture(hf), config.parallel
-    heads = math.gcd(a.heads, a.kv_heads)
+def _variants(config: Config, model: ModelDescription, servers: list[int]) -> Iterator[tuple[float, Config]]:
+    old = config.parallel
+    heads = math.gcd(model.heads, model.kv_heads)
     tensors = [t for t in (1, 2, 4, 8) if heads % t == 0]
-    pipelines = [p for p in (1, 2, 4, 8, 16) if p <= a.layers]
-    experts = [e for e in (1, 2, 4, 8, 16, 32, 64) if a.shape.num_experts % e == 0] if a.moe else [1]
+    pipelines = [p for p in (1, 2, 4, 8, 16) if p <= model.num_layers]
+    experts = [e for e in (1, 2, 4, 8, 16, 32, 64) if model.num_experts % e == 0] if model.moe_layers else [1]
     recomputes = [config.trainer.recompute] + (["full"] if config.trainer.recompute != "full" else [])
     shares = sorted({config.parallel.ranks / (config.cluster.nodes * config.cluster.gpus_per_node), 0.5, 0.75})
     offloads = [config.trainer.offload_optimizer] + (
@@ -102,7 +101,7 @@ def _variants(config: Config, hf: dict[str, Any], servers: list[int]) -> Iterato
             "context": old.context,
             "expert": e,
             "expert_tensor": 1 if t > 1 else old.expert_tensor,
-        } | _ends(a.layers, p)
+        } | _ends(model.num_layers, p)
         try:
             yield (
                 cost,

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
-from megatron_ext.hf.description import model_shape
+from megatron_ext.hf.description import ModelDescription
+from megatron_ext.logprobs.sizes import TILE
 from pipeline.plan.hardware import EFFICIENCY, Efficiency
-from pipeline.plan.parameters import Architecture, Count, architecture, rank_count, stage_layers
-
-HEAD_TILE = 2**27
-"""Logits that the LM head holds at once on a GPU (`megatron_ext.logprobs.linear.TILE`)."""
+from pipeline.plan.parameters import Count, rank_count, stage_layers
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def states(count: Count, parallel: ParallelConfig, precision: TrainerPrecision) 
     return weights, 4.0 * count.parameters, moments * (count.dense / dense_ranks + count.expert / expert_ranks)
 
 
-def kept_attention(a: Architecture, *, fused: bool = True) -> int:
+def kept_attention(model: ModelDescription, *, fused: bool = True) -> int:
     """Elements a token that one attention block keeps for backward, before division by tensor parallelism.
 
     fused:   input and output of the norm (2 H); what the projections made (q + 2 kv) and, rotated, queries and keys
@@ -73,18 +71,19 @@ def kept_attention(a: Architecture, *, fused: bool = True) -> int:
     without: each norm keeps the normalised tensor too, the kernel's inputs are copies, its output is kept as it left
              the kernel and as it enters the projection.
     """
-    f, extra = a.fields, 0 if fused else 1
-    norm = (2 + extra) * a.hidden
-    if a.latent:
+    extra = 0 if fused else 1
+    norm = (2 + extra) * model.hidden
+    if model.latent:
+        f = model.fields
         latents = (2 + extra) * ((f["q_lora_rank"] or 0) + f["kv_lora_rank"]) + f["qk_pos_emb_head_dim"]
-        return norm + latents + (3 + extra) * a.query + a.value
+        return norm + latents + (3 + extra) * model.query + model.value
     if fused:
-        return norm + (a.query + 2 * a.key_value) + (a.query + a.key_value) + a.value
-    norms = (a.query + 2 * a.key_value) + a.query + (a.query + a.key_value) if f.get("qk_layernorm") else 0
-    return norm + norms + (a.query + 2 * a.key_value) + 2 * a.value
+        return norm + (model.query + 2 * model.key_value) + (model.query + model.key_value) + model.value
+    normed = (model.query + 2 * model.key_value) + model.query + (model.query + model.key_value)
+    return norm + model.qk_norm * normed + (model.query + 2 * model.key_value) + 2 * model.value
 
 
-def kept_mlp(a: Architecture, *, sparse: bool, fused: bool = True, skew: float = 1.0) -> float:
+def kept_mlp(model: ModelDescription, *, sparse: bool, fused: bool = True, skew: float = 1.0) -> float:
     """The same for an MLP, its norm included.
 
     fused:   the norm's input and output (2 H); of each of k experts its input (H), gate and up (2 F), and what enters
@@ -94,18 +93,18 @@ def kept_mlp(a: Architecture, *, sparse: bool, fused: bool = True, skew: float =
     skew:    tokens of this rank's experts, by the mean.
     """
     extra = 0 if fused else 1
-    norm, dense = (2 + extra) * a.hidden, 3 + 2 * extra
+    norm, dense = (2 + extra) * model.hidden, 3 + 2 * extra
     if not sparse:
-        return norm + dense * a.ffn
-    if a.fields.get("activation_func_clamp_value") is not None:
+        return norm + dense * model.ffn
+    if model.clamped:
         extra *= 3
-    routed = skew * a.shape.topk * (a.hidden + (dense + extra) * a.expert_ffn)
-    gated = a.hidden if a.fields.get("moe_shared_expert_gate") else 0
-    return norm + routed + dense * a.shared_ffn + gated
+    routed = skew * model.topk * (model.hidden + (dense + extra) * model.expert_ffn)
+    gated = model.hidden if model.shared_gate else 0
+    return norm + routed + dense * model.shared_ffn + gated
 
 
 def kept(
-    hf: dict[str, Any],
+    model: ModelDescription,
     parallel: ParallelConfig,
     trainer: TrainerConfig,
     precision: TrainerPrecision,
@@ -120,29 +119,28 @@ def kept(
     tokens: of the micro-batch, over all context ranks. Full recomputation keeps the input of each layer; selective all
     but the inside of the (sparse) MLPs.
     """
-    a = architecture(hf)
 
     def block(number: int, recompute: str) -> float:
-        attention, sparse = kept_attention(a, fused=fused), number in a.shape.moe_layers
+        attention, sparse = kept_attention(model, fused=fused), number in model.moe_layers
         if recompute == "full":
-            return a.hidden
-        if recompute == "selective" and sparse == bool(a.moe):
+            return model.hidden
+        if recompute == "selective" and sparse == bool(model.moe_layers):
             # a dense MLP takes its norm along; a router's stands before what is recomputed
             norm = (2 if fused else 3) if sparse else 1
-            return attention + norm * a.hidden
-        return attention + kept_mlp(a, sparse=sparse, fused=fused, skew=skew)
+            return attention + norm * model.hidden
+        return attention + kept_mlp(model, sparse=sparse, fused=fused, skew=skew)
 
-    layers = stage_layers(a, parallel, stage)
+    layers = stage_layers(model, parallel, stage)
     again = max((block(n, "none") - block(n, trainer.recompute) for n in layers), default=0.0)
     whole = sum(block(n, trainer.recompute) for n in layers)
     if stage == parallel.pipeline - 1:
-        whole += (2 if fused else 3) * a.hidden  # the last norm, whose output the LM head reads
+        whole += (2 if fused else 3) * model.hidden  # the last norm, whose output the LM head reads
     scale = item_bytes(precision) * tokens / parallel.context / parallel.tensor
     return scale * whole, scale * again
 
 
 def activations(
-    hf: dict[str, Any],
+    model: ModelDescription,
     parallel: ParallelConfig,
     trainer: TrainerConfig,
     precision: TrainerPrecision,
@@ -153,7 +151,7 @@ def activations(
     skew: float = 1.0,
 ) -> float:
     """Bytes of a stage at its worst moment. micro_batches: that a rank runs in a step; None: as many as stages."""
-    whole, again = kept(hf, parallel, trainer, precision, tokens, stage=stage, skew=skew)
+    whole, again = kept(model, parallel, trainer, precision, tokens, stage=stage, skew=skew)
     return whole * in_flight(parallel, stage, micro_batches) + again
 
 
@@ -164,18 +162,18 @@ def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int | None = 
     return most if micro_batches is None else min(most, micro_batches)
 
 
-def head(hf: dict[str, Any], parallel: ParallelConfig, precision: TrainerPrecision, tokens: int) -> float:
+def head(model: ModelDescription, parallel: ParallelConfig, precision: TrainerPrecision, tokens: int) -> float:
     """What the LM head holds above its inputs at its worst moment, backward: hidden states of the whole sequence, their
     gradient in float32 and rounded, the weight's gradient, and two tiles of float32 logits."""
-    shape, item, t = model_shape(hf, parallel.tensor), item_bytes(precision), parallel.tensor
-    rows, local = shape.padded_vocab_size // t, tokens / parallel.context
+    item, t = item_bytes(precision), parallel.tensor
+    rows, local = model.padded_vocab_size(t) // t, tokens / parallel.context
     gathered = item if t > 1 else 0
-    tile = min(HEAD_TILE, local * rows)
-    return local * hf["hidden_size"] * (gathered + 4 + item) + item * rows * hf["hidden_size"] + 2 * 4 * tile
+    tile = min(TILE["cuda"], local * rows)
+    return local * model.hidden * (gathered + 4 + item) + item * rows * model.hidden + 2 * 4 * tile
 
 
 def rank_memory(
-    hf: dict[str, Any],
+    model: ModelDescription,
     parallel: ParallelConfig,
     trainer: TrainerConfig,
     precision: TrainerPrecision,
@@ -188,26 +186,26 @@ def rank_memory(
     efficiency: Efficiency = EFFICIENCY,
 ) -> Memory:
     """A rank of a pipeline stage on a GPU. tokens: of the largest micro-batch, over all context ranks."""
-    count = rank_count(hf, parallel, stage)
+    count = rank_count(model, parallel, stage)
     weights, gradients, optimizer = states(count, parallel, precision)
     others = weights if reference else 0.0
     host = 0.0
     if critic:
-        of_critic = states(rank_count(hf, parallel, stage, value_head=True), parallel, precision)
+        of_critic = states(rank_count(model, parallel, stage, value_head=True), parallel, precision)
         others += sum(of_critic[:2] if trainer.offload_optimizer else of_critic)
     if trainer.offload_optimizer:
         host, optimizer = optimizer * 16 / 12 * (2 if critic else 1), 0.0
     last = stage == parallel.pipeline - 1
     kept = activations(
-        hf, parallel, trainer, precision, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew
+        model, parallel, trainer, precision, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew
     )
-    at_head = head(hf, parallel, precision, tokens) if last else 0.0
+    at_head = head(model, parallel, precision, tokens) if last else 0.0
     held = weights + gradients + optimizer + others + kept + at_head
     overhead = efficiency.reserve + efficiency.fragments * held
     return Memory(weights, gradients, optimizer, others, kept, at_head, overhead, host, stage)
 
 
-def worst_rank(hf: dict[str, Any], parallel: ParallelConfig, *args: Any, **settings: Any) -> Memory:
+def worst_rank(model: ModelDescription, parallel: ParallelConfig, *args: Any, **settings: Any) -> Memory:
     """`rank_memory` of the stage that holds most."""
-    ranks = (rank_memory(hf, parallel, *args, stage=s, **settings) for s in range(parallel.pipeline))
+    ranks = (rank_memory(model, parallel, *args, stage=s, **settings) for s in range(parallel.pipeline))
     return max(ranks, key=lambda memory: memory.total)

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import ParallelConfig
+from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
 from pipeline.objectives import resolve
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
-from pipeline.plan.parameters import Architecture, active, architecture, total
+from pipeline.plan.parameters import active, total
 from pipeline.plan.sampling import Lengths, Sampling, Server, sample, server
-from pipeline.types import route_dtype
 
 SEED = 0
 
@@ -68,7 +68,7 @@ class Plan:
     """
 
     config: Config
-    hf: dict[str, Any]
+    model: ModelDescription
     gpu: GPU
     lengths: Lengths
     total: int
@@ -115,30 +115,30 @@ def bubble(parallel: ParallelConfig, micro_batches: int) -> float:
 
 def make_plan(
     config: Config,
-    hf: dict[str, Any],
+    model: ModelDescription,
     gpu: str,
     *,
     mean_response: float | None = None,
     efficiency: Efficiency = EFFICIENCY,
     quick: bool = False,
 ) -> Plan:
-    """hf: the model's config.json. gpu: a name of hardware.GPUS. mean_response: tokens of an answer. quick: leave out
+    """gpu: a name of hardware.GPUS. mean_response: tokens of an answer. quick: leave out
     how long a rollout takes, for a search that asks only what fits.
 
     Raises ValueError where the model does not divide into the layout.
     """
-    config.parallel.check_model(hf)
-    card, a, parallel = GPUS[gpu], architecture(hf), config.parallel
+    config.parallel.check_model(model)
+    card, parallel = GPUS[gpu], config.parallel
     lengths, prompt = expected_lengths(config, mean_response), config.data.max_prompt_tokens / 2
     answers = lengths.sample(config.rollout.prompts_per_step * config.rollout.samples_per_prompt, SEED)
-    work = step_work(config, hf, prompt + answers)
-    memory = trainer_memory(config, hf, work.micro_batches, efficiency)
-    one = server_of(config, hf, card, prompt + float(answers.mean()) / 2, efficiency)
+    work = step_work(config, model, prompt + answers)
+    memory = trainer_memory(config, model, work.micro_batches, efficiency)
+    one = server_of(config, model, card, prompt + float(answers.mean()) / 2, efficiency)
     servers = config.server.replicas or max(1, config.rollout_gpus // config.server.tensor_parallel)
     sampling = Sampling(math.inf, 0.0, math.inf, math.inf)
     if one.fits and not quick:
         sampling = sample(answers, servers, one, prompt)
-    sent = float(item_bytes(config.precision)) * total(hf)
+    sent = float(item_bytes(config.precision)) * total(model)
     rate = parallel.ranks * card.bf16 * efficiency.train
     passes = config.train.mini_batches * work.micro_batches  # of log-probs, which need not stop between mini-batches
     seconds = Seconds(
@@ -148,30 +148,31 @@ def make_plan(
         + _offloaded_s(memory, card, config, efficiency),
         sync=sent / (card.network * efficiency.network),
     )
-    routes = work.tokens * a.layers * a.shape.topk if config.replay != "none" else 0.0
+    replay = config.replay.of_model(model.num_experts)
+    routes = work.tokens * model.num_layers * model.topk if replay.any else 0.0
     return Plan(
         config=config,
-        hf=hf,
+        model=model,
         gpu=card,
         lengths=lengths,
-        total=total(hf),
-        active=active(hf),
+        total=total(model),
+        active=active(model),
         memory=memory,
         server=one,
         servers=servers,
         sampling=sampling,
         work=work,
         bubble=bubble(parallel, work.micro_batches),
-        expert_tokens=expert_tokens(config, a),
+        expert_tokens=expert_tokens(config, model),
         weight_bytes=sent,
-        route_bytes=routes * np.dtype(route_dtype(a.shape.num_experts)).itemsize,
-        route_wire_bytes=routes * 4 * 4 / 3 if config.replay == "r3" else 0.0,  # int32 in base64
+        route_bytes=routes * np.dtype(route_dtype(model.num_experts)).itemsize,
+        route_wire_bytes=routes * 4 * 4 / 3 if replay.from_server else 0.0,  # int32 in base64
         seconds=seconds,
         reasons=tuple(_reasons(config, card, memory, one)),
     )
 
 
-def step_work(config: Config, hf: dict[str, Any], sequences: np.ndarray) -> Work:
+def step_work(config: Config, model: ModelDescription, sequences: np.ndarray) -> Work:
     """sequences: [N] tokens of each, prompt and answer."""
     parallel, objective = config.parallel, resolve(config.objective)
     tokens, squares = float(sequences.sum()), float((sequences**2).sum())
@@ -179,25 +180,25 @@ def step_work(config: Config, hf: dict[str, Any], sequences: np.ndarray) -> Work
     micro_batches = max(1, math.ceil(per_rank / config.trainer.micro_batch_tokens))
     if parallel.virtual_pipeline:
         micro_batches = math.ceil(micro_batches / parallel.pipeline) * parallel.pipeline
-    # as Loop.update: one mini-batch is trained on under the proximal policy itself
-    proximal = config.train.mini_batches > 1 or config.replay == "r2" or objective.kl_in_reward
-    logprobs = flops.forward(hf, tokens, squares) * (proximal + objective.needs_reference + objective.needs_critic)
+    proximal = config.proximal_pass(config.replay.of_model(model.num_experts))
+    passes = proximal + objective.needs_reference + objective.needs_critic
+    logprobs = flops.forward(model, tokens, squares) * passes
     trained = 1 + objective.needs_critic
     return Work(
         tokens=tokens,
         micro_batches=micro_batches,
         logprobs=logprobs,
-        update=trained * flops.training(hf, tokens, squares, recompute=config.trainer.recompute),
-        model=logprobs + trained * flops.training(hf, tokens, squares),
+        update=trained * flops.training(model, tokens, squares, recompute=config.trainer.recompute),
+        model=logprobs + trained * flops.training(model, tokens, squares),
     )
 
 
-def trainer_memory(config: Config, hf: dict[str, Any], micro_batches: int, efficiency: Efficiency) -> Memory:
+def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, efficiency: Efficiency) -> Memory:
     """Of the rank that holds most. A sequence longer than a micro-batch has one of its own."""
     objective = resolve(config.objective)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     return worst_rank(
-        hf,
+        model,
         config.parallel,
         config.trainer,
         config.precision,
@@ -209,10 +210,10 @@ def trainer_memory(config: Config, hf: dict[str, Any], micro_batches: int, effic
     )
 
 
-def server_of(config: Config, hf: dict[str, Any], card: GPU, tokens_each: float, efficiency: Efficiency) -> Server:
+def server_of(config: Config, model: ModelDescription, card: GPU, tokens_each: float, efficiency: Efficiency) -> Server:
     """tokens_each: of a running sequence, on average."""
     return server(
-        hf,
+        model,
         card,
         tp=config.server.tensor_parallel,
         weight_bytes=item_bytes(config.precision),
@@ -226,16 +227,16 @@ def server_of(config: Config, hf: dict[str, Any], card: GPU, tokens_each: float,
     )
 
 
-def expert_tokens(config: Config, a: Architecture) -> tuple[float, float]:
+def expert_tokens(config: Config, model: ModelDescription) -> tuple[float, float]:
     """(mean, deviation) of the tokens that an expert gets of one micro-batch of the ranks that share its layer's
     experts; the deviation if routers drew at random."""
-    if not a.shape.num_experts:
+    if not model.num_experts:
         return 0.0, 0.0
     parallel = config.parallel
     ranks = parallel.expert * (parallel.expert_tensor or parallel.tensor)
     tokens = config.trainer.micro_batch_tokens / parallel.context / parallel.tensor * ranks
-    mean = tokens * a.shape.topk / a.shape.num_experts
-    return mean, math.sqrt(mean * (1 - a.shape.topk / a.shape.num_experts))
+    mean = tokens * model.topk / model.num_experts
+    return mean, math.sqrt(mean * (1 - model.topk / model.num_experts))
 
 
 def _offloaded_s(memory: Memory, card: GPU, config: Config, efficiency: Efficiency) -> float:

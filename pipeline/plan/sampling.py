@@ -14,13 +14,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from megatron_ext.hf.description import ModelDescription
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
-from pipeline.plan.parameters import architecture, expert, total
+from pipeline.plan.parameters import expert, kv_cache, total
 
 _SERVERS = 24  # whose rollout is followed event by event; the others are like them
 
@@ -64,7 +64,7 @@ class Server:
 
 
 def server(
-    hf: dict[str, Any],
+    model: ModelDescription,
     gpu: GPU,
     *,
     tp: int,
@@ -84,28 +84,28 @@ def server(
     most:        sequences that it may run at once.  most_tokens: in its cache; None: what fits.
     static:      mem_fraction_static.
     """
-    a = architecture(hf)
-    ends = a.shape.vocab_size * a.hidden * (1 if a.shape.tied_embeddings else 2)
-    experts = a.moe * a.shape.num_experts * expert(a)
-    dense = total(hf) - ends - experts
-    weights = weight_bytes * total(hf) / tp
+    ends = model.vocab_size * model.hidden * (1 if model.tied_embeddings else 2)
+    experts = len(model.moe_layers) * model.num_experts * expert(model)
+    dense = total(model) - ends - experts
+    weights = weight_bytes * total(model) / tp
     pool = (efficiency.static if static is None else static) * gpu.memory
-    per_token = a.layers * a.kv_cache(tp) * cache_bytes
+    per_token = model.num_layers * kv_cache(model, tp) * cache_bytes
     cache = pool - weights
     cache_tokens = max(0, int(cache / per_token))
     usable = cache_tokens if most_tokens is None else min(cache_tokens, most_tokens)
     sequences = 0 if usable < longest else min(most, int(usable / tokens_each))
-    head = a.shape.vocab_size * a.hidden
+    head = model.vocab_size * model.hidden
     peak = gpu.bf16
 
-    each, square = flops.forward(hf, 1.0, 0.0), flops.forward(hf, 0.0, 1.0)
+    each, square = flops.forward(model, 1.0, 0.0), flops.forward(model, 0.0, 1.0)
 
     def step_s(batch: float, context: float) -> float:
-        met = a.shape.num_experts * (1 - (1 - a.shape.topk / a.shape.num_experts) ** batch) if a.moe else 0.0
-        read = weight_bytes * (head + dense + a.moe * met * expert(a)) / tp + batch * context * per_token
+        met = model.num_experts * (1 - (1 - model.topk / model.num_experts) ** batch) if model.moe_layers else 0.0
+        met_experts = len(model.moe_layers) * met * expert(model)
+        read = weight_bytes * (head + dense + met_experts) / tp + batch * context * per_token
         work = batch * (each + 2 * context * square) / tp
         busy = max(read / (gpu.bandwidth * efficiency.decode), work / (peak * efficiency.prefill))
-        return busy + a.layers * efficiency.launch_s
+        return busy + model.num_layers * efficiency.launch_s
 
     def prefill_s(prompt: float) -> float:
         return (each * prompt + square * prompt**2) / (tp * peak * efficiency.prefill)

@@ -19,10 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from megatron_ext.hf.description import ModelDescription
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
 from pipeline.plan.parameters import total
@@ -89,7 +90,7 @@ class Workload:
     its GPUs are a multiple. mini_batches: optimizer steps of a step.
     """
 
-    hf: dict[str, Any]
+    model: ModelDescription
     gpu: GPU
     server: Server
     lengths: Lengths
@@ -108,21 +109,21 @@ class Workload:
             raise ValueError(f"a server takes {self.server.gpus} GPUs; {rollout_gpus} are too few")
         answers = self.lengths.sample(self.samples, self.seed)
         sampling = sample(answers, servers, self.server, self.prompt, ahead=STALENESS)
-        weights = 2.0 * total(self.hf) / (self.gpu.network * self.efficiency.network)
+        weights = 2.0 * total(self.model) / (self.gpu.network * self.efficiency.network)
         return Phases(sampling, self._train_s(answers, trainer_gpus), weights)
 
     def _train_s(self, answers: np.ndarray, gpus: int) -> float:
         """Log-probs and update. A replica has whole sequences: with fewer of them than replicas, some have none."""
         sequences = self.prompt + answers
         tokens, squares = float(sequences.sum()), float((sequences**2).sum())
-        done = flops.training(self.hf, tokens, squares, recompute=self.recompute)
+        done = flops.training(self.model, tokens, squares, recompute=self.recompute)
         if self.mini_batches > 1:
-            done += flops.forward(self.hf, tokens, squares)
+            done += flops.forward(self.model, tokens, squares)
         replicas = gpus // self.quantum
         each = len(answers) / self.mini_batches / replicas
         reduce = 0.0
         if replicas > 1:  # a ring moves a float32 gradient and a weight of each parameter out of each replica once
-            reduce = (4 + 2) * total(self.hf) / self.quantum / (self.gpu.network * self.efficiency.network)
+            reduce = (4 + 2) * total(self.model) / self.quantum / (self.gpu.network * self.efficiency.network)
         busy = done / (gpus * self.gpu.bf16 * self.efficiency.train)
         return busy * math.ceil(each) / each + reduce * self.mini_batches
 

@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.rewards.registry import RewardError, RewardFunction
-from pipeline.types import Group, Prompt, Rollout
+from pipeline.types import Episode, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def grade(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase, reward: RewardFunction) -> list[Group]:
-    """The same groups with rewards [G] float32.
+    """The same groups, every episode with its reward.
 
     Raises RewardError, naming the prompt, where the verifier raises or returns anything but a finite number.
     """
+
+    def graded(prompt: Prompt, episode: Episode) -> Episode:
+        return dataclasses.replace(episode, reward=_reward(prompt, episode.last, tokenizer, reward))
+
     return [
-        dataclasses.replace(
-            group,
-            rewards=np.array([_reward(group.prompt, r, tokenizer, reward) for r in group.rollouts], np.float32),
-        )
+        dataclasses.replace(group, episodes=tuple(graded(group.prompt, episode) for episode in group.episodes))
         for group in groups
     ]
 

@@ -11,10 +11,11 @@ from typing import Protocol, cast
 
 import numpy as np
 
+from pipeline.errors import SamerouteError
 from pipeline.types import FinishReason, Prompt
 
 
-class RewardError(ValueError):
+class RewardError(SamerouteError, ValueError):
     """A verifier does not exist, raised, or returned no number."""
 
 

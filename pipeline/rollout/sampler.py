@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipeline.engine.client import Sampling, SGLangClient
-from pipeline.engine.pool import ClientPool
+from pipeline.engine.fleet import Fleet
 from pipeline.types import Group, Prompt
 
 
 async def sample_groups(
-    client: SGLangClient | ClientPool,
+    client: SGLangClient | Fleet,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,
@@ -29,7 +29,7 @@ async def sample_groups(
     """
 
     async def one(position: int, prompt: Prompt) -> Group:
-        group = Group(prompt, tuple(await client.generate(prompt.ids, n, of_prompt(sampling, prompt))))
+        group = Group.of_single_turns(prompt, await client.generate(prompt.ids, n, of_prompt(sampling, prompt)))
         if on_group is not None:
             on_group(position, group)
         return group
@@ -53,7 +53,7 @@ def of_prompt(sampling: Sampling, prompt: Prompt) -> Sampling:
 
 
 def sample_groups_sync(
-    client: SGLangClient | ClientPool,
+    client: SGLangClient | Fleet,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,

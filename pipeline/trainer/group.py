@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,36 +12,29 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
 from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.cluster.placement import on_node
 from pipeline.config.precision import RolloutWeights
+from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, ObjectiveConfig
+from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
+from pipeline.types import PolicyTokens
 
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
     from megatron_ext.exchange import Exchange
     from megatron_ext.network import Routing
+    from pipeline.engine.control import ServerAddress
     from pipeline.weights import WeightDifference, WeightsConfig
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
 
 
-@dataclass(frozen=True)
-class PolicyTokens:
-    """What the policy says of every response token of some samples.
-
-    logprobs, entropy: [N] float32 a sample. routing: [layers, 3] int64, see merge_routing.
-    """
-
-    logprobs: list[np.ndarray]
-    entropy: list[np.ndarray]
-    routing: np.ndarray
-
-
-class TrainerError(RuntimeError):
+class TrainerError(SamerouteError):
     """A trainer rank failed or died; the message names it and its log."""
 
 
@@ -80,15 +72,11 @@ class TrainerGroup:
     def build(self, model_path: Path, *args: Any, **kwargs: Any) -> None:
         """Make the process groups and the model on every rank (see TrainerRank.build)."""
         (meeting_point,) = self._wait([self.ranks[0].meeting_point.remote()], "meeting_point")
-        self.call("build", meeting_point, str(Path(model_path).resolve()), self.parallel, *args, **kwargs)
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """`method` on every rank, together. Answers in rank order."""
-        return self._wait([getattr(r, method).remote(*args, **kwargs) for r in self.ranks], method)
+        self._call("build", meeting_point, str(Path(model_path).resolve()), self.parallel, *args, **kwargs)
 
     def load(self, samples: Sequence[Sample]) -> None:
         """Hand the samples to every rank, through the object store once."""
-        self.call("load", ray.put(list(samples)))
+        self._call("load", ray.put(list(samples)))
         self._loaded = len(samples)
 
     def logprobs(
@@ -98,34 +86,36 @@ class TrainerGroup:
         exchange: Exchange | None = None,
     ) -> PolicyTokens:
         """The policy's log-probs of loaded samples; routing, exchange: see Trainer.logprobs."""
-        return self._policy(self.call("measure", "logprobs", indices, routing, exchange), indices)
+        return self._policy(self._call("measure", "logprobs", indices, routing, exchange), indices)
 
-    def record_routes(self, layers: int, dtype: np.dtype) -> PolicyTokens:
+    def record_routes(self, layers: int, num_experts: int) -> PolicyTokens:
         """The policy's log-probs under its own routes, which the loaded samples have from then on."""
-        parts = self.call("measure", "logprobs", None, "record")
-        self.call("route", ray.put(merge_routes(parts, self._loaded, layers, dtype)))
+        parts = self._call("measure", "logprobs", None, "record")
+        routes = merge_routes(parts, self._loaded, layers, route_dtype(num_experts))
+        self._call("route", ray.put(routes))
         return self._policy(parts, None)
 
     def reference_logprobs(self) -> list[np.ndarray]:
         """The reference's log-probs [N] of every loaded sample."""
-        return merge_tokens(self.call("measure", "reference_logprobs", None), self._loaded)[0]
+        return merge_tokens(self._call("measure", "reference_logprobs", None), self._loaded)[0]
 
     def values(self) -> list[np.ndarray]:
         """The critic's values [N] of every loaded sample."""
-        return merge_tokens(self.call("measure", "values", None), self._loaded)[0]
+        return merge_tokens(self._call("measure", "values", None), self._loaded)[0]
 
     def update_policy(
-        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> tuple[dict[str, float], PolicyTokens]:
-        """One optimizer step. Returns metrics, and what `logprobs` would have said of these samples before it."""
-        parts = self.call("update_policy", objective, denominators, ray.put(values))
-        return merge_update(parts), self._policy([p.seen for p in parts], list(values))
+        """One optimizer step on some of the loaded samples, each with its row. Returns metrics, and
+        what `logprobs` would have said of these samples before it."""
+        parts = self._call("update_policy", objective, denominators, ray.put(rows))
+        return merge_update(parts), self._policy([p.seen for p in parts], list(rows))
 
     def update_critic(
-        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> dict[str, float]:
         """One optimizer step of the critic; its metrics, under critic/."""
-        metrics = merge_update(self.call("update_critic", objective, denominators, ray.put(values)))
+        metrics = merge_update(self._call("update_critic", objective, denominators, ray.put(rows)))
         return {f"critic/{name.rpartition('/')[2]}": value for name, value in metrics.items()}
 
     def _policy(self, parts: list[TokenPart], indices: Sequence[int] | None) -> PolicyTokens:
@@ -135,18 +125,46 @@ class TrainerGroup:
 
     def update_supervised(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One supervised step; metrics."""
-        return merge_update(self.call("update_supervised", ray.put(list(samples))))
+        return merge_update(self._call("update_supervised", ray.put(list(samples))))
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A new phase of training begins: its own settings, no moments of the last."""
-        self.call("restart_optimizer", optimizer)
+        self._call("restart_optimizer", optimizer)
+
+    def keep_reference(self) -> None:
+        """The reference becomes the policy as it is now."""
+        self._call("keep_reference")
+
+    def resume(self, checkpoint: Path) -> None:
+        """Everything as a training checkpoint has it, which every rank sees."""
+        self._call("resume", str(checkpoint.resolve()))
+
+    def begin_save(self, directory: Path) -> None:
+        """Begin to write a training checkpoint into an empty directory that every rank sees."""
+        self._call("begin_save", str(directory.resolve()))
+
+    def save_written(self, *, wait: bool) -> bool:
+        """Whether every rank has written its part. Raises TrainerError for what went wrong."""
+        return all(self._call("save_written", wait))
+
+    def finish_save(self) -> None:
+        """Every rank has written: describe the whole."""
+        self._call("finish_save")
+
+    def save_hf(self, directory: Path) -> None:
+        """Write the weights into a Hugging Face directory that exists; rank 0 writes."""
+        self._call("save_hf", str(directory.resolve()))
+
+    def where(self) -> list[dict[str, Any]]:
+        """Host, Ray node, process and GPUs of every rank, see TrainerRank.where."""
+        return self._call("where")
 
     def connect(
-        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights = "same"
+        self, servers: list[ServerAddress], config: WeightsConfig, device: str, rounding: RolloutWeights = "same"
     ) -> None:
-        """See TrainerRank.connect."""
+        """From now on weights go to these servers, see TrainerRank.connect."""
         self.weights_timeout_s = config.timeout_s
-        self.call("connect", urls, config, device, logs, rounding)
+        self._call("connect", servers, config, device, rounding)
 
     def send_weights(self, version: int) -> None:
         """The current weights to every connected server, under this version.
@@ -161,7 +179,15 @@ class TrainerGroup:
     def weight_differences(self) -> list[WeightDifference]:
         """Every tensor that a connected server holds otherwise than the trainer does, bit for bit, by its Hugging Face
         name; an empty list where they agree. The servers must be idle."""
-        return self.call("weight_differences")[0]
+        return self._call("weight_differences")[0]
+
+    def close(self) -> None:
+        """Leave the servers and the process groups."""
+        self._call("close")
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """`method` on every rank, together. Answers in rank order."""
+        return self._wait([getattr(r, method).remote(*args, **kwargs) for r in self.ranks], method)
 
     def _wait(
         self, answers: list[Any], method: str, timeout_s: float | None = None, *, restart: bool = False

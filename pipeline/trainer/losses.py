@@ -1,36 +1,65 @@
 """What the trainer differentiates: an RL objective, a critic's error, or the likelihood of given answers.
 
 All are `megatron_ext.trainer.LossFunction`s: they see whole sequences of one micro-batch and return their share of a
-loss whose denominators are the whole mini-batch's.
+loss whose denominators are the whole mini-batch's. What they know of a sequence beside the model's answer is its row.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.objectives import Denominators, LossInputs, LossOutputs, Objective
+from pipeline.types import padded
 
 if TYPE_CHECKING:
     from megatron_ext.parts import Metrics
     from megatron_ext.trainer import LossBatch, LossFunction
 
+ON_POLICY: Literal["on policy"] = "on policy"
+"""Said in the place of pi_o's log-probs: the weights are those of the start of the update, so pi is pi_o."""
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """What the loss reads of one rollout of N response tokens. Entries of tokens that were not sampled are not read.
+
+    rollout_logprobs:    [N] float32, log mu.
+    proximal_logprobs:   [N] float32, log pi_o, or ON_POLICY.
+    advantage:           a number, or [N] float32.
+    reference_logprobs:  [N] float32, log pi_ref, where the objective has a KL in the loss.
+    returns:             [N] float32, what a critic regresses on, where there is one.
+    proximal_values:     [N] float32, the critic at the start of the update.
+    """
+
+    rollout_logprobs: np.ndarray
+    proximal_logprobs: np.ndarray | Literal["on policy"]
+    advantage: np.ndarray | float
+    reference_logprobs: np.ndarray | None = None
+    returns: np.ndarray | None = None
+    proximal_values: np.ndarray | None = None
+
 
 def policy_loss(objective: Objective, denominators: Denominators) -> LossFunction:
-    """An objective on samples with the values rollout_logprobs [N], advantage (a number or [N]), reference_logprobs [N]
-    where the objective has a KL in the loss, and proximal_logprobs [N] unless the weights are still those of the start
-    of the update, so that current is proximal."""
+    """An objective on samples whose rows are LossRows, all of them on policy or none."""
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
         current, entropy = batch.quantities
+        rows: Sequence[LossRow] = batch.rows
+        rollout = _matrix([r.rollout_logprobs for r in rows], current)
+        assert rollout is not None
         inputs = LossInputs(
             current_logprobs=current,
-            proximal_logprobs=batch.values.get("proximal_logprobs", current.detach()),
-            rollout_logprobs=batch.values["rollout_logprobs"],
-            advantages=batch.values["advantage"],
+            proximal_logprobs=_proximal(rows, current),
+            rollout_logprobs=rollout,
+            advantages=_advantages(rows, current),
             mask=batch.mask,
-            reference_logprobs=batch.values.get("reference_logprobs"),
+            reference_logprobs=_matrix([r.reference_logprobs for r in rows], current),
             entropy=entropy,
         )
         return _share(objective.policy_loss(inputs, denominators))
@@ -39,11 +68,15 @@ def policy_loss(objective: Objective, denominators: Denominators) -> LossFunctio
 
 
 def critic_loss(objective: Objective, denominators: Denominators) -> LossFunction:
-    """The critic's error on samples with the values returns [N] and proximal_values [N]."""
+    """The critic's error on samples whose rows are LossRows with returns and proximal_values."""
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
         (values,) = batch.quantities
-        returns, proximal = batch.values["returns"], batch.values["proximal_values"]
+        rows: Sequence[LossRow] = batch.rows
+        returns = _matrix([r.returns for r in rows], values)
+        if returns is None:
+            raise ValueError("a critic is trained on rows with returns")
+        proximal = _matrix([r.proximal_values for r in rows], values)
         return _share(objective.value_loss(values, returns, proximal, batch.mask, denominators))
 
     return loss
@@ -57,6 +90,44 @@ def supervised_loss(tokens: int) -> LossFunction:
         return nll / tokens, {"loss/nll": (float(nll.detach()), float(batch.mask.sum()), "mean")}
 
     return loss
+
+
+def _proximal(rows: Sequence[LossRow], current: Tensor) -> Tensor:
+    """log pi_o [sequences, tokens]."""
+    on_policy = [isinstance(r.proximal_logprobs, str) for r in rows]
+    if all(on_policy):
+        return current.detach()
+    if any(on_policy):
+        raise ValueError("some rows of a mini-batch are on policy and some are not")
+    found = _matrix([None if isinstance(r.proximal_logprobs, str) else r.proximal_logprobs for r in rows], current)
+    assert found is not None
+    return found
+
+
+def _advantages(rows: Sequence[LossRow], like: Tensor) -> Tensor:
+    """[sequences] float32, or [sequences, tokens] where they differ by token."""
+    arrays = [r.advantage for r in rows if isinstance(r.advantage, np.ndarray)]
+    if not arrays:
+        return torch.tensor([r.advantage for r in rows], dtype=torch.float32, device=like.device)
+    found = _matrix([r.advantage if isinstance(r.advantage, np.ndarray) else None for r in rows], like)
+    assert found is not None
+    return found
+
+
+def _matrix(rows: Sequence[np.ndarray | None], like: Tensor) -> Tensor | None:
+    """[N] arrays as [sequences, tokens] on the device of `like`, zeros behind; None where no row has one.
+
+    Raises ValueError where only some rows have one, or one is not as long as its response.
+    """
+    present = [row for row in rows if row is not None]
+    if not present:
+        return None
+    if len(present) != len(rows):
+        raise ValueError(f"{len(present)} of {len(rows)} rows have what the loss reads")
+    out = torch.from_numpy(padded(present))
+    if out.shape != like.shape:
+        raise ValueError(f"rows of up to {out.shape[1]} tokens for responses of up to {like.shape[1]}")
+    return out.to(like.device)
 
 
 def _share(out: LossOutputs) -> tuple[Tensor, Metrics]:

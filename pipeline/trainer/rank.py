@@ -21,7 +21,9 @@ from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
     from megatron_ext.checkpoint.staged_save import StagedSave
-    from megatron_ext.hf.export import Bucket
+    from megatron_ext.hf.bucket import Bucket
+    from pipeline.engine.control import ServerAddress
+    from pipeline.trainer.losses import LossRow
     from pipeline.weights import WeightDifference, WeightsConfig
 
 
@@ -99,23 +101,23 @@ class TrainerRank:
         return getattr(self.trainer, method)(samples, *args)
 
     def update_policy(
-        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> UpdatePart:
-        """One optimizer step on some of the loaded samples. values: sample index -> what the loss reads of it."""
+        """One optimizer step on some of the loaded samples. rows: sample index -> what the loss reads of it."""
         from pipeline.trainer.losses import policy_loss
 
-        return self.trainer.update(self._with(values), policy_loss(resolve(objective), denominators))
+        return self.trainer.update(self._with(rows), policy_loss(resolve(objective), denominators))
 
     def update_critic(
-        self, objective: ObjectiveConfig, denominators: Denominators, values: dict[int, dict[str, Any]]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> UpdatePart:
         """The same for the critic."""
         from pipeline.trainer.losses import critic_loss
 
-        return self.trainer.update_critic(self._with(values), critic_loss(resolve(objective), denominators))
+        return self.trainer.update_critic(self._with(rows), critic_loss(resolve(objective), denominators))
 
-    def _with(self, values: dict[int, dict[str, Any]]) -> list[Sample]:
-        return [replace(self.samples[i], values=v) for i, v in values.items()]
+    def _with(self, rows: dict[int, LossRow]) -> list[Sample]:
+        return [replace(self.samples[i], row=row) for i, row in rows.items()]
 
     def update_supervised(self, samples: list[Sample]) -> UpdatePart:
         """One optimizer step on the likelihood of the samples' responses."""
@@ -132,7 +134,7 @@ class TrainerRank:
         self.trainer.keep_reference()
 
     def connect(
-        self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights
+        self, servers: list[ServerAddress], config: WeightsConfig, device: str, rounding: RolloutWeights
     ) -> None:
         """From now on weights go to these servers, from rank 0, rounded as the servers are to compute with them."""
         self.trainer.exporter.bucket_bytes = config.bucket_bytes
@@ -140,7 +142,7 @@ class TrainerRank:
         if self.rank == 0:
             from pipeline.weights import WeightSender
 
-            self.sender = WeightSender(urls, config, device=device, logs=logs)
+            self.sender = WeightSender(servers, config, device=device)
             self.sender.connect()
 
     def send_weights(self, version: int) -> None:
@@ -180,7 +182,9 @@ class TrainerRank:
         """On rank 0, the weights as the servers are to hold them."""
         from pipeline.weights.rounding import rounded
 
-        return rounded(self.trainer.export(everywhere=False), self.rollout_weights)
+        return rounded(
+            self.trainer.export(everywhere=False), self.rollout_weights, self.trainer.policy.model.family.kept_whole
+        )
 
     @ray.method(concurrency_group="watch")
     def position(self) -> int:

@@ -7,12 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
+from megatron_ext.hf.bucket import Bucket
 from pipeline.engine.checksum import MODULUS, checksum
 from pipeline.engine.control import SGLangControl
-
-Bucket = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)

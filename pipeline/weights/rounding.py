@@ -12,22 +12,28 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_ext.hf.bucket import Bucket
 from pipeline.config.precision import RolloutWeights
-from pipeline.weights.differences import Bucket
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
-def rounded(buckets: Iterable[Bucket], kind: RolloutWeights) -> Iterator[Bucket]:
-    """The same buckets under the same names, rounded. kind "same" hands them on."""
+def rounded(buckets: Iterable[Bucket], kind: RolloutWeights, kept: tuple[str, ...]) -> Iterator[Bucket]:
+    """The same buckets under the same names, rounded. kind "same" hands them on.
+
+    kept: endings of the names of tensors that stay as they are (Family.kept_whole).
+    """
     for bucket in buckets:
-        yield bucket if kind == "same" else [(name, _round(name, tensor, kind)) for name, tensor in bucket]
+        yield (
+            bucket
+            if kind == "same"
+            else [(name, tensor if name.endswith(kept) else _round(tensor, kind)) for name, tensor in bucket]
+        )
 
 
-def _round(name: str, tensor: Tensor, kind: RolloutWeights) -> Tensor:
+def _round(tensor: Tensor, kind: RolloutWeights) -> Tensor:
     """[out, in], or [experts, in, out] of gpt-oss -> the same shape and dtype."""
-    kept = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "router.weight", "_bias")
-    if tensor.dim() < 2 or name.endswith(kept):
+    if tensor.dim() < 2:
         return tensor
     largest = tensor.float().abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest / _LARGEST[kind], 1.0)

@@ -9,11 +9,12 @@ Weights travel under their Hugging Face names; the caller bounds the bytes of a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
+from megatron_ext.hf.bucket import Bucket
 from pipeline.config.weights import WeightsConfig
+from pipeline.engine.control import ServerAddress
 from pipeline.engine.server import ServerError
-from pipeline.weights.differences import Bucket, TensorSum, WeightDifference, compare_sums, tensor_sums
+from pipeline.weights.differences import TensorSum, WeightDifference, compare_sums, tensor_sums
 from pipeline.weights.servers import Servers, WeightTransferError
 from pipeline.weights.transports import make_transport
 
@@ -23,11 +24,10 @@ _NAMED = 10  # differing tensors named in an error
 class WeightSender:
     """Sends weights to servers. Lives in trainer rank 0; `connect` once, then `send` as often as there are weights."""
 
-    def __init__(self, urls: Sequence[str], config: WeightsConfig, *, device: str, logs: Sequence[Path] | None = None):
-        """urls: of the servers. device: "cpu" or "cuda", where the weights are. logs: of the servers, in this order,
-        for error messages."""
+    def __init__(self, addresses: Sequence[ServerAddress], config: WeightsConfig, *, device: str):
+        """addresses: of the servers. device: "cpu" or "cuda", where the weights are."""
         self.config = config
-        self.servers = Servers(urls, timeout_s=config.timeout_s, logs=logs)
+        self.servers = Servers(addresses, timeout_s=config.timeout_s)
         self.transport = make_transport(config.transport, self.servers, device)
 
     def connect(self) -> None:

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import requests
-
-from pipeline.engine.control import SGLangControl
+from pipeline.engine.control import ServerAddress, SGLangControl
 from pipeline.engine.server import ServerError
+from pipeline.errors import SamerouteError
 
 
-class WeightTransferError(RuntimeError):
+class WeightTransferError(SamerouteError):
     """A server did not take the weights, or holds others; the message names it."""
 
 
 class Servers:
-    """The servers that get the weights. timeout_s: of one call. logs: in the order of the urls, for error messages."""
+    """The servers that get the weights. timeout_s: of one call."""
 
-    def __init__(self, urls: Sequence[str], *, timeout_s: float, logs: Sequence[Path | None] | None = None):
+    def __init__(self, addresses: Sequence[ServerAddress], *, timeout_s: float):
         self.timeout_s = timeout_s
-        self.controls = [
-            SGLangControl(url, timeout_s=timeout_s, log_path=log)
-            for url, log in zip(urls, logs or [None] * len(urls), strict=True)
-        ]
-        self._threads = ThreadPoolExecutor(max_workers=len(urls))
+        self.controls = [SGLangControl(a.url, timeout_s=timeout_s, log_path=a.log_path) for a in addresses]
+        self._threads = ThreadPoolExecutor(max_workers=len(addresses))
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> None:
         """POST the same to every server and wait for all. Raises WeightTransferError for the first that refuses."""
@@ -47,7 +42,7 @@ class Servers:
         """`call()`, its failure a WeightTransferError that names the server."""
         try:
             return call()
-        except (ServerError, requests.RequestException) as error:
+        except ServerError as error:
             raise WeightTransferError(f"weight transfer to {control.url} failed: {error}") from error
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.weights.differences import Bucket
+from megatron_ext.hf.bucket import Bucket
 from pipeline.weights.servers import Servers, WeightTransferError
 
 _POLL_S = 0.0005

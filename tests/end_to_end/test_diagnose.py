@@ -14,7 +14,7 @@ from pipeline.config import load_config
 from pipeline.diagnose import diagnose
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
-from pipeline.loop.run import open_loop
+from pipeline.loop.open_loop import open_loop
 
 pytestmark = pytest.mark.slow  # they share engines that take so long to start
 SETTINGS = ["supervised.steps=60", "supervised.decay_steps=60", "train.decay_steps=null", "run.seed=1"]
@@ -166,7 +166,7 @@ def test_a_mask_on_the_trainers_side_alone_is_named(engines):
 
 def test_a_mask_on_sampling_is_seen_though_log_probs_agree(engines):
     loop, model = engines
-    masked = replace(loop, version=loop.version)
+    masked = replace(loop)
     masked.sampling = replace(loop.sampling, top_k=2)
     found = diagnose(loop, model, new_rollouts(masked, 192))
     assert found.gap["abs_logprob"] < 1e-5

@@ -12,8 +12,8 @@ import ray
 from pipeline.config import load_config
 from pipeline.diagnose import diagnose
 from pipeline.dumps.dump import Dump, read_dump, write_dump
-from pipeline.loop.loop import mismatch_of
-from pipeline.loop.run import open_loop
+from pipeline.loop.compare import mismatch_of
+from pipeline.loop.open_loop import open_loop
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Rollout
 from scripts.precision_figures import compute_with
@@ -49,7 +49,7 @@ def on_rank(loop, function, *args):
 def sample(loop) -> list[Rollout]:
     """32 responses of 32 tokens, loaded."""
     sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
-    groups = sample_groups_sync(loop.client, loop.source.take(8), 4, sampling)
+    groups = sample_groups_sync(loop.fleet, loop.source.take(8), 4, sampling)
     rollouts = [r for g in groups for r in g.rollouts]
     loop.load(rollouts)
     return rollouts
@@ -63,12 +63,12 @@ def gap(loop, rollouts) -> float:
 @pytest.mark.slow
 def test_a_bfloat16_loop_with_a_float32_head_and_router_agrees_on_both_engines(tmp_path):
     with session(tmp_path, "weights=bfloat16") as (loop, _):
-        info = loop.client.server_info()
+        info = loop.fleet.servers[0].client.server_info()
         assert (info["dtype"], info["enable_fp32_lm_head"], info["kv_cache_dtype"]) == ("bfloat16", True, "auto")
         assert "router logits of 4 layers in float32" in (tmp_path / "logs" / "sglang.log").read_text()
         assert on_rank(loop, trainer_settings) == ({"torch.bfloat16"}, "torch.bfloat16", "fp32", "fp32_accumulate")
         for number in (1, 2):
-            metrics, _ = loop.step(number)
+            metrics = loop.step(number).metrics
             assert metrics["mismatch/abs_logprob"] < 0.03
             assert metrics["mismatch/max_abs_logprob"] < 0.4
 
@@ -77,7 +77,7 @@ def test_a_bfloat16_loop_with_a_float32_head_and_router_agrees_on_both_engines(t
 def test_kept_tokens_a_narrow_cache_and_rounded_weights_are_the_same_on_both_engines(tmp_path):
     mask = ["temperature=0.8", "top_k=8", "top_p=0.9", "min_p=0.02"]
     with session(tmp_path, *mask, "kv_cache=bfloat16") as (loop, model):
-        info = loop.client.server_info()
+        info = loop.fleet.servers[0].client.server_info()
         assert (info["sampling_mask_max_tokens"], info["kv_cache_dtype"]) == (72, "bfloat16")
         rollouts = sample(loop)
         widths = np.concatenate([(r.kept >= 0).sum(1) for r in rollouts])
@@ -91,12 +91,11 @@ def test_kept_tokens_a_narrow_cache_and_rounded_weights_are_the_same_on_both_eng
         assert gap(loop, rollouts) > 0.1  # the whole vocabulary is another distribution
 
         for number in (1, 2):
-            metrics, groups = loop.step(number)
-            assert metrics["mismatch/abs_logprob"] < 3e-4
-        step = read_dump(write_dump(tmp_path, Dump(2, loop.version, 0.8, tuple(groups))))
-        for before, after in zip(groups, step.groups, strict=True):
-            for one, other in zip(before.rollouts, after.rollouts, strict=True):
-                assert np.array_equal(one.kept, other.kept)
+            result = loop.step(number)
+            assert result.metrics["mismatch/abs_logprob"] < 3e-4
+        step = read_dump(write_dump(tmp_path, Dump(result.batch, 0.8)))
+        for one, other in zip(result.batch.rollouts, step.batch.rollouts, strict=True):
+            assert np.array_equal(one.kept, other.kept)
 
         rollouts = sample(loop)
         on_rank(loop, compute_with, loop.config.precision.model_copy(update={"kv_cache": "same"}))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.config import load_config
-from pipeline.loop.run import open_loop
+from pipeline.loop.open_loop import open_loop
 from pipeline.rollout.sampler import sample_groups_sync
 
 SETTINGS = ["supervised.steps=0", "precision.weights=bfloat16", "model.tiny.experts=16", "model.tiny.init_std=0.15",
@@ -20,7 +20,7 @@ def test_replayed_routes_reduce_the_mismatch_twofold_and_large_ratios_tenfold(tm
     config = load_config("configs/quickstart.yaml", SETTINGS)
     with open_loop(config, tmp_path, tmp_path / "logs") as (loop, _):
         sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
-        groups = sample_groups_sync(loop.client, loop.source.take(32), 4, sampling)
+        groups = sample_groups_sync(loop.fleet, loop.source.take(32), 4, sampling)
         rollouts = [r for g in groups for r in g.rollouts]
         loop.load(rollouts)
         found = loop.probe_replay(rollouts)

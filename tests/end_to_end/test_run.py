@@ -21,11 +21,13 @@ from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import merge_update
 from pipeline.config import load_config
 from pipeline.dumps.dump import DumpError
-from pipeline.loop.loop import DisagreementError, to_sample
-from pipeline.loop.run import _replay, open_loop, train
+from pipeline.loop.compare import DisagreementError
+from pipeline.loop.loop import to_sample
+from pipeline.loop.open_loop import open_loop
+from pipeline.loop.run import _replay, train
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 from pipeline.observe.report.page import write_report
-from pipeline.trainer.losses import policy_loss
+from pipeline.trainer.losses import LossRow, policy_loss
 from tests.support.ranks import run_ranks
 from tests.support.receivers import free_port, scrape
 
@@ -135,7 +137,8 @@ def loop(session):
 @pytest.mark.slow
 def test_engines_agree_to_1e_4_before_and_after_ten_updates_and_transfers(loop):
     for number in range(1, 11):
-        metrics, groups = loop.step(number)
+        result = loop.step(number)
+        metrics, groups = result.metrics, result.batch.groups
         assert metrics.keys() >= KEYS
         assert metrics["mismatch/max_abs_logprob"] < 1e-4
         assert metrics["routing/replayed_fraction"] == 1.0
@@ -144,7 +147,7 @@ def test_engines_agree_to_1e_4_before_and_after_ten_updates_and_transfers(loop):
         assert len(groups) == 8
         assert all(len(g.rollouts) == 4 == len(g.rewards) for g in groups)
         assert all((r.weight_versions == number).all() for g in groups for r in g.rollouts)
-    assert loop.version == 11
+    assert loop.fleet.version == 11
     loop.probe()
 
 
@@ -154,27 +157,18 @@ def gspo_update(config: ParallelConfig, model: str, samples: list[Sample]):
 
     trainer = Trainer(model, config, TrainerConfig(micro_batch_tokens=128), OptimizerConfig(lr=1e-3), replay=True)
     advantages = np.random.default_rng(0).normal(size=len(samples))
-    values = [
-        {
-            "rollout_logprobs": s.values["rollout_logprobs"],
-            "proximal_logprobs": s.values["rollout_logprobs"],
-            "advantage": float(a),
-        }
-        for s, a in zip(samples, advantages, strict=True)
-    ]
+    rows = [replace(s.row, advantage=float(a)) for s, a in zip(samples, advantages, strict=True)]
     tokens = sum(s.response_length for s in samples)
     objective = resolve(ObjectiveConfig(preset="gspo", clip_low=0.02, clip_high=0.03))
     loss = policy_loss(objective, Denominators(len(samples), tokens, max_length=16))
-    return trainer.update([replace(s, values=v) for s, v in zip(samples, values, strict=True)], loss)
+    return trainer.update([replace(s, row=row) for s, row in zip(samples, rows, strict=True)], loss)
 
 
 @pytest.mark.slow
 def test_the_same_rollouts_give_the_same_first_step_on_every_layout(session):
     loop, model = session
-    _, groups = loop.step(11)
-    samples = [
-        replace(to_sample(r), values={"rollout_logprobs": r.rollout_logprobs}) for g in groups for r in g.rollouts
-    ]
+    rollouts = loop.step(11).batch.rollouts
+    samples = [replace(to_sample(r), row=LossRow(r.rollout_logprobs, r.rollout_logprobs, 0.0)) for r in rollouts]
     layouts = [
         {},
         {"ranks": 2, "expert": 2},
@@ -204,10 +198,11 @@ def test_weights_that_did_not_arrive_stop_the_run(loop):
 
 @pytest.mark.slow
 def test_tokens_of_an_older_version_stop_the_run(loop):
-    loop.version += 1
+    (server,) = loop.fleet.servers
+    server.client.set_weight_version(loop.fleet.version - 1)
     with pytest.raises(DisagreementError, match=r"sampled under weights \[\d+\], the trainer holds"):
         loop.probe()
-    loop.version -= 1
+    server.client.set_weight_version(loop.fleet.version)
 
 
 @pytest.fixture(scope="module")

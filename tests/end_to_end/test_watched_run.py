@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.commands.main import main
-from pipeline.observe.step_record import StepArrays
+from pipeline.engine.fleet import Fleet
+from tests.support.episodes import step_result
 from tests.support.receivers import free_port
 from tests.support.runs import metrics
 
@@ -19,7 +20,7 @@ from tests.support.runs import metrics
 class Loop:
     """Steps made up here. at_step: called with each before it ends."""
 
-    version, arrays = 0, StepArrays([], [], [], [], np.zeros((0, 3), np.int64))
+    fleet = Fleet()
     objective = SimpleNamespace(
         composition=SimpleNamespace(ratio="token", surrogate="reinforce", clip_low=None, clip_high=None)
     )
@@ -27,14 +28,12 @@ class Loop:
 
     def __init__(self, at_step):
         self.at_step = at_step
-        self.trainers = SimpleNamespace(call=self.call)
-
-    def call(self, method, *_):
-        return [{"rank": 0}] if method == "where" else []
+        self.trainers = SimpleNamespace(where=lambda: [{"rank": 0}], save_hf=lambda directory: None)
 
     def step(self, number):
         self.at_step(number)
-        return metrics(number), []
+        nothing = np.zeros((0, 3), np.int64)
+        return step_result(number, [], [], [], [], [], nothing, metrics(number))
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_the_size_of_micro_batches_does_not_matter(tiny_model_dir, tokens):
 
 def test_an_update_moves_logprobs_towards_the_loss(tiny_model_dir):
     result = one_rank(str(tiny_model_dir))
-    weights = np.concatenate([np.full(s.response_length, s.values["weight"]) for s in make_samples(routes=True)])
+    weights = np.concatenate([np.full(s.response_length, s.row["weight"]) for s in make_samples(routes=True)])
     assert ((result.after - result.before) * weights).sum() > 0
 
 

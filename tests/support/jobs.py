@@ -30,7 +30,9 @@ def make_samples(*, routes: bool, vocab_size: int = 512, without_routes: tuple[i
 
 def weighted_likelihood(batch):
     """A loss with a denominator of its own, and a mean, a sum and a max to reduce."""
-    per_sequence = -(batch.quantities[0] * batch.mask).sum(1) * batch.values["weight"]
+    import torch
+
+    per_sequence = -(batch.quantities[0] * batch.mask).sum(1) * torch.tensor([row["weight"] for row in batch.rows])
     lengths = batch.mask.sum(1)
     metrics = {
         "length": (float(lengths.sum()), float(len(lengths)), "mean"),
@@ -60,7 +62,7 @@ def whole_gradients(network) -> dict[str, np.ndarray]:
                     shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
     if not hasattr(network, "gradients"):  # an exporter of the gradients' own memory, which stays where it is
-        network.gradients = HFExporter(network.chunks, network.hf, network.shape, value_head=network.head == "value")
+        network.gradients = HFExporter(network.chunks, network.model, value_head=network.head == "value")
         network.gradients.parameters = [
             (n, torch.nn.Parameter(p.main_grad), m) for n, p, m in network.gradients.parameters
         ]

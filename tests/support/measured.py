@@ -47,11 +47,11 @@ def states(parallel: ParallelConfig, precision: TrainerPrecision, models: list[d
 def _states(hf, parallel, precision, stage) -> States:
     import torch
 
-    from megatron_ext.hf.description import model_shape
+    from megatron_ext.hf.description import describe
     from megatron_ext.network import Network
 
-    shape = model_shape(hf, parallel.tensor)
-    network = Network(hf, shape, parallel, TrainerConfig(), precision, replay=False)
+    model = describe(hf)
+    network = Network(model, parallel, TrainerConfig(), precision, replay=False)
     network.restart_optimizer(OptimizerConfig())
     network.optimizer.step()  # on gradients of 0; it makes the moments
     parameters = [p for chunk in network.chunks for p in chunk.parameters()]
@@ -65,7 +65,7 @@ def _states(hf, parallel, precision, stage) -> States:
                 if p.untyped_storage().data_ptr() not in weight_storages:
                     optimizer += p.nbytes
                 optimizer += sum(s.nbytes for s in one.optimizer.state[p].values() if torch.is_tensor(s))
-    critic = Network(hf, shape, parallel, TrainerConfig(), precision, head="value", trainable=False)
+    critic = Network(model, parallel, TrainerConfig(), precision, head="value", trainable=False)
     return States(
         stage=stage,
         dense=sum(p.numel() for p in parameters if getattr(p, "allreduce", True)),
@@ -87,10 +87,10 @@ def kept_bytes(parallel: ParallelConfig, trainer: TrainerConfig, models: list[di
 def _kept(hf, parallel, trainer, samples) -> int:
     import torch
 
-    from megatron_ext.hf.description import model_shape
+    from megatron_ext.hf.description import describe
     from megatron_ext.network import Network
 
-    network = Network(hf, model_shape(hf, parallel.tensor), parallel, trainer, TrainerPrecision(), replay=False)
+    network = Network(describe(hf), parallel, trainer, TrainerPrecision(), replay=False)
     network.restart_optimizer(OptimizerConfig())
     weights = {t.untyped_storage().data_ptr() for c in network.chunks for t in (*c.parameters(), *c.buffers())}
     kept: dict[int, torch.Tensor] = {}

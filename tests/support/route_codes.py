@@ -119,4 +119,7 @@ Loss = Callable[[Any], tuple[Any, dict]]
 
 def loss(batch: Any) -> tuple[Any, dict]:
     """A likelihood, weighted by sample."""
-    return -((batch.quantities[0] * batch.mask).sum(1) * batch.values["weight"]).sum() / len(LENGTHS), {}
+    import torch
+
+    weights = torch.tensor([row["weight"] for row in batch.rows])
+    return -((batch.quantities[0] * batch.mask).sum(1) * weights).sum() / len(LENGTHS), {}

@@ -10,8 +10,8 @@ from pipeline.config import load_config
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.observe.run_dir import RunDirectory
-from pipeline.observe.step_record import StepArrays
-from pipeline.types import Group, Prompt, Rollout
+from pipeline.types import Prompt
+from tests.support.episodes import graded_group, plain_rollout, step_result
 
 LAYERS = 5
 ANSWERS = ("01289<|eos|>", "10289<|eos|>")
@@ -80,16 +80,13 @@ class MadeRun:
             for text in answers:
                 ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
                 logprobs = -np.linspace(0.05, 3.0, len(ids), dtype=np.float32)
-                versions = np.full(len(ids), step, np.int32)
-                rollouts.append(Rollout(np.zeros(1, np.int32), ids, logprobs, None, versions, "stop"))
+                rollouts.append(plain_rollout(ids, logprobs, version=step))
                 proximal.append((logprobs + mismatch(len(ids))).astype(np.float32))
             metadata = {"answer": "01289"}
-            rewards = np.array([1.0, 0.0], np.float32)
-            groups.append(Group(Prompt(np.zeros(1, np.int32), prompt, metadata, index), tuple(rollouts), rewards))
+            groups.append(graded_group(Prompt(np.zeros(1, np.int32), prompt, metadata, index), rollouts, [1.0, 0.0]))
         moved = [row + np.float32(self.update * (i >= len(proximal) // 2)) for i, row in enumerate(proximal)]
         entropy = [np.full(len(row), 0.5, np.float32) for row in proximal]
-        advantages = [np.array(1.0 if i % 2 == 0 else -1.0) for i in range(len(proximal))]
-        arrays = StepArrays(proximal, moved, entropy, advantages, routing(step, self.layers))
+        advantages = [1.0 if i % 2 == 0 else -1.0 for i in range(len(proximal))]
+        result = step_result(step, groups, proximal, moved, entropy, advantages, routing(step, self.layers))
         self.directory.record(metrics(step) | changes)
-        self.directory.write_rollouts(step, groups, self.tokenizer)
-        self.directory.write_arrays(step, groups, arrays, self.objective, self.tokenizer)
+        self.directory.write_step(result, self.objective, self.tokenizer)

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.description import rope_settings
+from megatron_ext.hf.config_json import rope_settings
 from megatron_ext.hf.families.family import (
     Family,
     HFConfig,
+    Needed,
+    ServerRouter,
     dense_first,
     shared_experts,
     sigmoid_router,
@@ -95,4 +97,6 @@ DEEPSEEK_V3 = Family(
     dense_first,
     _unsupported,
     rope_types=("default", "yarn"),
+    needs=(Needed("kv_cache", "same", "the cache of latent attention holds latents, not keys"),),
+    server_router=ServerRouter("deepseek_v2.MoEGate", "own"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron_ext.hf.tables import Row
 
@@ -13,6 +13,27 @@ HFConfig = dict[str, Any]
 
 def _none(hf: HFConfig) -> Iterable[Any]:
     return ()
+
+
+@dataclass(frozen=True)
+class Needed:
+    """A precision setting that the rollout engine leaves no choice in; why: a sentence that names what it does."""
+
+    setting: Literal["weights", "router", "kv_cache"]
+    value: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ServerRouter:
+    """SGLang's layer that makes a router's logits, by the name of its class and of the module that this is in.
+
+    kind: "linear": one of its linear layers, which round to the dtype of the weights; "own": a layer with a forward of
+    its own, which rounds or not by device and batch; "float32": one that has float32 weights and logits always.
+    """
+
+    layer: str
+    kind: Literal["linear", "own", "float32"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +46,8 @@ class Family:
     unsupported: reasons why a model of the family is not built here, a sentence each.
     rope_types:  kinds of rotary embedding that are built.
     quantization: kinds of quantized weights that are read.
+    needs:        what of the precision is not free.
+    server_router: how the rollout engine makes a router's logits.
     """
 
     table: tuple[Row, ...]
@@ -33,6 +56,15 @@ class Family:
     unsupported: Callable[[HFConfig], Iterable[str]] = _none
     rope_types: tuple[str, ...] = ("default",)
     quantization: tuple[str, ...] = ()
+    needs: tuple[Needed, ...] = ()
+    server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
+
+    @property
+    def kept_whole(self) -> tuple[str, ...]:
+        """Endings of the Hugging Face names of matrices that a quantised engine does not quantise: embedding, LM head,
+        routers and gates, and the biases of packed experts."""
+        rows = [row for row in self.table if not row.quantised]
+        return tuple(sorted({name.rpartition("}")[2] for row in rows for name in row.hf}))
 
 
 def softmax_router(hf: HFConfig) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.description import rope_settings
+from megatron_ext.hf.config_json import rope_settings
 from megatron_ext.hf.families.deepseek import BIASED_MOE
 from megatron_ext.hf.families.family import (
     Family,
     HFConfig,
+    Needed,
+    ServerRouter,
     dense_first,
     shared_experts,
     sigmoid_router,
@@ -30,4 +32,11 @@ def _unsupported(hf: HFConfig) -> Iterator[str]:
         yield "a config without partial_rotary_factor"
 
 
-GLM4_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *BIASED_MOE), _fields, dense_first, _unsupported)
+GLM4_MOE = Family(
+    (*ENDS, *ATTENTION, *DENSE_MLP, *BIASED_MOE),
+    _fields,
+    dense_first,
+    _unsupported,
+    needs=(Needed("router", "fp32", "GLM's routers are float32 in SGLang whatever is asked for"),),
+    server_router=ServerRouter("glm4_moe.Glm4MoeGate", "float32"),
+)

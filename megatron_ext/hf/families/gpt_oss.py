@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.description import rope_settings
-from megatron_ext.hf.families.family import Family, HFConfig
+from megatron_ext.hf.config_json import rope_settings
+from megatron_ext.hf.families.family import Family, HFConfig, Needed
 from megatron_ext.hf.tables import ATTENTION, ENDS, HF_LAYER, LAYER, MOE_NORM, Row
 from megatron_ext.hf.transforms import AlternatingGateUp, Replicated, Split, Transposed
 
@@ -90,4 +90,5 @@ GPT_OSS = Family(
     unsupported=_unsupported,
     rope_types=("default", "yarn"),
     quantization=("mxfp4",),
+    needs=(Needed("weights", "bfloat16", "SGLang keeps gpt-oss's sinks in bfloat16"),),
 )

@@ -1,8 +1,8 @@
 """Router logits in float32 in SGLang 0.5.23, on any device, as Megatron-Core makes them under `precision.router: fp32`.
 
 SGLang's routers are linear layers in the dtype of the weights, so bfloat16 weights make bfloat16 logits. Here the same
-product keeps its float32 sums. DeepSeek's router is a layer of its own that rounds or not by device and batch; GLM's
-has float32 weights and logits whatever is asked for. The server switches it on by an environment variable, because
+product keeps its float32 sums; `Family.server_router` says what kind of layer a family's
+is. The server switches it on by an environment variable, because
 SGLang's processes take plugins and no objects.
 """
 
@@ -12,6 +12,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.hf.families import FAMILIES
 from pipeline.config.precision import ROUTER_VARIABLE
 
 if TYPE_CHECKING:
@@ -47,19 +48,21 @@ def make_routers_float32(model: torch.nn.Module) -> None:
         def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             return logits(x, layer.weight) if bias is None else logits(x, layer.weight) + bias.float()
 
+    kinds = {family.server_router.layer: family.server_router.kind for family in FAMILIES.values()}
     changed = 0
     for name, block in model.named_modules():
         gate: Any = getattr(block, "gate", None) or getattr(block, "router", None)
         if gate is None or not hasattr(block, "experts"):
             continue
-        kind = f"{type(gate).__module__.rpartition('.')[2]}.{type(gate).__name__}"
-        if issubclass(type(gate), ReplicatedLinear):
+        layer = ReplicatedLinear if issubclass(type(gate), ReplicatedLinear) else type(gate)
+        kind = kinds.get(f"{layer.__module__.rpartition('.')[2]}.{layer.__name__}")
+        if kind == "linear":
             gate.quant_method = Float32Logits()
             gate._use_tinygemm = False  # gpt-oss's kernel rounds
-        elif kind == "deepseek_v2.MoEGate" and not getattr(gate, "use_intel_amx_backend", False):  # packs its weight
+        elif kind == "own" and not getattr(gate, "use_intel_amx_backend", False):  # packs its weight
             if gate.weight.dtype != torch.float32:
                 gate.forward = lambda x, *_, gate=gate, **__: logits(x, gate.weight)
-        elif kind != "glm4_moe.Glm4MoeGate":
+        elif kind != "float32":
             raise RuntimeError(
                 f"the router of {name} is a {type(gate).__name__}, whose logits sameroute cannot make in float32; set "
                 "precision.router=bf16"

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.yaml_text import YamlError, parse
+from pipeline.errors import NOT_STARTED, SamerouteError
 
 _LARGEST = 1.7e308  # of a float64; nan is not below it either
 
 
-class ReportError(RuntimeError):
+class ReportError(SamerouteError):
     """There is no run to report on; the message says where it was looked for."""
+
+    exit_code = NOT_STARTED
 
 
 @dataclass(frozen=True)

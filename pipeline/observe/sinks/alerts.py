@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from pipeline import http
 from pipeline.config.alerts import AlertRule, AlertsConfig
+from pipeline.errors import SamerouteError
 from pipeline.observe.sinks.background import Background, DeliveryError
 
 
-class AlertStop(RuntimeError):
+class AlertStop(SamerouteError):
     """A rule with `stop: true` fired."""
 
 
@@ -177,15 +179,13 @@ def run_command(command: Sequence[str], body: str, timeout_s: float) -> None:
 def post(url: str, body: str, timeout_s: float) -> None:
     """POST the body as JSON. Raises DeliveryError for any answer that is no success. The URL may hold a secret, so only
     its host is said."""
-    import requests
-
     host = urlparse(url).hostname
     try:
-        answer = requests.post(url, data=body.encode(), headers={"Content-Type": "application/json"}, timeout=timeout_s)
-    except requests.RequestException as error:
+        answer = http.request("POST", url, body=body.encode(), timeout_s=timeout_s, proxies=True)
+    except (http.HttpError, TimeoutError) as error:
         raise DeliveryError(f"webhook at {host}: {type(error).__name__}") from error
-    if not answer.ok:
-        raise DeliveryError(f"webhook at {host} answered {answer.status_code}")
+    if answer.status >= 400:
+        raise DeliveryError(f"webhook at {host} answered {answer.status}")
 
 
 def wrong_alerts(config: AlertsConfig) -> str | None:
@@ -205,17 +205,17 @@ def known_metrics() -> dict[str, set[str]]:
     import numpy as np
     import torch
 
-    from pipeline.loop.loop import group_metrics
     from pipeline.objectives import mismatch_metrics
-    from pipeline.types import Group, Prompt, Rollout
+    from pipeline.observe.metrics import batch_metrics
+    from pipeline.types import Batch, Episode, Group, Prompt, Rollout
 
     one = torch.zeros(1, 2)
     ids, zeros = np.zeros(2, np.int32), np.zeros(2, np.float32)
     rollout = Rollout(ids, ids, zeros, None, ids, "stop")
-    group = Group(Prompt(ids, "", index=0), (rollout,), np.zeros(1, np.float32))
+    group = Group(Prompt(ids, "", index=0), (Episode((rollout,), 0.0),))
     names = [
         *mismatch_metrics(one, one, torch.ones(1, 2, dtype=torch.bool)),
-        *group_metrics([group], [rollout]),
+        *batch_metrics(Batch(1, 0, (group,))),
     ]
     families: dict[str, set[str]] = {}
     for name in names:

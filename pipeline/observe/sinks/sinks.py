@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipeline.config.observe import ObserveConfig
 from pipeline.config.secrets import shown
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.observe.sinks.alerts import Alerts, wrong_alerts
 from pipeline.observe.sinks.background import Background, DeliveryError
 from pipeline.observe.sinks.mlflow import MlflowSink
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 CLOSE_S = 60.0  # that a run's end waits for a network, a sink
 
 
-class ObserveError(RuntimeError):
+class ObserveError(SamerouteError):
     """A sink cannot be had; the message says what to write instead."""
+
+    exit_code = NOT_STARTED
 
 
 class Sink(Protocol):
@@ -145,7 +148,7 @@ def run_info(config: Config) -> dict[str, str]:
         "run": config.run.directory.resolve().name,
         "model": config.model.path.name if config.model.path is not None else "tiny",
         "objective": config.objective.preset,
-        "replay": config.replay,
+        "replay": config.replay.value,
         "ranks": config.parallel.ranks,
         "dtype": config.precision.weights,
         "seed": config.run.seed,

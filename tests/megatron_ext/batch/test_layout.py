@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from megatron_ext.batch.layout import (
     Sample,
     TokenLayout,
-    pad_values,
     plan_micro_batches,
     response_mask,
+    trained_mask,
     zigzag_positions,
 )
 
@@ -99,15 +99,17 @@ def test_a_sample_refuses_values_and_routes_of_the_wrong_length():
     assert Sample(tokens, 2).response_length == 3
     with pytest.raises(ValueError, match="5 route rows for 4"):
         Sample(tokens, 2, routes=np.zeros((5, 1, 2), np.uint8))
-    with pytest.raises(ValueError, match=r"logprobs has shape \(2,\)"):
-        Sample(tokens, 2, {"logprobs": np.zeros(2, np.float32)})
+    with pytest.raises(ValueError, match="trained has 2 rows for a response of 3"):
+        Sample(tokens, 2, trained=np.ones(2, bool))
+    with pytest.raises(ValueError, match="kept has 2 rows for a response of 3"):
+        Sample(tokens, 2, kept=np.zeros((2, 1), np.int32))
     with pytest.raises(ValueError, match="a prompt and a response"):
         Sample(tokens, 5)
 
 
-def test_values_are_padded_to_matrices_and_numbers_to_vectors():
-    samples = [
-        Sample(np.arange(n, dtype=np.int32), 1, {"x": np.ones(n - 1, np.float32), "a": float(n)}) for n in (3, 5)
+def test_the_loss_counts_the_tokens_that_are_trained_and_all_where_nothing_is_said():
+    said = Sample(np.arange(5, dtype=np.int32), 2, trained=np.array([True, False, True]))
+    assert trained_mask([said, Sample(np.arange(3, dtype=np.int32), 1)]).tolist() == [
+        [True, False, True],
+        [True, True, False],
     ]
-    assert pad_values(samples, "x").tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert pad_values(samples, "a").tolist() == [3.0, 5.0]

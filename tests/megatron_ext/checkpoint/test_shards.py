@@ -23,15 +23,11 @@ def models(tmp_path_factory):
 
 
 def built(config: ParallelConfig, model: str):
-    from megatron_ext.hf.description import model_shape, read_hf_config
+    from megatron_ext.hf.description import read_description
     from megatron_ext.model.build import build_model
 
-    hf = read_hf_config(model)
-    return (
-        build_model(hf, config, TrainerConfig(), TrainerPrecision(), replay=False)[1],
-        hf,
-        model_shape(hf, config.tensor),
-    )
+    described = read_description(model)
+    return build_model(described, config, TrainerConfig(), TrainerPrecision(), replay=False)[1], described
 
 
 def saved(config: ParallelConfig, jobs):
@@ -43,8 +39,8 @@ def saved(config: ParallelConfig, jobs):
     from megatron_ext.hf.load import load_hf
 
     for model, folder in jobs:
-        chunks, hf, shape = built(config, model)
-        load_hf(chunks, hf, shape, model)
+        chunks, described = built(config, model)
+        load_hf(chunks, described, model)
         if dist.get_rank() == 0:
             Path(folder).mkdir()
         dist.barrier()
@@ -60,10 +56,10 @@ def loaded(config: ParallelConfig, jobs):
 
     wrong = []
     for model, folder in jobs:
-        chunks, hf, shape = built(config, model)
+        chunks, described = built(config, model)
         load_model(Path(folder), chunks)
         original = load_file(f"{model}/model.safetensors")
-        for bucket in HFExporter(chunks, hf, shape):
+        for bucket in HFExporter(chunks, described):
             wrong += [n for n, t in bucket if not np.array_equal(t.numpy(), original.pop(n))]
         wrong += original
     return wrong
@@ -81,7 +77,8 @@ def test_any_layout_reads_what_another_wrote(models, tmp_path, layout):
 def refusals(config: ParallelConfig, model: str, other: str, folder: str):
     from pathlib import Path
 
-    from megatron_ext.checkpoint.shards import CheckpointError, load_model
+    from megatron_ext.checkpoint.names import CheckpointError
+    from megatron_ext.checkpoint.shards import load_model
 
     path = Path(folder)
     out = []

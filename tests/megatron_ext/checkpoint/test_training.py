@@ -121,7 +121,7 @@ def test_another_layout_resumes_to_1e_5(tiny_model_dir, tmp_path_factory, writte
 
 def damaged(config: ParallelConfig, model: str, folder: str):
     """What loading says of a byte that changed in a rank's file, in the description, and of a file that is gone."""
-    from megatron_ext.checkpoint.shards import CheckpointError
+    from megatron_ext.checkpoint.names import CheckpointError
 
     it = trainer_of(config, model, "float32", load_weights=True)
     said = []
@@ -160,7 +160,7 @@ def offloaded(config: ParallelConfig, hf, samples, folder: str):
     import torch
 
     from megatron_ext.checkpoint.training import Networks, _adam_steps, begin_save, load
-    from megatron_ext.hf.description import model_shape
+    from megatron_ext.hf.description import describe
     from megatron_ext.network import Network
 
     offload_without_a_gpu()
@@ -168,7 +168,7 @@ def offloaded(config: ParallelConfig, hf, samples, folder: str):
 
     def make():
         settings = TrainerConfig(offload_optimizer=True), TrainerPrecision(weights="bfloat16")
-        network = Network(hf, model_shape(hf, config.tensor), config, *settings, replay=False)
+        network = Network(describe(hf), config, *settings, replay=False)
         network.restart_optimizer(OptimizerConfig(lr=0.1, eps=1.0, weight_decay=0.1))
         return network
 

@@ -218,8 +218,8 @@ def a_value_is_lost():
 
     original = module.read_shard
 
-    def forgetful(files, match, dims):
-        shard = original(files, match, dims).clone()
+    def forgetful(files, match, model):
+        shard = original(files, match, model).clone()
         if match.row.megatron.endswith("linear_proj.weight") and match.layer == 2:
             shard[3, 4] = 0.0
         return shard
@@ -232,10 +232,10 @@ def two_experts_change_places():
 
     original = module.read_shard
 
-    def elsewhere(files, match, dims):
+    def elsewhere(files, match, model):
         if match.row.expert and match.layer == 2 and match.expert in (0, 1):
             match = dataclasses.replace(match, expert=1 - match.expert)
-        return original(files, match, dims)
+        return original(files, match, model)
 
     module.read_shard = elsewhere
 

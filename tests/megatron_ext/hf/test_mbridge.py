@@ -20,7 +20,7 @@ def models(tmp_path_factory, tiny_model_dir, tiny_dense_model_dir):
     return {"qwen3_moe": str(tiny_model_dir), "qwen3": str(tiny_dense_model_dir)} | made
 
 
-def bridge_of(model: str, shape):
+def bridge_of(model: str, described):
     """mbridge 0.15.1, told what it reads of a config of transformers 4, and of the model that it would make."""
     import torch
     from mbridge import AutoBridge
@@ -43,10 +43,10 @@ def bridge_of(model: str, shape):
     if getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     states = ParallelStates.get_parallel_state()
-    if not shape.num_experts:
+    if not described.num_experts:
         states = dataclasses.replace(states, ep_size=1, ep_rank=0)
     bridge = AutoBridge.from_config(config, dtype=torch.float32, make_vocab_size_divisible_by=1, parallel_states=states)
-    bridge.vocab_size, bridge.padded_vocab_size = shape.vocab_size, shape.padded_vocab_size
+    bridge.vocab_size, bridge.padded_vocab_size = described.vocab_size, described.padded_vocab_size(LAYOUT.tensor)
     bridge._get_safetensor_io = SafeTensorIO  # of DeepSeek-V3 it would read float8 on a GPU
     return bridge
 
@@ -66,7 +66,7 @@ def loaded_by_both(config: ParallelConfig, models: dict[str, str]) -> dict[str, 
             for chunk in policy.chunks:
                 for tensor in (*chunk.parameters(), *chunk.buffers()):
                     tensor.fill_(float("nan"))
-            bridge_of(model, policy.shape).load_weights(policy.chunks, model)
+            bridge_of(model, policy.model).load_weights(policy.chunks, model)
         theirs = [chunk.state_dict() for chunk in policy.chunks]
         pairs = [(n, t, other[n]) for mine, other in zip(ours, theirs, strict=True) for n, t in mine.items()]
         out[family] = len(pairs), [n for n, t, other in pairs if not torch.equal(t, other)]

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from pipeline.commands.launch import ROOT
+from pipeline.cluster.slurm import ROOT
 from pipeline.commands.main import main
 from pipeline.config import ConfigError, load_config_and_model
 
@@ -104,7 +104,7 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(launch, words, messag
 def test_a_submission_names_the_job_its_log_and_how_to_end_it_and_a_refusal_says_why(launch, tmp_path, monkeypatch):
     for name in ("scripts", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.setattr("pipeline.commands.launch.ROOT", tmp_path)
+    monkeypatch.setattr("pipeline.cluster.slurm.ROOT", tmp_path)
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")

@@ -72,7 +72,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_its_base(tmp_path
 
 
 def test_a_plan_reads_the_config_json_beside_the_yaml_where_the_model_is_elsewhere(tmp_path):
-    _, hf = load_config_and_model("configs/quickstart.yaml")
+    _, model = load_config_and_model("configs/quickstart.yaml")
     write(
         tmp_path,
         base=f"model: {{path: {tmp_path}/elsewhere}}\ndata: {{task: {{name: digit_sort}}}}",
@@ -81,13 +81,13 @@ def test_a_plan_reads_the_config_json_beside_the_yaml_where_the_model_is_elsewhe
     write(tmp_path / "mine", run="base: ../base.yaml")
     with pytest.raises(ConfigError, match="no Hugging Face model directory"):
         load_config_and_model(tmp_path / "mine" / "run.yaml")
-    (tmp_path / "config.json").write_text(json.dumps(hf))
-    assert load_config_and_model(tmp_path / "mine" / "run.yaml")[1] == hf
+    (tmp_path / "config.json").write_text(json.dumps(model.hf))
+    assert load_config_and_model(tmp_path / "mine" / "run.yaml")[1] == model
     with pytest.raises(ConfigError, match="no Hugging Face model directory"):
         load_config(tmp_path / "mine" / "run.yaml")
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(hf | {"num_hidden_layers": 8}))
-    assert load_config_and_model(tmp_path / "mine" / "run.yaml")[1]["num_hidden_layers"] == 8
+    (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(model.hf | {"num_hidden_layers": 8}))
+    assert load_config_and_model(tmp_path / "mine" / "run.yaml")[1].num_layers == 8
 
 
 def test_more_gpus_than_the_cluster_has_are_refused():

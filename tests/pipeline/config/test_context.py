@@ -40,8 +40,8 @@ def test_more_than_the_model_reaches_is_refused_with_numbers(load):
 
 
 def test_a_plan_settles_it_too(tmp_path):
-    config, hf = load_config_and_model(QUICKSTART, ["server.context_length=null", "model.tiny.max_positions=512"])
-    assert config.server.context_length == hf["max_position_embeddings"] == 512
+    config, model = load_config_and_model(QUICKSTART, ["server.context_length=null", "model.tiny.max_positions=512"])
+    assert config.server.context_length == model.hf["max_position_embeddings"] == 512
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from megatron_ext.hf.families import FAMILIES
 from pipeline.config import load_config
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
@@ -108,6 +109,7 @@ def test_the_bound_on_the_mismatch_is_that_of_the_precision():
 @pytest.mark.parametrize(("kind", "largest_error"), [("int8", 0.5 / 127), ("fp8", 1 / 28)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matrices_are_rounded_by_rows_and_the_rest_is_left_alone(kind, largest_error, dtype):
+    kept = (*FAMILIES["qwen3_moe"].kept_whole, *FAMILIES["gpt_oss"].kept_whole)
     torch.manual_seed(0)
     matrix = torch.randn(16, 64).to(dtype) * torch.logspace(-3, 3, 16)[:, None].to(dtype)
     matrix[3] = 0
@@ -121,7 +123,7 @@ def test_matrices_are_rounded_by_rows_and_the_rest_is_left_alone(kind, largest_e
     ]
     names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.3.gate_proj.weight"]
     buckets = [[(names[0], matrix), *left], [(names[1], matrix)]]
-    first, second = rounded(buckets, kind)
+    first, second = rounded(buckets, kind, kept)
     assert [name for name, _ in first] == [name for name, _ in buckets[0]]
     assert all(a is b for (_, a), (_, b) in zip(first[1:], left, strict=True))
     for name, held in (first[0], second[0]):
@@ -134,7 +136,7 @@ def test_matrices_are_rounded_by_rows_and_the_rest_is_left_alone(kind, largest_e
         if kind == "int8" and dtype == torch.float32:
             steps = held / (held.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127)
             assert (steps - steps.round()).abs().max() < 1e-3
-    assert list(rounded(buckets, "same")) == buckets
+    assert list(rounded(buckets, "same", kept)) == buckets
     packed = [("model.layers.0.mlp.experts.down_proj", torch.stack([matrix, matrix.flip(0)]).mT)]
-    (((_, held_packed),),) = rounded([packed], kind)
+    (((_, held_packed),),) = rounded([packed], kind, kept)
     assert torch.equal(held_packed.mT, torch.stack([first[0][1], first[0][1].flip(0)]))

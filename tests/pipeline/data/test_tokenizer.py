@@ -1,5 +1,6 @@
 import pytest
 
+from pipeline.data.chat import DataError
 from pipeline.data.tokenizer import CHARACTERS, VOCAB_SIZE, load_tokenizer
 
 
@@ -35,5 +36,5 @@ def test_it_survives_save_pretrained(tokenizer, tmp_path):
 
 
 def test_a_directory_without_a_tokenizer_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer_config\.json"):
+    with pytest.raises(DataError, match=r"no tokenizer_config\.json"):
         load_tokenizer(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.diagnose.breakdown import calibration
-from pipeline.trainer.group import PolicyTokens
+from pipeline.types import PolicyTokens
 
 VOCABULARY = 64
 

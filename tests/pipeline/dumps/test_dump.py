@@ -11,15 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from megatron_ext.hf.description import ModelShape
+from megatron_ext.hf.description import describe
+from pipeline.config.replay import Replay
 from pipeline.dumps.dump import FINISH_REASONS, Dump, DumpError, dump_path, read_dump, write_dump
 from pipeline.dumps.steps import DumpedSteps
-from pipeline.types import Group, Prompt, Rollout
+from pipeline.types import Batch, Episode, Group, Prompt, Rollout
+from tests.support.episodes import graded_group
 
 LAYERS, TOPK, EXPERTS, VOCAB = 3, 2, 8, 50
-SHAPE = ModelShape("qwen3_moe", LAYERS, tuple(range(LAYERS)), EXPERTS, TOPK, VOCAB, VOCAB, False)
+SHAPE = describe(
+    {
+        "model_type": "qwen3_moe", "num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": TOPK,
+        "vocab_size": VOCAB,
+    }
+)  # fmt: skip
 HEADER = {
-    "format": "sameroute.rollouts", "format_version": "1", "step": "1", "weight_version": "1", "temperature": "1.0",
+    "format": "sameroute.rollouts", "format_version": "2", "step": "1", "weight_version": "1", "temperature": "1.0",
 }  # fmt: skip
 
 json_values = st.recursive(
@@ -34,9 +41,8 @@ def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, m
     ids = rng.integers(0, VOCAB, prompt_length).astype(np.int32)
     rollouts = []
     for n in lengths:
-        rows = (
-            None if routes is None else rng.integers(0, EXPERTS, (prompt_length + n - 1, LAYERS, TOPK)).astype(routes)
-        )
+        shape = (prompt_length + n - 1, LAYERS, EXPERTS)
+        rows = None if routes is None else rng.random(shape).argsort(-1)[..., :TOPK].astype(routes)
         rollouts.append(
             Rollout(
                 prompt_ids=ids,
@@ -46,10 +52,39 @@ def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, m
                 weight_versions=rng.integers(0, 9, n).astype(np.int32),
                 finish_reason=FINISH_REASONS[int(rng.integers(3))],
                 kept=make_kept(rng, ids_of_response) if kept else None,
+                retractions=int(rng.integers(3)),
             )
         )
     prompt = Prompt(ids, f"prompt {index} <|é\u2028", metadata if metadata is not None else {"answer": "1"}, index)
-    return Group(prompt, tuple(rollouts), rng.normal(size=len(lengths)).astype(np.float32))
+    rewards = rng.normal(size=len(lengths)).astype(np.float32).tolist()
+    return graded_group(prompt, rollouts, rewards)
+
+
+def make_conversation(rng):
+    """An episode of two rollouts: the second begins with another prompt and has tokens that a tool wrote."""
+    first = make_group(rng, lengths=(2,)).rollouts[0]
+    trained = np.array([True, False, False, True])
+    second = Rollout(
+        prompt_ids=first.token_ids[:3],
+        response_ids=rng.integers(0, VOCAB, 4).astype(np.int32),
+        rollout_logprobs=np.where(trained, -0.5, 0).astype(np.float32),
+        routes=rng.integers(0, EXPERTS, (6, LAYERS, TOPK)).astype(np.uint8),
+        weight_versions=np.where(trained, [1, -1, -1, 2], -1).astype(np.int32),
+        finish_reason="stop",
+        trained=trained,
+    )
+    return first, second
+
+
+def test_a_conversation_of_several_rollouts_and_a_failed_episode_are_read_back(tmp_path):
+    first, second = make_conversation(np.random.default_rng(0))
+    prompt = Prompt(first.prompt_ids, "question", {"answer": "1"}, 3)
+    episodes = (Episode((first, second), 0.5), Episode((first,), failure="the verifier took more than 5 s"))
+    dump = Dump(Batch(4, 2, (Group(prompt, episodes),)), 1.0)
+    again = read_dump(write_dump(tmp_path, dump))
+    assert same(again, dump)
+    assert len(again.batch.episodes) == 1
+    assert [r.trained_tokens for r in again.batch.rollouts] == [2, 2]
 
 
 def make_kept(rng, ids):
@@ -72,7 +107,7 @@ def dumps(draw):
         metadata = draw(st.dictionaries(st.text(), json_values, max_size=3))
         groups.append(make_group(rng, index, draw(st.integers(1, 4)), lengths, routes, metadata, kept))
     temperature = draw(st.floats(1e-3, 10))
-    return Dump(draw(st.integers(0, 10**6)), draw(st.integers(0, 10**6)), temperature, tuple(groups))
+    return Dump(Batch(draw(st.integers(0, 10**6)), draw(st.integers(0, 10**6)), tuple(groups)), temperature)
 
 
 def same(a, b):
@@ -90,7 +125,7 @@ def same(a, b):
 def test_any_step_is_read_back_bit_for_bit(tmp_path_factory, dump):
     folder = tmp_path_factory.mktemp("dumps")
     file = write_dump(folder, dump)
-    assert file == dump_path(folder, dump.step)
+    assert file == dump_path(folder, dump.batch.step)
     assert same(read_dump(file), dump)
     assert [f.name for f in folder.iterdir()] == [file.name]
 
@@ -98,7 +133,11 @@ def test_any_step_is_read_back_bit_for_bit(tmp_path_factory, dump):
 @pytest.fixture
 def dump():
     rng = np.random.default_rng(0)
-    return Dump(1, 1, 1.0, (make_group(rng, 0), make_group(rng, 1, 2, (5, 2))))
+    return make_dump(make_group(rng, 0), make_group(rng, 1, 2, (5, 2)))
+
+
+def make_dump(*groups, step=1):
+    return Dump(Batch(step, 1, groups), 1.0)
 
 
 def test_routes_stay_in_their_narrow_type(tmp_path, dump):
@@ -121,33 +160,33 @@ def test_a_write_that_fails_leaves_the_dump_that_was_there(tmp_path, dump, monke
 
 
 def with_group(dump, **changes):
-    return dataclasses.replace(dump, groups=(dataclasses.replace(dump.groups[0], **changes), *dump.groups[1:]))
+    first, *others = dump.batch.groups
+    return make_dump(dataclasses.replace(first, **changes), *others)
 
 
 def with_rollout(dump, **changes):
-    first, *others = dump.groups[0].rollouts
-    return with_group(dump, rollouts=(dataclasses.replace(first, **changes), *others))
+    first, *others = dump.batch.groups[0].episodes
+    return with_group(dump, episodes=(Episode((dataclasses.replace(first.last, **changes),), first.reward), *others))
+
+
+def with_episode(dump, **changes):
+    first, *others = dump.batch.groups[0].episodes
+    return with_group(dump, episodes=(dataclasses.replace(first, **changes), *others))
 
 
 def with_metadata(dump, metadata):
-    return with_group(dump, prompt=dataclasses.replace(dump.groups[0].prompt, metadata=metadata))
+    return with_group(dump, prompt=dataclasses.replace(dump.batch.groups[0].prompt, metadata=metadata))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: dataclasses.replace(d, groups=()), "without rollouts"),
+        (lambda d: make_dump(), "without rollouts"),
         (lambda d: with_rollout(d, prompt_ids=np.zeros(4, np.int32)), "prompt 0 has a rollout of another prompt"),
-        (lambda d: with_rollout(d, rollout_logprobs=np.zeros(2, np.float32)), "prompt 0 .* differ in length"),
-        (lambda d: with_rollout(d, routes=np.zeros((5, 3, 2), np.uint8)), "prompt 0 has 5 route rows for 6 input"),
         (lambda d: with_rollout(d, routes=np.zeros((6, 3, 2), np.int16)), "one shape and dtype"),
-        (lambda d: with_rollout(d, rollout_logprobs=np.array([0, np.nan, 0], np.float32)), "logprobs .* not finite"),
-        (lambda d: with_rollout(d, rollout_logprobs=np.array([0, 0.5, 0], np.float32)), "above 0"),
-        (lambda d: with_rollout(d, response_ids=np.array([1, -2, 1], np.int32)), "response_ids holds -2"),
-        (lambda d: with_group(d, rewards=np.zeros(0, np.float32)), "prompt 0 has 0 rewards for 2 rollouts"),
-        (lambda d: with_rollout(d, kept=np.zeros((2, 1), np.int32)), "prompt 0 has 2 kept sets for 3 tokens"),
-        (lambda d: with_rollout(d, kept=np.zeros((3, 1), np.int32)), "1 of 4 rollouts have kept tokens"),
-        (lambda d: with_group(d, rewards=np.zeros(2)), "rewards is float64, not float32"),
+        (lambda d: with_episode(d, reward=None), "prompt 0 has an episode without a reward"),
+        (lambda d: with_episode(d, reward=float("nan")), "rewards holds a number that is not finite"),
+        (lambda d: with_rollout(d, kept=d.batch.rollouts[0].response_ids[:, None]), "1 of 4 rollouts have kept"),
         (lambda d: with_metadata(d, {"key": {1, 2}}), "metadata of prompt 0 is not JSON"),
         (lambda d: with_metadata(d, {"key": float("nan")}), "metadata of prompt 0 is not JSON"),
         (lambda d: with_metadata(d, {"key": (1, 2)}), "metadata of prompt 0 changes in JSON"),
@@ -172,18 +211,19 @@ def without(arrays, name):
         (lambda a: a | {"rewards": a["rewards"][:, None]}, r"rewards has shape \[4, 1\]"),
         (lambda a: a | {"rewards": a["rewards"][:-1]}, "rewards has 3 entries, not 4"),
         (lambda a: a | {"rewards": a["rewards"] * np.inf}, "rewards holds a number that is not finite"),
-        (lambda a: a | {"group_sizes": np.array([4, 0], np.int32)}, "a group has no rollouts"),
+        (lambda a: a | {"group_sizes": np.array([4, 0], np.int32)}, "a group has no episodes"),
+        (lambda a: a | {"episode_sizes": np.array([1, 1, 2, 0], np.int32)}, "an episode has no rollouts"),
         (lambda a: a | {"response_lengths": a["response_lengths"] + 1}, "entries, not 15"),
         (lambda a: a | {"response_lengths": np.array([3, 1, 8, -1], np.int32)}, "negative length"),
-        (lambda a: a | {"prompt_lengths": np.array([6, 0], np.int32)}, "a prompt has no tokens"),
-        (lambda a: a | {"routes": a["routes"][:-1]}, "routes has 18 rows, not 19"),
-        (lambda a: a | {"weight_versions": a["weight_versions"] - 100}, "weight_versions holds -"),
+        (lambda a: a | {"prompt_lengths": np.array([4, 4, 4, 0], np.int32)}, "a prompt has no tokens"),
+        (lambda a: a | {"routes": a["routes"][:-1]}, "routes has 18 entries, not 19"),
+        (lambda a: a | {"weight_versions": a["weight_versions"] - 100}, "a sampled token has no weight version"),
         (lambda a: a | {"finish_reasons": a["finish_reasons"] + np.uint8(9)}, "finish_reasons holds an unknown"),
-        (lambda a: a | {"has_routes": ~a["has_routes"]}, "routes has 19 rows, not 0"),
-        (lambda a: a | {"routes": a["routes"].astype(np.int16) - 50}, "routes holds expert -"),
+        (lambda a: a | {"has_routes": ~a["has_routes"]}, "routes has 19 entries, not 0"),
+        (lambda a: a | {"routes": a["routes"].astype(np.int16) - 50}, "routes holds -"),
         (lambda a: a | {"kept": a["response_ids"]}, "kept has shape"),
         (lambda a: a | {"kept": a["response_ids"][1:, None]}, "kept has .* entries, not"),
-        (lambda a: a | {"kept": a["response_ids"][:, None] + 1}, "kept lacks a token that was sampled"),
+        (lambda a: a | {"kept": a["response_ids"][:, None] + 1}, "is not among those that were kept"),
         (lambda a: without(a, "routes"), "there are no routes, though has_routes says so"),
         (lambda a: a | {"prompts": a["prompts"][:-1]}, "prompts is not JSON"),
         (lambda a: a | {"prompts": np.frombuffer(b"[]", np.uint8)}, "prompts is not a list of 2"),
@@ -203,7 +243,7 @@ def test_a_file_that_cannot_be_a_step_is_refused_by_what_is_wrong_with_it(tmp_pa
     ("change", "message"),
     [
         ({"format": "other"}, "is no dump of rollouts: its header says format 'other'"),
-        ({"format_version": "2"}, "has format version 2; this code reads 1"),
+        ({"format_version": "1"}, "has format version 1; this code reads 2"),
         ({"step": "one"}, "has no number step, but 'one'"),
         ({"temperature": "nan"}, "has temperature nan"),
     ],
@@ -224,14 +264,14 @@ def test_a_file_cut_short_is_refused_before_anything_is_replayed(tmp_path, dump)
 
 def test_steps_come_in_order_and_without_a_gap(tmp_path, dump):
     for step in (9, 10, 8):
-        write_dump(tmp_path, dataclasses.replace(dump, step=step))
+        write_dump(tmp_path, make_dump(*dump.batch.groups, step=step))
     assert DumpedSteps(tmp_path).steps == [8, 9, 10]
     assert DumpedSteps(dump_path(tmp_path, 9)).steps == [9]
     dump_path(tmp_path, 9).unlink()
     with pytest.raises(DumpError, match="lacks step 9"):
         DumpedSteps(tmp_path)
-    write_dump(tmp_path, dataclasses.replace(dump, step=9)).rename(tmp_path / "step_copy.safetensors")
-    write_dump(tmp_path, dataclasses.replace(dump, step=9))
+    write_dump(tmp_path, make_dump(*dump.batch.groups, step=9)).rename(tmp_path / "step_copy.safetensors")
+    write_dump(tmp_path, make_dump(*dump.batch.groups, step=9))
     with pytest.raises(DumpError, match="both of step 9"):
         DumpedSteps(tmp_path)
 
@@ -246,7 +286,7 @@ def test_a_path_without_dumps_says_where_they_might_be(tmp_path, dump):
         DumpedSteps(tmp_path)
 
 
-def config(temperature=1.0, max_new_tokens=5, replay="r3", masks=False):
+def config(temperature=1.0, max_new_tokens=5, replay=Replay.R3, masks=False):
     return SimpleNamespace(
         rollout=SimpleNamespace(max_new_tokens=max_new_tokens),
         precision=SimpleNamespace(temperature=temperature, masks_sampling=masks),
@@ -262,12 +302,12 @@ def test_a_step_is_read_for_the_model_and_the_configuration_that_it_fits(tmp_pat
 @pytest.mark.parametrize(
     ("asked", "shape", "message"),
     [
-        (config(), {"vocab_size": 20}, "is outside the model's vocabulary of 20"),
+        (config(), {"vocab_size": 20}, "outside the model's vocabulary of 20"),
         (config(temperature=0.5), {}, "set precision.temperature=1.0"),
         (config(masks=True), {}, "over other tokens; set precision: top_k=-1"),
         (config(max_new_tokens=4), {}, "set rollout.max_new_tokens=5"),
         (config(), {"num_layers": 4}, "for 3 layers, top 2; the model has 4, top 2"),
-        (config(), {"num_experts": 3}, "outside the model's 3"),
+        (config(), {"num_experts": 3}, r"outside \[0, 3\)"),
     ],
 )
 def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, dump, asked, shape, message):
@@ -278,10 +318,10 @@ def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, dump, asked, sha
 
 def test_a_step_without_routes_or_without_a_response_cannot_be_replayed_as_if_it_had_them(tmp_path):
     rng = np.random.default_rng(0)
-    write_dump(tmp_path, Dump(1, 1, 1.0, (make_group(rng, routes=None),)))
+    write_dump(tmp_path, make_dump(make_group(rng, routes=None)))
     with pytest.raises(DumpError, match="no routes; set replay=none"):
         DumpedSteps(tmp_path).read(1, config(), SHAPE)
-    assert DumpedSteps(tmp_path).read(1, config(replay="none"), SHAPE).step == 1
-    write_dump(tmp_path, Dump(1, 1, 1.0, (make_group(rng, lengths=(2, 0)),)))
+    assert DumpedSteps(tmp_path).read(1, config(replay=Replay.NONE), SHAPE).batch.step == 1
+    write_dump(tmp_path, make_dump(make_group(rng, lengths=(2, 0))))
     with pytest.raises(DumpError, match="nothing to train on"):
         DumpedSteps(tmp_path).read(1, config(), SHAPE)

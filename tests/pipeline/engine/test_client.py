@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from pipeline.engine.client import AnswerError, Sampling, SGLangClient
 from pipeline.engine.server import ServerError
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.types import Prompt
+from pipeline.types import Prompt, Rollout, Sampled
 from tests.support import reference
 
 FREE = Sampling(max_new_tokens=16, temperature=1.0, ignore_eos=True)
@@ -176,19 +177,28 @@ def test_what_was_sampled_before_an_abort_keeps_its_routes_under_other_weights_v
 def test_a_layer_whose_routes_the_server_did_not_capture_is_an_error_that_names_it(client):
     """Zeros, as an engine leaves them where a kernel chose the experts itself; no backend here does."""
     routes = np.stack([np.tile([0, 1], (5, 1)), np.zeros((5, 2)), *[np.tile([2, 3], (5, 1))] * 2], 1).astype(np.int32)
-    meta = {"routed_experts": base64.b64encode(routes.tobytes()).decode()}
-    with pytest.raises(AnswerError, match=r"layer 1 names an expert twice.*set replay=none or r2"):
-        client._decode_routes(meta, 5)
+    meta = {
+        "finish_reason": {"type": "length"},
+        "output_token_logprobs": [[-1.0, 7, None]] * 3,
+        "routed_experts": base64.b64encode(routes.tobytes()).decode(),
+        "weight_versions": [{"version": "0", "start": 0, "end": 3}],
+    }
+    part = client._sampled({"meta_info": meta, "output_ids": [7] * 3}, FREE, 2)
+    with pytest.raises(AnswerError, match=r"layer 1 names expert 0 twice.*set replay=none or r2"):
+        client._checked(lambda: Rollout.begun(np.array([1, 2, 3], np.int32), part))
 
 
-def test_a_continuation_of_something_else_is_refused(client):
+def test_a_continuation_that_does_not_follow_on_is_refused(client):
     (rollout,) = generate(client, [1, 2, 3])
-    with pytest.raises(ValueError, match="prompt is all tokens so far"):
-        rollout.extended(rollout)
-    whole = np.concatenate([rollout.prompt_ids, rollout.response_ids])
-    (other,) = generate(client, whole)
-    with pytest.raises(ValueError, match="as many route rows"):
-        rollout.extended(other)
+    ids = np.array([5, 6], np.int32)
+    two = Sampled(ids, np.zeros(2, np.float32), np.array([[[0, 1]] * 4] * 2, np.uint8), np.zeros(2, np.int32), "stop")
+    assert len(rollout.extended(two)) == len(rollout) + 2
+    with pytest.raises(ValueError, match="as many route rows, not 3"):
+        rollout.extended(dataclasses.replace(two, routes=np.array([[[0, 1]] * 4] * 3, np.uint8)))
+    with pytest.raises(ValueError, match="as many route rows, not None"):
+        rollout.extended(dataclasses.replace(two, routes=None))
+    with pytest.raises(ValueError, match="from kept tokens where its beginning was"):
+        rollout.extended(dataclasses.replace(two, kept=ids[:, None]))
 
 
 def test_tokens_carry_the_version_of_the_weights_that_sampled_them(client):
@@ -333,12 +343,24 @@ def test_min_p_with_a_seed_would_kill_the_scheduler_and_is_refused():
     [
         ({"output_token_sampling_mask": None}, "None kept sets for 2 tokens"),
         ({"output_token_sampling_mask": [[5]]}, "1 kept sets for 2 tokens"),
-        ({"output_token_sampling_mask": [[5], [6, 9999]]}, "outside the vocabulary"),
+        ({"output_token_sampling_mask": [[5], [6, 9999]]}, "outside the model's vocabulary"),
         ({"output_token_sampling_mask": [[5], [7]]}, "is not among those that were kept"),
         ({"output_token_sampling_mask": [[5, 5], [6]]}, "is not among those that were kept"),
     ],
 )
 def test_kept_tokens_that_cannot_be_are_refused(client, changes, message):
-    meta = {"output_token_sampling_mask": [[5], [6]], "output_token_sampling_logprobs": [0.0, 0.0]} | changes
+    meta = {
+        "finish_reason": {"type": "length"},
+        "output_token_logprobs": [[-1.0, 5, None], [-1.0, 6, None]],
+        "output_token_sampling_mask": [[5], [6]],
+        "output_token_sampling_logprobs": [0.0, 0.0],
+        "weight_versions": [{"version": "0", "start": 0, "end": 2}],
+    } | changes
+    plain = SGLangClient(client.url, vocab_size=512, num_layers=4, topk=2, num_experts=8, routes=False)
+
+    def decode():
+        part = plain._sampled({"meta_info": meta, "output_ids": [5, 6]}, Sampling(2, 1.0, return_kept=True), 0)
+        return plain._checked(lambda: Rollout.begun(np.array([1], np.int32), part))
+
     with pytest.raises(AnswerError, match=message):
-        client._decode_kept(meta, np.array([5, 6], np.int32))
+        decode()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import requests
 
+from pipeline import http
 from pipeline.config.server import ServerConfig
 from pipeline.engine.client import Sampling, SGLangClient
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of, shared_memory_of
@@ -103,7 +103,7 @@ def test_the_url_is_refused_before_the_start(tiny_model_dir, tmp_path):
 
 def test_the_shared_server_runs_on_the_batched_backend_and_owns_shared_memory(server):
     token = psutil.Process(server.pid).environ()[TOKEN_VARIABLE]
-    info = requests.get(f"{server.url}/server_info", timeout=30).json()
+    info = http.request("GET", f"{server.url}/server_info", timeout_s=30).json()
     assert info["attention_backend"] == "sameroute_cpu"
     assert len(processes_of(token)) >= 3
     assert shared_memory_of(token)

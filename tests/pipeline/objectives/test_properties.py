@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, merge_metrics, resolve
+from megatron_ext.parts import Metrics, add_metrics
+from pipeline.objectives import PRESETS, Denominators, LossInputs, Metric, ObjectiveConfig, resolve
 from tests.support.batches import EDGES, POTENTIALS, batches, loss_and_gradients, make_batch, rows
 from tests.support.enumeration import coefficients
 
@@ -77,10 +78,14 @@ def test_losses_gradients_and_metrics_of_any_partition_add_up(name: str, data: s
         _, share = loss_and_gradients(name, rows(x, part_of == part), _whole(x))
         for a, b in zip(share, gradients, strict=True):
             torch.testing.assert_close(a, b[part_of == part], rtol=1e-13, atol=1e-16)
-    merged = merge_metrics(part.metrics for part in parts)
+    merged: Metrics = {}
+    for part in parts:
+        add_metrics(merged, {key: (float(m.total), float(m.count), m.kind) for key, m in part.metrics.items()})
     assert merged.keys() == whole.metrics.keys()
     for key, metric in whole.metrics.items():
-        assert merged[key].value() == pytest.approx(metric.value(), rel=1e-10, abs=1e-12, nan_ok=True), key
+        total, count, kind = merged[key]
+        value = Metric(*(torch.tensor(x, dtype=torch.float64) for x in (total, count)), kind).value()
+        assert value == pytest.approx(metric.value(), rel=1e-10, abs=1e-12, nan_ok=True), key
 
 
 @pytest.mark.parametrize("name", sorted(POTENTIALS))

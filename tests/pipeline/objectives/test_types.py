@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
 
-from pipeline.objectives import Denominators, Metric, ObjectiveConfig, merge_metrics, resolve
+from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 from pipeline.objectives.terms.critic import value_loss
 from tests.support.batches import make_batch
 
@@ -21,21 +20,6 @@ def test_inputs_of_the_wrong_shape_or_mask_are_refused_by_name() -> None:
     ]:
         with pytest.raises(ValueError, match=sentence):
             dataclasses.replace(x, **change)
-
-
-def test_metrics_merge_by_kind() -> None:
-    def metric(total: float, count: float, kind) -> Metric:
-        return Metric(torch.tensor(total), torch.tensor(count), kind)
-
-    merged = merge_metrics(
-        [
-            {"a": metric(1, 2, "mean"), "b": metric(3, 1, "max"), "c": metric(1, 1, "sum")},
-            {"a": metric(5, 1, "mean"), "b": metric(2, 1, "max"), "c": metric(4, 1, "sum")},
-            {"d": metric(0, 0, "mean")},
-        ]
-    )
-    assert [merged[name].value() for name in "abc"] == [2.0, 3.0, 5.0]
-    assert math.isnan(merged["d"].value())
 
 
 def test_metrics_count_tokens_for_token_ratios_and_sequences_for_sequence_ratios() -> None:

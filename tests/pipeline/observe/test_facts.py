@@ -21,8 +21,7 @@ echo "1, NVIDIA H100 80GB HBM3, GPU-2c, 81559, 580.65.06, 700.00, 9.0"
 
 
 class Trainers:
-    def call(self, method):
-        assert method == "where"
+    def where(self):
         return [{"rank": 0, "host": "a", "node": "n", "pid": 1, "gpus": ["0"]}]
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.observe.rollout_text import pick, rollout_text
-from pipeline.types import Group, Prompt, Rollout
+from pipeline.types import Episode, Group, Prompt
+from tests.support.episodes import graded_group, plain_rollout
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +21,11 @@ def make_group(tokenizer, texts, rewards=()):
         ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
         versions = np.where(np.arange(len(ids)) < 2, 3, 4).astype(np.int32)
         logprobs = -np.arange(len(ids), dtype=np.float32)
-        return Rollout(np.zeros(1, np.int32), ids, logprobs, None, versions, "stop")
+        return plain_rollout(ids, logprobs, weight_versions=versions)
 
     prompt = Prompt(np.zeros(1, np.int32), "<|user|>21<|assistant|>", {"answer": "12"}, index=5)
-    return Group(prompt, tuple(map(one, texts)), np.asarray(rewards, np.float32))
+    rollouts = list(map(one, texts))
+    return graded_group(prompt, rollouts, rewards) if len(rewards) else Group.of_single_turns(prompt, rollouts)
 
 
 def test_prompt_response_reward_versions_and_logprobs_can_be_read(tokenizer):
@@ -62,7 +64,8 @@ def test_picks_are_the_best_and_the_worst_answer_of_prompts_spread_over_the_step
 
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 130))
 def test_picks_are_as_many_as_asked_for_and_none_twice(groups, samples, count):
-    group = Group(Prompt(np.zeros(1, np.int32), ""), (None,) * samples)
+    episode = Episode((plain_rollout([1], np.zeros(1)),))
+    group = Group(Prompt(np.zeros(1, np.int32), ""), (episode,) * samples)
     shown = pick([dataclasses.replace(group) for _ in range(groups)], count)
     assert len(shown) == len({(id(g), i) for g, i in shown}) == min(count, groups * samples)
 

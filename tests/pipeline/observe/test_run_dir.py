@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.objectives import ObjectiveConfig, resolve
 from pipeline.observe.run_dir import RunDirectory, RunDirectoryError
+from pipeline.types import Prompt
+from tests.support.episodes import graded_group, plain_rollout, step_result
 
 METRICS = {"reward/mean": 0.5, "mismatch/k3": 1e-9, "mismatch/abs_logprob": 1e-6, "response/length_mean": 6.0}
+GSPO = resolve(ObjectiveConfig(preset="gspo"))
 CONFIG = {"train": {"steps": 3}, "run": {"seed": 0}}
 
 
@@ -99,35 +103,35 @@ def test_a_file_in_the_way_is_named(tmp_path):
         RunDirectory(tmp_path / "run", CONFIG)
 
 
-def test_hf_directory_holds_everything_of_a_model_but_its_weights(tmp_path):
+def test_hf_directory_holds_everything_of_a_model_but_its_weights_and_names_the_dtype_that_a_run_writes(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    for name in ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+    for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tf_model.h5"):
         (model / name).write_text(name)
+    (model / "config.json").write_text(json.dumps({"dtype": "bfloat16", "num_nextn_predict_layers": 1}))
     with RunDirectory(tmp_path / "run", CONFIG) as run:
-        hf = run.hf_directory(model)
+        hf = run.hf_directory(model, "float32")
     assert sorted(p.name for p in hf.iterdir()) == ["config.json", "tokenizer.json"]
-    assert (hf / "config.json").read_text() == "config.json"
+    assert json.loads((hf / "config.json").read_text()) == {"dtype": "float32", "num_nextn_predict_layers": 0}
 
 
 def test_a_step_shows_as_many_rollouts_as_asked_for(tmp_path):
-    from pipeline.types import Group, Prompt, Rollout
-
     class Digits:
         def decode(self, ids, skip_special_tokens=True):
             return "".join(map(str, ids))
 
-    rollout = Rollout(
-        np.zeros(1, np.int32), np.array([1, 2], np.int32), np.zeros(2, np.float32), None, np.zeros(2, np.int32), "stop"
-    )
-    groups = [Group(Prompt(np.zeros(1, np.int32), f"question {n}", index=n), (rollout,)) for n in range(4)]
+    rollout = plain_rollout([1, 2], np.zeros(2))
+    groups = [graded_group(Prompt(np.zeros(1, np.int32), f"question {n}", index=n), [rollout], [1.0]) for n in range(4)]
+    rows = [np.zeros(2, np.float32)] * 4
+    result = step_result(12, groups, rows, rows, rows, [0.0] * 4, np.zeros((0, 3), np.int64))
     with RunDirectory(tmp_path / "a", CONFIG, rollouts_shown=2) as run:
-        file = run.write_rollouts(12, groups, Digits())
-    assert file == tmp_path / "a" / "rollouts" / "step_000012.txt"
-    assert file.read_text().count("=== prompt") == 2
-    assert "question 2" in file.read_text()
+        run.write_step(result, GSPO, Digits())
+    text = (tmp_path / "a" / "rollouts" / "step_000012.txt").read_text()
+    assert text.count("=== prompt") == 2
+    assert "question 2" in text
     with RunDirectory(tmp_path / "b", CONFIG, rollouts_shown=0) as run:
-        assert run.write_rollouts(1, groups, Digits()) is None
+        run.write_step(result, GSPO, Digits())
+    assert list((tmp_path / "b" / "rollouts").iterdir()) == []
 
 
 def test_resuming_moves_what_came_after_the_checkpoint_aside(tmp_path):

@@ -14,13 +14,13 @@ from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.step_record import (
     BIN_EDGES,
     TOKENS_SHOWN,
-    StepArrays,
     clip_bounds,
     histogram,
     shown_rollouts,
     step_record,
 )
-from pipeline.types import Group, Prompt, Rollout
+from pipeline.types import Prompt
+from tests.support.episodes import graded_group, plain_rollout, step_result
 
 GSPO = resolve(ObjectiveConfig(preset="gspo", clip_low=0.02, clip_high=0.03))
 CENTRE = len(BIN_EDGES) // 2
@@ -31,18 +31,19 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(write_character_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def make_step(tokenizer, *texts, shift=0.0):
-    """A group a text of one rollout each; the trainer's log-probs are the server's plus `shift`."""
+def make_step(tokenizer, *texts, shift=0.0, step=1):
+    """A step of a group a text of one rollout each; the trainer's log-probs are the server's plus `shift`."""
     groups, rows = [], []
     for index, text in enumerate(texts):
         ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
         logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32) / 4
-        rollout = Rollout(np.zeros(1, np.int32), ids, logprobs, None, np.full(len(ids), 3, np.int32), "stop")
+        rollout = plain_rollout(ids, logprobs, version=3)
         prompt = Prompt(np.zeros(1, np.int32), f"question {index}", {"answer": 12}, index)
-        groups.append(Group(prompt, (rollout,), np.array([0.5], np.float32)))
+        groups.append(graded_group(prompt, [rollout], [0.5]))
         rows.append(logprobs + np.float32(shift))
     routing = np.array([[10, 9, 0], [10, 10, 1]])
-    return groups, StepArrays(rows, [r - np.float32(0.5) for r in rows], rows, [np.array(0.25)] * len(rows), routing)
+    moved = [r - np.float32(0.5) for r in rows]
+    return step_result(step, groups, rows, moved, rows, [0.25] * len(rows), routing)
 
 
 def test_every_bin_counts_what_lies_between_its_edges():
@@ -91,13 +92,13 @@ def test_bounds_are_where_the_surrogate_clips(config, bounds):
 
 @pytest.mark.parametrize(("preset", "level"), [("gspo", "sequence"), ("grpo", "token"), ("gmpo", "token")])
 def test_the_ratio_is_taken_at_the_level_that_is_clipped(tokenizer, preset, level):
-    record = step_record(1, *make_step(tokenizer, "12", "3"), resolve(ObjectiveConfig(preset=preset)))
+    record = step_record(make_step(tokenizer, "12", "3"), resolve(ObjectiveConfig(preset=preset)))
     assert record["ratios"]["current/proximal"]["level"] == level
     assert record["ratios"]["proximal/rollout"]["level"] == "token"
 
 
 def test_a_record_holds_routing_by_layer_and_both_ratios(tokenizer):
-    record = step_record(7, *make_step(tokenizer, "12", "3", shift=1 / 64), GSPO)
+    record = step_record(make_step(tokenizer, "12", "3", shift=1 / 64, step=7), GSPO)
     assert record["step"] == 7
     assert record["routing"] == [[10, 9, 0], [10, 10, 1]]
     mismatch, update = (np.array(record["ratios"][n]["counts"]) for n in ("proximal/rollout", "current/proximal"))
@@ -106,10 +107,10 @@ def test_a_record_holds_routing_by_layer_and_both_ratios(tokenizer):
 
 
 def test_shown_rollouts_hold_each_policy_s_log_prob_of_each_token(tokenizer):
-    groups, arrays = make_step(tokenizer, "1", "23", "4", "56", shift=0.125)
-    first, second = shown_rollouts(groups, arrays, tokenizer, 2)
+    result = make_step(tokenizer, "1", "23", "4", "56", shift=0.125)
+    first, second = shown_rollouts(result, tokenizer, 2)
     assert (first["prompt"], second["prompt"]) == ("question 1", "question 2")
-    shown = shown_rollouts(groups, arrays, tokenizer, 4)[1]
+    shown = shown_rollouts(result, tokenizer, 4)[1]
     assert shown["text"] == ["2", "3"]
     assert shown["rollout"] == [-0.25, -0.5]
     assert shown["proximal"] == [-0.125, -0.375]
@@ -119,24 +120,41 @@ def test_shown_rollouts_hold_each_policy_s_log_prob_of_each_token(tokenizer):
 
 
 def test_a_long_rollout_is_cut_and_says_how_long_it_was(tokenizer):
-    (shown,) = shown_rollouts(*make_step(tokenizer, "7" * (TOKENS_SHOWN + 5)), tokenizer, 1)
+    (shown,) = shown_rollouts(make_step(tokenizer, "7" * (TOKENS_SHOWN + 5)), tokenizer, 1)
     assert shown["length"] == TOKENS_SHOWN + 5
     assert {len(shown[k]) for k in ("text", "rollout", "proximal", "current", "entropy")} == {TOKENS_SHOWN}
 
 
 def test_a_float32_is_written_so_that_it_reads_back_as_itself(tokenizer):
-    groups, arrays = make_step(tokenizer, "12", shift=1e-7)
-    (shown,) = json.loads(json.dumps(shown_rollouts(groups, arrays, tokenizer, 1)))
-    assert np.array_equal(np.array(shown["proximal"], np.float32), arrays.proximal_logprobs[0])
+    result = make_step(tokenizer, "12", shift=1e-7)
+    (shown,) = json.loads(json.dumps(shown_rollouts(result, tokenizer, 1)))
+    assert np.array_equal(np.array(shown["proximal"], np.float32), result.proximal.logprobs[0])
+
+
+def test_tokens_that_the_policy_did_not_sample_have_no_log_probs_and_are_in_no_histogram(tokenizer):
+    trained = np.array([True, False, True])
+    rollout = plain_rollout(
+        [5, 6, 7],
+        np.array([-0.25, 0, -0.75], np.float32),
+        trained=trained,
+        weight_versions=np.array([3, -1, 4], np.int32),
+    )
+    group = graded_group(Prompt(np.zeros(1, np.int32), "question"), [rollout], [1.0])
+    rows = [np.array([-0.25, 9.0, -0.75], np.float32)]
+    result = step_result(1, [group], rows, rows, rows, [0.5], np.zeros((0, 3), np.int64))
+    (shown,) = shown_rollouts(result, tokenizer, 1)
+    assert shown["versions"] == [3, 4]
+    assert [shown[k][1] for k in ("rollout", "proximal", "current", "entropy")] == [None] * 4
+    assert sum(step_record(result, GSPO)["ratios"]["proximal/rollout"]["counts"]) == 2
 
 
 def test_a_run_directory_holds_a_line_a_step_as_soon_as_it_is_written(tokenizer, tmp_path):
     with RunDirectory(tmp_path / "a", {}, rollouts_shown=1) as run:
         for step in (1, 2):
-            run.write_arrays(step, *make_step(tokenizer, "1", "2"), GSPO, tokenizer)
+            run.write_step(make_step(tokenizer, "1", "2", step=step), GSPO, tokenizer)
         lines = (run.path / "records.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2]
         assert len(json.loads((run.path / "rollouts" / "step_000002.json").read_text())) == 1
     with RunDirectory(tmp_path / "b", {}, rollouts_shown=0) as run:
-        run.write_arrays(1, *make_step(tokenizer, "1"), GSPO, tokenizer)
+        run.write_step(make_step(tokenizer, "1"), GSPO, tokenizer)
     assert list((tmp_path / "b" / "rollouts").iterdir()) == []

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.hf.description import describe
 from pipeline.plan import memory, parameters
 from tests.support.measured import configs, kept_bytes, states
 from tests.support.ranks import run_ranks
@@ -31,7 +32,7 @@ BUCKET = 4 * 128 * 8
 def models(layout: str) -> dict:
     """Megatron-Core builds no dense model with expert parallelism."""
     expert = LAYOUTS[layout].get("expert", 1) > 1
-    return {name: hf for name, hf in configs().items() if not (expert and hf["model_type"] == "qwen3")}
+    return {name: hf for name, hf in configs().items() if not (expert and describe(hf).num_experts == 0)}
 
 
 @functools.cache
@@ -47,22 +48,24 @@ def test_parameters_of_every_rank_are_megatron_cores_to_the_digit(layout):
     parallel = ParallelConfig(**LAYOUTS[layout])
     for name, hf, ranks in measured(layout, "bfloat16"):
         for rank in ranks:
-            count = parameters.rank_count(hf, parallel, rank.stage)
+            count = parameters.rank_count(describe(hf), parallel, rank.stage)
             assert (count.dense, count.expert, count.buffers) == (rank.dense, rank.expert, rank.buffers), name
-            critic = parameters.rank_count(hf, parallel, rank.stage, value_head=True)
+            critic = parameters.rank_count(describe(hf), parallel, rank.stage, value_head=True)
             assert critic.parameters == rank.critic, name
 
 
 def test_the_whole_model_is_what_one_rank_holds():
     for name, hf, (rank,) in measured("one rank", "bfloat16"):
-        assert parameters.total(hf) == rank.dense + rank.expert, name
+        assert parameters.total(describe(hf)) == rank.dense + rank.expert, name
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [*((layout, "bfloat16") for layout in LAYOUTS), ("one rank", "float32")])
 def test_bytes_of_weights_gradients_and_optimizer_are_those_of_the_tensors(layout, dtype):
     parallel, precision = ParallelConfig(**LAYOUTS[layout]), TrainerPrecision(weights=dtype)
     for name, hf, ranks in measured(layout, dtype):
-        planned = [memory.states(parameters.rank_count(hf, parallel, r.stage), parallel, precision) for r in ranks]
+        planned = [
+            memory.states(parameters.rank_count(describe(hf), parallel, r.stage), parallel, precision) for r in ranks
+        ]
         for rank, (weights, gradients, optimizer) in zip(ranks, planned, strict=True):
             assert (rank.weights, rank.gradients) == (weights, gradients), name
             assert 0 <= rank.padded - rank.gradients <= BUCKET, name
@@ -80,7 +83,7 @@ def test_what_forward_keeps_for_backward_is_the_formulas_within_five_percent(rec
     samples = [Sample(random.integers(0, 509, LENGTH + 1).astype(np.int32), 1, {}, None) for _ in range(SAMPLES)]
     (found,) = run_ranks(kept_bytes, parallel, trainer, list(chosen.values()), samples)
     for (name, hf), kept in zip(chosen.items(), found, strict=True):
-        planned, _ = memory.kept(hf, parallel, trainer, TrainerPrecision(), SAMPLES * LENGTH, fused=False)
+        planned, _ = memory.kept(describe(hf), parallel, trainer, TrainerPrecision(), SAMPLES * LENGTH, fused=False)
         assert planned <= kept <= 1.05 * planned, name
 
 
@@ -101,19 +104,18 @@ def three_steps(config: ParallelConfig, hf, samples, offload: bool):
     """Gradient norms, and the weights after them; so large an eps keeps rounding small."""
     import torch
 
-    from megatron_ext.hf.description import model_shape
     from megatron_ext.hf.export import HFExporter
     from megatron_ext.network import Network
 
     if offload:
         offload_without_a_gpu()
     torch.manual_seed(0)
-    shape = model_shape(hf, config.tensor)
+    model = describe(hf)
     trainer, precision = TrainerConfig(offload_optimizer=offload), TrainerPrecision(weights="bfloat16")
-    network = Network(hf, shape, config, trainer, precision, replay=False)
+    network = Network(model, config, trainer, precision, replay=False)
     network.restart_optimizer(OptimizerConfig(lr=0.1, eps=1.0, weight_decay=0.1))
     norms = [network.step(samples, lambda batch, q: (q[0].square().sum() / 100, {}), "native")[0] for _ in range(3)]
-    exporter = HFExporter(network.chunks, hf, shape)
+    exporter = HFExporter(network.chunks, model)
     weights = {name: tensor.float().numpy().copy() for bucket in exporter.stream() for name, tensor in bucket}
     inner = getattr(network.optimizer, "chained_optimizers", [network.optimizer])
     on_gpu = sum(bool(getattr(one.optimizer, "gpu_optimizer", True)) for one in inner)

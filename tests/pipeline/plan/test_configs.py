@@ -22,8 +22,8 @@ every_preset = pytest.mark.parametrize("path", PRESETS, ids=str)
 
 @every_preset
 def test_it_loads_and_fits_its_machines_with_room_for_many_sequences(path):
-    config, hf = load_config_and_model(path)
-    plan = make_plan(config, hf, config.cluster.gpu or "h100")
+    config, model = load_config_and_model(path)
+    plan = make_plan(config, model, config.cluster.gpu or "h100")
     assert plan.reasons == ()
     if config.device == "cuda":
         assert config.cluster.gpu is not None
@@ -71,9 +71,9 @@ def test_a_file_of_ones_own_inherits_from_a_preset_and_plans_without_the_model(t
     own.write_text(
         yaml.safe_dump({"base": str(Path("configs/qwen3-30b-a3b/gspo.yaml").resolve()), "train": {"lr": 3e-6}})
     )
-    config, hf = load_config_and_model(own)
+    config, model = load_config_and_model(own)
     assert config.train.lr == 3e-6
-    assert hf["num_hidden_layers"] == 48
+    assert model.num_layers == 48
     with pytest.raises(ValueError, match="no Hugging Face model directory"):
         load_config(own)
 
@@ -85,9 +85,9 @@ def build_configs(paths: list[str]) -> list[str]:
 
     done = []
     for path in paths:
-        config, hf = load_config_and_model(path)
+        config, model = load_config_and_model(path)
         built = transformer_config(
-            hf, config.parallel, config.trainer, config.precision, replay=config.replay != "none"
+            model, config.parallel, config.trainer, config.precision, replay=config.replay != "none"
         )
         assert config.replay == "none" or replay_conflict(vars(built)) is None
         done.append(path)

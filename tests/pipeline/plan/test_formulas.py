@@ -1,11 +1,9 @@
 """Formulas against published figures; docs/plan.md names where each was read."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.hf.description import describe, read_description
 from pipeline.plan import flops, memory, parameters
 from pipeline.plan.hardware import EFFICIENCY, GPUS
 
@@ -32,7 +30,7 @@ GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}
 
 
 def published(name):
-    return json.loads(Path(f"configs/{name}/config.json").read_text())
+    return read_description(f"configs/{name}")
 
 
 @pytest.mark.parametrize(
@@ -51,14 +49,14 @@ def published(name):
     ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
 def test_total_parameters_are_the_published_ones_within_one_percent(hf, total, tolerance):
-    hf = published(hf) if isinstance(hf, str) else hf
-    assert parameters.total(hf) == pytest.approx(total, rel=tolerance)
+    model = published(hf) if isinstance(hf, str) else describe(hf)
+    assert parameters.total(model) == pytest.approx(total, rel=tolerance)
 
 
 def test_kimi_k2_has_the_parameters_of_its_published_files_to_the_digit():
-    hf = published("kimi-k2")
-    biases = parameters.rank_count(hf, ParallelConfig()).buffers // 2  # the other half counts tokens
-    assert parameters.total(hf) + biases == 1_026_408_232_448
+    model = published("kimi-k2")
+    biases = parameters.rank_count(model, ParallelConfig()).buffers // 2  # the other half counts tokens
+    assert parameters.total(model) + biases == 1_026_408_232_448
 
 
 @pytest.mark.parametrize(
@@ -74,19 +72,20 @@ def test_kimi_k2_has_the_parameters_of_its_published_files_to_the_digit():
     ],
 )
 def test_active_parameters_are_the_published_ones_within_one_of_their_last_digit(name, active, digit, ends):
-    hf = published(name)
-    outside = 0 if ends else 2 * hf["vocab_size"] * hf["hidden_size"]
-    assert abs(parameters.active(hf) - outside - active) < digit
+    model = published(name)
+    outside = 0 if ends else 2 * model.vocab_size * model.hidden
+    assert abs(parameters.active(model) - outside - active) < digit
 
 
 @pytest.mark.parametrize(("hf", "active"), [(GPT_OSS_20B, 3.61e9), (GPT_OSS_120B, 5.13e9)])
 def test_active_parameters_of_gpt_oss_are_the_published_ones_without_the_embedding(hf, active):
-    assert parameters.active(hf) - hf["vocab_size"] * hf["hidden_size"] == pytest.approx(active, abs=0.005e9)
+    model = describe(hf)
+    assert parameters.active(model) - model.vocab_size * model.hidden == pytest.approx(active, abs=0.005e9)
 
 
 def test_moonlight_without_embedding_and_head_has_the_published_total():
-    hf = published("moonlight-16b-a3b")
-    assert parameters.total(hf) - 2 * hf["vocab_size"] * hf["hidden_size"] == pytest.approx(15.29e9, abs=0.005e9)
+    model = published("moonlight-16b-a3b")
+    assert parameters.total(model) - 2 * model.vocab_size * model.hidden == pytest.approx(15.29e9, abs=0.005e9)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +104,11 @@ def test_flops_of_a_token_are_those_of_published_throughputs(name, tokens_s, tfl
 
 @pytest.mark.parametrize(("tokens_s", "tflops"), [(1297, 338), (3943, 1026)])
 def test_flops_of_deepseek_v3_are_published_with_its_layer_that_predicts_a_second_token(tokens_s, tflops):
-    hf = published("deepseek-v3")
-    a = parameters.architecture(hf)
+    a = published("deepseek-v3")
     last = parameters.layer(a, 60, ParallelConfig())
-    idle = (a.shape.num_experts - a.shape.topk) * 3 * a.hidden * a.expert_ffn
-    second = last.parameters - idle + 2 * a.hidden**2 + a.hidden * a.shape.vocab_size
-    both = (flops.training(hf, 4096, 4096**2) + 6 * second * 4096) / 4096 + 3 * (a.query + a.value) * 4096
+    idle = (a.num_experts - a.topk) * 3 * a.hidden * a.expert_ffn
+    second = last.parameters - idle + 2 * a.hidden**2 + a.hidden * a.vocab_size
+    both = (flops.training(a, 4096, 4096**2) + 6 * second * 4096) / 4096 + 3 * (a.query + a.value) * 4096
     assert both == pytest.approx(tflops * 1e12 / tokens_s, rel=0.01)
 
 
@@ -124,7 +122,7 @@ def test_a_layer_keeps_34_bytes_a_hidden_element_where_it_is_the_papers_layer():
     masks of dropout are 2. That layer has no gate and no rotation, so neither the gate's F = 4 H nor the rotated copies
     of queries and keys count."""
     h = 64
-    a = parameters.architecture(
+    a = describe(
         {
             "model_type": "qwen3", "vocab_size": 512, "hidden_size": h, "intermediate_size": 4 * h, "head_dim": 16,
             "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -136,11 +134,11 @@ def test_a_layer_keeps_34_bytes_a_hidden_element_where_it_is_the_papers_layer():
 
 
 def test_selective_and_full_recomputation_keep_less_and_pay_in_flops():
-    hf = published("qwen3-30b-a3b")
+    model = published("qwen3-30b-a3b")
     kept, paid = [], []
     for recompute in ("none", "selective", "full"):
-        kept.append(memory.kept(hf, ParallelConfig(), TrainerConfig(recompute=recompute), BF16, 4096)[0])
-        paid.append(flops.training(hf, 4096, 4096**2, recompute=recompute))
+        kept.append(memory.kept(model, ParallelConfig(), TrainerConfig(recompute=recompute), BF16, 4096)[0])
+        paid.append(flops.training(model, 4096, 4096**2, recompute=recompute))
     assert kept == sorted(kept, reverse=True)
     assert paid == sorted(paid)
     assert paid[2] == pytest.approx(paid[0] * 4 / 3)
@@ -155,18 +153,19 @@ def test_a_pipeline_holds_as_many_micro_batches_as_the_papers_say():
 
 
 def test_tensor_parallel_ranks_divide_what_is_kept_and_context_ranks_too():
-    hf, trainer = published("qwen3-30b-a3b"), TrainerConfig()
-    one, _ = memory.kept(hf, ParallelConfig(), trainer, BF16, 8192)
+    model, trainer = published("qwen3-30b-a3b"), TrainerConfig()
+    one, _ = memory.kept(model, ParallelConfig(), trainer, BF16, 8192)
     for settings in ({"tensor": 2, "sequence": True}, {"context": 2}):
-        two, _ = memory.kept(hf, ParallelConfig(ranks=2, **settings), trainer, BF16, 8192)
+        two, _ = memory.kept(model, ParallelConfig(ranks=2, **settings), trainer, BF16, 8192)
         assert two == pytest.approx(one / 2)
 
 
 def test_an_offloaded_optimizer_lies_in_the_machines_memory():
-    hf, parallel = published("qwen3-30b-a3b"), ParallelConfig(ranks=8, expert=8)
+    model, parallel = published("qwen3-30b-a3b"), ParallelConfig(ranks=8, expert=8)
     on, off = (
-        memory.rank_memory(hf, parallel, TrainerConfig(offload_optimizer=o), BF16, 4096, stage=0) for o in (False, True)
+        memory.rank_memory(model, parallel, TrainerConfig(offload_optimizer=o), BF16, 4096, stage=0)
+        for o in (False, True)
     )
     assert (on.host, off.optimizer) == (0.0, 0.0)
-    assert on.optimizer == pytest.approx(12 * parameters.total(hf) / 8)
-    assert off.host == pytest.approx(16 * parameters.total(hf) / 8)
+    assert on.optimizer == pytest.approx(12 * parameters.total(model) / 8)
+    assert off.host == pytest.approx(16 * parameters.total(model) / 8)

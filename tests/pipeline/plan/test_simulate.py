@@ -1,16 +1,14 @@
 """The simulator against cases with a known answer, and against what no mode can do."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from megatron_ext.hf.description import read_description
 from pipeline.plan.hardware import GPUS
 from pipeline.plan.sampling import Lengths, Sampling, generate, sample, server
 from pipeline.plan.simulate import MODES, Phases, Workload, best, outcome, scaling
 
-HF = json.loads(Path("configs/qwen3-30b-a3b/config.json").read_text())
+MODEL = read_description("configs/qwen3-30b-a3b")
 PLACES = 256
 
 
@@ -21,10 +19,10 @@ def steady(batch, context):
 
 def workload(deviation=0.7, samples=1024, **settings):
     one = server(
-        HF, GPUS["h100"], tp=2, weight_bytes=2, cache_bytes=2, tokens_each=2000, longest=9216, most=PLACES
+        MODEL, GPUS["h100"], tp=2, weight_bytes=2, cache_bytes=2, tokens_each=2000, longest=9216, most=PLACES
     )  # fmt: skip
     lengths = Lengths(2731, 8192, deviation)
-    return Workload(HF, GPUS["h100"], one, lengths, 512, samples, quantum=4, **settings)
+    return Workload(MODEL, GPUS["h100"], one, lengths, 512, samples, quantum=4, **settings)
 
 
 def test_with_steps_of_one_length_a_rollout_lasts_as_long_as_its_longest_answer():

@@ -30,7 +30,7 @@ def rollout(tokenizer, text, finish_reason="stop"):
 
 def group(tokenizer, *responses, answer="123"):
     prompt = Prompt(np.zeros(2, np.int32), "<|user|>312<|assistant|>", {"answer": answer}, index=7)
-    return Group(prompt, tuple(rollout(tokenizer, *r) for r in responses))
+    return Group.of_single_turns(prompt, [rollout(tokenizer, *r) for r in responses])
 
 
 def test_exact_match_takes_the_answer_and_nothing_else(tokenizer):
@@ -54,7 +54,7 @@ def test_grading_leaves_everything_else_as_it_was(tokenizer):
     before = group(tokenizer, ("1<|eos|>",), ("2<|eos|>",))
     (after,) = grade([before], tokenizer, lambda prompt, text, ids, finish: float(text))
     assert after.prompt is before.prompt
-    assert after.rollouts is before.rollouts
+    assert all(a is b for a, b in zip(after.rollouts, before.rollouts, strict=True))
     assert after.rewards.tolist() == [1, 2]
     assert len(before.rewards) == 0
 

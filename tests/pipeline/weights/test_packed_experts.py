@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.server import ServerConfig
 from pipeline.config.weights import WeightsConfig
+from pipeline.engine.control import ServerAddress
 from pipeline.engine.server import SGLangServer
 from pipeline.weights.sender import WeightSender
 from tests.support.tiny_families import save_family
@@ -23,7 +24,7 @@ def test_a_server_holds_every_tensor_that_it_was_sent_bit_for_bit(tmp_path):
     try:
         server.start()
         server.wait_ready()
-        sender = WeightSender([server.url], WeightsConfig(), device="cpu")
+        sender = WeightSender([ServerAddress(server.url)], WeightsConfig(), device="cpu")
         sender.connect()
         before = {d.name for d in sender.differences([list(weights.items())])}
         assert before == weights.keys()

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
 import torch
 from safetensors.torch import load_file
 
+from pipeline import http
 from pipeline.engine.client import Sampling
+from pipeline.engine.control import ServerAddress
 from pipeline.weights import WeightsConfig, WeightSender, WeightTransferError
 from tests.conftest import save_tiny_model
 from tests.support import reference
@@ -35,7 +36,7 @@ def buckets(weights, tensors_per_bucket=20):
 
 
 def make_sender(url, timeout_s=30.0, **settings):
-    return WeightSender([url], WeightsConfig(timeout_s=timeout_s, **settings), device="cpu")
+    return WeightSender([ServerAddress(url)], WeightsConfig(timeout_s=timeout_s, **settings), device="cpu")
 
 
 @pytest.fixture(params=["distributed", "shared_memory"])
@@ -112,12 +113,12 @@ def test_a_server_that_refuses_is_noticed_at_once_not_after_the_time_out(server,
     lonely = make_sender(server.url, transport="distributed")
     lonely.connect()
     group = lonely.transport.group
-    requests.post(f"{server.url}/destroy_weights_update_group", json={"group_name": group}, timeout=30)
+    http.request("POST", f"{server.url}/destroy_weights_update_group", body={"group_name": group}, timeout_s=30)
     began = time.monotonic()
     with pytest.raises(WeightTransferError, match=server.url):
         lonely.send(buckets(load_file(tiny_model_dir / "model.safetensors")), 9)
     assert time.monotonic() - began < 10
-    requests.post(f"{server.url}/end_weight_update", json={}, timeout=30)
+    http.request("POST", f"{server.url}/end_weight_update", body={}, timeout_s=30)
 
 
 def test_a_server_that_is_not_there_fails_to_connect_in_time():

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from pipeline.config import load_config
-from pipeline.loop.run import open_loop
+from pipeline.loop.open_loop import open_loop
 from pipeline.trainer import group as trainer_group
 from pipeline.trainer.group import TrainerError
 from pipeline.weights import WeightsConfig, WeightSender
@@ -36,6 +36,10 @@ def loop(tmp_path_factory):
         raise OverError  # the last test leaves a rank waiting for one that has given up
 
 
+def url(loop):
+    return loop.fleet.addresses[0].url
+
+
 def tensor(loop, name):
     def find(rank):
         return [t.clone() for bucket in rank.trainer.export() for n, t in bucket if n == name]
@@ -56,14 +60,14 @@ def stopped(pid: int):
 @pytest.mark.slow
 def test_one_stale_expert_is_named_and_the_next_transfer_replaces_it(loop):
     assert loop.trainers.weight_differences() == []
-    stale = WeightSender([loop.client.url], WeightsConfig(checksum_every=0), device="cpu")
+    stale = WeightSender(loop.fleet.addresses, WeightsConfig(checksum_every=0), device="cpu")
     stale.connect()
     stale.send([[(EXPERT, tensor(loop, EXPERT) * 1.001)]], 0)
     stale.close()
     (found,) = loop.trainers.weight_differences()
-    assert (found.name, found.server, found.kind) == (EXPERT, loop.client.url, "differs")
+    assert (found.name, found.server, found.kind) == (EXPERT, url(loop), "differs")
     loop.sync()
-    assert loop.client.weight_version() == loop.version
+    assert loop.fleet.servers[0].client.weight_version() == loop.fleet.version
     assert loop.trainers.weight_differences() == []
 
 
@@ -82,7 +86,7 @@ def test_a_transfer_that_leaves_an_expert_stale_stops_the_run(loop):
     everyone = loop.trainers.ranks
     ray.get([rank.__ray_call__.remote(lose, EXPERT) for rank in everyone])
     lost = re.escape(EXPERT.replace(".experts.", ".expert."))
-    with pytest.raises(TrainerError, match=rf"do not hold what was sent: {lost} \(ignored at {loop.client.url}\)"):
+    with pytest.raises(TrainerError, match=rf"do not hold what was sent: {lost} \(ignored at {url(loop)}\)"):
         loop.sync()
     ray.get([rank.__ray_call__.remote(restore) for rank in everyone])
     loop.sync()
@@ -96,8 +100,8 @@ def test_a_rank_and_a_server_that_stall_are_named(loop, monkeypatch):
         loop.sync()
     loop.sync()  # it goes on, and the transfer it held up is finished first
 
-    port = loop.client.url.rpartition(":")[2]
+    port = url(loop).rpartition(":")[2]
     server = next(p for p in psutil.Process().children(recursive=True) if port in p.cmdline())
     (scheduler,) = [p.pid for p in server.children(recursive=True) if "sglang::scheduler" in " ".join(p.cmdline())]
-    with stopped(scheduler), pytest.raises(TrainerError, match=rf"{loop.client.url}\S* did not answer in 3 s"):
+    with stopped(scheduler), pytest.raises(TrainerError, match=rf"{url(loop)}\S* did not answer in 3 s"):
         loop.sync()

@@ -64,5 +64,5 @@ def test_the_plugin_does_nothing_for_a_server_on_a_gpu(monkeypatch):
 def test_the_plugin_imports_light():
     """It is loaded by every SGLang process, on GPUs too."""
     heavy = "[name for name in ('torch', 'sglang', 'numba') if name in sys.modules]"
-    code = f"import sys, pipeline.engine.inside.cpu.plugin; print({heavy})"
+    code = f"import sys, pipeline.engine.inside.plugin; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

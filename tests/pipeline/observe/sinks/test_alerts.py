@@ -102,7 +102,7 @@ def test_deliveries_that_fail_are_said_and_counted_and_the_run_goes_on(tmp_path)
     unreachable = Alerts(AlertsConfig(rules=(rule(above=1),), webhook=hook.url), tmp_path, said)
     unreachable.record(1, {**metrics(1), "x": 2.0})
     unreachable.close(True)
-    assert "webhook at 127.0.0.1: ConnectionError (failures so far: 1)" in said[-1]
+    assert "webhook at 127.0.0.1: ClientConnectorError (failures so far: 1)" in said[-1]
 
 
 def test_a_command_that_hangs_holds_up_no_step_and_is_killed_with_what_it_started(tmp_path):

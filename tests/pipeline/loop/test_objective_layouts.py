@@ -12,10 +12,11 @@ from megatron_ext.batch.layout import Sample, plan_micro_batches
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import merge_tokens, merge_update
 from pipeline.loop.loop import to_sample
+from pipeline.loop.update import Measured, loss_rows
 from pipeline.objectives import PRESETS, Denominators, KLConfig, ObjectiveConfig, resolve
 from pipeline.trainer.losses import critic_loss, policy_loss
-from pipeline.trainer.rows import loss_values
-from pipeline.types import Group, Prompt, Rollout
+from pipeline.types import Batch, Group, PolicyTokens, Prompt, Rollout
+from tests.support.episodes import graded_group
 from tests.support.ranks import run_ranks
 
 PROMPTS, SAMPLES, LONGEST = 4, 4, 12
@@ -57,7 +58,7 @@ def make_groups() -> list[Group]:
                     finish_reason="stop",
                 )
             )
-        groups.append(Group(Prompt(prompt, ""), tuple(rollouts), rewards))
+        groups.append(graded_group(Prompt(prompt, ""), rollouts, rewards))
     return groups
 
 
@@ -90,20 +91,21 @@ def inputs_of(model: str) -> dict[str, tuple[list[Sample], Denominators]]:
     proximal = near(current, 0.05)
     rollout, reference, values = near(proximal, 0.02), near(proximal, 0.1), near([0 * c for c in current], 1.0)
     flat = iter(rollout)
-    groups = [replace(g, rollouts=tuple(replace(r, rollout_logprobs=next(flat)) for r in g.rollouts)) for g in groups]
+    groups = [
+        graded_group(g.prompt, [replace(r, rollout_logprobs=np.minimum(next(flat), 0)) for r in g.rollouts], g.rewards)
+        for g in groups
+    ]
     denominators = Denominators(len(samples), sum(s.response_length for s in samples), LONGEST)
     out = {}
     for name, config in OBJECTIVES.items():
         objective = resolve(config)
-        rows = loss_values(
-            objective,
-            groups,
-            max_new_tokens=LONGEST,
-            proximal=proximal,
-            reference=reference if objective.needs_reference else None,
-            values=values if objective.needs_critic else None,
+        measured = Measured(
+            PolicyTokens(proximal, [], np.zeros((0, 3), np.int64)),
+            reference if objective.needs_reference else None,
+            values if objective.needs_critic else None,
         )
-        out[name] = ([replace(s, values=v) for s, v in zip(samples, rows, strict=True)], denominators)
+        rows = loss_rows(objective, Batch(1, 1, tuple(groups)), measured, max_new_tokens=LONGEST)
+        out[name] = ([replace(s, row=row) for s, row in zip(samples, rows, strict=True)], denominators)
     return out
 
 

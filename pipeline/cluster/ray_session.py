@@ -1,0 +1,77 @@
+"""Ray for one run: a cluster of its own on this machine, or one that is there joined. Nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+
+from pipeline.cluster.placement import PlacementError
+from pipeline.config.run import ClusterConfig
+from pipeline.socket_folder import make_socket_folder
+
+# Ray puts /session_2026-01-02_03-04-05_123456_1234567/sockets/plasma_store behind it, 66 bytes of 107.
+_LONGEST_FOLDER = 40
+
+
+@contextlib.contextmanager
+def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
+    """Ray is up inside. cpus: that a cluster started here has. Raises PlacementError for no place for its sockets."""
+    on_termination = signal.getsignal(signal.SIGTERM)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
+    with contextlib.ExitStack() as stack:
+        if config.address is None:
+            folder = _folder()
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(ray.shutdown)  # before: Ray's processes write there until they end
+            with _temporary_files_in(folder):
+                ray.init(
+                    address="local",  # never another run's cluster on this machine
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=int(config.object_store_gb * 1e9),
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    _temp_dir=str(folder),
+                )
+        else:
+            stack.callback(ray.shutdown)
+            ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False)
+        # Ray takes SIGTERM over and aborts the process in the middle of its own clean-up (2.60); the caller's stays.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_termination)
+        yield
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Processes that are started inside have their temporary files there: torch's manager of shared memory binds a
+    socket among them, and ranks that are killed at the end of a run leave others."""
+    before = os.environ.get("TMPDIR")
+    # What torch.compile keeps from run to run stays where it is.
+    cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
+
+def _folder() -> Path:
+    try:
+        return make_socket_folder(_LONGEST_FOLDER)
+    except OSError as error:
+        raise PlacementError(str(error)) from error

@@ -1,0 +1,50 @@
+"""`sameroute train CONFIG`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline.commands.config_arguments import add_config
+from pipeline.imports import lasting_imports
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add_config(parser)
+    parser.add_argument(
+        "--from-dump",
+        type=Path,
+        metavar="PATH",
+        help="train on the steps that a run with debug.dump_rollouts=true left in this directory, or on one of its "
+        "files; no server is started, and train.steps does not count",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of the run directory, and refuse where there is none. Without it, a run "
+        "with checkpoints is resumed if run.overwrite is false, and deleted if that is true",
+    )
+    parser.add_argument(
+        "--requeued",
+        action="store_true",
+        help="this is a later attempt of a Slurm job: resume as --resume does, or begin anew where no attempt of the "
+        "job has come to its first checkpoint",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """0. Raises a SamerouteError, or KeyboardInterrupt where a signal ended what cannot be resumed."""
+    from pipeline.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    with lasting_imports():
+        from pipeline.loop.run import requeued_attempt, train
+        from pipeline.loop.stop import StopRequest
+
+    resume = options.resume
+    if options.requeued:
+        config, resume = requeued_attempt(config)
+    stop = StopRequest.of_run(config.checkpoint)
+    print(f"run directory: {train(config, options.from_dump, resume=resume, stop=stop)}")
+    return 0

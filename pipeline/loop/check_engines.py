@@ -1,0 +1,71 @@
+"""Whether the two engines compute the same: a short form before a run's first step, and in full for `sameroute
+diagnose`, on engines that are up as a run would have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.config.replay import Replay
+from pipeline.diagnose import diagnose
+from pipeline.diagnose.bench import new_rollouts
+from pipeline.diagnose.diagnosis import Diagnosis
+from pipeline.diagnose.page import write_page
+from pipeline.dumps.steps import DumpedSteps
+from pipeline.loop.compare import DisagreementError
+from pipeline.loop.inputs import check_inputs
+from pipeline.loop.loop import Loop
+from pipeline.loop.open_loop import open_loop
+from pipeline.observe.console import Console
+from pipeline.observe.run_dir import RunDirectory
+
+
+def check_first_rollouts(loop: Loop, model_path: Path, run: RunDirectory, console: Console) -> None:
+    """Compare the engines on a few rollouts. Raises DisagreementError with the diagnosis where they disagree."""
+    rollouts = new_rollouts(loop, loop.config.checks.first_rollouts, max_new_tokens=64)
+    found = diagnose(loop, model_path, rollouts, in_full=False)
+    found.write_json(run.path / "diagnose.json")
+    if not found.agree:
+        write_page(found, run.path / "diagnose.html", name=run.path.name)
+        raise DisagreementError(f"{found.sentence} See {run.path / 'diagnose.html'}")
+    console.say(found.sentence)
+
+
+def diagnose_config(config: Config, out: Path, dump: Path | None = None) -> Diagnosis:
+    """Diagnose a configuration; writes diagnose.json, diagnose.html and logs/ into `out`. Nothing is left running.
+
+    dump: a step that a run with debug.dump_rollouts wrote, or a directory of them, of which the first counts; its
+          rollouts in the place of new ones. They should be of the weights that the configuration begins with.
+    Raises what `train` raises.
+    """
+    dumped = None if dump is None else DumpedSteps(dump)
+    check_inputs(config)
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with Console(0) as console:
+        with open_loop(
+            _with_routes(config),
+            out,
+            logs,
+            on_supervised=lambda number, nll, *_: console.supervised(number, config.supervised.steps, nll),
+        ) as (loop, model_path):
+            if dumped is None:
+                rollouts = new_rollouts(loop, config.checks.probe_rollouts)
+            else:
+                step = dumped.read(dumped.steps[0], config, loop.shape)
+                rollouts = step.batch.rollouts
+            found = diagnose(loop, model_path, rollouts, replay=config.replay)
+        found.write_json(out / "diagnose.json")
+        write_page(found, out / "diagnose.html", name=str(config.run.directory))
+        console.say(found.sentence)
+        console.say(f"{out / 'diagnose.html'}, {out / 'diagnose.json'}")
+    return found
+
+
+def _with_routes(config: Config) -> Config:
+    """The same with routes beside the rollouts, where the trainer can take them; else as it is."""
+    try:
+        config.trainer.check_replay()
+    except ValueError:
+        return config
+    return config.model_copy(update={"replay": Replay.R3})

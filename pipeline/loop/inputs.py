@@ -1,0 +1,55 @@
+"""What a run starts from, checked before an earlier run is written over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pipeline.config import Config, ConfigError
+from pipeline.data.chat import DataError
+from pipeline.data.tiny_model import make_tiny_model
+from pipeline.dumps.dump import DumpError
+from pipeline.dumps.steps import DumpedSteps
+from pipeline.engine.server import reserve_port
+from pipeline.observe.sinks.sinks import check_sinks
+from pipeline.rewards import resolve_reward
+
+
+def config_device(config: Config) -> Literal["cpu", "cuda"]:
+    """Of both engines."""
+    return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_inputs(config: Config) -> None:
+    """What can be known to be wrong before anything starts: sinks, a precision that this device does not have, the
+    verifier, the data file, the port.
+
+    Raises ObserveError, ConfigError, RewardError, DataError and ServerError.
+    """
+    check_sinks(config)
+    try:
+        config.precision.check_device(config_device(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    resolve_reward(config.data.reward, config.data.reward_directory)
+    if config.data.path is not None and not config.data.path.is_file():
+        raise DataError(f"there is no data file {config.data.path}")
+    reserve_port(config.server.host, config.server.port)
+
+
+def dumped_steps(path: Path, config: Config) -> DumpedSteps:
+    """A dump, or a directory of them. Raises DumpError, also where the run would delete it."""
+    run = config.run.directory.resolve()
+    if path.resolve().is_relative_to(run):
+        raise DumpError(f"{path} lies in run.directory={config.run.directory}; set run.directory to another path")
+    return DumpedSteps(path)
+
+
+def prepare_model(config: Config, directory: Path) -> Path:
+    """The Hugging Face directory to start from: the configured one, or a tiny one made at `directory`."""
+    if config.model.path is not None:
+        return config.model.path
+    assert config.model.tiny is not None
+    return make_tiny_model(directory, config.model.tiny, config.run.seed)

@@ -1,0 +1,103 @@
+"""A loop ready for its first step: both engines up, the trainer where the run begins or goes on, its weights sent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_ext.hf.description import read_description
+from pipeline.checkpoints.resume import Start
+from pipeline.config import Config
+from pipeline.data.prompts import PromptSource
+from pipeline.loop.engines import start_engines
+from pipeline.loop.inputs import prepare_model
+from pipeline.loop.loop import Loop, supervise
+from pipeline.objectives import resolve
+from pipeline.trainer.group import TrainerGroup
+
+OnSupervised = Callable[[int, float], None]
+MayStop = Callable[[int, TrainerGroup, PromptSource], None]
+
+
+@contextlib.contextmanager
+def open_loop(
+    config: Config,
+    directory: Path,
+    logs: Path,
+    *,
+    serve: bool = True,
+    start: Start | None = None,
+    on_supervised: OnSupervised = lambda *_: None,
+    may_stop: MayStop = lambda *_: None,
+) -> Iterator[tuple[Loop, Path]]:
+    """Server, Ray and trainer ranks up, supervised steps done, weights synchronised: a loop ready for its first step.
+
+    directory: where a tiny model and dumps are written. logs: existing folder for the logs of both engines.
+    serve: false starts no server, for a loop that replays.
+    start: a checkpoint to go on from.
+    on_supervised: called with each supervised step and its loss, nats a token.
+    may_stop: called after it with its number and with what would have to be saved.
+    Yields the loop and the model directory it started from.
+    Raises DataError, ServerError, PlacementError and TrainerError.
+    """
+    model_path = prepare_model(config, directory / "model")
+    shape = read_description(model_path)
+    source = PromptSource(
+        config.data,
+        model_path,
+        seed=config.run.seed,
+        supervised=config.supervised.steps > 0,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    # Not the draws of the first steps again after a resumption.
+    seed = config.run.seed + (0 if start is None else start.progress.step)
+    with start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines:
+        trainers, fleet = engines.trainers, engines.fleet
+        _prepare_trainers(config, model_path, trainers, source, start, on_supervised, may_stop)
+        engines.connect()
+        in_loop = start is not None and start.progress.step > 0
+        if start is not None and in_loop:
+            fleet.begin_at(start.progress.version)
+        if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
+            fleet.transfer(trainers)
+        yield Loop(config, shape, source, fleet, trainers, dumps=directory / "dumps"), model_path
+        trainers.close()
+
+
+def _prepare_trainers(
+    config: Config,
+    model_path: Path,
+    trainers: TrainerGroup,
+    source: PromptSource,
+    start: Start | None,
+    on_supervised: OnSupervised,
+    may_stop: MayStop,
+) -> None:
+    """Build the model on every rank, and bring it and the prompts to where the first RL step begins."""
+    objective = resolve(config.objective)
+    trainers.build(
+        model_path,
+        config.trainer,
+        config.supervised,
+        replay=config.replay.any,
+        precision=config.precision,
+        critic=config.critic if objective.needs_critic else None,
+        reference=objective.needs_reference,
+        seed=config.run.seed,
+        load_weights=start is None,
+    )
+    if start is not None:
+        if start.progress.step:
+            trainers.restart_optimizer(config.train)
+        trainers.resume(start.path)
+        source.restore(start.progress.cursor)
+        if start.progress.step:
+            return
+    done = 0 if start is None else start.progress.supervised
+    for number, nll in supervise(config, source, trainers, done):
+        on_supervised(number, nll)
+        may_stop(number, trainers, source)
+    trainers.restart_optimizer(config.train)
+    if objective.needs_reference:
+        trainers.keep_reference()

@@ -1,0 +1,195 @@
+"""One step's update: advantages over the whole batch, then one optimizer step a mini-batch of whole groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pipeline.config import Config
+from pipeline.config.replay import Replay
+from pipeline.loop.compare import compare
+from pipeline.objectives import Denominators, Objective, ObjectiveConfig, overlong_penalty
+from pipeline.objectives.terms.kl import kl_estimate
+from pipeline.observe.metrics import Timer, routing_metrics
+from pipeline.trainer.losses import ON_POLICY, LossRow
+from pipeline.types import Batch, PolicyTokens, StepResult, padded
+
+
+class Trainers(Protocol):
+    """What of a TrainerGroup an update asks for."""
+
+    def logprobs(self) -> PolicyTokens: ...
+    def record_routes(self, layers: int, num_experts: int) -> PolicyTokens: ...
+    def reference_logprobs(self) -> list[np.ndarray]: ...
+    def values(self) -> list[np.ndarray]: ...
+    def update_policy(
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
+    ) -> tuple[dict[str, float], PolicyTokens]: ...
+    def update_critic(
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
+    ) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of the batch before its first optimizer step, [N] float32 a rollout.
+
+    proximal: None where the first mini-batch is the whole update: then pi is pi_o, and no pass is spent on it.
+    reference, values: None where the objective asks for none.
+    """
+
+    proximal: PolicyTokens | None
+    reference: list[np.ndarray] | None = None
+    values: list[np.ndarray] | None = None
+
+
+@dataclass
+class Update:
+    """How a step trains.
+
+    trainers: hold the batch's rollouts. model: a description with num_layers and num_experts. replay: of this model.
+    """
+
+    config: Config
+    objective: Objective
+    trainers: Trainers
+    model: Any
+    replay: Replay
+
+    def __call__(self, batch: Batch, timer: Timer) -> StepResult:
+        """Train on a batch. Raises DisagreementError where its rollouts are not of the trainer's weights.
+
+        With one mini-batch the policy of the update is the proximal one, so that no forward pass of its own is spent
+        on pi_o unless something else reads it; the comparison with mu is then made after the step, and stops the run
+        all the same.
+        """
+        metrics: dict[str, float] = {}
+        with timer("logprob"):
+            measured = self.measure()
+        if measured.proximal is not None:
+            metrics |= self.compare(batch, measured.proximal)
+        if self.objective.kl_in_reward:
+            metrics["kl/reference"] = mean_kl(self.objective, batch, measured)
+        rows = loss_rows(self.objective, batch, measured, max_new_tokens=self.config.rollout.max_new_tokens)
+        parts, passes = [], []
+        current: dict[int, np.ndarray] = {}
+        proximal = measured.proximal
+        for chosen in mini_batches(batch, self.config.train.mini_batches):
+            part, seen = self.step(batch, {i: rows[i] for i in chosen})
+            current |= dict(zip(chosen, seen.logprobs, strict=True))
+            parts.append(part)
+            passes.append(seen.routing)
+            if proximal is None:
+                metrics |= self.compare(batch, seen)
+                proximal = seen
+        assert proximal is not None
+        # Under R3 agreement is the engines', at the proximal weights; under R2 it is the policy's own, as it moves.
+        routing = proximal.routing if self.replay.from_server else np.sum(passes, 0)
+        metrics |= routing_metrics(routing)
+        metrics |= {n: float(np.mean([p[n] for p in parts if n in p])) for n in set().union(*parts)}
+        return StepResult(
+            metrics=metrics,
+            batch=batch,
+            proximal=PolicyTokens(proximal.logprobs, proximal.entropy, routing),
+            current_logprobs=[current[i] for i in range(len(batch.rollouts))],
+            advantages=[row.advantage for row in rows],
+        )
+
+    def measure(self) -> Measured:
+        """The passes before the first optimizer step that this objective and this replay ask for."""
+        proximal = None
+        if self.replay.from_proximal:
+            proximal = self.trainers.record_routes(self.model.num_layers, self.model.num_experts)
+        elif self.config.proximal_pass(self.replay):
+            proximal = self.trainers.logprobs()
+        return Measured(
+            proximal,
+            self.trainers.reference_logprobs() if self.objective.needs_reference else None,
+            self.trainers.values() if self.objective.needs_critic else None,
+        )
+
+    def compare(self, batch: Batch, proximal: PolicyTokens) -> dict[str, float]:
+        """`compare` with this run's bound, under the weights that the batch began with."""
+        return compare(batch.rollouts, proximal, version=batch.version, bound=self.config.logprob_bound)
+
+    def step(self, batch: Batch, rows: dict[int, LossRow]) -> tuple[dict[str, float], PolicyTokens]:
+        """One optimizer step of the policy, and of the critic where there is one."""
+        denominators = Denominators(
+            sequences=len(rows),
+            tokens=sum(batch.rollouts[i].trained_tokens for i in rows),
+            max_length=self.config.rollout.max_new_tokens,
+        )
+        metrics, seen = self.trainers.update_policy(self.config.objective, denominators, rows)
+        if self.objective.needs_critic:
+            metrics |= self.trainers.update_critic(self.config.objective, denominators, rows)
+        return metrics, seen
+
+
+def mini_batches(batch: Batch, count: int) -> list[list[int]]:
+    """Positions in batch.rollouts, dealt to `count` mini-batches of whole groups, group after group."""
+    groups = batch.group_of_episode[batch.episode_of_rollout]
+    return [[int(i) for i in np.flatnonzero(groups % count == k)] for k in range(count)]
+
+
+def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new_tokens: int) -> list[LossRow]:
+    """What the loss reads of each of the batch's rollouts.
+
+    Baselines are over episodes: an episode counts once, with the sampled tokens of all its rollouts, one rollout behind
+    the other, whatever was cut into how many. max_new_tokens: the limit that the overlong penalty knows.
+    Raises ValueError where the objective needs something that was not measured.
+    """
+    of_episode = [np.flatnonzero(batch.episode_of_rollout == e) for e in range(len(batch.episodes))]
+
+    def joined(rows: Sequence[np.ndarray]) -> np.ndarray:
+        """[episodes, longest], of [N] arrays by rollout."""
+        return padded([np.concatenate([rows[i] for i in own]) for own in of_episode])
+
+    def matrix(rows: Sequence[np.ndarray] | None) -> torch.Tensor | None:
+        return None if rows is None else torch.from_numpy(joined(rows)).double()
+
+    mask = torch.from_numpy(joined([r.trained for r in batch.rollouts]))
+    rewards = torch.from_numpy(batch.rewards.astype(np.float64))
+    if ramp := round(objective.composition.overlong_fraction * max_new_tokens):
+        rewards = rewards + overlong_penalty(mask.sum(-1), max_new_tokens, ramp)
+    proximal = measured.proximal.logprobs if measured.proximal is not None else None
+    out = objective.advantages(
+        rewards,
+        torch.from_numpy(batch.group_of_episode),
+        mask,
+        proximal_logprobs=matrix(proximal),
+        reference_logprobs=matrix(measured.reference),
+        values=matrix(measured.values),
+    )
+    rows: list[LossRow] = []
+    for episode, own in enumerate(of_episode):
+        start = 0
+        for i in own:
+            rollout = batch.rollouts[i]
+            where, start = slice(start, start + len(rollout)), start + len(rollout)
+            advantage = out.advantages[episode].numpy()
+            rows.append(
+                LossRow(
+                    rollout_logprobs=rollout.rollout_logprobs,
+                    proximal_logprobs=ON_POLICY if proximal is None else proximal[i],
+                    advantage=float(advantage) if advantage.ndim == 0 else advantage[where].astype(np.float32),
+                    reference_logprobs=None if measured.reference is None else measured.reference[i],
+                    returns=None if out.returns is None else out.returns[episode, where].numpy().astype(np.float32),
+                    proximal_values=None if measured.values is None else measured.values[i],
+                )
+            )
+    return rows
+
+
+def mean_kl(objective: Objective, batch: Batch, measured: Measured) -> float:
+    """The objective's estimate of KL(pi_o || pi_ref), mean over the tokens that were sampled, nats."""
+    kl = objective.composition.kl
+    assert kl is not None
+    assert measured.proximal is not None
+    assert measured.reference is not None
+    sampled = np.concatenate([r.trained for r in batch.rollouts])
+    log_ratio = np.concatenate(measured.reference) - np.concatenate(measured.proximal.logprobs)
+    return float(kl_estimate(torch.from_numpy(log_ratio[sampled]).double(), kl.estimator).mean())

@@ -1,0 +1,170 @@
+"""A plan as a table for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import Config
+from pipeline.plan.hardware import GIB
+from pipeline.plan.layouts import Proposal
+from pipeline.plan.plan import Plan
+
+GB = 1e9
+Row = tuple[str, str, str]
+
+
+def print_json(plan: Plan, proposal: Proposal | None) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(as_json(plan, proposal), indent=2))
+
+
+def layout_of(config: Config) -> str:
+    """One line."""
+    p = config.parallel
+    sizes = {
+        "tensor": p.tensor, "pipeline": p.pipeline, "chunks": p.virtual_pipeline or 1, "context": p.context,
+        "expert": p.expert, "data": p.data,
+    }  # fmt: skip
+    return f"{p.ranks} ranks: " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+
+
+def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
+    """Bytes, seconds, counts and shares by name."""
+    m, s = plan.memory, plan.seconds
+    out: dict[str, Any] = {
+        "fits": plan.fits,
+        "reasons": list(plan.reasons),
+        "gpu": plan.gpu.name,
+        "nodes": plan.config.cluster.nodes,
+        "trainer_ranks": plan.config.parallel.ranks,
+        "servers": plan.servers,
+        "parameters": {"total": plan.total, "active": plan.active},
+        "trainer_bytes": {
+            "weights": m.weights,
+            "gradients": m.gradients,
+            "optimizer": m.optimizer,
+            "reference_and_critic": m.others,
+            "activations": m.activations,
+            "lm_head": m.head,
+            "overhead": m.overhead,
+            "total": m.total,
+            "capacity": plan.gpu.memory,
+            "host": m.host,
+            "stage": m.stage,
+        },
+        "server": {
+            "gpus": plan.server.gpus,
+            "weight_bytes_a_gpu": plan.server.weights,
+            "cache_bytes_a_gpu": max(0.0, plan.server.cache),
+            "cache_tokens": plan.server.cache_tokens,
+            "sequences": plan.server.sequences,
+            "busy": plan.sampling.busy,
+        },
+        "step": {
+            "tokens": plan.work.tokens,
+            "flops": plan.flops,
+            "micro_batches": plan.work.micro_batches,
+            "bubble": plan.bubble,
+            "expert_tokens": plan.expert_tokens[0],
+            "expert_tokens_deviation": plan.expert_tokens[1],
+            "weight_transfer_bytes": plan.weight_bytes,
+            "route_bytes": plan.route_bytes,
+            "route_wire_bytes": plan.route_wire_bytes,
+        },
+    }
+    if plan.server.fits:
+        out["seconds"] = {
+            "rollout": s.rollout, "logprobs": s.logprobs, "update": s.update, "sync": s.sync, "step": s.step,
+        }  # fmt: skip
+    if proposal is not None:
+        out["proposal"] = {"overrides": list(proposal.overrides), "plan": as_json(proposal.plan, None)}
+    return out
+
+
+def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = None) -> None:
+    """Tables on standard output, or on `console`."""
+    config, console = plan.config, console or Console()
+    console.print(
+        f"[bold]{plan.model.model_type}[/]: {plan.total:,} parameters, {plan.active:,} active; "
+        f"{config.cluster.nodes} x {config.cluster.gpus_per_node} {plan.gpu.name}; trainer {layout_of(config)}; "
+        f"{plan.servers} servers of {plan.server.gpus} GPUs"
+    )
+    stage = plan.memory.stage
+    console.print(_table(f"Memory of a trainer rank, GiB (stage {stage}, which holds most)", _trainer_rows(plan)))
+    console.print(_table("Memory of a server's GPU, GiB", _server_rows(plan)))
+    mean = f"{plan.lengths.mean:,.0f}"
+    title = f"A step: {plan.work.tokens:,.0f} tokens, answers of {mean} on average (assumed)"
+    console.print(_table(title, _step_rows(plan)))
+    if plan.server.fits:
+        title = "Seconds of a step, from assumed efficiencies (docs/plan.md)"
+        console.print(_table(title, _seconds_rows(plan)))
+    for reason in plan.reasons:
+        console.print(f"[bold red]does not fit:[/] {reason}.", highlight=False)
+    if proposal is not None:
+        console.print("The nearest layout that fits:", layout_of(proposal.plan.config), highlight=False)
+        console.print("    " + " ".join(proposal.overrides), highlight=False, soft_wrap=True)
+    elif plan.reasons:
+        console.print("No layout that was looked at fits, up to 32 times as many nodes.")
+
+
+def _trainer_rows(plan: Plan) -> list[Row]:
+    m, config = plan.memory, plan.config
+    return [
+        ("weights", _gib(m.weights), config.precision.weights),
+        ("gradients", _gib(m.gradients), "float32"),
+        ("optimizer", _gib(m.optimizer), f"{_gib(m.host)} in the machine's memory" if m.host else "float32"),
+        ("reference, critic", _gib(m.others), ""),
+        ("activations", _gib(m.activations), f"recompute {config.trainer.recompute}"),
+        ("LM head", _gib(m.head), "no logits are kept"),
+        ("reserve, fragments", _gib(m.overhead), "assumed"),
+        ("[bold]total[/]", f"[bold]{_gib(m.total)}[/]", f"of {_gib(plan.gpu.memory)}"),
+    ]
+
+
+def _server_rows(plan: Plan) -> list[Row]:
+    one, most = plan.server, plan.config.server.max_running_requests
+    return [
+        ("weights", _gib(one.weights), ""),
+        ("KV cache", _gib(max(0.0, one.cache)), f"{one.cache_tokens:,} tokens a server"),
+        ("sequences at once", f"{one.sequences:,}", f"server.max_running_requests {most}"),
+    ]
+
+
+def _step_rows(plan: Plan) -> list[Row]:
+    tokens, deviation = plan.expert_tokens
+    return [
+        ("FLOPs of the trainer", f"{plan.flops:.2e}", f"{plan.work.model:.2e} without recomputation"),
+        ("micro-batches a rank", f"{plan.work.micro_batches}", f"pipeline bubble {plan.bubble:.1%}"),
+        ("tokens an expert", f"{tokens:,.0f}", f"± {deviation:,.0f} if drawn at random"),
+        ("weights sent", f"{plan.weight_bytes / GB:.1f} GB", "once a step"),
+        ("routes", f"{plan.route_bytes / GB:.2f} GB", f"{plan.route_wire_bytes / GB:.2f} GB in the answers"),
+    ]
+
+
+def _seconds_rows(plan: Plan) -> list[Row]:
+    s = plan.seconds
+    return [
+        ("rollout", f"{s.rollout:.1f}", f"places of a server busy {plan.sampling.busy:.0%} of it"),
+        ("log-probs", f"{s.logprobs:.1f}", ""),
+        ("update", f"{s.update:.1f}", ""),
+        ("sync", f"{s.sync:.1f}", ""),
+        ("[bold]step[/]", f"[bold]{s.step:.1f}[/]", ""),
+    ]
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:.1f}"
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(min_width=20)
+    table.add_column(justify="right", min_width=12)
+    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*row)
+    return table

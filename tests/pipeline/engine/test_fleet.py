@@ -1,0 +1,159 @@
+"""Servers as one: who gets a group, which version they hold, and who is missing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from pipeline.engine.control import ServerAddress
+from pipeline.engine.fleet import Fleet, FleetServer, ServerState
+from pipeline.engine.server import ServerError
+
+
+class Server:
+    """Stands for a server's process and its client; answers wait until `release`."""
+
+    def __init__(self, name):
+        self.name, self.open, self.asked, self.release = name, 0, [], asyncio.Event()
+        self.url, self.log_path, self.living = f"http://{name}", Path(f"{name}.log"), True
+
+    def wait_ready(self):
+        assert self.living
+
+    def alive(self):
+        return self.living
+
+    def log_tail(self):
+        return f"{self.log_path}:\nthe last words"
+
+    async def __aenter__(self):
+        self.open += 1
+        return self
+
+    async def __aexit__(self, *_):
+        self.open -= 1
+
+    async def generate(self, ids, n, sampling):
+        assert self.open > 0
+        self.asked.append((tuple(ids), n))
+        await self.release.wait()
+        if ids == [13]:
+            raise ServerError("unlucky")
+        return [f"{self.name}:{ids[0]}"] * n
+
+    async def score(self, ids):
+        return self.name, ids
+
+
+class Trainers:
+    """Stands for the trainer ranks; keeps the versions that were sent."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send_weights(self, version):
+        self.sent.append(version)
+        if version == 13:
+            raise ServerError("unlucky")
+
+
+def fleet_of(*servers):
+    fleet = Fleet([FleetServer(server, server) for server in servers])
+    fleet.wait_ready()
+    return fleet
+
+
+def test_groups_go_to_the_server_with_the_fewest_samples_in_flight():
+    async def run():
+        a, b = Server("a"), Server("b")
+        fleet = fleet_of(a, b)
+        async with fleet, fleet:
+            tasks = [asyncio.create_task(fleet.generate([i], n, None)) for i, n in enumerate([8, 2, 2, 2, 2, 4])]
+            await asyncio.sleep(0)
+            assert [n for _, n in a.asked] == [8, 4]
+            assert [n for _, n in b.asked] == [2, 2, 2, 2]
+            b.release.set()
+            await asyncio.gather(*tasks[1:5])
+            assert await fleet.score([5]) == ("b", [5])
+            a.release.set()
+            assert await tasks[0] == ["a:0"] * 8
+        assert a.open == b.open == 0
+
+    asyncio.run(run())
+
+
+def test_a_failed_group_is_no_longer_in_flight():
+    async def run():
+        a, b = Server("a"), Server("b")
+        a.release.set()
+        b.release.set()
+        fleet = fleet_of(a, b)
+        async with fleet:
+            with pytest.raises(ServerError, match="unlucky"):
+                await fleet.generate([13], 4, None)
+            await fleet.generate([1], 1, None)
+        assert [ids for ids, _ in a.asked] == [(13,), (1,)]
+        assert b.asked == []
+
+    asyncio.run(run())
+
+
+def test_the_fleet_counts_its_transfers_and_a_failed_one_gives_its_number_to_no_other():
+    fleet, trainers = fleet_of(Server("a")), Trainers()
+    assert fleet.version == 0
+    fleet.transfer(trainers)
+    assert (fleet.version, trainers.sent) == (1, [1])
+    fleet.begin_at(13)
+    with pytest.raises(ServerError, match="unlucky"):
+        fleet.transfer(trainers)
+    fleet.transfer(trainers)
+    assert (fleet.version, trainers.sent) == (14, [1, 13, 14])
+
+
+def test_a_resumed_fleet_gets_the_version_that_it_had():
+    fleet, trainers = fleet_of(Server("a")), Trainers()
+    fleet.begin_at(7)
+    fleet.transfer(trainers)
+    assert (fleet.version, trainers.sent) == (7, [7])
+
+
+def test_a_fleet_without_servers_counts_and_sends_nothing():
+    fleet, trainers = Fleet(), Trainers()
+    assert not fleet.serves
+    fleet.adopt(5)
+    fleet.transfer(trainers)
+    assert (fleet.version, trainers.sent) == (6, [])
+    with pytest.raises(ServerError, match="no server takes requests: there are none"):
+        asyncio.run(fleet.score([1]))
+
+
+def test_a_fleet_with_servers_adopts_no_version_that_they_do_not_hold():
+    with pytest.raises(AssertionError, match="hold what was sent"):
+        fleet_of(Server("a")).adopt(5)
+
+
+def test_no_request_goes_to_a_server_before_it_is_ready_or_after_it_was_lost():
+    async def run():
+        a, b = Server("a"), Server("b")
+        b.release.set()
+        fleet = Fleet([FleetServer(a, a), FleetServer(b, b)])
+        with pytest.raises(ServerError, match="no server takes requests: starting, starting"):
+            await fleet.score([1])
+        fleet.wait_ready()
+        fleet.check_alive()
+        a.living = False
+        with pytest.raises(ServerError, match=r"died\na\.log:\nthe last words"):
+            fleet.check_alive()
+        assert [server.state for server in fleet.servers] == [ServerState.LOST, ServerState.SERVING]
+        async with fleet:
+            assert await fleet.generate([1], 2, None) == ["b:1"] * 2
+            assert await fleet.generate([2], 1, None) == ["b:2"]
+
+    asyncio.run(run())
+
+
+def test_addresses_are_in_the_order_of_the_servers():
+    addresses = fleet_of(Server("a"), Server("b")).addresses
+    assert addresses == [ServerAddress("http://a", Path("a.log")), ServerAddress("http://b", Path("b.log"))]

@@ -1,0 +1,165 @@
+"""Which passes an update makes, what each mini-batch trains on, and what of it is said; the trainers are made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.config import load_config
+from pipeline.config.replay import Replay
+from pipeline.loop.compare import DisagreementError
+from pipeline.loop.update import Measured, Update, loss_rows, mini_batches
+from pipeline.objectives import ObjectiveConfig, resolve
+from pipeline.observe.metrics import Timer
+from pipeline.trainer.losses import ON_POLICY
+from pipeline.types import Batch, Episode, Group, PolicyTokens, Prompt
+from tests.support.episodes import graded_group, plain_rollout
+from tests.support.fake_trainers import FakeTrainers
+
+QUICKSTART = "configs/quickstart.yaml"
+MODEL = SimpleNamespace(num_layers=4, num_experts=8)
+LENGTHS = ((3, 1), (2, 4), (1, 1), (5, 2))
+
+
+def make_batch(version=7) -> Batch:
+    groups = []
+    for index, lengths in enumerate(LENGTHS):
+        rollouts = [plain_rollout(range(n), -np.arange(1, n + 1) / 4, version=7) for n in lengths]
+        groups.append(graded_group(Prompt(np.zeros(1, np.int32), "", index=index), rollouts, [1.0, 0.0]))
+    return Batch(3, version, tuple(groups))
+
+
+def run(*overrides, replay=Replay.R3, batch=None, **fake):
+    batch = batch or make_batch()
+    config = load_config(QUICKSTART, list(overrides))
+    trainers = FakeTrainers(batch.rollouts, **fake)
+    update = Update(config, resolve(config.objective), trainers, MODEL, replay)
+    return trainers, update(batch, Timer())
+
+
+def test_one_mini_batch_is_trained_on_policy_and_its_own_forward_pass_is_the_proximal_one():
+    trainers, result = run("train.mini_batches=1")
+    assert trainers.calls == ["update_policy"]
+    ((denominators, rows),) = trainers.updates
+    assert all(row.proximal_logprobs is ON_POLICY for row in rows.values())
+    assert (denominators.sequences, denominators.tokens) == (8, 19)
+    assert result.metrics["mismatch/max_abs_logprob"] == 0
+    for a, b in zip(result.proximal.logprobs, result.current_logprobs, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_several_mini_batches_are_whole_groups_against_one_proximal_pass():
+    trainers, result = run("train.mini_batches=2")
+    assert trainers.calls == ["logprobs None", "update_policy", "update_policy"]
+    (_, first), (_, second) = trainers.updates
+    assert (sorted(first), sorted(second)) == ([0, 1, 4, 5], [2, 3, 6, 7])
+    for rows in (first, second):
+        for i, row in rows.items():
+            assert np.array_equal(row.proximal_logprobs, result.proximal.logprobs[i])
+    moved = [float((c - p).mean()) for c, p in zip(result.current_logprobs, result.proximal.logprobs, strict=True)]
+    assert moved == pytest.approx([0, 0, 0.5, 0.5, 0, 0, 0.5, 0.5])
+    assert result.metrics["loss/policy"] == 4.0
+
+
+def test_r2_records_the_routes_of_the_proximal_pass_and_r3_does_not():
+    assert run("train.mini_batches=1", replay=Replay.R2)[0].calls == ["record_routes 4 8", "update_policy"]
+    assert run("train.mini_batches=1", replay=Replay.NONE)[0].calls == ["update_policy"]
+
+
+def test_routing_is_of_the_proximal_pass_under_r3_and_of_the_updates_otherwise():
+    assert run("train.mini_batches=2")[1].proximal.routing.tolist() == [[10, 9, 0]]
+    assert run("train.mini_batches=2", replay=Replay.R2)[1].proximal.routing.tolist() == [[20, 18, 0]]
+
+
+def test_a_reference_and_a_critic_are_asked_where_the_objective_has_them():
+    kl = "objective={preset: grpo, kl: {estimator: k1, beta: 0.1, place: reward}}"
+    trainers, result = run("train.mini_batches=1", kl)
+    assert trainers.calls == ["logprobs None", "reference_logprobs", "update_policy"]
+    assert result.metrics["kl/reference"] == pytest.approx(1.0)
+    trainers, result = run("train.mini_batches=1", "objective={preset: ppo}")
+    assert trainers.calls[-2:] == ["update_policy", "update_critic"]
+    assert "values" in trainers.calls
+    assert result.metrics["critic/grad_norm"] == 2.0
+
+
+def test_engines_that_disagree_stop_the_update_before_it_where_there_is_a_pass_before_it():
+    with pytest.raises(DisagreementError, match=r"differ by 5\.00e-01 nats"):
+        run("train.mini_batches=2", gap=0.5)
+    batch = make_batch(version=8)
+    with pytest.raises(DisagreementError, match=r"sampled under weights \[7\], the trainer holds 8"):
+        run("train.mini_batches=1", batch=batch)
+
+
+def test_mini_batches_deal_whole_groups_in_turn():
+    assert mini_batches(make_batch(), 4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def rows_of(objective: str, batch: Batch, values=None):
+    measured = Measured(
+        PolicyTokens([r.rollout_logprobs for r in batch.rollouts], [], np.zeros((0, 3), np.int64)),
+        values=values,
+    )
+    return loss_rows(resolve(ObjectiveConfig(preset=objective)), batch, measured, max_new_tokens=16)
+
+
+def cut(rollout, at: int, version=7):
+    """One conversation as two rollouts: the second begins with the first's tokens as its prompt."""
+    ids, logprobs = rollout.response_ids, rollout.rollout_logprobs
+    head = plain_rollout(ids[:at], logprobs[:at], version)
+    tail = plain_rollout(
+        ids[at:], logprobs[at:], version, prompt_ids=np.concatenate([rollout.prompt_ids, ids[:at]]).astype(np.int32)
+    )
+    return head, tail
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "reinforce_plus_plus", "ppo"])
+def test_an_episode_cut_into_rollouts_has_the_advantages_of_the_whole(objective):
+    """Baselines are over episodes: three rollouts of two episodes are not three samples."""
+    whole, other = plain_rollout(range(5), -np.ones(5), 7), plain_rollout(range(3), -np.ones(3), 7)
+    values = [np.linspace(0, 1, 5, dtype=np.float32), np.zeros(3, np.float32)] if objective == "ppo" else None
+    prompt = Prompt(np.zeros(1, np.int32), "")
+    one = Batch(1, 7, (graded_group(prompt, [whole, other], [1.0, 0.0]),))
+    two = Batch(1, 7, (Group(prompt, (Episode(cut(whole, 2), 1.0), Episode((other,), 0.0))),))
+    pieces = None if values is None else [values[0][:2], values[0][2:], values[1]]
+    measured = []
+    for batch, critic in ((one, values), (two, pieces)):
+        logprobs = [r.rollout_logprobs for r in batch.rollouts]
+        measured.append(Measured(PolicyTokens(logprobs, [], np.zeros((0, 3), np.int64)), logprobs, critic))
+    preset = resolve(ObjectiveConfig(preset=objective))
+    expected, found = (loss_rows(preset, b, m, max_new_tokens=16) for b, m in zip((one, two), measured, strict=True))
+    assert len(found) == 3
+
+    def by_token(rows, lengths):
+        return np.concatenate([np.broadcast_to(r.advantage, n) for r, n in zip(rows, lengths, strict=True)])
+
+    assert by_token(found, (2, 3, 3)) == pytest.approx(by_token(expected, (5, 3)), abs=1e-6)
+    if objective == "ppo":
+        assert np.concatenate([r.returns for r in found[:2]]) == pytest.approx(expected[0].returns, abs=1e-6)
+
+
+def test_a_failed_episode_is_in_no_baseline_and_in_no_mini_batch():
+    a, b, c = (plain_rollout(range(n), -np.ones(n), 7) for n in (1, 2, 3))
+    prompt = Prompt(np.zeros(1, np.int32), "")
+    group = Group(prompt, (Episode((a,), 1.0), Episode((b,), failure="the verifier hung"), Episode((c,), 0.0)))
+    batch = Batch(1, 7, (group,))
+    assert mini_batches(batch, 1) == [[0, 1]]
+    found = [row.advantage for row in rows_of("dr_grpo", batch)]
+    assert found == [row.advantage for row in rows_of("dr_grpo", Batch(1, 7, (graded_group(prompt, [a, c], [1, 0]),)))]
+    assert found == [0.5, -0.5]
+
+
+def test_the_overlong_penalty_counts_what_the_policy_sampled():
+    trained = np.array([True, False, False, True])
+    long = plain_rollout(
+        range(4), np.where(trained, -1, 0), trained=trained, weight_versions=np.where(trained, 7, -1).astype(np.int32)
+    )
+    short = plain_rollout(range(2), -np.ones(2), 7)
+    prompt = Prompt(np.zeros(1, np.int32), "")
+    objective = resolve(ObjectiveConfig(preset="dr_grpo", overlong_fraction=1.0))
+    rewards = {}
+    for name, rollout in (("with holes", long), ("compact", short)):
+        batch = Batch(1, 7, (graded_group(prompt, [rollout, plain_rollout([1], -np.ones(1), 7)], [1.0, 0.0]),))
+        rewards[name] = [r.advantage for r in loss_rows(objective, batch, Measured(None), max_new_tokens=4)]
+    assert rewards["with holes"] == rewards["compact"]
