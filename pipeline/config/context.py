@@ -26,8 +26,9 @@ def request_tokens(prompt: int, answer: int) -> int:
 def model_context(hf: dict[str, Any]) -> int:
     """The longest context of a model, tokens, by its config.json, as SGLang derives it."""
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    stretched = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
-    factor = 1 if stretched else scaling.get("factor") or 1
+    # Of these types max_position_embeddings is the length after stretching.
+    stretched = (scaling.get("rope_type") or scaling.get("type")) in ("llama3", "yarn", "longrope")
+    factor = 1 if stretched or "original_max_position_embeddings" in scaling else scaling.get("factor") or 1
     positions = next((hf[key] for key in _LENGTH_KEYS if hf.get(key) is not None), 2048)
     return int(factor * positions)
 
@@ -37,6 +38,11 @@ def fit_context(config: Config, hf: dict[str, Any]) -> Config:
 
     Raises ConfigError where the model does not reach as far as the run, or the setting, goes.
     """
+    if "max_position_embeddings" not in hf:
+        raise ConfigError(
+            "model.path: config.json: max_position_embeddings is missing (transformers would take its class's own "
+            "number, which need not be this model's); write it"
+        )
     longest, prompt, answer = model_context(hf), config.data.max_prompt_tokens, config.rollout.max_new_tokens
     needed = request_tokens(prompt, answer)
     if needed > longest:

@@ -39,6 +39,14 @@ def test_more_than_the_model_reaches_is_refused_with_numbers(load):
         load("rollout.max_new_tokens=1", max_position_embeddings=22)
 
 
+def test_a_model_that_does_not_say_how_far_it_reaches_is_refused(tmp_path):
+    hf = TinyModelConfig().hf_config()
+    del hf["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ConfigError, match="max_position_embeddings is missing"):
+        load_config(QUICKSTART, [*FREE, f"model.path={tmp_path}"])
+
+
 def test_a_plan_settles_it_too(tmp_path):
     config, model = load_config_and_model(QUICKSTART, ["server.context_length=null", "model.tiny.max_positions=512"])
     assert config.server.context_length == model.hf["max_position_embeddings"] == 512
@@ -47,21 +55,22 @@ def test_a_plan_settles_it_too(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"max_position_embeddings": 2048},
-        {"max_position_embeddings": 2048, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        {"max_position_embeddings": 8192, "rope_scaling": {
-            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}},
-        {"max_position_embeddings": 2048, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
-        {"max_position_embeddings": 2048, "model_max_length": 512},
         {},
+        {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0,
+                             "original_max_position_embeddings": 2048}},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 2048}},
+        {"model_max_length": 512},
     ],
 )  # fmt: skip
 def test_a_models_context_is_what_sglang_takes_it_for(fields):
-    from types import SimpleNamespace
-
     from sglang.srt.utils.hf_transformers.common import get_context_length
+    from transformers import Qwen3MoeConfig
 
-    assert model_context(fields) == get_context_length(SimpleNamespace(**fields))
+    hf = TinyModelConfig().hf_config() | {"max_position_embeddings": 8192} | fields
+    assert model_context(hf) == get_context_length(Qwen3MoeConfig(**hf))
 
 
 def test_a_request_has_two_tokens_beside_it_and_a_prompt_seven():

@@ -15,7 +15,7 @@ PROMPT, ANSWER = 16, 8
 
 async def longest_request(client):
     async with client:
-        return await client.generate(list(range(5, 5 + PROMPT)), 1, Sampling(ANSWER, 1.0, ignore_eos=True))
+        return await client.generate(list(range(5, 5 + PROMPT)), 1, Sampling(ANSWER, 0.0))
 
 
 @pytest.mark.slow
