@@ -1,6 +1,8 @@
 """YAML as people write it, in files and in overrides; what is not YAML is named with file and line."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -170,3 +172,8 @@ def test_a_resolved_configuration_with_texts_that_look_like_numbers_reads_back_a
     config = load_config(QUICKSTART, ["run.directory='1e-3'", "observe={mlflow: {tracking_uri: '0x1', name: '1_0'}}"])
     (tmp_path / "config.yaml").write_text(dump(config.model_dump(mode="json")))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_the_example_of_the_page_on_models_is_a_number():
+    (example,) = re.findall(r"`(trainer\.extra=\{.*?\})`", Path("docs/models.md").read_text(encoding="utf-8"))
+    assert load_config(QUICKSTART, [example]).trainer.extra == {"moe_router_bias_update_rate": 0.001}
