@@ -20,8 +20,8 @@ import ray
 
 from megatron_ext.config import TrainerPrecision
 from pipeline.config import load_config
-from pipeline.loop.compare import mismatch_of
 from pipeline.loop.open_loop import open_loop
+from pipeline.observe.metrics import mismatch_of
 from pipeline.rollout.sampler import sample_groups_sync
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

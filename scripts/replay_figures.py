@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import load_config
-from pipeline.loop.compare import mismatch_of
 from pipeline.loop.open_loop import open_loop
+from pipeline.observe.metrics import mismatch_of
 from pipeline.rollout.sampler import sample_groups_sync
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

@@ -19,10 +19,14 @@ SINGLE = {
     "merge_metrics": None,
     "write_companions": "megatron_ext/hf/companions.py",
     "copy_companions": None,
+    "write_weights": "megatron_ext/hf/writer.py",
+    "RankFileWriter": "megatron_ext/checkpoint/rank_file.py",
 }
 """Name, with or without an underscore before it -> the file that defines it, or None: no file does."""
 VALUES = {
     '"checksums.json"': "megatron_ext/checkpoint/names.py",
+    "(dcp.FileSystemWriter)": "megatron_ext/checkpoint/rank_file.py",
+    '"weight_map": dict': "megatron_ext/hf/writer.py",
     '"num_nextn_predict_layers": 0': "megatron_ext/hf/companions.py",
 }
 

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ext.zigzag import zigzag_positions
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -65,17 +67,6 @@ class Sample:
     @property
     def response_length(self) -> int:
         return len(self.tokens) - self.prompt_length
-
-
-def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> np.ndarray:
-    """Positions of an n-token sequence that a context-parallel rank holds: chunks r and 2*cp-1-r of 2*cp, so that
-    causal attention costs every rank the same. [length / cp_size] int64."""
-    if cp_size == 1:
-        return np.arange(length)
-    if length % (2 * cp_size):
-        raise ValueError(f"a sequence of {length} tokens does not divide into {2 * cp_size} zigzag chunks")
-    chunks = np.arange(length).reshape(2 * cp_size, -1)
-    return np.concatenate([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
 
 
 def plan_micro_batches(

@@ -7,22 +7,20 @@ checkpoint written without a GPU loads with one, and the other way round.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
-from torch.distributed.checkpoint.planner import WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.futures import Future
 
 from megatron_ext.checkpoint.names import CheckpointError
+from megatron_ext.checkpoint.plain import plain_data, read_metadata
+from megatron_ext.checkpoint.rank_file import RankFileWriter
 from megatron_ext.mcore import (
     GPTModel,
     MCoreSavePlanner,
@@ -77,7 +75,8 @@ def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
     state = sharded_state(chunks)
     check_files(path)
     check_model(path, [entry for chunk in state.values() for entry in chunk.values()])
-    loaded = dist_checkpointing.load(state, str(path))
+    with plain_data(path):
+        loaded = dist_checkpointing.load(state, str(path))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # without _extra_state; check_model was strict
 
@@ -87,7 +86,7 @@ def check_files(path: Path) -> None:
     if not (path / ".metadata").is_file() or not (path / "metadata.json").is_file():
         raise CheckpointError(f"{path} is no finished Megatron-Core checkpoint: it has no metadata.json and .metadata")
     ends: dict[str, int] = {}
-    for stored in dcp.FileSystemReader(path).read_metadata().storage_data.values():
+    for stored in read_metadata(path).storage_data.values():
         end = stored.offset + stored.length
         ends[stored.relative_path] = max(end, ends.get(stored.relative_path, 0))
     for name, end in ends.items():
@@ -104,7 +103,7 @@ def check_model(path: Path, entries: Sequence[Any]) -> None:
 
     entries: those of this rank.
     """
-    stored = {key: tuple(tensor.global_shape) for key, tensor in dist_checkpointing.load_tensors_metadata(path).items()}
+    stored = {key: tuple(tensor.size) for key, tensor in stored_tensors(path).items()}
     problems, shards = [], shards_of(entries)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {tensor.key for tensor in shards})
@@ -119,6 +118,12 @@ def check_model(path: Path, entries: Sequence[Any]) -> None:
             problems.append(f"{tensor.key} is {list(have)}, the model's {list(want)}")
     if problems:
         raise CheckpointError(f"{path} holds another model: {'; '.join(sorted(set(problems)))}")
+
+
+def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Key -> size and dtype of every tensor of a checkpoint. Raises CheckpointError."""
+    described = read_metadata(path).state_dict_metadata
+    return {key: it for key, it in described.items() if isinstance(it, TensorStorageMetadata)}
 
 
 def shards_of(entries: Sequence[Any]) -> list[ShardedTensor]:
@@ -151,15 +156,6 @@ class _SaveOneByOne(TorchDistSaveShardedStrategy):
         dcp.save(mcore_to_pyt_state_dict(state), storage_writer=_Writer(checkpoint_dir), planner=planner)
 
 
-def serialized(tensor: Tensor) -> io.BytesIO:
-    """As torch.distributed.checkpoint keeps a tensor in its files."""
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()  # torch.save writes the whole storage
-    buffer = io.BytesIO()  # written to a file directly, torch.save hides why it failed
-    torch.save(tensor, buffer)
-    return buffer
-
-
 class SavePlanner(MCoreSavePlanner):
     """Megatron-Core's, with the values of a tensor asked for when they are written."""
 
@@ -172,21 +168,11 @@ class SavePlanner(MCoreSavePlanner):
         return self.resolve(data) if isinstance(data, Tensor) else data
 
 
-class _Writer(dcp.FileSystemWriter):
-    """One file a rank. torch's own (2.14.1) keeps the last tensor of every key until the file is closed."""
+class _Writer(RankFileWriter):
+    """Values are asked for when they are written."""
 
-    @torch.no_grad()
     def write_data(self, plan, planner):
-        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        results = []
-        if plan.items:
-            with open(Path(self.path) / name, "wb") as stream:
-                for item in sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO):
-                    data = planner.resolve_data(item)
-                    if isinstance(data, Tensor):
-                        data = serialized(data.detach().cpu())
-                    where = _StorageInfo(name, stream.tell(), stream.write(data.getbuffer()))
-                    results.append(WriteResult(item.index, where.length, where))
+        name = self.name_of(plan)
         future: Future = Future()
-        future.set_result(results)
+        future.set_result(self.write_items(name, self.resolved(plan, planner)) if plan.items else [])
         return future

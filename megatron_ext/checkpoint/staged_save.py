@@ -8,22 +8,17 @@ survive reliably; and a process that is forked holds the GPU's memory.
 from __future__ import annotations
 
 import io
-import os
 import threading
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
-from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_ext.checkpoint.shards import SavePlanner, serialized
+from megatron_ext.checkpoint.rank_file import RankFileWriter, Sums
+from megatron_ext.checkpoint.shards import SavePlanner
 from megatron_ext.mcore import (
     AsyncRequest,
     TorchDistSaveShardedStrategy,
@@ -33,8 +28,6 @@ from megatron_ext.mcore import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
 )
-
-Sums = dict[str, tuple[int, int]]
 
 
 class StagedSave:
@@ -92,8 +85,8 @@ class _Strategy(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [lambda: save_state_dict_async_finalize(*planned)])
 
 
-class _Writer(dcp.FileSystemWriter):
-    """One file a rank, from copies."""
+class _Writer(RankFileWriter):
+    """Values are copied when they are planned, and written in a thread."""
 
     can_run_decentralized_global_plan = False
 
@@ -106,30 +99,23 @@ class _Writer(dcp.FileSystemWriter):
 
     def prepare_write_data(self, plan, planner) -> None:
         """Copy what training will change."""
-        self._name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        for item in sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO):
-            data = planner.resolve_data(item)
-            if isinstance(data, Tensor):
-                data = data.detach()
-                shared = data.device.type == "cpu" and data.untyped_storage().data_ptr() in self.live
-                data = data.clone() if shared else data.cpu()
-            self._items.append((item, data))
+        self._name = self.name_of(plan)
+        self._items = [(item, self._kept(data)) for item, data in self.resolved(plan, planner)]
 
-    @torch.no_grad()
+    def _kept(self, data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
+        if not isinstance(data, Tensor):
+            return data
+        shared = data.device.type == "cpu" and data.untyped_storage().data_ptr() in self.live
+        return data.clone() if shared else data.cpu()
+
     def write(self) -> None:
-        if not self._items:
-            return
-        crc = size = 0
-        with open(Path(self.path) / self._name, "wb") as stream:
-            while self._items:
-                item, data = self._items.pop(0)
-                buffer = (serialized(data) if isinstance(data, Tensor) else data).getbuffer()
-                where = _StorageInfo(self._name, size, stream.write(buffer))
-                size, crc = size + where.length, zlib.crc32(buffer, crc)
-                self._results.append(WriteResult(item.index, where.length, where))
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.sums[self._name] = (size, crc)
+        """Raises OSError. A copy is let go once it is written."""
+        if self._items:
+            self._results = self.write_items(self._name, self._drained(), self.sums)
+
+    def _drained(self) -> Iterator[tuple[Any, Tensor | io.BytesIO]]:
+        while self._items:
+            yield self._items.pop(0)
 
     def retrieve_write_results(self) -> list[WriteResult]:
         return self._results

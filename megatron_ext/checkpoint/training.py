@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from megatron_ext import cpu
 from megatron_ext.checkpoint.names import CHECKSUMS, CheckpointError
+from megatron_ext.checkpoint.plain import plain_data
 from megatron_ext.checkpoint.shards import check_files, check_model, sharded_state
 from megatron_ext.checkpoint.staged_save import StagedSave
 from megatron_ext.mcore import (
@@ -80,7 +81,8 @@ def load(path: Path, networks: Networks) -> None:
     """
     verify(path)
     check_files(path)
-    common = load_common_state_dict(str(path))["common"]
+    with plain_data(path):
+        common = load_common_state_dict(str(path))["common"]
     stored, wanted = set(common["networks"]), {name for name, _ in networks.items()}
     if absent := wanted - stored:
         raise CheckpointError(f"{path} holds no {' and no '.join(sorted(absent))}")
@@ -91,7 +93,8 @@ def load(path: Path, networks: Networks) -> None:
     for name, network in networks.items():
         counts = common["networks"][name]
         state[name], _ = _network_state(name, network, loading=True, stepped=bool(counts.get("adam_steps")))
-    loaded = dist_checkpointing.load(state, str(path))
+    with plain_data(path):
+        loaded = dist_checkpointing.load(state, str(path))
     for name, network in networks.items():
         _restore_network(network, loaded[name], common["networks"][name])
     if same_layout:

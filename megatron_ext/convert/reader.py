@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.serialization import skip_data
 
 from megatron_ext.checkpoint.names import CheckpointError
+from megatron_ext.checkpoint.plain import explained, read_metadata
 from megatron_ext.mcore import ShardedTensor
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -31,7 +31,7 @@ class CheckpointReader:
 
     def __init__(self, path: Path):
         self.path = path
-        metadata = FileSystemReader(path).read_metadata()
+        metadata = read_metadata(path)
         self.storage = metadata.storage_data
         # A key's boxes by where they begin and end on the first axis, the layer's where there is one: few share it.
         self.boxes: dict[str, dict[tuple[int, int], list[Box]]] = {}
@@ -72,7 +72,9 @@ class CheckpointReader:
         try:
             return saved_tensor(content)
         except (zipfile.BadZipFile, struct.error, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{file} is damaged at byte {stored.offset}, where {key} lies: {error}") from error
+            raise CheckpointError(
+                f"{file} is damaged at byte {stored.offset}, where {key} lies: {explained(error)}"
+            ) from error
 
 
 def saved_tensor(file: io.BytesIO) -> Tensor:

@@ -6,8 +6,6 @@ table says what is in them, and no rank ever holds more than a few tensors.
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +24,7 @@ from megatron_ext.checkpoint.shards import (
     save_model,
     sharded_state,
     shards_of,
+    stored_tensors,
 )
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.convert.reader import CheckpointReader
@@ -36,8 +35,8 @@ from megatron_ext.hf.load import check_tensors, read_shard
 from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import local_parameters
 from megatron_ext.hf.tables import Match
-from megatron_ext.hf.writer import SafetensorsWriter
-from megatron_ext.mcore import GPTModel, dist_checkpointing, is_main_replica
+from megatron_ext.hf.writer import write_weights
+from megatron_ext.mcore import GPTModel, is_main_replica
 from megatron_ext.model.build import build_model
 
 Advance = Callable[[int], None]
@@ -119,10 +118,10 @@ class CheckpointTensors:
         """Raises CheckpointError where the checkpoint is damaged or another model's."""
         check_files(path)
         self.path, self.model, self.reader = path, model, CheckpointReader(path)
-        stored = dist_checkpointing.load_tensors_metadata(path)
+        stored = stored_tensors(path)
         if _EMBEDDING not in stored:
             raise CheckpointError(f"{path} holds another model: {_EMBEDDING} is not in it")
-        self.dtype: Dtype = "bfloat16" if stored[_EMBEDDING].dtype == torch.bfloat16 else "float32"
+        self.dtype: Dtype = "bfloat16" if stored[_EMBEDDING].properties.dtype == torch.bfloat16 else "float32"
         chunks = meta_model(model, ParallelConfig(), self.dtype)
         self.state = sharded_state(chunks)["model0"]
         check_model(path, list(self.state.values()))
@@ -161,29 +160,13 @@ def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes
     def as_written(name: str, tensor: Tensor) -> Tensor:
         return tensor if name in checkpoint.own_dtype else tensor.to(_TORCH[dtype])
 
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in checkpoint.outputs():
-        tensor = as_written(name, tensor)
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    values = _ahead(checkpoint.stream())
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        with open(out / file, "wb") as stream:
-            writer = SafetensorsWriter(stream, shard)
-            for name, tensor in itertools.islice(values, len(shard)):
-                writer.write(name, as_written(name, tensor))
-                advance(shard[name].nbytes)
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_weights(
+        ((name, as_written(name, tensor)) for name, tensor in checkpoint.outputs()),
+        ((name, as_written(name, tensor)) for name, tensor in _ahead(checkpoint.stream())),
+        out,
+        shard_bytes=shard_bytes,
+        done=advance,
+    )
 
 
 @dataclass

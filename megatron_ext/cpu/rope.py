@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.batch.layout import zigzag_positions
+from megatron_ext.zigzag import zigzag_positions
 
 
 class _Rotate(torch.autograd.Function):

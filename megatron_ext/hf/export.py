@@ -90,6 +90,18 @@ class HFExporter:
                         yield from _bounded(whole, [(t.nbytes, t.dtype) for _, t in whole], self.bucket_bytes)
                     self.position += 1
 
+    def outputs(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor without storage) of everything that `stream` gives, in its order; no rank need meet another."""
+        packed = PackedExperts(self.model.num_experts)
+        for items in self.stages:
+            for expert in (False, True):
+                for item in items:
+                    if self._sent(item, expert):
+                        elements = math.prod(item.shape) * self._ways(expert)
+                        flat = torch.empty(elements, dtype=item.dtype, device="meta")
+                        for match, tensors in self._merge([item], flat, expert):
+                            yield from packed.add(match, tensors)
+
     def _sent(self, item: _Item, expert: bool) -> bool:
         tied = self.model.tied_embeddings and item.match.row.megatron == "output_layer.weight"
         return item.match.row.expert == expert and not tied

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_ext.batch.layout import zigzag_positions
 from megatron_ext.mcore import (
     AttnMaskType,
     MegatronModule,
     is_layer_window_attention,
     make_sharded_tensors_for_checkpoint,
 )
+from megatron_ext.zigzag import zigzag_positions
 
 
 class _GatherRanks(torch.autograd.Function):

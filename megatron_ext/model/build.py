@@ -57,7 +57,7 @@ def transformer_config(
             "Transformer Engine's experts would add their output bias on every expert-tensor rank; set "
             "parallel.expert_tensor=1"
         )
-    # Megatron-Core allows no biased experts with expert tensor parallelism; `cpu/experts.py` adds the bias once.
+    # Megatron-Core allows no biased experts with expert tensor parallelism; `torch_experts.py` adds the bias once.
     config = kind(**(fields | {"add_bias_linear": False}))
     config.add_bias_linear = True
     return config
@@ -180,7 +180,7 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None):
         if layer.submodules.self_attention.module is MLASelfAttention:
             layer.submodules.self_attention.module = LatentAttention
     if on_cpu:
-        from megatron_ext.cpu.spec import without_transformer_engine
+        from megatron_ext.model.torch_spec import without_transformer_engine
 
         without_transformer_engine(spec)
     return spec

@@ -6,14 +6,21 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from megatron_ext.config import Head
 from megatron_ext.exchange import Exchange
-from pipeline.loop.loop import Loop, to_sample
+from megatron_ext.hf.description import ModelDescription
+from pipeline.config import Config
+from pipeline.config.replay import Replay
+from pipeline.data.prompts import PromptSource
+from pipeline.engine.client import Sampling
+from pipeline.engine.fleet import Fleet
 from pipeline.rollout.sampler import sample_groups_sync
+from pipeline.trainer.group import TrainerGroup
+from pipeline.trainer.samples import to_sample
 from pipeline.types import PolicyTokens, Rollout
 
 Routes = Literal["native", "rollout", "rescored"]
@@ -64,13 +71,28 @@ class Gap:
             return float((np.expm1(self.tokens) - self.tokens).mean())
 
 
+class Engines(Protocol):
+    """What a diagnosis asks of a run: both engines, as `pipeline.loop.loop.Loop` holds them."""
+
+    config: Config
+    shape: ModelDescription
+    source: PromptSource
+    fleet: Fleet
+    trainers: TrainerGroup
+    sampling: Sampling
+
+    @property
+    def replay(self) -> Replay: ...
+    def sync(self) -> None: ...
+
+
 class Bench:
     """Rollouts between the two engines. Every measurement is made once.
 
     Measuring with server="resent" sends the trainer's weights anew; all else leaves both engines as they are.
     """
 
-    def __init__(self, loop: Loop, rollouts: Sequence[Rollout]):
+    def __init__(self, loop: Engines, rollouts: Sequence[Rollout]):
         """rollouts: at least one, none without a response."""
         self.loop, self.rollouts = loop, list(rollouts)
         self._loaded: tuple[str, bool] | None = None
@@ -161,7 +183,7 @@ class Bench:
         return self._scored[kind]
 
 
-def new_rollouts(loop: Loop, count: int, max_new_tokens: int | None = None) -> list[Rollout]:
+def new_rollouts(loop: Engines, count: int, max_new_tokens: int | None = None) -> list[Rollout]:
     """About `count` rollouts of the next prompts, two each, without moving on in the data.
 
     max_new_tokens: a limit below the run's own.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.loop.loop import Loop
+from pipeline.diagnose.bench import Engines
 from pipeline.objectives import mismatch_by
 from pipeline.types import PolicyTokens, Rollout, padded
 
@@ -79,7 +79,7 @@ def _by(
     return [(bucket, {key: row[key] for key in keys}) for bucket, row in sorted(found.items())]
 
 
-def worst_tokens(loop: Loop, rollouts: Sequence[Rollout], policy: PolicyTokens) -> list[WorstToken]:
+def worst_tokens(loop: Engines, rollouts: Sequence[Rollout], policy: PolicyTokens) -> list[WorstToken]:
     """Those whose log-probs differ most."""
     where = [(i, t) for i, r in enumerate(rollouts) for t in range(len(r))]
     gaps = np.concatenate([np.abs(p - r.rollout_logprobs) for p, r in zip(policy.logprobs, rollouts, strict=True)])

@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.replay import Replay
-from pipeline.diagnose.bench import Bench, Setting
+from pipeline.diagnose.bench import Bench, Engines, Setting
 from pipeline.diagnose.breakdown import Calibration, WorstToken, by_lag, by_position, calibration, worst_tokens
 from pipeline.diagnose.exchanges import PARTS, WHOLESALE, NotMeasured, Trial, try_part
 from pipeline.diagnose.verdict import verdict
-from pipeline.loop.compare import mismatch_of
-from pipeline.loop.loop import Loop
+from pipeline.observe.metrics import mismatch_of
 from pipeline.trainer.group import TrainerError
 from pipeline.types import Rollout
 
@@ -82,7 +81,7 @@ class Diagnosis:
 
 
 def diagnose(
-    loop: Loop,
+    loop: Engines,
     model_path: Path,
     rollouts: Sequence[Rollout],
     *,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from pipeline.errors import SamerouteError
-from pipeline.objectives import mismatch_metrics
-from pipeline.types import PolicyTokens, Rollout, padded
+from pipeline.observe.metrics import mismatch_of
+from pipeline.types import PolicyTokens, Rollout
 
 if TYPE_CHECKING:
     from megatron_ext.network import Routing
@@ -23,12 +23,6 @@ class Scorer(Protocol):
     """What of a TrainerGroup a comparison asks for."""
 
     def logprobs(self, routing: Routing | None = None, indices: Sequence[int] | None = None) -> PolicyTokens: ...
-
-
-def mismatch_of(rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str, float]:
-    """mismatch_metrics of the tokens that the policy sampled, under both engines."""
-    mu = [r.rollout_logprobs for r in rollouts]
-    return mismatch_metrics(padded(proximal.logprobs), padded(mu), padded([r.trained for r in rollouts]))
 
 
 def compare(rollouts: Sequence[Rollout], proximal: PolicyTokens, *, version: int, bound: float) -> dict[str, float]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron_ext.batch.layout import Sample
@@ -25,6 +24,7 @@ from pipeline.observe.metrics import Timer, batch_metrics
 from pipeline.rewards import grade
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import TrainerGroup
+from pipeline.trainer.samples import to_sample
 from pipeline.types import Batch, Group, Rollout, StepResult
 
 
@@ -162,9 +162,3 @@ def supervise(
     for number in range(done + 1, config.supervised.steps + 1):
         pairs = source.take_supervised(config.supervised.batch_size)
         yield number, trainers.update_supervised([Sample(p.tokens, p.prompt_length) for p in pairs])["loss/nll"]
-
-
-def to_sample(rollout: Rollout) -> Sample:
-    """A rollout as the trainer reads it, its routes and kept tokens beside it."""
-    tokens = rollout.token_ids.astype(np.int32)
-    return Sample(tokens, len(rollout.prompt_ids), routes=rollout.routes, kept=rollout.kept, trained=rollout.trained)

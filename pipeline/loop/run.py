@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ext.hf.companions import write_companions
+from megatron_ext.hf.writer import has_weights
 from pipeline.checkpoints.resume import Start, choose_start
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import CheckpointStore, Progress, progress_of
@@ -26,7 +27,6 @@ from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.alerts import AlertStop
 from pipeline.observe.sinks.sinks import Sinks
 from pipeline.trainer.group import TrainerGroup
-from pipeline.trainer.hf_output import has_weights
 from pipeline.types import StepResult
 
 

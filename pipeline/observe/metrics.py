@@ -1,14 +1,15 @@
-"""The numbers of a step that follow from its batch and from its routing."""
+"""The numbers of a step that follow from its batch, its routing, and the two engines' log-probs."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipeline.types import Batch
+from pipeline.objectives import mismatch_metrics
+from pipeline.types import Batch, PolicyTokens, Rollout, padded
 
 
 class Timer:
@@ -50,3 +51,9 @@ def routing_metrics(routing: np.ndarray) -> dict[str, float]:
         out["routing/agreement"] = agreed / replayed
         out["routing/agreement_worst_layer"] = float((routing[:, 1] / np.maximum(routing[:, 0], 1)).min())
     return out
+
+
+def mismatch_of(rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str, float]:
+    """mismatch_metrics of the tokens that the policy sampled, under both engines."""
+    mu = [r.rollout_logprobs for r in rollouts]
+    return mismatch_metrics(padded(proximal.logprobs), padded(mu), padded([r.trained for r in rollouts]))

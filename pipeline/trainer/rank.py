@@ -193,11 +193,12 @@ class TrainerRank:
 
     def save_hf(self, directory: str) -> None:
         """Write the weights into a Hugging Face directory. Rank 0 writes."""
-        from pipeline.trainer.hf_output import write_weights
+        from megatron_ext.hf.writer import write_weights
 
         buckets = self.trainer.export(everywhere=False)
         if self.rank == 0:
-            write_weights(buckets, Path(directory))
+            tensors = (pair for bucket in buckets for pair in bucket)
+            write_weights(self.trainer.exporter.outputs(), tensors, Path(directory))
         else:
             _walk(buckets)
 

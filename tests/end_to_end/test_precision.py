@@ -12,8 +12,8 @@ import ray
 from pipeline.config import load_config
 from pipeline.diagnose import diagnose
 from pipeline.dumps.dump import Dump, read_dump, write_dump
-from pipeline.loop.compare import mismatch_of
 from pipeline.loop.open_loop import open_loop
+from pipeline.observe.metrics import mismatch_of
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Rollout
 from scripts.precision_figures import compute_with

@@ -22,12 +22,12 @@ from megatron_ext.parts import merge_update
 from pipeline.config import load_config
 from pipeline.dumps.dump import DumpError
 from pipeline.loop.compare import DisagreementError
-from pipeline.loop.loop import to_sample
 from pipeline.loop.open_loop import open_loop
 from pipeline.loop.run import _replay, train
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 from pipeline.observe.report.page import write_report
 from pipeline.trainer.losses import LossRow, policy_loss
+from pipeline.trainer.samples import to_sample
 from tests.support.ranks import run_ranks
 from tests.support.receivers import free_port, scrape
 

@@ -10,9 +10,11 @@ import pytest
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchangeable_rope_theta
+from megatron_ext.hf.description import describe
 from megatron_ext.parts import merge_tokens
 from tests.support.jobs import SAMPLES, make_samples
 from tests.support.ranks import run_ranks
+from tests.support.tiny_families import tiny_config
 
 EXCHANGES = {
     "temperature": Exchange(temperature=0.7),
@@ -73,8 +75,10 @@ def test_a_shifted_label_is_the_token_before(found):
 
 
 def test_only_plain_rotary_embeddings_can_be_exchanged():
+    qwen3, latent, yarn = (tiny_config(name) for name in ("qwen3_moe with dense layers", "moonlight", "gpt_oss"))
     plain = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
-    assert exchangeable_rope_theta(plain) == 5e5
-    assert exchangeable_rope_theta({"rope_theta": 1e6}) == 1e6
-    assert exchangeable_rope_theta({"rope_scaling": {"type": "yarn", "factor": 4}}) is None
-    assert exchangeable_rope_theta(plain | {"kv_lora_rank": 512}) is None
+    assert exchangeable_rope_theta(describe(qwen3 | plain)) == 5e5
+    assert exchangeable_rope_theta(describe(qwen3 | {"rope_parameters": None, "rope_theta": 1e6})) == 1e6
+    assert exchangeable_rope_theta(describe(yarn)) is None
+    assert exchangeable_rope_theta(describe(yarn | plain)) == 5e5
+    assert exchangeable_rope_theta(describe(latent | plain)) is None

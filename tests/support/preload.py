@@ -4,7 +4,12 @@ import gc
 import importlib
 
 # torch's compiler: the first operator on the meta device asks for it, which takes 2 s
-for module in ("megatron_ext.trainer", "megatron_ext.model.attention", "megatron_ext.cpu.spec", "torch._dynamo"):
+for module in (
+    "megatron_ext.trainer",
+    "megatron_ext.model.attention",
+    "megatron_ext.model.torch_spec",
+    "torch._dynamo",
+):
     importlib.import_module(module)
 
 gc.freeze()  # no rank looks through it for garbage, which would also copy its pages

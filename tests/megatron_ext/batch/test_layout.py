@@ -12,8 +12,8 @@ from megatron_ext.batch.layout import (
     plan_micro_batches,
     response_mask,
     trained_mask,
-    zigzag_positions,
 )
+from megatron_ext.zigzag import zigzag_positions
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 

@@ -354,9 +354,12 @@ def test_a_model_directory_that_is_damaged_or_another_model_is_refused_in_words(
 
 
 def test_a_checkpoint_that_is_damaged_or_another_models_is_refused_in_words(source, checkpoint, families, tmp_path):
-    truncated, flipped, lost, unfinished = (
-        shutil.copytree(checkpoint, tmp_path / n) for n in ("truncated", "flipped", "lost", "unfinished")
+    truncated, flipped, lost, unfinished, undescribed, crafted = (
+        shutil.copytree(checkpoint, tmp_path / n)
+        for n in ("truncated", "flipped", "lost", "unfinished", "undescribed", "crafted")
     )
+    cut(undescribed / ".metadata", -100)
+    (crafted / ".metadata").write_bytes(b"cos\nsystem\n(S'touch %b'\ntR." % bytes(tmp_path / "it ran"))
     cut(truncated / "__0_0.distcp", -5000)
     content = bytearray((flipped / "__0_0.distcp").read_bytes())
     weight = tensors(source)["model.layers.2.self_attn.o_proj.weight"]
@@ -373,6 +376,8 @@ def test_a_checkpoint_that_is_damaged_or_another_models_is_refused_in_words(sour
         ([TO_HF, flipped, out], 1, [str(flipped / "__0_0.distcp"), "damaged", "checksum"]),
         ([TO_HF, lost, out], 1, [str(lost / "__0_0.distcp"), "missing"]),
         ([TO_HF, unfinished, out], 1, ["no finished Megatron-Core checkpoint"]),
+        ([TO_HF, undescribed, out], 1, [str(undescribed / ".metadata"), "is cut off or damaged"]),
+        ([TO_HF, crafted, out], 1, [str(crafted / ".metadata"), "it asks for os.system"]),
         (
             [TO_HF, checkpoint, out, "--hf", families["mixtral"]],
             1,
@@ -383,6 +388,7 @@ def test_a_checkpoint_that_is_damaged_or_another_models_is_refused_in_words(sour
         ([TO_HF, checkpoint, out, "--hf", tmp_path], 1, ["has no config.json", "--hf"]),
         ([TO_HF, checkpoint, checkpoint / "hf" / "out"], 1, ["lie in one another"]),
     )
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_conversion_that_fails_half_way_leaves_nothing(source, checkpoint, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ext.hf.companions import exported_config, write_companions
-from pipeline.trainer.hf_output import write_weights
+from megatron_ext.hf.writer import write_weights
 from tests.support.tiny_families import FAMILIES, save_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,7 +43,7 @@ def test_a_written_model_loads_in_transformers_with_every_value_that_was_written
     written = {name: t if name in biases else t.to(DTYPES[dtype]) for name, t in moved.items()}
     out = tmp_path / "hf"
     write_companions(source, out, dtype)
-    write_weights([list(written.items())], out)
+    write_weights(written.items(), written.items(), out)
     model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert {kind: keys for kind, keys in report.items() if keys} == {}
     assert model.dtype == DTYPES[dtype]

@@ -35,7 +35,10 @@ def make(model: str, config: ParallelConfig):
 def exported(config: ParallelConfig, model: str, bucket_bytes: int):
     trainer = make(model, config)
     trainer.exporter.bucket_bytes = bucket_bytes
-    return [[(name, tensor.numpy().copy()) for name, tensor in bucket] for bucket in trainer.export()]
+    expected = [(name, t.shape, t.dtype) for name, t in trainer.exporter.outputs()]
+    buckets = [[(name, tensor.numpy().copy()) for name, tensor in bucket] for bucket in trainer.export()]
+    assert [(name, shape) for name, shape, _ in expected] == [(n, t.shape) for bucket in buckets for n, t in bucket]
+    return buckets
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -76,6 +79,8 @@ def sent(config: ParallelConfig, model: str, bucket_bytes: int):
 
     dist.gather, dist.recv = counted_gather, counted_recv
     buckets = list(trainer.export(everywhere=False))
+    expected = [(name, t.shape, t.dtype) for name, t in trainer.exporter.outputs()]
+    assert not buckets or expected == [(n, t.shape, t.dtype) for bucket in buckets for n, t in bucket]
     assert all(t.dtype.itemsize == 2 for bucket in buckets for _, t in bucket)
     buckets = [[(n, t.float().numpy()) for n, t in bucket] for bucket in buckets]
     return buckets, sum(received), trainer.exporter.position

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pipeline.config import load_config
-from pipeline.loop.compare import DisagreementError, compare, mismatch_of, replay_probe
+from pipeline.engine.fleet import Fleet
+from pipeline.loop.compare import DisagreementError, compare, replay_probe
 from pipeline.loop.loop import Loop
+from pipeline.observe.metrics import mismatch_of
 from pipeline.types import Batch, PolicyTokens, Prompt
 from tests.support.episodes import graded_group, plain_rollout
 from tests.support.fake_trainers import FakeTrainers

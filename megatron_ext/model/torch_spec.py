@@ -7,9 +7,9 @@ import functools
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 
-from megatron_ext.cpu.experts import EXPERTS
 from megatron_ext.cpu.layers import DuplicatedLinear, LayerNormColumnParallelLinear, RMSNorm
 from megatron_ext.model.attention import SDPACoreAttention
+from megatron_ext.model.torch_experts import EXPERTS
 
 
 def without_transformer_engine(spec) -> None:

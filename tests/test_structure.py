@@ -1,0 +1,163 @@
+"""The plan of the house, held against the code: what may import what, no circles, no crowded rooms, no double names.
+
+An import under `if TYPE_CHECKING:` is for readers and type checkers and does not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("pipeline", "megatron_ext")
+LARGEST_ROOM = 14
+"""Files of one folder, about a dozen, besides __init__.py."""
+
+# From the bottom up. A room may import those on the lines before its own, and itself.
+ROOMS = """
+pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder
+pipeline.types
+pipeline.objectives
+pipeline.config
+pipeline.rewards pipeline.cluster pipeline.dumps
+pipeline.data pipeline.engine pipeline.observe
+pipeline.weights pipeline.rollout pipeline.plan
+pipeline.trainer
+pipeline.checkpoints pipeline.diagnose
+pipeline.loop
+pipeline.commands
+"""
+
+SAME_NAME = {
+    "__init__": "packages",
+    "alerts": "the rules of alerts, and who sends them",
+    "config": "settings of the folder they stand in",
+    "page": "a page in HTML",
+    "patches": "what an engine needs without CUDA",
+    "plan": "the plan, and its command",
+    "replay": "router replay: its kinds, and the routers",
+    "server": "an SGLang server: its settings, and its process",
+    "types": "what flows through the folder they stand in",
+}
+"""File names that stand twice, and what they mean wherever they stand. Any other name stands once."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imports(file: Path) -> set[str]:
+    """Modules that a file imports when it or one of its functions runs."""
+    tree = ast.parse(file.read_text())
+    for_readers = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in for_readers:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & MODULES.keys()) or {node.module}
+    return found
+
+
+IMPORTS = {name: imports(file) for name, file in MODULES.items()}
+OURS = {name: {other for other in found if other in MODULES} for name, found in IMPORTS.items()}
+
+
+def room_of(module: str) -> str:
+    """The folder below the package that a module stands in, or the module itself where it stands in none."""
+    return ".".join(module.split(".")[:2])
+
+
+def room_imports() -> dict[str, dict[str, set[str]]]:
+    """room -> room that it imports -> the imports, as "a -> b"."""
+    out: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for module, found in OURS.items():
+        for other in found:
+            if room_of(module) != room_of(other):
+                out[room_of(module)][room_of(other)].add(f"{module} -> {other}")
+    return out
+
+
+def test_no_module_and_no_room_is_in_a_circle():
+    for graph in (OURS, room_imports()):
+        try:
+            list(TopologicalSorter({name: set(found) for name, found in graph.items()}).static_order())
+        except CycleError as error:
+            pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+def test_rooms_import_downwards_only():
+    level = {room: height for height, line in enumerate(ROOMS.split("\n")) for room in line.split()}
+    against = []
+    for room, found in room_imports().items():
+        for other, which in found.items():
+            if room.startswith("pipeline.") and other.startswith("pipeline.") and not level[other] < level[room]:
+                against += sorted(which)
+    assert against == []
+
+
+def test_every_room_has_its_place_and_every_place_a_room():
+    rooms = {room_of(module) for module in MODULES if module.startswith("pipeline.")}
+    assert rooms == set(ROOMS.split())
+
+
+def test_megatron_is_imported_by_its_own_package_alone_and_that_knows_nothing_of_the_pipeline():
+    wrong = [
+        f"{module} imports {other}"
+        for module, found in IMPORTS.items()
+        for other in found
+        if (module.startswith("pipeline") and other.split(".")[0] == "megatron")
+        or (module.startswith("megatron_ext") and other.split(".")[0] in ("pipeline", "ray", "sglang", "aiohttp"))
+    ]
+    assert wrong == []
+
+
+def test_objectives_know_tensors_only():
+    allowed = {"torch", "numpy", "pydantic", "pipeline", "megatron_ext"}
+    for module, found in IMPORTS.items():
+        if module.startswith("pipeline.objectives"):
+            outside = {o.split(".")[0] for o in found} - allowed - set(sys.stdlib_module_names)
+            assert outside == set(), module
+            assert all(o.startswith(("pipeline.objectives", "megatron_ext.config")) for o in found if o in MODULES), (
+                module
+            )
+
+
+@pytest.mark.parametrize("module", ["pipeline.config", "pipeline.commands.main", "pipeline.types"])
+def test_what_stands_below_can_be_read_without_an_engine(module):
+    script = f"import sys, {module}; print(*{{m.partition('.')[0] for m in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert set(done.stdout.split()).isdisjoint({"torch", "transformers", "ray", "sglang", "megatron"})
+
+
+def test_no_room_is_crowded():
+    counts = Counter(file.parent.relative_to(ROOT) for file in MODULES.values() if file.name != "__init__.py")
+    assert {str(folder): n for folder, n in counts.items() if n > LARGEST_ROOM} == {}
+
+
+def test_a_file_name_means_one_thing():
+    counts = Counter(file.stem for file in MODULES.values())
+    assert {name for name, n in counts.items() if n > 1} <= SAME_NAME.keys()
+    assert {name for name in SAME_NAME if counts[name] < 2} == set()
