@@ -13,7 +13,7 @@ from types import TracebackType
 
 from pipeline.commands import convert, diagnose, launch, objectives, plan, report, train
 from pipeline.errors import INTERRUPTED, SamerouteError
-from pipeline.text import visible
+from pipeline.text.characters import visible
 
 COMMANDS = {
     "train": (train, "run a configuration: supervised steps, then reinforcement learning"),

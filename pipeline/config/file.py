@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.yaml_text import YamlError, parse
 from pipeline.errors import NOT_STARTED, SamerouteError
-from pipeline.text import decode
+from pipeline.text.characters import decode
+from pipeline.text.yaml_text import YamlError, parse
 
 
 class ConfigError(SamerouteError, ValueError):

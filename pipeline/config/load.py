@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_ext.hf.description import ModelDescription, describe, read_description
-from pipeline.config.context import fit_context
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
 from pipeline.config.secrets import is_hidden
+from pipeline.config.server import fit_context
 from pipeline.config.tree import Config
-from pipeline.config.yaml_text import YamlError, parse
+from pipeline.text.yaml_text import YamlError, parse
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

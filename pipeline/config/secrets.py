@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config.yaml_text import YamlError, parse
+from pipeline.text.yaml_text import YamlError, parse
 
 HIDDEN = "***"
 

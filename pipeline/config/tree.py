@@ -10,7 +10,6 @@ from megatron_ext.config import Frozen, ParallelConfig, TrainerConfig
 from megatron_ext.hf.description import describe
 from pipeline.config.alerts import AlertsConfig
 from pipeline.config.checkpoint import CheckpointConfig
-from pipeline.config.context import request_tokens
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.observe import ObserveConfig
@@ -26,7 +25,7 @@ from pipeline.config.run import (
     SupervisedConfig,
     TrainConfig,
 )
-from pipeline.config.server import ServerConfig
+from pipeline.config.server import ServerConfig, request_tokens
 from pipeline.config.weights import WeightsConfig
 from pipeline.objectives.config import ObjectiveConfig, resolve
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.chat import DataError, chat_text, check_known, check_vocabulary, token_ids
-from pipeline.text import decode, has_surrogate
+from pipeline.text.characters import decode, has_surrogate
 from pipeline.types import Prompt
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.chat import DataError
-from pipeline.text import decode
+from pipeline.text.characters import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pipeline.text import visible
+from pipeline.text.characters import visible
 
 _SUPERVISED_LINES = 10  # plain lines over all supervised steps
 

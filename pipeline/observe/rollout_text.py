@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.text import visible
+from pipeline.text.characters import visible
 from pipeline.types import Group, Rollout
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _best_and_worst_first(group: Group) -> list[int]:
 def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Prompt, response, reward, finish, weight versions, and every token with its log-prob (nats).
 
-    What would act on a terminal is shown in its place: see pipeline.text.visible.
+    What would act on a terminal is shown in its place: see pipeline.text.characters.visible.
     """
     episode = group.episodes[position]
     rollout = episode.last

@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from megatron_ext.hf.companions import Dtype, write_companions
 from pipeline.config.secrets import hidden, shown
-from pipeline.config.yaml_text import dump
 from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
+from pipeline.text.yaml_text import dump
 from pipeline.types import StepResult
 
 if TYPE_CHECKING:

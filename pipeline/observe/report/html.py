@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from pipeline.observe.report.figure import Figure
 from pipeline.observe.report.rollouts import LEVELS
 from pipeline.observe.report.theme import template
-from pipeline.text import visible
+from pipeline.text.characters import visible
 
 _HERE = Path(__file__).parent
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.yaml_text import YamlError, parse
 from pipeline.errors import NOT_STARTED, SamerouteError
+from pipeline.text.yaml_text import YamlError, parse
 
 _LARGEST = 1.7e308  # of a float64; nan is not below it either
 

@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from pipeline.config.context import request_tokens
-from pipeline.config.server import ServerConfig
+from pipeline.config.server import ServerConfig, request_tokens
 from pipeline.engine.client import AnswerError, Sampling, SGLangClient
 from pipeline.engine.server import SGLangServer
 from tests.conftest import TINY

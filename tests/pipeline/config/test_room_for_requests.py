@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pipeline.config import ConfigError, load_config, load_config_and_model
-from pipeline.config.context import model_context, request_tokens
 from pipeline.config.model import TinyModelConfig
+from pipeline.config.server import model_context, request_tokens
 
 QUICKSTART = "configs/quickstart.yaml"
 FREE = ["model.tiny=null", "server.context_length=null", "server.max_total_tokens=null"]

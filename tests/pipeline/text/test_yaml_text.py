@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import ConfigError, load_config
 from pipeline.config.file import read_tree
-from pipeline.config.yaml_text import YamlError, dump, parse
+from pipeline.text.yaml_text import YamlError, dump, parse
 
 QUICKSTART = "configs/quickstart.yaml"
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.observe.console import Console
-from pipeline.text import decode, visible
+from pipeline.text.characters import decode, visible
 
 ACTS = {
     "\x1b]0;title\x07\x1b[2J": r"\x1b]0;title\x07\x1b[2J",
