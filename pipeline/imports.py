@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
+
+
+def own_folder() -> list[str]:
+    """The folder of the packages, to stand first on a child's path; none where that is Python's own, which every
+    interpreter has and whose place, behind the standard library, must stay."""
+    folder = Path(__file__).resolve().parent.parent
+    python = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    return [] if folder in python else [str(folder)]
 
 
 @contextlib.contextmanager

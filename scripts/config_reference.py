@@ -28,6 +28,10 @@ file may inherit: `base: other.yaml`, or a list of files of which a later one wi
 names them, mappings are merged key by key, the file wins over its bases and the command line over the file. What is not
 named has its default. What cannot run is refused before anything starts.
 
+Numbers are written as people write them, in files and on the command line: `1e-3`, `2E4`, `.5`, `1_000`. `true` and
+`false` are truth values; `yes`, `no`, `on`, `off`, dates and times are text, and a field of type true or false takes
+the first four as well. A key that stands twice is refused.
+
 This page is made by `.venv/bin/python scripts/config_reference.py` from the classes themselves.
 """
 

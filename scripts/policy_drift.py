@@ -53,7 +53,7 @@ def run(session: Loop, objective: str, replay: str, mini_batches: int, seed: int
     )
     ray.get([rank.__ray_call__.remote(to_start) for rank in session.trainers.ranks])
     session.trainers.restart_optimizer(config.train)
-    source = PromptSource(config.data, model, seed=seed + 1)
+    source = PromptSource(config.data, model, seed=seed + 1, trust_remote_code=config.model.trust_remote_code)
     loop = replace(session, config=config, source=source)
     loop.sync()
     curves: dict[str, list[float]] = {key: [] for key in KEYS}

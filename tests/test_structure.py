@@ -21,7 +21,7 @@ LARGEST_ROOM = 14
 
 # From the bottom up. A room may import those on the lines before its own, and itself.
 ROOMS = """
-pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder
+pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.text
 pipeline.types
 pipeline.objectives
 pipeline.config

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.hf.config_json import num_experts, read_hf_config, rope_settings
+from megatron_ext.hf.config_json import num_experts, read_hf_config, rope_settings, wrong_fields
 from megatron_ext.hf.families import FAMILIES
 from megatron_ext.hf.families.family import Family
 
@@ -146,15 +146,28 @@ class ModelDescription:
         return self.fields.get("activation_func_clamp_value") is not None
 
 
-def describe(hf: dict[str, Any]) -> ModelDescription:
-    """Of a config.json. Raises UnsupportedModel with all reasons."""
+def describe(hf: dict[str, Any], file: str = "config.json") -> ModelDescription:
+    """Of the content of a config.json. file: its name, for messages. Raises UnsupportedModel with all reasons."""
     name = hf.get("model_type", "?")
     if name not in FAMILIES:
         raise UnsupportedModel(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if wrong := list(wrong_fields(hf)):
+        raise UnsupportedModel(f"{file}: {'; '.join(wrong)}")
+    try:
+        return _described(hf, name)
+    except KeyError as error:
+        raise UnsupportedModel(
+            f"{file}: {error.args[0]} is missing (transformers would take its class's own value, which need not be "
+            "this model's); write it"
+        ) from error
+
+
+def _described(hf: dict[str, Any], name: str) -> ModelDescription:
+    """Raises KeyError for a field that the family needs."""
     if reasons := _reasons(hf, FAMILIES[name]):
         raise UnsupportedModel(f"{name} with {'; with '.join(reasons)} is not built here")
     moe_layers = tuple(FAMILIES[name].moe_layers(hf))
-    return ModelDescription(
+    model = ModelDescription(
         hf=hf,
         model_type=name,
         num_layers=hf["num_hidden_layers"],
@@ -164,11 +177,13 @@ def describe(hf: dict[str, Any]) -> ModelDescription:
         vocab_size=hf["vocab_size"],
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
     )
+    _ = model.fields  # asks for every field that the family reads
+    return model
 
 
 def read_description(path: str | Path) -> ModelDescription:
-    """Of a model directory. Raises FileNotFoundError and UnsupportedModel."""
-    return describe(read_hf_config(path))
+    """Of a model directory. Raises FileNotFoundError, UnsupportedModel, and ValueError for what is no JSON."""
+    return describe(read_hf_config(path), str(Path(path) / "config.json"))
 
 
 def _reasons(hf: dict[str, Any], family: Family) -> list[str]:

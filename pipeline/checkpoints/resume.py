@@ -12,6 +12,7 @@ from megatron_ext.hf.companions import exported_config
 from megatron_ext.hf.config_json import read_hf_config
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress, read_progress
 from pipeline.config import Config
+from pipeline.config.secrets import shown
 from pipeline.errors import NOT_STARTED, SamerouteError
 
 # Where files lie, and what is kept: no part of what a run computes. Models are compared by themselves.
@@ -66,7 +67,7 @@ def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Star
         raise ResumeError(str(error)) from error
     _refuse(config, latest, progress)
     notes = [f"resuming from {latest}: {progress.step} steps are done, later rows go to dropped/"]
-    if changed := differences(progress.config, config.model_dump(mode="json")):
+    if changed := differences(progress.config, shown(config.model_dump(mode="json"))):
         notes.append(f"changed since {latest.name} was saved: {', '.join(changed)}")
         if any(change.startswith("data.") for change in changed):
             notes.append(f"prompts go on at {progress.cursor['prompts']} of the new data")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint.names import CHECKSUMS
+from pipeline.config.secrets import shown
 from pipeline.errors import SamerouteError
 
 if TYPE_CHECKING:
@@ -130,4 +131,4 @@ def _to_disk(path: Path) -> None:
 
 def progress_of(config: Config, *, step: int, supervised: int, version: int, cursor: dict[str, int]) -> Progress:
     """Where a run with this configuration stands."""
-    return Progress(step, supervised, version, cursor, config.model_dump(mode="json"))
+    return Progress(step, supervised, version, cursor, shown(config.model_dump(mode="json")))

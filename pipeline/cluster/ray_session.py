@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray.job_config import JobConfig
 
 from pipeline.cluster.placement import PlacementError
 from pipeline.config.run import ClusterConfig
+from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
 
 # Ray puts /session_2026-01-02_03-04-05_123456_1234567/sockets/plasma_store behind it, 66 bytes of 107.
@@ -42,14 +44,21 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                     _temp_dir=str(folder),
+                    job_config=_own_path(),
                 )
         else:
             stack.callback(ray.shutdown)
-            ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False, job_config=_own_path())
         # Ray takes SIGTERM over and aborts the process in the middle of its own clean-up (2.60); the caller's stays.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_termination)
         yield
+
+
+def _own_path() -> JobConfig:
+    """Workers have the folder of the packages first on their path, and not the working directory: Ray (2.60) puts that
+    first of all but in jobs of its client, where a `pipeline.py` of the user's would take the package's place."""
+    return JobConfig(_client_job=True, _py_driver_sys_path=own_folder())
 
 
 @contextlib.contextmanager

@@ -6,10 +6,14 @@ Nothing heavy is imported before the arguments are read, so that `--help` and a 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
+import traceback
+from types import TracebackType
 
 from pipeline.commands import convert, diagnose, launch, objectives, plan, report, train
 from pipeline.errors import INTERRUPTED, SamerouteError
+from pipeline.text.characters import visible
 
 COMMANDS = {
     "train": (train, "run a configuration: supervised steps, then reinforcement learning"),
@@ -24,6 +28,9 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: see `pipeline.errors`."""
+    sys.excepthook = _show_uncaught
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a text that its encoding does not have ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parse(arguments)
     module, _ = COMMANDS[options.command]
     try:
@@ -51,8 +58,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"sameroute: {message}", file=sys.stderr)
+    print(f"sameroute: {visible(message)}", file=sys.stderr)
     return code
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback whose message may hold what a model wrote."""
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
 
 
 if __name__ == "__main__":

@@ -78,8 +78,17 @@ class AlertsConfig(Frozen):
 
     defaults: bool = Field(True, description="watch the signs of a collapse of docs/operate.md too")
     rules: tuple[AlertRule, ...] = Field((), description="your own, beside the default ones")
-    command: tuple[str, ...] = Field((), description="program and arguments; gets the alert as JSON on standard input")
-    webhook: str | None = Field(None, pattern=r"^https?://", description="URL that gets the alert as a JSON POST")
+    command: tuple[str, ...] = Field(
+        (),
+        description="program and arguments; gets the alert as JSON on standard input",
+        json_schema_extra={"secret": True},
+    )
+    webhook: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="URL that gets the alert as a JSON POST",
+        json_schema_extra={"secret": True},
+    )
     timeout_s: float = Field(10.0, gt=0, description="of one command or POST")
 
     @property

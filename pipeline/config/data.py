@@ -53,6 +53,11 @@ class DataConfig(Frozen):
     shuffle: bool = Field(True, description="another order of the file's lines each epoch; false: the file's own order")
     max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt, tokens, chat template included")
     reward: str = Field("exact_match", description="verifier: a registered name, or package.module:function")
+    reward_directory: Path | None = Field(
+        None,
+        description="folder that the verifier's module is looked for in first; null: that of the YAML file, or of its "
+        "nearest base, where the module lies there",
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Self:

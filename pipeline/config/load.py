@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_ext.hf.description import ModelDescription, describe, read_description
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
+from pipeline.config.secrets import is_hidden
+from pipeline.config.server import fit_context
 from pipeline.config.tree import Config
+from pipeline.text.yaml_text import YamlError, parse
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -20,9 +22,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises ConfigError: file missing, not YAML, unknown key, wrong type, or settings that do not go together.
     """
     config, _ = _read(path, overrides)
-    if config.model.path is not None:
-        _check_model(config, config.model.path)
-    return config
+    return fit_context(config, _model(config, config.model.path).hf)
 
 
 def load_config_and_model(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, ModelDescription]:
@@ -32,22 +32,41 @@ def load_config_and_model(path: str | Path, overrides: list[str] | None = None) 
     that has one. Raises ConfigError as load_config does, and where there is none.
     """
     config, files = _read(path, overrides)
-    if config.model.tiny is not None:
-        return config, describe(config.model.tiny.hf_config())
-    assert config.model.path is not None
-    places = [config.model.path, *(file.parent for file in files)]
+    places = [] if config.model.path is None else [config.model.path, *(file.parent for file in files)]
     place = next((p for p in places if (p / "config.json").is_file()), config.model.path)
-    return config, _check_model(config, place)
+    model = _model(config, place)
+    return fit_context(config, model.hf), model
+
+
+def _model(config: Config, directory: Path | None) -> ModelDescription:
+    """A tiny model's, or that of what lies in `directory`."""
+    if config.model.tiny is not None:
+        return describe(config.model.tiny.hf_config())
+    assert directory is not None
+    return _check_model(config, directory)
 
 
 def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[Path]]:
     tree, files = read_tree(Path(path))
     for override in overrides or []:
         _apply(tree, override)
+    _check_extra(tree)
+    _check_hidden(tree)
     try:
-        return Config.model_validate(tree), files
+        return _with_reward_directory(Config.model_validate(tree), files), files
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+
+
+def _with_reward_directory(config: Config, files: list[Path]) -> Config:
+    """The configuration with the folder of a verifier that lies beside one of its files."""
+    module, colon, _ = config.data.reward.partition(":")
+    if not colon or config.data.reward_directory is not None:
+        return config
+    name = module.partition(".")[0]
+    folders = (file.resolve().parent for file in files)
+    found = next((f for f in folders if (f / f"{name}.py").is_file() or (f / name).is_dir()), None)
+    return config.model_copy(update={"data": config.data.model_copy(update={"reward_directory": found})})
 
 
 def _check_model(config: Config, directory: Path) -> ModelDescription:
@@ -72,6 +91,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"an override reads section.field=value, not {override!r}")
+    if key != key.strip() or not all(key.split(".")):
+        raise ConfigError(f"an override reads section.field=value, with names between the dots, not {override!r}")
     node = tree
     *sections, last = key.split(".")
     for section in sections:
@@ -80,7 +101,32 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = node[section]
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {section} is a value, not a section")
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = parse(value)
+    except YamlError as error:
+        raise ConfigError(f"{key}: the value {value!r} is not YAML: {error}") from error
+
+
+def _check_hidden(node: Any, place: str = "") -> None:
+    """Raise ConfigError where a run directory's config.yaml, which holds no secrets, is taken for a whole one."""
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inner:
+        where = f"{place}.{key}" if place else str(key)
+        if isinstance(value, str) and is_hidden(value):
+            raise ConfigError(
+                f"{where} is hidden in this file, as in every config.yaml of a run directory; take the secrets.yaml "
+                "beside it, or give the value on the command line"
+            )
+        _check_hidden(value, where)
+
+
+def _check_extra(tree: dict[str, Any]) -> None:
+    """trainer.extra has no types that would turn a word into a truth value, and Megatron takes any text for true."""
+    trainer = tree.get("trainer")
+    extra = trainer.get("extra") if isinstance(trainer, dict) else None
+    for key, value in extra.items() if isinstance(extra, dict) else ():
+        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "y", "n"):
+            raise ConfigError(f"trainer.extra.{key}: {value!r} is a text there; write true or false")
 
 
 def _explain(error: ValidationError) -> str:
@@ -95,11 +141,12 @@ def _explain(error: ValidationError) -> str:
                 instead = f"; set precision.{MOVED[where]}, which sets both engines"
             lines.append(f"{where}: there is no such key{instead}")
         else:
-            lines.append(
-                f"{where}: {mistake['msg'].removeprefix('Value error, ')}"
-                if where
-                else mistake["msg"].removeprefix("Value error, ")
-            )
+            words = mistake["msg"].removeprefix("Value error, ")
+            if mistake["input"] is None and mistake["type"] == "model_type":
+                words = "the section holds nothing; give it fields, or leave it out for its defaults"
+            elif mistake["type"] in ("string_type", "path_type") and isinstance(mistake["input"], bool | int | float):
+                words += f", not {mistake['input']!r}; write it in quotes"
+            lines.append(f"{where}: {words}" if where else words)
     return "\n".join(lines)
 
 

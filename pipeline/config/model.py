@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_ext.config import Frozen
 
-TINY_VOCABULARY = 64
+TinyTokenizer = Literal["characters", "bytes"]
+TINY_VOCABULARIES: dict[TinyTokenizer, int] = {"characters": 64, "bytes": 320}
 PAD_ID, EOS_ID, BOS_ID = 0, 1, 2
 
 
 class TinyModelConfig(Frozen):
-    """Shape of a tiny model. The vocabulary is the character tokenizer's 64 ids; embeddings are not tied."""
+    """Shape of a tiny model. The vocabulary is its tokenizer's; embeddings are not tied."""
 
     layers: int = Field(4, ge=1, description="decoder layers")
     hidden: int = Field(64, ge=8, description="width of the residual stream")
@@ -26,6 +27,11 @@ class TinyModelConfig(Frozen):
     moe_intermediate: int = Field(128, ge=1, description="inner width of an expert")
     intermediate: int = Field(256, ge=1, description="inner width of the feed-forward of a dense model")
     max_positions: int = Field(4096, ge=1, description="longest sequence, tokens")
+    tokenizer: TinyTokenizer = Field(
+        "characters",
+        description="characters: 64 ids, for the synthetic tasks (digits, small letters, signs); bytes: 320 ids, for "
+        "any text",
+    )
     init_std: float = Field(0.1, gt=0, description="standard deviation of every random weight; norms start at 1")
 
     @model_validator(mode="after")
@@ -37,6 +43,11 @@ class TinyModelConfig(Frozen):
         if self.experts and self.topk > self.experts:
             raise ValueError(f"topk={self.topk} is more than experts={self.experts}; lower topk")
         return self
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer, and rows of both embeddings."""
+        return TINY_VOCABULARIES[self.tokenizer]
 
     def hf_config(self) -> dict[str, Any]:
         """The content of config.json, as transformers 5 writes it."""
@@ -62,7 +73,7 @@ class TinyModelConfig(Frozen):
             "tie_word_embeddings": False,
             "use_cache": True,
             "use_sliding_window": False,
-            "vocab_size": TINY_VOCABULARY,
+            "vocab_size": self.vocab_size,
         }
         if not self.experts:
             return config | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
@@ -84,6 +95,11 @@ class ModelConfig(Frozen):
     """The model: a Hugging Face directory, or a tiny one made on the spot."""
 
     path: Path | None = Field(None, description="Hugging Face model directory")
+    trust_remote_code: bool = Field(
+        False,
+        description="run the Python code that a model directory brings for its tokenizer (`auto_map`), here and in the "
+        "server; read it first",
+    )
     tiny: TinyModelConfig | None = Field(None, description="make a random Qwen3 or Qwen3-MoE of this shape instead")
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from pipeline.config.run import (
     SupervisedConfig,
     TrainConfig,
 )
-from pipeline.config.server import ServerConfig
+from pipeline.config.server import ServerConfig, request_tokens
 from pipeline.config.weights import WeightsConfig
 from pipeline.objectives.config import ObjectiveConfig
 
@@ -96,13 +96,15 @@ class Config(Frozen):
                 f"{self.rollout_gpus} for a server of server.tensor_parallel={server}; set cluster.nodes higher or "
                 "parallel.ranks lower"
             )
-        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        if longest > self.server.context_length:
-            raise ValueError(
-                f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
-                f"{self.rollout.max_new_tokens} do not fit server.context_length={self.server.context_length}; "
-                f"set that to {longest} or more"
-            )
+        longest = request_tokens(self.data.max_prompt_tokens, self.rollout.max_new_tokens)
+        for name in ("context_length", "max_total_tokens"):
+            room = getattr(self.server, name)
+            if room is not None and longest > room:
+                raise ValueError(
+                    f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
+                    f"{self.rollout.max_new_tokens} do not fit server.{name}={room}: SGLang, which keeps two tokens "
+                    f"for itself, would cut answers; set that to {longest} or more"
+                )
         if self.model.tiny is not None:
             self.parallel.check_model(describe(self.model.tiny.hf_config()))
         return self

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from megatron_ext.hf.config_json import read_hf_config
 from pipeline.config.data import DataConfig
-from pipeline.data.chat import DataError, answer_ids, chat_prompt
+from pipeline.data.chat import DataError, answer_ids, check_vocabulary
+from pipeline.data.jsonl import check_length, read_rows, tokenize
+from pipeline.data.pretrained import load_tokenizer, read_json
 from pipeline.data.synthetic import Stream, SupervisedPair, SyntheticTask
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rewards import RewardFunction, resolve_reward
 from pipeline.types import Prompt
 
@@ -26,34 +29,54 @@ class _Prompts(Protocol):
     def supervised(self, index: int) -> SupervisedPair: ...
 
 
+def _to_standard_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class PromptSource:
     """A stream of prompts for one run, what its answers stop at, and what grades them.
 
     The cursors of prompts and of supervised pairs move apart. Prompt `i` depends on the data and the seed only.
     """
 
-    def __init__(self, config: DataConfig, model_path: str | Path, *, seed: int, stream: Stream = "train"):
-        """model_path: Hugging Face directory whose tokenizer and generation_config.json count.
+    def __init__(
+        self,
+        config: DataConfig,
+        model_path: str | Path,
+        *,
+        seed: int,
+        stream: Stream = "train",
+        supervised: bool = False,
+        trust_remote_code: bool = False,
+        say: Callable[[str], None] = _to_standard_error,
+    ):
+        """model_path: Hugging Face directory whose tokenizer, config.json and generation_config.json count.
 
         stream: "held_out" gives a synthetic task's other questions; a file has one stream only.
+        supervised: pairs will be taken, so a file's answers are tokenized now as well.
+        trust_remote_code: as ModelConfig has it. say: gets a line every few seconds while a file is tokenized.
         Raises DataError (data or tokenizer), RewardError (verifier), before any prompt is taken.
         """
         self.config = config
         self.stream: Stream = stream
-        self.reward: RewardFunction = resolve_reward(config.reward)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_path)
+        self.reward: RewardFunction = resolve_reward(config.reward, config.reward_directory)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
+        self.vocab_size: int = read_hf_config(model_path)["vocab_size"]
         self.stop_token_ids = stop_token_ids(model_path, self.tokenizer)
         if config.task is not None:
             self._data: _Prompts = SyntheticTask(config.task, self.tokenizer, seed)
         else:
             if stream != "train":
                 raise DataError(f"{config.path} has no {stream} stream; give another file as data.path")
-            assert config.path is not None
-            self._data = FilePrompts(config.path, self.tokenizer, config.max_prompt_tokens, config.shuffle, seed)
+            file = FilePrompts(config, self.tokenizer, self.vocab_size, seed, say)
+            if supervised:
+                file.check_answers()
+            self._data = file
         self._next_prompt = self._next_pair = 0
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts. Raises DataError for one that is longer than max_prompt_tokens."""
+        """The next n prompts. Raises DataError for one that is longer than max_prompt_tokens, or whose tokens the model
+        does not have."""
         prompts = self.peek(n)
         self._next_prompt += n
         return prompts
@@ -62,6 +85,7 @@ class PromptSource:
         """The same, and the cursor stays."""
         prompts = [self._data.prompt(self._next_prompt + i, self.stream) for i in range(n)]
         for prompt in prompts:
+            check_vocabulary(self.tokenizer, prompt.ids, self.vocab_size, f"prompt {prompt.index}")
             check_length(prompt, self.config.max_prompt_tokens, f"prompt {prompt.index}")
         return prompts
 
@@ -69,7 +93,9 @@ class PromptSource:
         """The next n prompts with an answer to imitate."""
         pairs = [self._data.supervised(self._next_pair + i) for i in range(n)]
         for pair in pairs:
-            check_length(pair.prompt, self.config.max_prompt_tokens, f"supervised prompt {pair.prompt.index}")
+            name = f"supervised prompt {pair.prompt.index}"
+            check_vocabulary(self.tokenizer, pair.tokens, self.vocab_size, name)
+            check_length(pair.prompt, self.config.max_prompt_tokens, name)
         self._next_pair += n
         return pairs
 
@@ -84,51 +110,72 @@ class PromptSource:
         self._next_prompt, self._next_pair = state["prompts"], state["supervised"]
 
 
-def check_length(prompt: Prompt, limit: int, name: str) -> None:
-    """Raise DataError where a prompt has more than `limit` tokens."""
-    if len(prompt.ids) > limit:
-        raise DataError(
-            f"{name} has {len(prompt.ids)} tokens, the limit is {limit}; raise data.max_prompt_tokens or remove it"
-        )
-
-
 def stop_token_ids(model_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """eos_token_id of generation_config.json (a number or a list) and the tokenizer's. Raises DataError for none."""
     file = Path(model_path) / "generation_config.json"
-    eos: Any = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    listed = eos if isinstance(eos, list) else [eos]
-    ids = {int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None}
-    if not ids:
+    eos: Any = read_json(file).get("eos_token_id") if file.is_file() else None
+    listed = [i for i in [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id] if i is not None]
+    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in listed):
+        raise DataError(f"eos_token_id of {file} is a token id or a list of them, not {eos!r}")
+    if not listed:
         raise DataError(
             f"neither generation_config.json nor the tokenizer of {model_path} names an end-of-sequence token"
         )
-    return tuple(sorted(ids))
+    return tuple(sorted(set(listed)))
 
 
 class FilePrompts:
     """A JSONL file, read and tokenized whole at the start, so that a bad line stops a run before it begins."""
 
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, limit: int, shuffle: bool, seed: int):
-        """limit: longest prompt, tokens. Raises DataError, naming the line."""
-        self.tokenizer, self.shuffle, self.seed = tokenizer, shuffle, seed
-        self.prompts = read_jsonl(path, tokenizer, limit)
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        seed: int,
+        say: Callable[[str], None],
+    ):
+        """vocab_size: of the model. say: hears how far it is. Raises DataError, naming the line."""
+        assert config.path is not None
+        self.path, self.shuffle, self.tokenizer = config.path, config.shuffle, tokenizer
+        self.vocab_size, self.seed = vocab_size, seed
+        rows = read_rows(config.path)
+        self.lines = [row.line for row in rows]
+        self.prompts = tokenize(
+            config.path, rows, tokenizer, limit=config.max_prompt_tokens, vocab_size=vocab_size, say=say
+        )
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
+
+    def check_answers(self) -> None:
+        """Raise DataError, naming the line, for an answer that cannot be imitated."""
+        for place in range(len(self.prompts)):
+            self._answer(place)
 
     def prompt(self, index: int, stream: Stream = "train") -> Prompt:
         """The prompt at `index`; past the last line another epoch begins."""
-        return self._at(index, "prompts")
+        return self._at(index, self._place(index, "prompts"))
 
     def supervised(self, index: int) -> SupervisedPair:
         """The pair at `index`, of its own order."""
-        prompt = self._at(index, "supervised")
-        return SupervisedPair(prompt, answer_ids(self.tokenizer, prompt.metadata["answer"]))
+        place = self._place(index, "supervised")
+        return SupervisedPair(self._at(index, place), self._answer(place))
 
-    def _at(self, index: int, order: str) -> Prompt:
-        epoch, position = divmod(index, len(self.prompts))
-        if self.shuffle:
-            position = int(self._permutation(epoch, order)[position])
-        prompt = self.prompts[position]
+    def _answer(self, place: int) -> np.ndarray:
+        name = f"{self.path}, line {self.lines[place]}: the answer"
+        try:
+            ids = answer_ids(self.tokenizer, self.prompts[place].metadata["answer"])
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        check_vocabulary(self.tokenizer, ids, self.vocab_size, name)
+        return ids
+
+    def _at(self, index: int, place: int) -> Prompt:
+        prompt = self.prompts[place]
         return Prompt(prompt.ids, prompt.text, prompt.metadata, index)
+
+    def _place(self, index: int, order: str) -> int:
+        epoch, position = divmod(index, len(self.prompts))
+        return int(self._permutation(epoch, order)[position]) if self.shuffle else position
 
     def _permutation(self, epoch: int, order: str) -> np.ndarray:
         known = self._orders.get(order)
@@ -136,46 +183,3 @@ class FilePrompts:
             rng = np.random.default_rng([self.seed, epoch, order == "supervised"])
             known = self._orders[order] = (epoch, rng.permutation(len(self.prompts)))
         return known[1]
-
-
-def read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Prompt]:
-    """Every line of a file as a prompt; metadata: all keys but prompt and messages. Blank lines are passed over.
-
-    Raises DataError: no such file, no lines, or a line (by number) that is not JSON, lacks a key, or is too long.
-    """
-    if not path.is_file():
-        raise DataError(f"there is no data file {path}")
-    prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                prompt = _parse(line, tokenizer)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-            check_length(prompt, limit, where)
-            prompts.append(prompt)
-    if not prompts:
-        raise DataError(f"{path} holds no prompts")
-    return prompts
-
-
-def _parse(line: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"a line holds an object with a prompt and an answer, not a {type(row).__name__}")
-    if ("prompt" in row) == ("messages" in row):
-        raise DataError(f'needs exactly one of the keys "prompt" and "messages"; it has {", ".join(row) or "no keys"}')
-    if not isinstance(row.get("answer"), str):
-        raise DataError('needs the key "answer", a text; write a number in quotes')
-    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-    well_formed = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not messages or not well_formed:
-        raise DataError('"prompt" is a text, "messages" a list of {"role": text, "content": text}')
-    metadata = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
-    return chat_prompt(tokenizer, messages, metadata, index=0)

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.model import TinyModelConfig
-from pipeline.data.tokenizer import VOCAB_SIZE, write_character_tokenizer
+from pipeline.data.tokenizer import write_tokenizer
 
 
 def tensor_shapes(config: TinyModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Hugging Face name and shape of every weight; linears are [out, in]. Experts are not fused."""
     width, query, key = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    yield "model.embed_tokens.weight", (VOCAB_SIZE, width)
+    yield "model.embed_tokens.weight", (config.vocab_size, width)
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (width,)
@@ -38,7 +38,7 @@ def tensor_shapes(config: TinyModelConfig) -> Iterator[tuple[str, tuple[int, ...
             yield f"{prefix}.{mlp}.up_proj.weight", (inner, width)
             yield f"{prefix}.{mlp}.down_proj.weight", (width, inner)
     yield "model.norm.weight", (width,)
-    yield "lm_head.weight", (VOCAB_SIZE, width)
+    yield "lm_head.weight", (config.vocab_size, width)
 
 
 def parameter_count(config: TinyModelConfig) -> int:
@@ -68,4 +68,4 @@ def make_tiny_model(directory: str | Path, config: TinyModelConfig, seed: int) -
     generation = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     (directory / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")
-    return write_character_tokenizer(directory)
+    return write_tokenizer(directory, config.tokenizer)

@@ -238,6 +238,11 @@ class SGLangClient(SGLangControl):
         count = len(ids)
         if count > sampling.max_new_tokens or (count == 0 and reason != "abort" and sampling.max_new_tokens > 0):
             raise AnswerError(f"{count} tokens for a limit of {sampling.max_new_tokens}, finish reason {reason}")
+        if reason == "length" and count < sampling.max_new_tokens:
+            raise AnswerError(
+                f"an answer was cut at {count} of {sampling.max_new_tokens} tokens: the server has no room for more; "
+                "raise server.context_length or server.max_total_tokens"
+            )
         pairs = meta["output_token_logprobs"]
         if [pair[1] for pair in pairs] != answer["output_ids"]:
             raise AnswerError(f"{len(pairs)} log-probs do not belong to the {count} tokens of the answer")

@@ -23,6 +23,7 @@ from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
 from pipeline.errors import SamerouteError
+from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
@@ -51,6 +52,7 @@ class SGLangServer:
 
     model_path: Hugging Face folder (config, weights). log_path: file that gets all output of the server.
     device: "cpu" or "cuda". precision: what it computes with. seed: of the sampler.
+    trust_remote_code: let SGLang run the Python code that the folder's config.json names.
     return_routed_experts: let requests ask for the experts of every token (mixture-of-experts models only).
     """
 
@@ -64,12 +66,14 @@ class SGLangServer:
         seed: int,
         return_routed_experts: bool,
         precision: PrecisionConfig = _FULL,
+        trust_remote_code: bool = False,
     ) -> None:
         self.config = config
         self.model_path = Path(model_path)
         self.log_path = Path(log_path)
         self.device = device
         self.precision = precision
+        self.trust_remote_code = trust_remote_code
         self.seed = seed
         self.return_routed_experts = return_routed_experts
         self._port: int | None = None
@@ -104,7 +108,8 @@ class SGLangServer:
         except OSError as error:
             raise ServerError(str(error)) from error
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pipeline.engine.inside.launch", str(os.getpid()), *self.arguments()]
+        # -P: what lies in the working directory is no part of the path.
+        command = [sys.executable, "-P", "-m", "pipeline.engine.inside.launch", str(os.getpid()), *self.arguments()]
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -139,6 +144,8 @@ class SGLangServer:
         flags = ["--skip-tokenizer-init"]
         if self.return_routed_experts:
             flags.append("--enable-return-routed-experts")
+        if self.trust_remote_code:
+            flags.append("--trust-remote-code")
         if config.deterministic:
             flags.append("--enable-deterministic-inference")
         if not (self.device == "cuda" if config.prefix_cache is None else config.prefix_cache):
@@ -147,7 +154,9 @@ class SGLangServer:
             plain = self.precision.weights == "float32" and self.precision.kv_cache == "same"
             batched = CPU_ATTENTION_BACKEND if plain else "torch_native"
             arguments["--attention-backend"] = config.attention_backend or batched
-            arguments["--max-total-tokens"] = config.max_total_tokens or _CPU_TOTAL_TOKENS
+            arguments["--max-total-tokens"] = config.max_total_tokens or max(
+                _CPU_TOTAL_TOKENS, config.context_length or 0
+            )
             arguments["--sampling-backend"] = "pytorch"
             # Nothing is compiled on the CPU, so there is nothing to warm up; overlap helps only a GPU.
             flags += ["--disable-overlap-schedule", "--skip-server-warmup", "--sleep-on-idle"]
@@ -163,6 +172,7 @@ class SGLangServer:
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
         environment |= _without_proxy(self.config.host)
         environment |= self.precision.server_environment()
+        paths = own_folder()
         if self.device == "cpu":
             environment["SGLANG_USE_CPU_ENGINE"] = "1"
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -174,8 +184,9 @@ class SGLangServer:
                 chosen = [str(cores[rank % len(cores)]) for rank in range(self.config.tensor_parallel)]
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(chosen)
                 environment["SGLANG_NCCL_SO_PATH"] = "none"  # it finds NCCL installed and takes that for a GPU
-            paths = [str(CPU_STUBS), *filter(None, [environment.get("PYTHONPATH")])]
-            environment["PYTHONPATH"] = os.pathsep.join(paths)
+            paths.append(str(CPU_STUBS))
+        paths.append(environment.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         return environment
 
     def wait_ready(self, timeout_s: float | None = None) -> None:

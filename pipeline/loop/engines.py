@@ -63,6 +63,7 @@ def start_engines(
             seed=seed + number,  # another draw for each
             return_routed_experts=routes,
             precision=config.precision,
+            trust_remote_code=config.model.trust_remote_code,
         )
         for number in range(count)
     ]

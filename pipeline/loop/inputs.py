@@ -33,7 +33,7 @@ def check_inputs(config: Config) -> None:
         config.precision.check_device(config_device(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    resolve_reward(config.data.reward)
+    resolve_reward(config.data.reward, config.data.reward_directory)
     if config.data.path is not None and not config.data.path.is_file():
         raise DataError(f"there is no data file {config.data.path}")
     reserve_port(config.server.host, config.server.port)

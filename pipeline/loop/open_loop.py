@@ -43,7 +43,13 @@ def open_loop(
     """
     model_path = prepare_model(config, directory / "model")
     shape = read_description(model_path)
-    source = PromptSource(config.data, model_path, seed=config.run.seed)
+    source = PromptSource(
+        config.data,
+        model_path,
+        seed=config.run.seed,
+        supervised=config.supervised.steps > 0,
+        trust_remote_code=config.model.trust_remote_code,
+    )
     # Not the draws of the first steps again after a resumption.
     seed = config.run.seed + (0 if start is None else start.progress.step)
     with start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines:

@@ -9,6 +9,8 @@ from typing import TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.text.characters import visible
+
 _SUPERVISED_LINES = 10  # plain lines over all supervised steps
 
 # Label, key, format. A key that a run does not have (routes of a dense model) is left out of its lines.
@@ -61,8 +63,9 @@ class Console:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        """One line, as it is."""
-        self._rich.print(line, markup=False)
+        """One line. What would act on the terminal, or what its encoding does not have, is shown as an escape."""
+        known = visible(line).encode(self._rich.encoding, "backslashreplace").decode(self._rich.encoding)
+        self._rich.print(known, markup=False, emoji=False)
 
     def supervised(self, number: int, steps: int, nll: float) -> None:
         """Supervised step `number` of `steps` is done. nll: mean negative log-likelihood, nats a token."""

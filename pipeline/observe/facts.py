@@ -26,6 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.secrets import hide_in_command, hide_in_text
+
 if TYPE_CHECKING:
     from pipeline.trainer.group import TrainerGroup
 
@@ -70,13 +72,13 @@ def host_facts(directory: Path) -> dict[str, Any]:
     """Of this machine and this installation. directory: whose disk is meant."""
     return {
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": hide_in_command(sys.argv),
         "host": _host(directory),
         "gpus": gpus(),
         "cuda": _cuda(),
         "versions": {package: _version(package) for package in PACKAGES},
         "git": git(Path(__file__)),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "environment": {k: hide_in_text(v) for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
 
 

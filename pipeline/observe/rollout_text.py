@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.text.characters import visible
 from pipeline.types import Group, Rollout
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def _best_and_worst_first(group: Group) -> list[int]:
 
 
 def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt, response, reward, finish, weight versions, and every token with its log-prob (nats)."""
+    """Prompt, response, reward, finish, weight versions, and every token with its log-prob (nats).
+
+    What would act on a terminal is shown in its place: see pipeline.text.characters.visible.
+    """
     episode = group.episodes[position]
     rollout = episode.last
     reward = f"{episode.reward:.3f}" if episode.reward is not None else episode.failure or "not graded"
@@ -54,7 +58,7 @@ def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase
     lines += [f"{key:<9} {value}" for key, value in group.prompt.metadata.items()]
     response = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=False)
     lines += ["--- prompt", group.prompt.text, "--- response", str(response), "--- tokens (log-prob, nats)"]
-    return "\n".join(lines + _tokens(rollout, tokenizer)) + "\n"
+    return visible("\n".join(lines + _tokens(rollout, tokenizer)) + "\n")
 
 
 def _total(rollout: Rollout) -> str:

@@ -1,6 +1,7 @@
 """The files a run leaves.
 
-config.yaml          the resolved configuration
+config.yaml          the resolved configuration, *** in place of what may be a secret
+secrets.yaml         that, over config.yaml as its base, readable by its owner only; where there is any
 metrics.jsonl        one JSON object a step, of numbers
 records.jsonl        one JSON object a step, of what is no single number: see step_record
 tensorboard/         the same as events
@@ -29,12 +30,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import yaml
-
 from megatron_ext.hf.companions import Dtype, write_companions
+from pipeline.config.secrets import hidden, shown
 from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
+from pipeline.text.yaml_text import dump
 from pipeline.types import StepResult
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 _FILES = (
     "config.yaml",
+    "secrets.yaml",
     "metrics.jsonl",
     "records.jsonl",
     "summary.png",
@@ -101,7 +103,8 @@ class RunDirectory:
             (self.path / "summary.png").unlink(missing_ok=True)  # it says that a run is finished
         for directory in (self.logs, self.path / "rollouts", self.path / "tensorboard"):
             directory.mkdir(parents=True, exist_ok=resume_after is not None)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        (self.path / "config.yaml").write_text(dump(shown(config)), encoding="utf-8")
+        _write_secrets(self.path / "secrets.yaml", hidden(config))
         self._resume_after = resume_after
         self._metrics = self.metrics_path.open("x" if resume_after is None else "a", encoding="utf-8")
         self._steps = records.open("x" if resume_after is None else "a", encoding="utf-8")
@@ -189,6 +192,13 @@ class RunDirectory:
             from pipeline.observe.summary import write_summary
 
             write_summary(self.metrics_path, self.path / "summary.png")
+
+
+def _write_secrets(file: Path, secrets: Mapping[str, Any]) -> None:
+    file.unlink(missing_ok=True)  # of an earlier start, whatever its mode
+    if secrets:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as target:
+            target.write(dump({"base": "config.yaml", **secrets}))
 
 
 def _clear(path: Path, overwrite: bool) -> None:

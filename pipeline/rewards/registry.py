@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Protocol, cast
 
 import numpy as np
@@ -46,8 +49,11 @@ def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
     return add
 
 
-def resolve_reward(name: str) -> RewardFunction:
-    """The verifier of a registered name or of "package.module:function". Raises RewardError, saying what there is."""
+def resolve_reward(name: str, directory: Path | None = None) -> RewardFunction:
+    """The verifier of a registered name or of "package.module:function".
+
+    directory: where the module is looked for first. Raises RewardError, saying what there is.
+    """
     if ":" not in name:
         if name not in _REWARDS:
             raise RewardError(
@@ -57,10 +63,22 @@ def resolve_reward(name: str) -> RewardFunction:
         return _REWARDS[name]
     module_name, _, attribute = name.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = _import(module_name, directory)
     except ImportError as error:
         raise RewardError(f"the verifier {name!r} cannot be imported: {error}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise RewardError(f"the module {module_name} has no function {attribute!r}")
     return cast(RewardFunction, function)
+
+
+def _import(name: str, directory: Path | None) -> ModuleType:
+    if directory is None:
+        return importlib.import_module(name)
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    module = importlib.import_module(name)
+    place = getattr(module, "__file__", None)
+    if place is None or not Path(place).resolve().is_relative_to(directory.resolve()):
+        raise RewardError(f"the module {name} of {directory} is hidden by {place or 'one of Python'}; rename the file")
+    return module

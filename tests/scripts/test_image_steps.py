@@ -57,6 +57,7 @@ def test_what_the_image_needs_is_sent_to_docker_and_nothing_else():
         "pipeline/commands/main.py",
         "configs/quickstart.yaml",
         "requirements.lock",
+        "sameroute.py",
         "scripts/slurm/common.sh",
     ):
         assert included(path)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipeline.observe.report.figure import Figure
 from pipeline.observe.report.rollouts import LEVELS
 from pipeline.observe.report.theme import template
+from pipeline.text.characters import visible
 
 _HERE = Path(__file__).parent
 
@@ -31,6 +33,7 @@ def render_page(file: Path, drawn: Iterable[Figure], **values: Any) -> str:
     pages = Environment(
         loader=FileSystemLoader([file.parent, _HERE]),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -43,6 +46,11 @@ def render_page(file: Path, drawn: Iterable[Figure], **values: Any) -> str:
         plotly=get_plotlyjs(),
         **values,
     )
+
+
+def _shown(value: Any) -> Any:
+    """Text as a page may hold it: nothing in it turns the direction of what follows. Markup of our own stays."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _script_json(value: Any) -> str:

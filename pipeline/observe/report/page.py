@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-import yaml
-
 from pipeline.observe.report import learning, policies, speed
 from pipeline.observe.report.figure import Figure, present
 from pipeline.observe.report.html import Tile, render_page
 from pipeline.observe.report.rollouts import LEVELS, SMALLEST_DECADE, SURPRISE, shown_steps
 from pipeline.observe.report.run import Run, read_run
+from pipeline.text.yaml_text import dump
 
 _FILES = (
     ("config.yaml", "the configuration, every default written out"),
@@ -91,7 +90,7 @@ def render(run: Run) -> str:
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         tiles=tiles(run),
         settings=[(label, value) for label, keys in _SETTINGS if (value := run.setting(*keys)) is not None],
-        config=yaml.safe_dump(dict(run.config), sort_keys=False),
+        config=dump(dict(run.config)),
         notes=run.notes,
         sections=shown,
         rollouts=shown_steps(run),

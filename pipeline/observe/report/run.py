@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from pipeline.errors import NOT_STARTED, SamerouteError
+from pipeline.text.yaml_text import YamlError, parse
 
 _LARGEST = 1.7e308  # of a float64; nan is not below it either
 
@@ -91,8 +91,8 @@ def read_run(path: str | Path) -> Run:
         raise ReportError(f"{path} is no run directory: it has no config.yaml")
     notes: list[str] = []
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        config = parse((path / "config.yaml").read_text(encoding="utf-8")) or {}
+    except YamlError as error:
         config = {}
         notes.append(f"config.yaml is not YAML: {error}")
     metrics = _numbers(_lines(path / "metrics.jsonl", notes), notes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.observe import MlflowConfig
+from pipeline.config.secrets import hide_in_text
 from pipeline.observe.sinks.background import DeliveryError
 
 _PARAMS_A_CALL = 100  # MLflow's REST API takes no more
@@ -33,7 +34,7 @@ class MlflowSink:
             for start in range(0, len(params), _PARAMS_A_CALL):
                 self._client.log_batch(self._run, params=params[start : start + _PARAMS_A_CALL])
         except self._errors as error:
-            raise DeliveryError(f"observe.mlflow: {settings.tracking_uri}: {error}") from error
+            raise DeliveryError(f"observe.mlflow: {hide_in_text(f'{settings.tracking_uri}: {error}')}") from error
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Blocks until the server has them. Raises DeliveryError where it does not take them."""

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipeline.config.observe import ObserveConfig
+from pipeline.config.secrets import shown
 from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.observe.sinks.alerts import Alerts, wrong_alerts
 from pipeline.observe.sinks.background import Background, DeliveryError
@@ -89,7 +90,7 @@ class Sinks:
         """directory: the run's. say: takes a line for people. Raises ObserveError where a sink cannot be had."""
         self._stack, self._finished, self._sinks = ExitStack(), False, list[Sink]()
         # A webhook's address is often a secret.
-        observe, plain = config.observe, config.model_dump(mode="json", exclude={"alerts": {"webhook"}})
+        observe, plain = config.observe, shown(config.model_dump(mode="json", exclude={"alerts": {"webhook"}}))
         alerts = Alerts(config.alerts, directory, say)
         failing: dict[str, Callable[[], int]] = {}
         with ExitStack() as undo:

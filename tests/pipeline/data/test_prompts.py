@@ -1,21 +1,26 @@
+import bz2
+import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from pipeline.config.data import DataConfig, SyntheticTaskConfig
-from pipeline.data.chat import DataError
+from pipeline.data.chat import DataError, token_ids
 from pipeline.data.prompts import PromptSource
+from pipeline.data.tokenizer import load_tokenizer
 
 TASK = SyntheticTaskConfig(min_digits=2, max_digits=3)
 ROWS = [{"prompt": f"{n}+1", "answer": str(n + 1), "source": "made"} for n in range(5)]
+GOOD = b'{"prompt": "1+1", "answer": "2"}\n'
 
 
 @pytest.fixture
 def source(model_directory):
-    return lambda seed=0, stream="train", **fields: PromptSource(
-        DataConfig(**fields), model_directory, seed=seed, stream=stream
+    return lambda seed=0, stream="train", say=print, **fields: PromptSource(
+        DataConfig(**fields), model_directory, seed=seed, stream=stream, say=say
     )
 
 
@@ -102,7 +107,21 @@ def test_messages_go_through_the_chat_template(source, jsonl):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ('{"prompt": "1"', "not JSON"),
+        ('{"prompt": "1"', "not JSON: .*at column"),
+        ('{"prompt": "1", "answer": "1"} {}', "not JSON: Extra data, at column 32"),
+        ("{", "must stand on one line"),
+        ('{"prompt": "1", "answer": "\\ud800"}', "half of a UTF-16 pair stands alone in 'answer'"),
+        ('{"prompt": "\\udfff1", "answer": "1"}', "half of a UTF-16 pair stands alone in 'prompt'"),
+        ('{"prompt": "1", "answer": "1", "more": {"x": ["\\ud83d"]}}', "half of a UTF-16 pair .* 'more'"),
+        ('{"prompt": "1", "answer": "1", "\\ud83d": 1}', "half of a UTF-16 pair"),
+        ('{"prompt": "1", "answer": "1", "n": ' + "9" * 5000 + "}", "an integer of 5,000 digits"),
+        ('{"prompt": "1", "answer": "1", "n": -1e999}', "more than a float64 holds"),
+        ('{"prompt": "1", "answer": "1", "n": NaN}', "NaN is no JSON; write null"),
+        ('{"prompt": "1", "answer": "1", "n": [-Infinity]}', "-Infinity is no JSON"),
+        ('{"prompt": "1", "answer": "1", "n": ' + "[" * 100 + "]" * 100 + "}", "nested more than 64 deep in 'n'"),
+        ('{"prompt": "1", "answer": "1", "n": ' + '{"a":' * 9999 + "1" + "}" * 9999 + "}", "nested more than 64 deep"),
+        ('{"prompt": "1", "answer": "1", "answer": "2"}', "the key 'answer' stands twice"),
+        ('{"prompt": "1", "answer": "1", "n": {"a": 1, "a": 2}}', "the key 'a' stands twice"),
         ("[1]", "holds an object"),
         ({"answer": "1"}, 'exactly one of the keys "prompt" and "messages"'),
         ({"prompt": "1", "messages": [], "answer": "1"}, "exactly one of the keys"),
@@ -119,6 +138,117 @@ def test_messages_go_through_the_chat_template(source, jsonl):
 def test_a_bad_line_is_named_before_anything_starts(line, sentence, source, jsonl):
     with pytest.raises(DataError, match=f"data.jsonl, line 3:? .*{sentence}"):
         source(path=jsonl(ROWS[0], "", line), max_prompt_tokens=20)
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        (GOOD + '{"prompt": "é", "answer": "1"}'.encode("latin-1"), "line 2: the byte 0xe9 is not UTF-8; .*iconv"),
+        (GOOD + GOOD + b'{"prompt": "1\x001"}', "line 3: there is a NUL byte"),
+        (GOOD.decode().encode("utf-16"), "line 1: the file is UTF-16.*iconv"),
+        (GOOD.decode().encode("utf-16-le"), "line 1: there is a NUL byte; .* UTF-16 without its mark"),
+        (GOOD.decode().encode("utf-32"), "line 1: the file is UTF-32"),
+        (gzip.compress(GOOD), "line 1: the file is gzip, not text in UTF-8; unpack it"),
+        (bz2.compress(GOOD), "line 1: the file is bzip2"),
+        (b"PAR1\x15\x04", "line 1: the file is Parquet.*to_json"),
+        (b"[\n" + GOOD + b"]\n", "line 1: not JSON: the object must stand on one line, without a list"),
+        (b"", "holds no prompts"),
+    ],
+)
+def test_another_kind_of_file_is_named_with_its_line(raw, sentence, source, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(raw)
+    with pytest.raises(DataError, match=f"data.jsonl,? {sentence}"):
+        source(path=tmp_path / "data.jsonl")
+
+
+def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_mistakes(source, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n  \n\n" + GOOD)
+    assert len(source(path=tmp_path / "data.jsonl")._data.prompts) == 2
+
+
+def test_a_character_that_is_written_as_a_whole_pair_is_kept(source, jsonl):
+    line = '{"prompt": "1", "answer": "1", "more": "\\ud83d\\ude00"}'
+    (prompt,) = source(path=jsonl(line)).take(1)
+    assert prompt.metadata["more"] == "\U0001f600"
+
+
+def test_a_directory_in_place_of_a_data_file_is_named(source, tmp_path):
+    with pytest.raises(DataError, match=r"the data file .* cannot be read: Is a directory"):
+        source(path=tmp_path)
+
+
+def widened(directory, target, *tokens):
+    """A copy of the model whose tokenizer has more tokens than the model has embeddings."""
+    shutil.copytree(directory, target)
+    wider = load_tokenizer(target)
+    wider.add_tokens(list(tokens))
+    wider.save_pretrained(str(target))
+    return target
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_named_with_its_line(model_directory, tmp_path, jsonl):
+    model = widened(model_directory, tmp_path / "wider", "<think>")
+    path = jsonl(*ROWS, {"prompt": "<think>1", "answer": "1"})
+    with pytest.raises(DataError, match=r"data\.jsonl, line 6: the token '<think>' has the id 64, .*vocab_size is 64"):
+        PromptSource(DataConfig(path=path), model, seed=0)
+    path = jsonl(*ROWS, {"prompt": "1", "answer": "<think>1"})
+    source = PromptSource(DataConfig(path=path, shuffle=False), model, seed=0)
+    with pytest.raises(DataError, match=r"line 6: the answer: the token '<think>'"):
+        source.take_supervised(6)
+    with pytest.raises(DataError, match=r"line 6: the answer: the token '<think>'"):
+        PromptSource(DataConfig(path=path), model, seed=0, supervised=True)
+
+
+def test_a_token_of_the_chat_template_or_of_a_task_beyond_the_vocabulary_is_found_too(model_directory, tmp_path, jsonl):
+    model = widened(model_directory, tmp_path / "wider", "<go>")
+    task = SyntheticTaskConfig(question="<go>{question}")
+    with pytest.raises(DataError, match="prompt 0: the token '<go>' has the id 64"):
+        PromptSource(DataConfig(task=task), model, seed=0).take(1)
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}<go>")
+    with pytest.raises(DataError, match="line 1: the token '<go>' has the id 64"):
+        PromptSource(DataConfig(path=jsonl(*ROWS)), model, seed=0)
+
+
+def test_a_prompt_of_no_tokens_is_refused(model_directory, tmp_path, jsonl):
+    model = tmp_path / "bare"
+    shutil.copytree(model_directory, model)
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(DataError, match="line 2 is no token at all"):
+        PromptSource(DataConfig(path=jsonl(ROWS[0], {"prompt": "", "answer": "1"})), model, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "generation_config.json, line 1, is not JSON"),
+        ("[]", "generation_config.json must hold an object, not '\\[\\]'"),
+        ('{"eos_token_id": "x"}', "eos_token_id of .* is a token id or a list of them, not 'x'"),
+        ('{"eos_token_id": [true]}', "is a token id or a list of them"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_read_is_named(content, sentence, model_directory, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    (model / "generation_config.json").write_text(content)
+    with pytest.raises(DataError, match=sentence):
+        PromptSource(DataConfig(task=TASK), model, seed=0)
+
+
+def test_many_prompts_are_tokenized_in_batches_and_a_line_says_how_far_it_is(source, jsonl, monkeypatch, tokenizer):
+    calls = []
+    monkeypatch.setattr(
+        "pipeline.data.jsonl.token_ids", lambda t, texts: calls.append(len(texts)) or token_ids(t, texts)
+    )
+    monkeypatch.setattr("pipeline.data.jsonl._PROGRESS_S", -1.0)
+    lines = []
+    path = jsonl(*({"prompt": f"{n}+1", "answer": str(n + 1)} for n in range(1200)))
+    stream = source(path=path, shuffle=False, say=lines.append)
+    assert calls == [512, 512, 176]
+    assert [line.partition(": ")[2] for line in lines] == [
+        f"{n} of 1,200 prompts are tokenized" for n in ("512", "1,024", "1,200")
+    ]
+    alone = tokenizer.encode("<|user|>1100+1<|assistant|>", add_special_tokens=False)
+    assert stream.take(1101)[-1].ids.tolist() == alone
 
 
 def test_a_missing_and_an_empty_file_are_named(source, jsonl, tmp_path):

@@ -81,8 +81,8 @@ def test_an_imperfect_teacher_errs_at_its_rate_and_the_verifier_does_not(tokeniz
 
 def test_a_stream_without_questions_ends_with_a_sentence(tokenizer, monkeypatch):
     question = next(str(n) for n in range(100) if is_held_out(str(n)))
-    monkeypatch.setitem(GENERATORS, "one", lambda rng, digits: (question, "1"))
-    task = make(tokenizer, name="one")
+    monkeypatch.setitem(GENERATORS, "addition", lambda rng, digits: (question, "1"))
+    task = make(tokenizer, name="addition")
     assert task.problem(0, "held_out") == (question, "1")
     with pytest.raises(ValueError, match="too few questions for a train stream; raise max_digits"):
         task.problem(0)

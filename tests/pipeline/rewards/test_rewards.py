@@ -1,9 +1,11 @@
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.config import load_config
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.rewards import RewardError, grade, register_reward, resolve_reward, response_text
 from pipeline.types import Group, Prompt, Rollout
@@ -106,3 +108,27 @@ def test_an_unknown_name_says_which_there_are():
 def test_a_name_is_taken_once():
     with pytest.raises(RewardError, match="already a verifier 'exact_match'"):
         register_reward("exact_match")(lambda prompt, response_text, response_ids, finish_reason: 0.0)
+
+
+def test_a_verifier_beside_the_yaml_file_is_found_before_one_on_the_path(tmp_path, monkeypatch):
+    beside, elsewhere = tmp_path / "beside", tmp_path / "elsewhere"
+    for folder, value in ((beside, 0.25), (elsewhere, 0.75)):
+        folder.mkdir()
+        (folder / "grade_beside.py").write_text(f"def grade(*_):\n    return {value}\n")
+    monkeypatch.setattr(sys, "path", [str(elsewhere), *sys.path])
+    (beside / "run.yaml").write_text(f"base: {Path('configs/quickstart.yaml').resolve()}\n")
+    config = load_config(beside / "run.yaml", ["data.reward=grade_beside:grade"])
+    assert config.data.reward_directory == beside.resolve()
+    assert resolve_reward(config.data.reward, config.data.reward_directory)(None, "", None, "stop") == 0.25
+    (beside / "above").mkdir()
+    (beside / "above" / "run.yaml").write_text("base: ../run.yaml\n")
+    again = load_config(beside / "above" / "run.yaml", ["data.reward=grade_beside:grade"])
+    assert again.data.reward_directory == beside.resolve()
+    assert load_config(beside / "run.yaml").data.reward_directory is None
+
+
+def test_a_verifier_whose_module_another_one_hides_is_refused(tmp_path):
+    for name in ("math", "json"):  # built in, and a file of Python's own
+        (tmp_path / f"{name}.py").write_text("def grade(*_):\n    return 1.0\n")
+        with pytest.raises(RewardError, match=f"the module {name} of .* is hidden by .*; rename the file"):
+            resolve_reward(f"{name}:grade", tmp_path)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from pipeline.observe.report.page import write_report
 from pipeline.observe.report.rollouts import card, signed_level, surprise_level
+from tests.support.runs import MadeRun
 
 ROLLOUT = {
     "prompt": "p", "index": 3, "sample": 0, "samples": 2, "metadata": {"answer": "7"}, "reward": 1.0, "advantage": None,
@@ -36,3 +38,15 @@ def test_a_card_says_what_is_not_shown_and_what_is_no_number():
     assert first.classes == "m7 u0 s1"
     assert "trainer - server +2.50e-01" in first.title
     assert "server not finite" in second.title
+
+
+def test_what_a_prompt_or_an_answer_holds_acts_neither_on_a_terminal_nor_on_the_page(tmp_path):
+    run = MadeRun(tmp_path)
+    run.write(1, prompt="<|user|>\x1b[2J\u202e\ud800</script><b>bold</b>")
+    run.directory.close()
+    text = (run.path / "rollouts" / "step_000001.txt").read_text(encoding="utf-8")
+    page = write_report(run.path).read_text(encoding="utf-8")
+    for written in (text, page):
+        assert "\\x1b[2J\\u202e\\ud800" in written
+        assert not {"\x1b", "\u202e"} & set(written.partition("<|user|>")[2][:2000])
+    assert "&lt;/script&gt;&lt;b&gt;bold&lt;/b&gt;" in page

@@ -1,0 +1,53 @@
+"""What the server's command line says, without a server."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.server import ServerConfig
+from pipeline.engine.server import SGLangServer
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    def arguments(device="cpu", trust_remote_code=False, **config):
+        server = SGLangServer(
+            ServerConfig(**config),
+            tmp_path,
+            tmp_path / "sglang.log",
+            device=device,
+            seed=0,
+            return_routed_experts=False,
+            trust_remote_code=trust_remote_code,
+        )
+        monkeypatch.setattr(server, "_port", 30000)
+        return server.arguments()
+
+    return arguments
+
+
+def value_of(arguments, name):
+    return arguments[arguments.index(name) + 1]
+
+
+def test_a_models_own_code_runs_in_the_server_only_where_it_is_trusted(arguments):
+    assert "--trust-remote-code" not in arguments()
+    assert "--trust-remote-code" in arguments(trust_remote_code=True)
+
+
+@pytest.mark.parametrize(("context", "cache"), [(4096, 65_536), (100_000, 100_000)])
+def test_the_cache_of_a_cpu_holds_a_request_as_long_as_the_context(arguments, context, cache):
+    assert value_of(arguments(context_length=context), "--max-total-tokens") == str(cache)
+    assert value_of(arguments(context_length=context, max_total_tokens=200_000), "--max-total-tokens") == "200000"
+    assert "--max-total-tokens" not in arguments(device="cuda", context_length=context)
+
+
+def test_the_servers_process_finds_the_packages_before_anything_on_pythonpath(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somebody/else")
+    server = SGLangServer(
+        ServerConfig(), tmp_path, tmp_path / "log", device="cuda", seed=0, return_routed_experts=False
+    )
+    monkeypatch.setattr(server, "_scratch", tmp_path)
+    root = str(Path(sys.modules["pipeline"].__file__).parent.parent)
+    assert server._environment()["PYTHONPATH"].split(":") == [root, "/somebody/else"]
