@@ -21,7 +21,7 @@ LARGEST_ROOM = 14
 
 # From the bottom up. A room may import those on the lines before its own, and itself.
 ROOMS = """
-pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.text
+pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.forks pipeline.text
 pipeline.types
 pipeline.objectives
 pipeline.config
@@ -38,10 +38,12 @@ SAME_NAME = {
     "__init__": "packages",
     "alerts": "the rules of alerts, and who sends them",
     "config": "settings of the folder they stand in",
+    "errors": "what can go wrong in the folder they stand in",
     "page": "a page in HTML",
     "patches": "what an engine needs without CUDA",
     "plan": "the plan, and its command",
     "replay": "router replay: its kinds, and the routers",
+    "run": "a run: its settings, and what it does",
     "server": "an SGLang server: its settings, and its process",
     "types": "what flows through the folder they stand in",
 }

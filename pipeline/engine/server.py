@@ -1,7 +1,7 @@
 """Start, watch and stop one SGLang server (0.5.23) as a child of this process, on GPUs or on the CPU.
 
 start() returns at once, wait_ready() when the server answers; in between the caller may start other things.
-Whatever way this process ends, no process of the server outlives it (`launch.py`).
+Whatever way this process ends, no process of the server outlives it (`inside/serve.py`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class SGLangServer:
             raise ServerError(str(error)) from error
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # -P: what lies in the working directory is no part of the path.
-        command = [sys.executable, "-P", "-m", "pipeline.engine.inside.launch", str(os.getpid()), *self.arguments()]
+        command = [sys.executable, "-P", "-m", "pipeline.engine.inside.serve", str(os.getpid()), *self.arguments()]
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

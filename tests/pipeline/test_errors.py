@@ -29,7 +29,7 @@ CODES = {
     "pipeline.loop.loop.DisagreementError": 1,
     "pipeline.loop.loop.NothingToLearnError": 1,
     "pipeline.loop.stop.Stopped": 75,
-    "pipeline.observe.report.run.ReportError": 2,
+    "pipeline.observe.report.run_files.ReportError": 2,
     "pipeline.observe.run_dir.RunDirectoryError": 2,
     "pipeline.observe.sinks.alerts.AlertStop": 1,
     "pipeline.observe.sinks.sinks.ObserveError": 2,

@@ -1,6 +1,6 @@
 """A process that has imported SGLang and forks servers: `python -m pipeline.engine.inside.preloaded SOCKET KEEPER_PID`.
 
-See `pipeline/forks.py`. Servers on the CPU find it by its variable, through `launch.py`.
+See `pipeline/forks.py`. Servers on the CPU find it by its variable, through `serve.py`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import importlib
 import sys
 from pathlib import Path
 
-from pipeline.engine.inside import launch
-from pipeline.forks import serve
+from pipeline import forks
+from pipeline.engine.inside import serve
 from pipeline.imports import lasting_imports
 
 _MODULES = (
@@ -32,7 +32,7 @@ _READ = (
 
 
 def _import() -> None:
-    for absent in ("megatron", "flashinfer"):  # as `launch.py` and `plugin.py` have it
+    for absent in ("megatron", "flashinfer"):  # as `serve.py` and `plugin.py` have it
         sys.modules[absent] = None  # pyright: ignore[reportArgumentType]
     with lasting_imports():
         for name in _MODULES:
@@ -41,9 +41,9 @@ def _import() -> None:
 
 def main() -> None:
     """Fork servers; returns in each of them when it has been asked to stop."""
-    forked = serve(Path(sys.argv[1]), int(sys.argv[2]), _import, _READ)
-    forked.follow(launch.leave)
-    launch.serve(forked.arguments)
+    forked = forks.serve(Path(sys.argv[1]), int(sys.argv[2]), _import, _READ)
+    forked.follow(serve.leave)
+    serve.serve(forked.arguments)
 
 
 if __name__ == "__main__":

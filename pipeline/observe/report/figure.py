@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from pipeline.observe.report.run import Run
+from pipeline.observe.report.run_files import Run
 from pipeline.observe.report.theme import DASHES, blank
 
 WINDOW = 5  # steps of the running mean, and of a run's beginning and end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.observe.report.figure import WINDOW, Figure, absent, ends, line_plot, mode, present
-from pipeline.observe.report.run import Run
+from pipeline.observe.report.run_files import Run
 from pipeline.observe.report.theme import blank
 from pipeline.observe.summary import running_mean
 

@@ -11,7 +11,7 @@ from pipeline.observe.report import learning, policies, speed
 from pipeline.observe.report.figure import Figure, present
 from pipeline.observe.report.html import Tile, render_page
 from pipeline.observe.report.rollouts import LEVELS, SMALLEST_DECADE, SURPRISE, shown_steps
-from pipeline.observe.report.run import Run, read_run
+from pipeline.observe.report.run_files import Run, read_run
 from pipeline.text.yaml_text import dump
 
 _FILES = (

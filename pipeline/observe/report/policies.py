@@ -6,8 +6,8 @@ import numpy as np
 
 from pipeline.config.tree import LOGPROB_BOUNDS
 from pipeline.observe.report.figure import Figure, absent, ends, line_plot, present
-from pipeline.observe.report.ratios import draw_ratio_by_step, draw_ratio_of_steps, ratio_of
-from pipeline.observe.report.run import Run
+from pipeline.observe.report.ratio_figures import draw_ratio_by_step, draw_ratio_of_steps, ratio_of
+from pipeline.observe.report.run_files import Run
 from pipeline.observe.report.theme import BOUND, blank, thinned
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.observe.report.run import Run
+from pipeline.observe.report.run_files import Run
 
 _STEPS = 6  # whose rollouts the report shows
 LEVELS = 7

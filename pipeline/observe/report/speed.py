@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.observe.report.figure import Figure, absent, line_plot
-from pipeline.observe.report.run import Run
+from pipeline.observe.report.run_files import Run
 from pipeline.observe.report.theme import blank
 
 _PHASES = {

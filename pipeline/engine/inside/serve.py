@@ -1,4 +1,4 @@
-"""The process that becomes the server: `python -m pipeline.engine.inside.launch PARENT_PID [SGLang's arguments]`.
+"""The process that becomes the server: `python -m pipeline.engine.inside.serve PARENT_PID [SGLang's arguments]`.
 
 It adds one thing to SGLang's own entry point: when the process PARENT_PID is gone, even by SIGKILL, the whole
 server goes too. The parent is polled rather than watched with PR_SET_PDEATHSIG, because that signal is sent when

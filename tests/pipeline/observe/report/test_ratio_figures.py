@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.observe.report.ratios import Ratio, draw_ratio_by_step, draw_ratio_of_steps, ratio_of
+from pipeline.observe.report.ratio_figures import Ratio, draw_ratio_by_step, draw_ratio_of_steps, ratio_of
 from pipeline.observe.step_record import BIN_EDGES, histogram
 
 CENTRE = len(BIN_EDGES) // 2
