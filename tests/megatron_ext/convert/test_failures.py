@@ -67,7 +67,7 @@ def two_experts_change_places():
 
 
 def two_tensors_change_places():
-    from megatron_ext.convert import tensors as module
+    from megatron_ext.hf import writer as module
 
     class Elsewhere(module.SafetensorsWriter):
         def write(self, name, tensor):
