@@ -39,5 +39,6 @@ def test_a_run_starts_samples_and_sends_weights_past_a_dead_proxy_and_a_long_tmp
     assert started.returncode == 0, output
     assert "step 2/2  reward" in output
     assert len(str(long)) >= 98
-    assert list(long.iterdir()) == []
+    # torch.compile's cache is kept for the next run, and goes where the user's TMPDIR is
+    assert {path.name for path in long.iterdir()} <= {f"torchinductor_{os.getuid()}"}
     assert [left for folder in FOLDERS for left in folder.glob(f"sameroute-{started.pid}-*")] == []
