@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=[name for name in PRESETS if name != "ppo"])
+    parser.add_argument("--only", nargs="*", default=["grpo", "gspo", "minirl"], choices=list(PRESETS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_tiny_model(folder, HIDDEN, seed=0))

@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.objectives.bad_samples import BadSamples, NonFiniteInput, NonFiniteRatio, RunawayRatio
     from pipeline.objectives.composition import Composition, CorrectionConfig, KLConfig
     from pipeline.objectives.config import ObjectiveConfig
-    from pipeline.objectives.errors import BadSamples, NonFiniteInput, NonFiniteRatio, RunawayRatio
     from pipeline.objectives.mismatch import mismatch_by, mismatch_metrics
     from pipeline.objectives.objective import AdvantageOutputs, Objective, resolve
     from pipeline.objectives.presets import PRESETS, Preset
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "composition": ("Composition", "CorrectionConfig", "KLConfig"),
     "config": ("ObjectiveConfig",),
-    "errors": ("BadSamples", "NonFiniteInput", "NonFiniteRatio", "RunawayRatio"),
+    "bad_samples": ("BadSamples", "NonFiniteInput", "NonFiniteRatio", "RunawayRatio"),
     "mismatch": ("mismatch_by", "mismatch_metrics"),
     "objective": ("AdvantageOutputs", "Objective", "resolve"),
     "presets": ("PRESETS", "Preset"),

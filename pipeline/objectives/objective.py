@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.objectives.composition import MASKS_ONLY, Composition
 from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.terms import advantages as adv
-from pipeline.objectives.terms import ratios, surrogates
+from pipeline.objectives.terms import log_ratios, surrogates
 from pipeline.objectives.terms.corrections import correction_factor
 from pipeline.objectives.terms.critic import value_loss
 from pipeline.objectives.terms.kl import kl_estimate
@@ -49,14 +49,19 @@ class _Tokens:
 
     @classmethod
     def of(cls, x: LossInputs) -> _Tokens:
-        fixed = (ratios.trained(p.detach(), x.mask) for p in (x.proximal_logprobs, x.rollout_logprobs))
-        lengths = x.mask.sum(-1, keepdim=True).to(x.current_logprobs.dtype)
-        return cls(ratios.trained(x.current_logprobs, x.mask), *fixed, x.mask, lengths, x.sample_ids)
+        return cls(
+            current=log_ratios.trained(x.current_logprobs, x.mask),
+            proximal=log_ratios.trained(x.proximal_logprobs.detach(), x.mask),
+            rollout=log_ratios.trained(x.rollout_logprobs.detach(), x.mask),
+            mask=x.mask,
+            lengths=x.mask.sum(-1, keepdim=True).to(x.current_logprobs.dtype),
+            samples=x.sample_ids,
+        )
 
     def log_ratio(self, numerator: str, denominator: str) -> Tensor:
         """[S, T], of two policies by name."""
         a, b = getattr(self, numerator), getattr(self, denominator)
-        return ratios.token_log_ratio(a, b, f"{numerator}/{denominator}", self.samples)
+        return log_ratios.token_log_ratio(a, b, f"{numerator}/{denominator}", self.samples)
 
 
 @dataclass(frozen=True)
@@ -108,14 +113,14 @@ class Objective:
         not finite.
         """
         check_dtype("rewards", rewards)
-        ratios.finite(rewards[:, None], torch.ones_like(rewards[:, None], dtype=torch.bool), "the reward")
+        log_ratios.finite(rewards[:, None], torch.ones_like(rewards[:, None], dtype=torch.bool), "the reward")
         cells = self.composition
         penalty = self._reward_penalty(mask, proximal_logprobs, reference_logprobs)
         returns = None
         if cells.advantage == "gae":
             if values is None:
                 raise ValueError(f"{self.name} estimates advantages with a critic: pass values")
-            known = ratios.finite(values.detach(), mask, "values")
+            known = log_ratios.finite(values.detach(), mask, "values")
             dense = adv.token_rewards(rewards, mask, penalty)
             advantages, returns = adv.gae(dense, known, mask, cells.gae_gamma, cells.gae_lambda)
         elif cells.advantage == "batch_std":
@@ -142,8 +147,8 @@ class Objective:
             return None
         if proximal is None or reference is None:
             raise ValueError("a KL in the reward needs proximal_logprobs and reference_logprobs")
-        known, other = (ratios.trained(p.detach(), mask) for p in (reference, proximal))
-        log_ratio = ratios.token_log_ratio(known, other, "reference/proximal")
+        known, other = (log_ratios.trained(p.detach(), mask) for p in (reference, proximal))
+        log_ratio = log_ratios.token_log_ratio(known, other, "reference/proximal")
         return kl.beta * kl_estimate(log_ratio, kl.estimator)
 
     def loss(self, inputs: LossInputs, denominators: Denominators) -> LossOutputs:
@@ -152,7 +157,7 @@ class Objective:
 
         Gradient flows through current_logprobs, values and entropy only, and is 0 on untrained tokens. N = 0: the
         sequence contributes 0, with gradient 0. Raises BadSamples, which names them, where a number that is read is
-        not finite or a ratio runs away (errors.py).
+        not finite or a ratio runs away (bad_samples.py).
         """
         policy = self.policy_loss(inputs, denominators)
         if not self.needs_critic:
@@ -180,7 +185,7 @@ class Objective:
         term = self._surrogate(x, advantages, metrics)
         metrics["loss/clip_fraction"] = _share(term.cut, _counted(term.cut, x.mask))
         factor = self._corrections(x, advantages, metrics)
-        ratios.check_weight(term.weight * factor * (advantages != 0), "the weight of a gradient", x.samples)
+        log_ratios.check_weight(term.weight * factor * (advantages != 0), "the weight of a gradient", x.samples)
         loss = -reduce(factor * term.value, x.mask, per_token)
         metrics["loss/policy"] = _sum(loss)
         if cells.kl is not None and cells.kl.place == "loss":
@@ -190,7 +195,7 @@ class Objective:
         if cells.entropy_coefficient != 0.0:
             if inputs.entropy is None:
                 raise ValueError("entropy_coefficient needs inputs.entropy")
-            entropy = ratios.finite(inputs.entropy, x.mask, "entropy", x.samples)
+            entropy = log_ratios.finite(inputs.entropy, x.mask, "entropy", x.samples)
             metrics["entropy"] = _mean(entropy, x.mask)
             loss = loss - cells.entropy_coefficient * reduce(entropy, x.mask, per_token)
         return LossOutputs(loss, metrics)
@@ -216,7 +221,7 @@ class Objective:
         given = {"values": values, "returns": returns.detach()}
         if cells.value_clip is not None and proximal_values is not None:
             given["proximal_values"] = proximal_values.detach()
-        known = {name: ratios.finite(tensor, mask, name, sample_ids) for name, tensor in given.items()}
+        known = {name: log_ratios.finite(tensor, mask, name, sample_ids) for name, tensor in given.items()}
         halves = value_loss(known["values"], known["returns"], known.get("proximal_values"), cells.value_clip)
         lengths = mask.sum(-1, keepdim=True).to(values.dtype)
         value = reduce(halves, mask, token_weights(cells.reduction, lengths, denominators, prompt_tokens))
@@ -233,7 +238,7 @@ class Objective:
                 "ratio: sequence_token"
             )
         advantages = inputs.advantages.detach().to(inputs.current_logprobs.dtype)
-        return ratios.finite(advantages, inputs.mask, "advantages", inputs.sample_ids)
+        return log_ratios.finite(advantages, inputs.mask, "advantages", inputs.sample_ids)
 
     def _surrogate(self, x: _Tokens, advantages: Tensor, metrics: dict[str, Metric]) -> Term:
         """The term before corrections."""
@@ -244,7 +249,7 @@ class Objective:
         if kind == "reinforce" and whole:
             return surrogates.reinforce(torch.ones_like(x.lengths), advantages, x.current)
         log_ratio = x.log_ratio("current", cells.ratio_to)
-        log_level = log_ratio if cells.ratio == "token" else ratios.sequence_log_ratio(log_ratio, x.lengths)
+        log_level = log_ratio if cells.ratio == "token" else log_ratios.sequence_log_ratio(log_ratio, x.lengths)
         metrics["ratio/mean"] = _mean(log_level.exp(), x.mask)
         metrics["ratio/max_abs_log"] = _largest(log_level)
         if cells.ratio == "sequence_token":
@@ -283,14 +288,14 @@ class Objective:
         assert kl is not None
         if inputs.reference_logprobs is None:
             raise ValueError("a KL in the loss needs inputs.reference_logprobs")
-        reference = ratios.trained(inputs.reference_logprobs.detach(), x.mask)
-        log_ratio = ratios.token_log_ratio(reference, x.current, "reference/current", x.samples)
+        reference = log_ratios.trained(inputs.reference_logprobs.detach(), x.mask)
+        log_ratio = log_ratios.token_log_ratio(reference, x.current, "reference/current", x.samples)
         importance = None
         if kl.estimator == "unbiased_k3":
             importance = x.log_ratio("current", "rollout").exp()
-            ratios.check_weight(importance.detach(), "current/rollout", x.samples)
+            log_ratios.check_weight(importance.detach(), "current/rollout", x.samples)
         if kl.estimator in ("k3", "unbiased_k3"):
-            ratios.check_weight(log_ratio.detach().exp(), "reference/current", x.samples)
+            log_ratios.check_weight(log_ratio.detach().exp(), "reference/current", x.samples)
         return kl_estimate(log_ratio, kl.estimator, importance)
 
 

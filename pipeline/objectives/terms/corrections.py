@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives.composition import CorrectionConfig
-from pipeline.objectives.terms.ratios import check_finite, sequence_log_ratio
+from pipeline.objectives.terms.log_ratios import check_finite, sequence_log_ratio
 
 
 class Factor(NamedTuple):

@@ -19,8 +19,8 @@ from pipeline.objectives.composition import KLEstimator
 def kl_estimate(log_ratio: Tensor, estimator: KLEstimator, importance_ratio: Tensor | None = None) -> Tensor:
     """The estimate at each token, nats.
 
-    log_ratio: [S, T], l, 0 on untrained tokens (the estimate is 0 there); differentiable. e^l must be finite (ratios.py
-    checks).
+    log_ratio: [S, T], l, 0 on untrained tokens (the estimate is 0 there); differentiable. e^l must be finite
+    (log_ratios.py checks).
     importance_ratio: [S, T], pi/mu, differentiable; for unbiased_k3 only.
     """
     if estimator == "k1":

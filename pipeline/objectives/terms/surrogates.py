@@ -7,12 +7,12 @@ A term is to be maximised. Every function returns
              the check that nothing runs away
     cut      bool, the ratios that a clip, bound or mask changed
 
-`ratio` is r_t [S, T], s [S, 1] or s_t [S, T] (ratios.py). A term per sequence counts once per token in the sums of
+`ratio` is r_t [S, T], s [S, 1] or s_t [S, T] (log_ratios.py). A term per sequence counts once per token in the sums of
 reduce.py, N times, and its derivative by each token's log pi is 1/N of its derivative by log s; the two cancel, so
 terms [S, T] and [S, 1] are weighed alike.
 
 `advantages` [S, 1] or [S, T] are constant. Where A = 0 nothing is clipped, and the term and its gradient are 0. Ratios
-and advantages are finite here (ratios.py stops the others).
+and advantages are finite here (log_ratios.py stops the others).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.objectives.errors import NonFiniteInput, NonFiniteRatio, RunawayRatio
+from pipeline.objectives.bad_samples import NonFiniteInput, NonFiniteRatio, RunawayRatio
 
 MAX_LOG_WEIGHT = 20.0
 """Nats. The largest weight that a term's gradient may have per unit of advantage is e^20, 4.9e8."""

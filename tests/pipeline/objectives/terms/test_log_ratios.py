@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.objectives import PRESETS, NonFiniteRatio, ObjectiveConfig, resolve
-from pipeline.objectives.terms.ratios import check_finite, sequence_log_ratio, token_log_ratio, trained
+from pipeline.objectives.terms.log_ratios import check_finite, sequence_log_ratio, token_log_ratio, trained
 from tests.support.batches import make_batch, whole
 
 MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
