@@ -19,8 +19,7 @@ from pipeline.data.prompts import PromptSource
 from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.trainer.group import TrainerGroup
-from pipeline.trainer.samples import to_sample
+from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.types import PolicyTokens, Rollout
 
 Routes = Literal["native", "rollout", "rescored"]

@@ -23,8 +23,7 @@ from pipeline.objectives import is_informative, resolve
 from pipeline.observe.metrics import Timer, batch_metrics
 from pipeline.rewards import grade
 from pipeline.rollout.sampler import sample_groups_sync
-from pipeline.trainer.group import TrainerGroup
-from pipeline.trainer.samples import to_sample
+from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.types import Batch, Group, Rollout, StepResult
 
 

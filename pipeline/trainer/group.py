@@ -12,6 +12,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from megatron_ext.batch.layout import Sample
 from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
 from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
@@ -21,10 +22,9 @@ from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, ObjectiveConfig
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
-from pipeline.types import PolicyTokens
+from pipeline.types import PolicyTokens, Rollout
 
 if TYPE_CHECKING:
-    from megatron_ext.batch.layout import Sample
     from megatron_ext.exchange import Exchange
     from megatron_ext.network import Routing
     from pipeline.engine.control import ServerAddress
@@ -250,3 +250,9 @@ class TrainerGroup:
         """End every rank. Never raises for a rank that is already gone."""
         for rank in self.ranks:
             ray.kill(rank)  # pyright: ignore[reportArgumentType]  (its stub knows no actor proxies)
+
+
+def to_sample(rollout: Rollout) -> Sample:
+    """A rollout as the trainer reads it, its routes and kept tokens beside it."""
+    tokens = rollout.token_ids.astype(np.int32)
+    return Sample(tokens, len(rollout.prompt_ids), routes=rollout.routes, kept=rollout.kept, trained=rollout.trained)

@@ -14,8 +14,8 @@ from pipeline.config import load_config
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.open_loop import open_loop
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.trainer.group import to_sample
 from pipeline.trainer.losses import LossRow, policy_loss
-from pipeline.trainer.samples import to_sample
 from tests.support.command import KEYS, QUICKSTART, SMALL
 from tests.support.ranks import run_ranks
 
