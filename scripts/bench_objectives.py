@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,37 +22,40 @@ from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from pipeline.config.model import TinyModelConfig
 from pipeline.data.tiny_model import make_tiny_model
 from pipeline.objectives import PRESETS, Denominators, LossInputs, Objective, ObjectiveConfig, resolve
+from pipeline.trainer.losses import LossRow
 from tests.support.ranks import run_ranks
+
+if TYPE_CHECKING:
+    from megatron_ext.trainer import LossBatch
 
 HIDDEN = TinyModelConfig(layers=4, hidden=256, experts=16, topk=4, moe_intermediate=256)
 
 
 def make_samples(sequences: int, tokens: int) -> list[Sample]:
-    """Random responses with the discrepancy and the staleness of a real run: log-ratios of about 0.02 and 0.1."""
+    """Random responses. The rows hold noise: pi_o is put near pi by `inputs_of`, so that no clip takes everything."""
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(sequences):
-        values = {
-            "rollout_logprobs": rng.normal(-4, 0.02, tokens).astype(np.float32),
-            "proximal_logprobs": rng.normal(-4, 0.1, tokens).astype(np.float32),
-            "advantage": float(rng.normal()),
-            "prompt_tokens": float(4 * tokens),
-        }
-        ids = rng.integers(3, 64, tokens + 8).astype(np.int32)
-        samples.append(Sample(ids, 8, values=values))
+        discrepancy, staleness = (rng.normal(0, scale, tokens).astype(np.float32) for scale in (0.02, 0.1))
+        row = LossRow(discrepancy, staleness, float(rng.normal()), prompt_tokens=4 * tokens)
+        samples.append(Sample(rng.integers(3, 64, tokens + 8).astype(np.int32), 8, row=row))
     return samples
 
 
-def inputs_of(batch, current: torch.Tensor) -> LossInputs:
-    """A micro-batch's; pi_o is put near pi, so that no clip takes everything."""
-    noise = batch.values["proximal_logprobs"] + 4
+def inputs_of(batch: LossBatch, current: torch.Tensor) -> LossInputs:
+    """A micro-batch's, with the discrepancy and the staleness of a real run: log-ratios of about 0.02 and 0.1."""
+
+    def matrix(rows: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(rows))
+
+    proximal = current.detach() + matrix([row.proximal_logprobs for row in batch.rows])
     return LossInputs(
         current_logprobs=current,
-        proximal_logprobs=current.detach() + noise,
-        rollout_logprobs=current.detach() + noise + batch.values["rollout_logprobs"] + 4,
-        advantages=batch.values["advantage"],
+        proximal_logprobs=proximal,
+        rollout_logprobs=proximal + matrix([row.rollout_logprobs for row in batch.rows]),
+        advantages=torch.tensor([row.advantage for row in batch.rows], dtype=torch.float32),
         mask=batch.mask,
-        prompt_tokens=batch.values["prompt_tokens"],
+        prompt_tokens=torch.tensor([row.prompt_tokens for row in batch.rows]),
     )
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from megatron_ext.hf.description import describe
+from pipeline.config.model import TinyModelConfig
 from pipeline.config.replay import Replay
 from pipeline.dumps.dump import FINISH_REASONS, Dump, DumpError, dump_path, read_dump, write_dump
 from pipeline.dumps.steps import DumpedSteps
@@ -21,7 +22,7 @@ from tests.support.episodes import graded_group
 LAYERS, TOPK, EXPERTS, VOCAB = 3, 2, 8, 50
 SHAPE = describe(
     {
-        "model_type": "qwen3_moe", "num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": TOPK,
+        **TinyModelConfig(layers=LAYERS, experts=EXPERTS, topk=TOPK).hf_config(),
         "vocab_size": VOCAB,
     }
 )  # fmt: skip
