@@ -2,9 +2,9 @@
 
 The imports of an engine are ten seconds of a processor, the same ones for each process. Where `FORKS_VARIABLE` names
 the socket of a process that has made them (`serve`), one that is to become an engine asks it (`ask`): it hands over
-its arguments, environment, folder and streams, waits, and ends as the child ends (`end_as`). The child is what the asking
-process would have become, in a session of its own: /proc shows its environment, its title can be changed, and when
-the process that asked is gone, even by SIGKILL, it learns that (`Forked.follow`).
+its arguments, environment, folder and streams, waits, and ends as the child ends (`end_as`). The child is what the
+asking process would have become, in a session of its own: /proc shows its environment, its title can be changed, and
+when the process that asked is gone, even by SIGKILL, it learns that (`Forked.follow`).
 
 It is for processes without a GPU (CUDA does not survive a fork) that are started often: tests set the variable, a run
 does not.
