@@ -2,9 +2,9 @@
 
 The imports of an engine are ten seconds of a processor, the same ones for each process. Where `FORKS_VARIABLE` names
 the socket of a process that has made them (`serve`), one that is to become an engine asks it (`ask`): it hands over
-its arguments, environment, folder and streams, waits, and ends as the child ends. The child is what the asking
-process would have become, in a session of its own: /proc shows its environment, its title can be changed, and when
-the process that asked is gone, even by SIGKILL, it learns that (`Forked.follow`).
+its arguments, environment, folder and streams, waits, and ends as the child ends (`end_as`). The child is what the
+asking process would have become, in a session of its own: /proc shows its environment, its title can be changed, and
+when the process that asked is gone, even by SIGKILL, it learns that (`Forked.follow`).
 
 It is for processes without a GPU (CUDA does not survive a fork) that are started often: tests set the variable, a run
 does not.
@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import NoReturn
 
 FORKS_VARIABLE = "SAMEROUTE_FORKS"
 ROOM = {"SAMEROUTE_FORKS_ROOM": "x" * 100_000}
@@ -56,10 +57,10 @@ class Forked:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def ask(path: str, arguments: list[str]) -> None:
-    """Let the process that listens at `path` fork one with these arguments, and end as that one ends.
+def ask(path: str, arguments: list[str]) -> int:
+    """Let the process that listens at `path` fork one with these arguments, and wait for its end.
 
-    Does not return. Raises ForkError where it cannot be had.
+    Returns its exit code, -n where signal n ended it. Raises ForkError where it cannot be had.
     """
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     body = json.dumps(request).encode()
@@ -72,7 +73,11 @@ def ask(path: str, arguments: list[str]) -> None:
         except OSError as error:
             raise ForkError(f"no process forks at {path}: {error}") from error
     (status,) = _STATUS.unpack(answer)
-    code = os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(status)
+
+
+def end_as(code: int) -> NoReturn:
+    """End this process as one ended whose exit code `ask` has returned, by a signal too."""
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

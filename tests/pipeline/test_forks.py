@@ -25,7 +25,7 @@ child = forks.serve(Path(sys.argv[1]), int(sys.argv[2]), imports, ("READ_EARLY",
 child.follow(lambda: os._exit(1))
 exec(child.arguments[0])
 """
-ASK = "import sys; from pipeline import forks; forks.ask(sys.argv[1], sys.argv[2:])"
+ASK = "import sys; from pipeline import forks; forks.end_as(forks.ask(sys.argv[1], sys.argv[2:]))"
 
 
 @pytest.fixture

@@ -3,6 +3,6 @@
 import os
 import sys
 
-from pipeline.forks import ask
+from pipeline.forks import ask, end_as
 
-ask(os.environ["SAMEROUTE_WORKER_FORKS"], sys.argv[1:])
+end_as(ask(os.environ["SAMEROUTE_WORKER_FORKS"], sys.argv[1:]))

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server
-from pipeline.forks import FORKS_VARIABLE, ask
+from pipeline.forks import FORKS_VARIABLE, ask, end_as
 from pipeline.imports import lasting_imports
 
 _POLL_S = 0.5
@@ -55,9 +55,14 @@ def serve(arguments: list[str]) -> None:
 
 def main() -> None:
     """Watch the parent and serve."""
-    threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
+    parent_pid = int(sys.argv[1])
+    watch = threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True)
+    watch.start()
     if FORKS_VARIABLE in os.environ:
-        ask(os.environ[FORKS_VARIABLE], sys.argv[2:])
+        code = ask(os.environ[FORKS_VARIABLE], sys.argv[2:])
+        if os.getppid() != parent_pid:
+            watch.join()  # the server was ended here; this process ends once what it left is removed
+        end_as(code)
     serve(sys.argv[2:])  # its imports take seconds, in which the parent may already be gone
 
 

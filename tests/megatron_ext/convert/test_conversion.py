@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -51,23 +50,26 @@ def test_mxfp4_weights_become_bfloat16_and_the_configuration_says_so(families, t
     assert json.loads((tmp_path / "plain" / "config.json").read_text()) == config | {"dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        ("moonlight", ["--tp", 2, "--pp", 2, "--vpp", 2, "--etp", 1]),
-        ("qwen2_moe", ["--ep", 2]),
-        ("gpt_oss", ["--tp", 2, "--pp", 2, "--ep", 2, "--etp", 1]),
-        ("gpt_oss", ["--tp", 2, "--etp", 2]),
-    ],
-    ids=str,
-)
-def test_ranks_of_a_layout_write_it_together(families, tmp_path, family, layout):
-    answers = convert(
-        [TO_MEGATRON, families[family], tmp_path / "it", *layout], [TO_HF, tmp_path / "it", tmp_path / "back"]
-    )
-    assert [a.code for a in answers] == [0, 0], answers
-    assert same(tensors(families[family]), tensors(tmp_path / "back"))
-    assert len(list((tmp_path / "it").glob("__*.distcp"))) == (4 if "--pp" in layout else 2)
+WRITTEN_IN_LAYOUTS = [
+    ("moonlight", ["--tp", 2, "--pp", 2, "--vpp", 2, "--etp", 1]),
+    ("qwen2_moe", ["--ep", 2]),
+    ("gpt_oss", ["--tp", 2, "--pp", 2, "--ep", 2, "--etp", 1]),
+    ("gpt_oss", ["--tp", 2, "--etp", 2]),
+]
+
+
+def test_ranks_of_a_layout_write_it_together(families, tmp_path):
+    """All in one process: the first that needs ranks starts the server that forks them, five seconds."""
+    calls = []
+    for number, (family, layout) in enumerate(WRITTEN_IN_LAYOUTS):
+        it, back = tmp_path / f"{number}", tmp_path / f"{number} back"
+        calls += [[TO_MEGATRON, families[family], it, *layout], [TO_HF, it, back]]
+    for call, answer in zip(calls, convert(*calls), strict=True):
+        assert answer.code == 0, (call, answer)
+    for number, (family, layout) in enumerate(WRITTEN_IN_LAYOUTS):
+        assert same(tensors(families[family]), tensors(tmp_path / f"{number} back")), (family, layout)
+        written = list((tmp_path / f"{number}").glob("__*.distcp"))
+        assert len(written) == (4 if "--pp" in layout else 2), (family, layout)
 
 
 def launched(ranks):

@@ -22,7 +22,7 @@ from tests.support.logprob_cases import VOCAB, Answer, case, exact
 def interpreted(tmp_path_factory) -> dict[str, Answer]:
     out = tmp_path_factory.mktemp("triton") / "answers.pt"
     command = [sys.executable, "-m", "tests.support.interpret_triton", str(out)]
-    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2])
+    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[3])
     return {name: Answer(*tensors) for name, tensors in torch.load(out).items()}
 
 
