@@ -137,7 +137,7 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
         from pipeline.observe.run_dir import RunDirectoryError
         from pipeline.observe.sinks.alerts import AlertStop
         from pipeline.observe.sinks.sinks import ObserveError
-        from pipeline.rewards import RewardError
+        from pipeline.rewards import RewardError, VerifierError
         from pipeline.trainer.group import TrainerError
         from pipeline.weights import WeightTransferError
 
@@ -155,6 +155,7 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
         DumpError,
         ObserveError,
         ResumeError,
+        VerifierError,
         FileNotFoundError,
     ) as error:
         return _fail(str(error), 2)

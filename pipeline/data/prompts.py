@@ -12,7 +12,6 @@ from pipeline.config.data import DataConfig
 from pipeline.data.chat import DataError, answer_ids, chat_prompt
 from pipeline.data.synthetic import Stream, SupervisedPair, SyntheticTask
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.rewards import RewardFunction, resolve_reward
 from pipeline.types import Prompt
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ class _Prompts(Protocol):
 
 
 class PromptSource:
-    """A stream of prompts for one run, what its answers stop at, and what grades them.
+    """A stream of prompts for one run, and what its answers stop at.
 
     The cursors of prompts and of supervised pairs move apart. Prompt `i` depends on the data and the seed only.
     """
@@ -36,11 +35,10 @@ class PromptSource:
         """model_path: Hugging Face directory whose tokenizer and generation_config.json count.
 
         stream: "held_out" gives a synthetic task's other questions; a file has one stream only.
-        Raises DataError or FileNotFoundError (data or tokenizer), RewardError (verifier), before any prompt is taken.
+        Raises DataError or FileNotFoundError (data or tokenizer), before any prompt is taken.
         """
         self.config = config
         self.stream: Stream = stream
-        self.reward: RewardFunction = resolve_reward(config.reward)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_path)
         self.stop_token_ids = stop_token_ids(model_path, self.tokenizer)
         if config.task is not None:

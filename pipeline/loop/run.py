@@ -36,7 +36,7 @@ from pipeline.observe.facts import write_facts
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.alerts import AlertStop
 from pipeline.observe.sinks.sinks import Sinks, check_sinks
-from pipeline.rewards import resolve_reward
+from pipeline.rewards import check_reward, open_grader
 from pipeline.trainer.group import TrainerGroup
 from pipeline.trainer.hf_output import has_weights
 from pipeline.types import StepResult
@@ -93,6 +93,7 @@ def train(
             ) as (loop, model_path),
         ):
             write_facts(run.path, loop.trainers)
+            loop.say = console.say
             if serve and config.checks.first_rollouts:
                 _check_engines(loop, model_path, run, console)
             saver = session.saver(loop.trainers)
@@ -194,7 +195,7 @@ def check_inputs(config: Config) -> None:
         config.precision.check_device(config_device(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    resolve_reward(config.data.reward)
+    check_reward(config.data)
     if config.data.path is not None and not config.data.path.is_file():
         raise DataError(f"there is no data file {config.data.path}")
     reserve_port(config.server.host, config.server.port)
@@ -260,6 +261,7 @@ def open_loop(
         for number in range(count)
     ]
     with contextlib.ExitStack() as stack:
+        grader = stack.enter_context(open_grader(config.data)) if serve else None
         servers, nodes = stack.enter_context(cluster(config, local, gpus))
         trainers = stack.enter_context(trainer_group(config, device, logs, servers, nodes))
         trainers.build(
@@ -309,7 +311,7 @@ def open_loop(
             urls, logs_of_servers = [s.url for s in servers], [s.log_path for s in servers]
             weights = weights_config(config, gpus)
             trainers.connect(urls, weights, device, logs_of_servers, config.precision.rollout_weights)
-        loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps")
+        loop = Loop(config, shape, source, client, trainers, dumps=directory / "dumps", grader=grader)
         if start is not None and in_loop:
             loop.version = start.progress.version - 1  # which the sync makes good
         if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
