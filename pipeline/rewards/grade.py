@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.rewards.registry import RewardError
-from pipeline.rewards.verdict import Question, Verdict
+from pipeline.rewards.verdict import KINDS, Question, Verdict
 from pipeline.types import Episode, Group, Rollout
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Failures:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Counts; a kind that did not occur has none."""
-        counts = {f"reward/failures_{kind}": float(count) for kind, count in sorted(self.by_kind.items())}
+        """Counts, of every kind."""
+        counts = {f"reward/failures_{kind}": float(self.by_kind[kind]) for kind in KINDS}
         return {"reward/failed": float(self.by_kind.total()), "reward/groups_dropped": float(self.groups)} | counts
 
     def __str__(self) -> str:

@@ -206,8 +206,8 @@ def open_grader(data: DataConfig) -> Grader:
 def check_reward(data: DataConfig) -> None:
     """Load a configuration's verifier in a process of its own, and end that.
 
-    Raises VerifierError, saying what is wrong with it: there is no such function, or importing its module raises, exits,
-    crashes or hangs.
+    Raises VerifierError, saying what is wrong with it: there is no such function, or importing its module raises,
+    exits, crashes or hangs.
     """
     if is_users_own(data.reward):
         with Grader(data.reward, workers=1, limits=_limits(data), environment=data.reward_environment) as grader:

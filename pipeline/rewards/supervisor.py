@@ -18,12 +18,10 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections import deque
-from dataclasses import dataclass, field
 
 from pipeline.rewards import exact_match as _exact_match  # noqa: F401  workers have it from here
-from pipeline.rewards import worker
+from pipeline.rewards.hired import Hired, fork_worker
 from pipeline.rewards.processes import become_subreaper, below, kill, own_memory, parents
 from pipeline.rewards.registry import is_quick
 from pipeline.rewards.verdict import (
@@ -39,6 +37,7 @@ from pipeline.rewards.verdict import (
     packed_in,
     questions_in,
 )
+from pipeline.rewards.worker import MUTE
 
 TICK_S, IDLE_S = 0.05, 1.0
 """How often limits are looked at while a verifier is at work, and whether the driver lives while none is."""
@@ -80,23 +79,6 @@ def main(descriptor: int) -> None:
     Supervisor(driver, setting["verifier"], setting["workers"], Limits(**setting["limits"])).run(setting["driver"])
 
 
-@dataclass
-class _Worker:
-    """A worker as the supervisor knows it. given: its answers, of which the first is being graded since `since`."""
-
-    process: int
-    channel: socket.socket
-    output: int
-    since: float
-    ready: bool = False
-    closed: float | None = None
-    given: deque[tuple[int, bytes]] = field(default_factory=deque)
-    inbox: bytearray = field(default_factory=bytearray)
-    outbox: bytearray = field(default_factory=bytearray)
-    printed: int = 0
-    last_words: bytes = b""
-
-
 class Supervisor:
     """One verifier's workers."""
 
@@ -106,7 +88,7 @@ class Supervisor:
         self.driver.setblocking(False)
         self.inbox, self.outbox = bytearray(), bytearray()
         self.waiting: deque[tuple[int, bytes]] = deque()
-        self.workers: dict[int, _Worker] = {}
+        self.workers: dict[int, Hired] = {}
         self.refusals = 0
         self.said_ready = False
         self.seconds = BATCH_S
@@ -182,26 +164,10 @@ class Supervisor:
     def hire(self) -> None:
         """Fork what is missing of the workers."""
         while len(self.workers) < self.count and self.refusals < LOAD_ATTEMPTS:
-            ours, theirs = socket.socketpair()
-            read, write = os.pipe()
-            own = os.getpid()
-            process = os.fork()
-            if process == 0:
-                try:
-                    _close_all_but(theirs.fileno(), write)
-                    worker.serve(theirs, write, own, self.verifier, self.limits)
-                except BaseException:  # whatever it is, this process must not go on as a supervisor
-                    traceback.print_exc()
-                finally:
-                    os._exit(1)
-            theirs.close()
-            os.close(write)
-            ours.setblocking(False)
-            os.set_blocking(read, False)
-            hired = _Worker(process, ours, read, time.monotonic())
-            self.workers[process] = hired
-            self.selector.register(ours, selectors.EVENT_READ, process)
-            self.selector.register(read, selectors.EVENT_READ, process)
+            hired = fork_worker(self.verifier, self.limits)
+            self.workers[hired.process] = hired
+            self.selector.register(hired.channel, selectors.EVENT_READ, hired.process)
+            self.selector.register(hired.output, selectors.EVENT_READ, hired.process)
 
     def hand_out(self) -> None:
         """Answers to workers that have none; where no worker can be had, they fail."""
@@ -216,118 +182,106 @@ class Supervisor:
             fair = -(-len(self.waiting) // len(idle))
             share = fair if self.quick else max(1, min(fair, int(BATCH_S / self.seconds)))
             for _ in range(min(len(self.waiting), share)):
-                number, packed = self.waiting.popleft()
-                free.given.append((number, packed))
-                free.outbox += packed
-            free.since, free.printed, free.last_words = time.monotonic(), 0, b""
+                free.give(*self.waiting.popleft())
+            free.next_answer()
             self.feed(free)
 
-    def feed(self, worker_: _Worker) -> None:
+    def feed(self, hired: Hired) -> None:
         """What the worker's socket takes of its answers."""
-        with contextlib.suppress(BlockingIOError, ConnectionError):  # one that has died is seen when it is reaped
-            while worker_.outbox:
-                del worker_.outbox[: worker_.channel.send(worker_.outbox)]
-        if worker_.closed is None:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker_.outbox else 0)
-            self.selector.modify(worker_.channel, wanted, worker_.process)
+        left = hired.send()
+        if hired.closed is None:
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if left else 0)
+            self.selector.modify(hired.channel, wanted, hired.process)
 
-    def hear_worker(self, worker_: _Worker, source: object, events: int) -> None:
+    def hear_worker(self, hired: Hired, source: object, events: int) -> None:
         """Verdicts, or what it prints."""
-        if source is not worker_.channel:
-            self.read_output(worker_)
+        if source is not hired.channel:
+            self.read_output(hired)
             return
         if events & selectors.EVENT_WRITE:
-            self.feed(worker_)
+            self.feed(hired)
         if events & selectors.EVENT_READ:
-            self.read_verdicts(worker_)
+            self.read_verdicts(hired)
 
-    def read_output(self, worker_: _Worker) -> None:
-        try:
-            data = os.read(worker_.output, 1 << 16)
-        except BlockingIOError:
-            return
-        if not data:
+    def read_output(self, hired: Hired) -> None:
+        if not hired.read_output():
             with contextlib.suppress(KeyError):  # it has been read to its end before
-                self.selector.unregister(worker_.output)
-        worker_.printed += len(data)
-        worker_.last_words = (worker_.last_words + data)[-2000:]
-        if worker_.printed > self.limits.output_bytes and worker_.given:
-            self.dismiss(worker_, "output", f"wrote more than {self.limits.output_bytes:,} bytes to stdout and stderr")
+                self.selector.unregister(hired.output)
+        if hired.printed > self.limits.output_bytes and hired.given:
+            self.dismiss(hired, "output", f"wrote more than {self.limits.output_bytes:,} bytes to stdout and stderr")
 
-    def read_verdicts(self, worker_: _Worker) -> None:
+    def read_verdicts(self, hired: Hired) -> None:
         """What it says of its answers; one that says anything else is dismissed."""
         try:
-            data = worker_.channel.recv(1 << 18)
+            data = hired.channel.recv(1 << 18)
         except BlockingIOError:
             return
         except ConnectionError:
             data = b""
         if not data:
-            if worker_.closed is None:
-                worker_.closed = time.monotonic()
-                self.selector.unregister(worker_.channel)
+            if hired.closed is None:
+                hired.closed = time.monotonic()
+                self.selector.unregister(hired.channel)
             return
-        worker_.inbox += data
+        hired.inbox += data
         try:
-            for number, code, reward, text in packed_in(worker_.inbox):
-                self.take(worker_, number, code, reward, text)
-                if worker_.process not in self.workers:
+            for number, code, reward, text in packed_in(hired.inbox):
+                self.take(hired, number, code, reward, text)
+                if hired.process not in self.workers:
                     return
         except ProtocolError:
-            self.dismiss(worker_, "crashed", "wrote into what its worker says to the run")
+            self.dismiss(hired, "crashed", "wrote into what its worker says to the run")
 
-    def take(self, worker_: _Worker, number: int, code: int, reward: float, text: str) -> None:
-        if not worker_.ready:
+    def take(self, hired: Hired, number: int, code: int, reward: float, text: str) -> None:
+        if not hired.ready:
             if code == READY:
-                worker_.ready, self.refusals = True, 0
+                hired.ready, self.refusals = True, 0
                 if not self.said_ready:
                     self.said_ready = True
                     self.outbox += pack(0, READY)
             elif code == REFUSED:
-                self.refuse(worker_, text)
+                self.refuse(hired, text)
             else:
                 raise ProtocolError("a verdict before the verifier was loaded")
             return
-        if code in (READY, REFUSED) or not worker_.given or worker_.given[0][0] != number:
+        if code in (READY, REFUSED) or not hired.given or hired.given[0][0] != number:
             raise ProtocolError("a verdict on what it was not asked")
-        now = time.monotonic()
-        self.took(now - worker_.since)
-        worker_.given.popleft()
-        worker_.since, worker_.printed, worker_.last_words = now, 0, b""
+        self.took(time.monotonic() - hired.since)
+        hired.given.popleft()
+        hired.next_answer()
         verdict = as_verdict(code, reward, text)
         self.say(number, verdict)
         if verdict.kind == "left_behind":  # a thread ends with its process only
-            self.dismiss(worker_, None, "")
+            self.dismiss(hired, None, "")
 
     def took(self, seconds: float) -> None:
         """An answer took this long: what is slow is believed at once, what is quick by and by."""
         self.seconds = max(1e-6, seconds, 0.7 * self.seconds + 0.3 * seconds)
 
-    def refuse(self, worker_: _Worker, why: str, *, ended: bool = False) -> None:
+    def refuse(self, hired: Hired, why: str, *, ended: bool = False) -> None:
         """The verifier could not be loaded."""
         self.refusals += 1
         if not self.said_ready:
             self.outbox += pack(0, REFUSED, text=why)
             self.refusals = LOAD_ATTEMPTS
-        self.dismiss(worker_, None, "", ended=ended)
+        self.dismiss(hired, None, "", ended=ended)
 
-    def dismiss(self, worker_: _Worker, kind: FailureKind | None, what: str, *, ended: bool = False) -> None:
+    def dismiss(self, hired: Hired, kind: FailureKind | None, what: str, *, ended: bool = False) -> None:
         """Kill a worker and all that it started, and hire another. kind: of the failure of the answer that it is at;
         null where it is at none. Its other answers wait for another. ended: it has, and its number may be another's."""
-        if kind is not None and worker_.given:
-            number, _ = worker_.given.popleft()
-            self.took(time.monotonic() - worker_.since)
-            self.say(number, Verdict(kind=kind, what=what + _said(worker_.last_words)))
-        self.waiting.extendleft(reversed(worker_.given))
-        worker_.given.clear()
-        del self.workers[worker_.process]
-        for source in (worker_.channel, worker_.output):
+        if kind is not None and hired.given:
+            number, _ = hired.given.popleft()
+            self.took(time.monotonic() - hired.since)
+            self.say(number, Verdict(kind=kind, what=what + hired.said()))
+        self.waiting.extendleft(reversed(hired.given))
+        hired.given.clear()
+        del self.workers[hired.process]
+        for source in (hired.channel, hired.output):
             with contextlib.suppress(KeyError):
                 self.selector.unregister(source)
-        worker_.channel.close()
-        os.close(worker_.output)
+        hired.close()
         if not ended:
-            kill([worker_.process, *below(worker_.process, parents())])
+            kill([hired.process, *below(hired.process, parents())])
         self.orphans = True
         self.hire()
 
@@ -354,28 +308,28 @@ class Supervisor:
         kill([p for orphan in found for p in (orphan, *below(orphan, tree))])
         self.orphans = bool(found)
 
-    def ended(self, worker_: _Worker, status: int) -> None:
+    def ended(self, hired: Hired, status: int) -> None:
         """A worker that nobody killed from here."""
-        while worker_.process in self.workers and worker_.closed is None:  # what it said before
-            before = len(worker_.inbox), len(worker_.given), worker_.ready
-            self.read_verdicts(worker_)
-            if (len(worker_.inbox), len(worker_.given), worker_.ready) == before:
+        while hired.process in self.workers and hired.closed is None:  # what it said before
+            before = len(hired.inbox), len(hired.given), hired.ready
+            self.read_verdicts(hired)
+            if (len(hired.inbox), len(hired.given), hired.ready) == before:
                 break
-        if worker_.process not in self.workers:
+        if hired.process not in self.workers:
             return
-        self.read_output(worker_)
-        if worker_.process not in self.workers:
+        self.read_output(hired)
+        if hired.process not in self.workers:
             return
         code = os.waitstatus_to_exitcode(status)
         kind: FailureKind = "crashed" if code < 0 else "exited"
         what = f"died of {_signal_name(-code)}" if code < 0 else f"ended its process with code {code}"
-        if code == worker.MUTE:
+        if code == MUTE:
             kind, what = "crashed", _MUTE
-        if not worker_.ready:
+        if not hired.ready:
             why = f"the verifier {self.verifier!r} cannot be imported: it {what} while it was imported"
-            self.refuse(worker_, why + _said(worker_.last_words), ended=True)
+            self.refuse(hired, why + hired.said(), ended=True)
             return
-        self.dismiss(worker_, kind, what, ended=True)
+        self.dismiss(hired, kind, what, ended=True)
 
     def watch(self) -> None:
         """Dismiss who is over a limit."""
@@ -385,29 +339,29 @@ class Supervisor:
             self.next_tree = now + TREE_S
             if any(w.given and now - w.since > TICK_S for w in self.workers.values()):
                 tree = parents()
-        for worker_ in list(self.workers.values()):
-            took = now - worker_.since
-            if worker_.closed is not None and now - worker_.closed > TICK_S:
-                self.dismiss_or_refuse(worker_, "crashed", _MUTE)
-            elif not worker_.ready and took > self.limits.start_s:
-                self.dismiss_or_refuse(worker_, "timeout", f"took more than {self.limits.start_s:g} s")
-            elif worker_.given and took > self.limits.timeout_s:
-                self.dismiss(worker_, "timeout", f"took more than {self.limits.timeout_s:g} s")
-            elif worker_.given and took > TICK_S:
-                self.weigh(worker_, [] if tree is None else below(worker_.process, tree))
+        for hired in list(self.workers.values()):
+            took = now - hired.since
+            if hired.closed is not None and now - hired.closed > TICK_S:
+                self.dismiss_or_refuse(hired, "crashed", _MUTE)
+            elif not hired.ready and took > self.limits.start_s:
+                self.dismiss_or_refuse(hired, "timeout", f"took more than {self.limits.start_s:g} s")
+            elif hired.given and took > self.limits.timeout_s:
+                self.dismiss(hired, "timeout", f"took more than {self.limits.timeout_s:g} s")
+            elif hired.given and took > TICK_S:
+                self.weigh(hired, [] if tree is None else below(hired.process, tree))
 
-    def dismiss_or_refuse(self, worker_: _Worker, kind: FailureKind, what: str) -> None:
-        if worker_.ready:
-            self.dismiss(worker_, kind, what)
+    def dismiss_or_refuse(self, hired: Hired, kind: FailureKind, what: str) -> None:
+        if hired.ready:
+            self.dismiss(hired, kind, what)
         else:
-            self.refuse(worker_, f"the verifier {self.verifier!r} cannot be imported: it {what} while it was imported")
+            self.refuse(hired, f"the verifier {self.verifier!r} cannot be imported: it {what} while it was imported")
 
-    def weigh(self, worker_: _Worker, started: list[int]) -> None:
+    def weigh(self, hired: Hired, started: list[int]) -> None:
         """Dismiss a worker that, with all that it started, takes more memory or processes than it may."""
         if len(started) > self.limits.processes:
-            self.dismiss(worker_, "processes", f"started more than {self.limits.processes} processes")
-        elif sum(map(own_memory, (worker_.process, *started))) > self.limits.memory_gb * 1e9:
-            self.dismiss(worker_, "memory", f"took more than {self.limits.memory_gb:g} GB of memory")
+            self.dismiss(hired, "processes", f"started more than {self.limits.processes} processes")
+        elif sum(map(own_memory, (hired.process, *started))) > self.limits.memory_gb * 1e9:
+            self.dismiss(hired, "memory", f"took more than {self.limits.memory_gb:g} GB of memory")
 
     def end(self) -> None:
         """Nothing below this process is left."""
@@ -418,22 +372,6 @@ class Supervisor:
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
             time.sleep(0.005)
-
-
-def _close_all_but(*kept: int) -> None:
-    """A worker has its own ends and stderr only: an end that it held of another's would keep that one open."""
-    signal.set_wakeup_fd(-1)
-    start = 3
-    for descriptor in sorted(kept):
-        os.closerange(start, descriptor)
-        start = descriptor + 1
-    os.closerange(start, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 1 << 20 else 1 << 20)
-
-
-def _said(words: bytes) -> str:
-    """What a worker printed last, in one line, to stand behind what happened."""
-    text = " ".join(words.decode("utf-8", "replace").split())
-    return f"; it had printed {text[-500:]!r}" if text else ""
 
 
 def _signal_name(number: int) -> str:

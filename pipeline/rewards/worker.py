@@ -141,9 +141,15 @@ def _checked(value: Any) -> Verdict:
             reward = float(value)
     if abs(reward) <= LARGEST:  # which NaN is not
         return Verdict(reward=reward)
-    shown = repr(value)
-    shown = shown if len(shown) < 200 else f"{shown[:200]}..."
-    return Verdict(kind="not_a_number", what=f"returned {shown}, which is no finite number of float32")
+    return Verdict(kind="not_a_number", what=f"returned {_shown(value)}, which is no finite number of float32")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # a class of the user's, or an integer of more digits than Python prints
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 class _Started:
