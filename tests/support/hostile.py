@@ -49,6 +49,13 @@ def echo(prompt, response_text, response_ids, finish_reason):
     raise ValueError(repr((prompt, response_text, response_ids, finish_reason)))
 
 
+def number(prompt, response_text, response_ids, finish_reason):
+    """The answer as a number; raises for what is none, and ends its process for "!"."""
+    if response_text == "!":
+        os._exit(0)
+    return float(response_text)
+
+
 def _raise(metadata):
     raise ZeroDivisionError("no such thing")
 
