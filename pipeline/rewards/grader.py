@@ -100,7 +100,7 @@ class Grader:
                 numbers.append(number)
                 open_[number] = pack_question(number, question)
                 outbox += open_[number]
-                if len(outbox) < 1 << 16:
+                if len(outbox) < 1 << 13:
                     continue
             else:
                 more = False
