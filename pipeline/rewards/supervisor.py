@@ -51,6 +51,9 @@ BATCH_S = 0.005
 NAP_S = 0.0005
 """Verdicts of quick verifiers are read several at a time: to wake for each would cost more than they do."""
 
+FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What a cluster sends to every process of a job that is to end: the step in progress is graded all the same."""
+
 LOAD_ATTEMPTS = 3
 """So often in a row a verifier may fail to be loaded again before the answers that wait for it fail."""
 
@@ -70,7 +73,7 @@ def main(descriptor: int) -> None:
             return
         line += byte
     setting = json.loads(line)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in FROM_OUTSIDE:
         signal.signal(number, signal.SIG_IGN)  # the driver decides when grading ends
     sys.path[:] = setting["path"]
     become_subreaper()
@@ -95,6 +98,8 @@ class Supervisor:
         """Of one answer, lately."""
         self.next_tree = 0.0
         self.orphans = False
+        self.again: set[int] = set()
+        """Answers whose worker somebody ended, and that have therefore a second one."""
         self.selector = selectors.DefaultSelector()
         self.selector.register(driver, selectors.EVENT_READ)
         self.woken, wake = socket.socketpair()
@@ -328,6 +333,10 @@ class Supervisor:
         if not hired.ready:
             why = f"the verifier {self.verifier!r} cannot be imported: it {what} while it was imported"
             self.refuse(hired, why + hired.said(), ended=True)
+            return
+        if -code in FROM_OUTSIDE and hired.given and hired.given[0][0] not in self.again:
+            self.again.add(hired.given[0][0])
+            self.dismiss(hired, None, "", ended=True)
             return
         self.dismiss(hired, kind, what, ended=True)
 

@@ -144,6 +144,8 @@ _DO = {
     "raise_exit": lambda m: sys.exit(0),
     "interrupt": lambda m: signal.raise_signal(signal.SIGINT),
     "exit": lambda m: os._exit(0),
+    "terminate": lambda m: os.kill(os.getpid(), signal.SIGTERM),
+    "deaf_grandchild_and_hang": lambda m: _deaf_grandchild(m) or time.sleep(1000),
     "kill": lambda m: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda m: os.kill(os.getpid(), signal.SIGSTOP),
     "segfault": lambda m: ctypes.string_at(0),

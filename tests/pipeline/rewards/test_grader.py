@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def verdict_on(grader, do, within_s=15.0, **metadata):
         ("raise_exit", "exited", "called sys.exit(0)"),
         ("exit", "exited", "ended its process with code 0"),
         ("kill", "crashed", "died of SIGKILL"),
+        ("terminate", "crashed", "died of SIGTERM"),
         ("segfault", "crashed", "died of SIGSEGV"),
         ("abort", "crashed", "died of SIGABRT"),
         ("inf", "not_a_number", "returned inf, which is no finite number of float32"),
@@ -253,6 +255,17 @@ def test_a_supervisor_that_is_killed_is_replaced_and_one_that_always_is_ends_the
             made.ask([question(), question("kill_supervisor")])
 
 
+def test_a_signal_to_the_whole_job_costs_no_answer():
+    with Grader(HOSTILE, workers=3) as made:
+        made.wait_ready()
+        supervisor, *workers = processes_of(made)
+        timer = threading.Timer(0.25, lambda: [os.kill(p, signal.SIGTERM) for p in (supervisor, *workers)])
+        timer.start()
+        assert [v.reward for v in made.ask([question("slow")] * 6)] == [1.0] * 6
+        timer.join()
+        assert not set(workers) & set(processes_of(made))
+
+
 def test_the_end_leaves_nothing():
     with Grader(HOSTILE, workers=4, limits=Limits(timeout_s=60)) as made:
         made.wait_ready()
@@ -281,15 +294,16 @@ def tell(grader):
 with Grader("tests.support.hostile:verify", workers=3) as grader:
     grader.wait_ready()
     threading.Thread(target=tell, args=(grader,), daemon=True).start()
-    asked = ["hang_deaf", "hang", "spin"]
+    asked = ["hang_deaf", "deaf_grandchild_and_hang", "spin"]
     grader.ask([question(do) for do in asked])
 """
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     processes = json.loads(driver.stdout.readline())
-    assert len(processes) == 4
+    assert len(processes) >= 5  # the supervisor, three workers, and what one of these has hidden
     if how != "error":
         driver.send_signal(how)
     assert driver.wait(10) != 0
     assert gone(processes, 5.0)
+    assert left_behind() == []
     driver.stdout.close()
     driver.stderr.close()
