@@ -14,7 +14,7 @@ from pipeline.dumps.dump import DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.server import reserve_port
 from pipeline.observe.sinks.sinks import check_sinks
-from pipeline.rewards import resolve_reward
+from pipeline.rewards import check_reward
 
 
 def config_device(config: Config) -> Literal["cpu", "cuda"]:
@@ -33,7 +33,7 @@ def check_inputs(config: Config) -> None:
         config.precision.check_device(config_device(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    resolve_reward(config.data.reward, config.data.reward_directory)
+    check_reward(config.data)
     if config.data.path is not None and not config.data.path.is_file():
         raise DataError(f"there is no data file {config.data.path}")
     reserve_port(config.server.host, config.server.port)

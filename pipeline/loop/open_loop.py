@@ -14,6 +14,7 @@ from pipeline.loop.engines import start_engines
 from pipeline.loop.inputs import prepare_model
 from pipeline.loop.loop import Loop, supervise
 from pipeline.objectives import resolve
+from pipeline.rewards import open_grader
 from pipeline.trainer.group import TrainerGroup
 
 OnSupervised = Callable[[int, float], None]
@@ -52,7 +53,10 @@ def open_loop(
     )
     # Not the draws of the first steps again after a resumption.
     seed = config.run.seed + (0 if start is None else start.progress.step)
-    with start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines:
+    with (
+        open_grader(config.data) if serve else contextlib.nullcontext() as grader,
+        start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines,
+    ):
         trainers, fleet = engines.trainers, engines.fleet
         _prepare_trainers(config, model_path, trainers, source, start, on_supervised, may_stop)
         engines.connect()
@@ -61,7 +65,7 @@ def open_loop(
             fleet.begin_at(start.progress.version)
         if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
             fleet.transfer(trainers)
-        yield Loop(config, shape, source, fleet, trainers, dumps=directory / "dumps"), model_path
+        yield Loop(config, shape, source, fleet, trainers, dumps=directory / "dumps", grader=grader), model_path
         trainers.close()
 
 

@@ -126,6 +126,7 @@ class _Run:
             ) as (loop, model_path),
         ):
             write_facts(directory.path, loop.trainers)
+            loop.say = self.console.say
             if serve and config.checks.first_rollouts:
                 check_first_rollouts(loop, model_path, directory, self.console)
             saver = self._saver(loop.trainers)

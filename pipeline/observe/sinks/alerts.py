@@ -210,6 +210,7 @@ def known_metrics() -> dict[str, set[str]]:
 
     from pipeline.objectives import mismatch_metrics
     from pipeline.observe.metrics import batch_metrics
+    from pipeline.rewards import Failures
     from pipeline.types import Batch, Episode, Group, Prompt, Rollout
 
     one = torch.zeros(1, 2)
@@ -219,6 +220,7 @@ def known_metrics() -> dict[str, set[str]]:
     names = [
         *mismatch_metrics(one, one, torch.ones(1, 2, dtype=torch.bool)),
         *batch_metrics(Batch(1, 0, (group,))),
+        *Failures().metrics(),
     ]
     families: dict[str, set[str]] = {}
     for name in names:
