@@ -41,6 +41,7 @@ SAME_NAME = {
     "page": "a page in HTML",
     "patches": "what an engine needs without CUDA",
     "plan": "the plan, and its command",
+    "processes": "the processes of an engine or a verifier, and their end",
     "replay": "router replay: its kinds, and the routers",
     "run": "a run: its settings, and what it does",
     "server": "an SGLang server: its settings, and its process",

@@ -3,8 +3,8 @@
 from pipeline.rewards import exact_match as _exact_match  # noqa: F401  registers itself
 from pipeline.rewards.grade import Failures, grade, response_text
 from pipeline.rewards.grader import Grader, check_reward, open_grader
+from pipeline.rewards.protocol import Limits, Question, Verdict
 from pipeline.rewards.registry import RewardError, RewardFunction, VerifierError, register_reward, resolve_reward
-from pipeline.rewards.verdict import Limits, Question, Verdict
 
 __all__ = [
     "Failures",

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from pipeline.rewards.protocol import KINDS, Question, Verdict
 from pipeline.rewards.registry import RewardError
-from pipeline.rewards.verdict import KINDS, Question, Verdict
 from pipeline.types import Episode, Group, Rollout
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.rewards.environment import without_secrets
 from pipeline.rewards.processes import MARK, kill_marked
-from pipeline.rewards.registry import RewardError, VerifierError, is_users_own
-from pipeline.rewards.verdict import (
+from pipeline.rewards.protocol import (
     READY,
     REFUSED,
     Limits,
@@ -31,6 +30,7 @@ from pipeline.rewards.verdict import (
     pack_question,
     packed_in,
 )
+from pipeline.rewards.registry import RewardError, VerifierError, is_users_own
 
 if TYPE_CHECKING:
     from pipeline.config.data import DataConfig

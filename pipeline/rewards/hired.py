@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.rewards import worker
-from pipeline.rewards.verdict import Limits
+from pipeline.rewards.protocol import Limits
 
 KEPT_WORDS = 2000
 """Bytes of what it printed last that are kept."""

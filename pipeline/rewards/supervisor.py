@@ -24,8 +24,7 @@ from pathlib import Path
 from pipeline.rewards import exact_match as _exact_match  # noqa: F401  workers have it from here
 from pipeline.rewards.hired import Hired, fork_worker
 from pipeline.rewards.processes import become_subreaper, below, kill, own_memory, parents
-from pipeline.rewards.registry import is_quick
-from pipeline.rewards.verdict import (
+from pipeline.rewards.protocol import (
     READY,
     REFUSED,
     FailureKind,
@@ -38,6 +37,7 @@ from pipeline.rewards.verdict import (
     packed_in,
     questions_in,
 )
+from pipeline.rewards.registry import is_quick
 from pipeline.rewards.worker import MUTE
 
 TICK_S, IDLE_S = 0.05, 1.0

@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.rewards.processes import become_subreaper, die_with, parents
-from pipeline.rewards.registry import RewardFunction, VerifierError, describe, is_quick, resolve_reward
-from pipeline.rewards.verdict import (
+from pipeline.rewards.protocol import (
     READY,
     REFUSED,
     Limits,
@@ -36,6 +35,7 @@ from pipeline.rewards.verdict import (
     questions_in,
     unpack_question,
 )
+from pipeline.rewards.registry import RewardFunction, VerifierError, describe, is_quick, resolve_reward
 
 MUTE = 70
 """The exit code of a worker that can no longer speak to the supervisor."""

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from pipeline.rewards.verdict import Question
+from pipeline.rewards.protocol import Question
 from pipeline.types import Prompt
 
 TAG = "sameroute-test-left-behind"

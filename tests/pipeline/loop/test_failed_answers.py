@@ -13,6 +13,7 @@ import pytest
 from pipeline.config import load_config
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.dumps.dump import dump_path, read_dump
+from pipeline.engine.fleet import Fleet
 from pipeline.loop.loop import Loop, NothingToLearnError
 from pipeline.loop.update import mini_batches
 from pipeline.observe.metrics import Timer, batch_metrics
@@ -60,7 +61,7 @@ def make_loop(tokenizer, grader, monkeypatch, tmp_path):
         config = load_config("configs/quickstart.yaml", ["rollout.prompts_per_step=4", *overrides])
         trainers = FakeTrainers([])
         model = SimpleNamespace(num_experts=8, num_layers=4)
-        loop = Loop(config, model, source, object(), trainers, dumps=tmp_path / "dumps", grader=grader)
+        loop = Loop(config, model, source, Fleet(), trainers, dumps=tmp_path / "dumps", grader=grader)
         loop.load = lambda rollouts: setattr(trainers, "rollouts", list(rollouts))
         loop.said = []
         loop.say = loop.said.append

@@ -19,8 +19,8 @@ import pytest
 from pipeline.rewards.environment import without_secrets
 from pipeline.rewards.grader import Grader
 from pipeline.rewards.processes import below, marked, parents
+from pipeline.rewards.protocol import Limits
 from pipeline.rewards.registry import RewardError
-from pipeline.rewards.verdict import Limits
 from tests.support.hostile import TAG, question
 
 HOSTILE = "tests.support.hostile:verify"

@@ -10,7 +10,7 @@ from pipeline.commands.main import main
 from pipeline.config.data import DataConfig
 from pipeline.rewards import VerifierError, check_reward
 from pipeline.rewards.grader import Grader
-from pipeline.rewards.verdict import Limits
+from pipeline.rewards.protocol import Limits
 from tests.support.hostile import question
 
 CASES = {
