@@ -52,6 +52,24 @@ class ModelDescription:
         return self.family.fields(self.hf)
 
     @property
+    def not_served(self) -> list[str]:
+        """Why SGLang 0.5.23 would serve another model than this, which is trained and converted here: a sentence each."""
+        reasons, dense = [], sorted(set(range(self.num_layers)) - set(self.moe_layers))
+        if self.tied_embeddings and not self.family.server_ties:
+            reasons.append(
+                f"SGLang gives {self.model_type} an LM head of its own, whatever tie_word_embeddings=true says; write "
+                "tie_word_embeddings=false, and into the files an lm_head.weight that is a copy of "
+                "model.embed_tokens.weight (the two are then trained apart)"
+            )
+        if dense and not self.family.server_dense:
+            reasons.append(
+                f"layers {', '.join(map(str, dense))} are dense, and SGLang takes every layer of {self.model_type} for "
+                "sparse and leaves these without weights; take another model, or train on dumped steps (--from-dump), "
+                "which need no server"
+            )
+        return reasons
+
+    @property
     def rope(self) -> dict[str, Any]:
         """See config_json.rope_settings."""
         return rope_settings(self.hf)

@@ -99,4 +99,5 @@ DEEPSEEK_V3 = Family(
     rope_types=("default", "yarn"),
     needs=(Needed("kv_cache", "same", "the cache of latent attention holds latents, not keys"),),
     server_router=ServerRouter("deepseek_v2.MoEGate", "own"),
+    server_ties=True,
 )

@@ -48,6 +48,8 @@ class Family:
     quantization: kinds of quantized weights that are read.
     needs:        what of the precision is not free.
     server_router: how the rollout engine makes a router's logits.
+    server_ties:   the rollout engine takes the embedding for the LM head where config.json ties them.
+    server_dense:  it has dense layers where config.json has some beside sparse ones.
     """
 
     table: tuple[Row, ...]
@@ -58,6 +60,8 @@ class Family:
     quantization: tuple[str, ...] = ()
     needs: tuple[Needed, ...] = ()
     server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
+    server_ties: bool = False
+    server_dense: bool = True
 
     @property
     def kept_whole(self) -> tuple[str, ...]:

@@ -43,6 +43,6 @@ def _output_bias(hf: HFConfig) -> Iterator[str]:
         yield "attention_bias=true (a bias of the attention's output)"
 
 
-QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias)
-QWEN3_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE), _qwen3_moe, _moe_layers, _output_bias)
-QWEN2_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT), _qwen2_moe, _moe_layers)
+QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias, server_ties=True)
+QWEN3_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE), _qwen3_moe, _moe_layers, _output_bias, server_dense=False)
+QWEN2_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT), _qwen2_moe, _moe_layers, server_dense=False)
