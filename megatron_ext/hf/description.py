@@ -48,12 +48,13 @@ class ModelDescription:
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """The family's fields of Megatron-Core's TransformerConfig."""
-        return self.family.fields(self.hf)
+        """The family's fields of Megatron-Core's TransformerConfig; without a sparse layer, none of a router's."""
+        fields = self.family.fields(self.hf)
+        return fields if self.moe_layers else {k: v for k, v in fields.items() if not k.startswith("moe_")}
 
     @property
     def not_served(self) -> list[str]:
-        """Why SGLang 0.5.23 would serve another model than this, which is trained and converted here: a sentence each."""
+        """Why SGLang 0.5.23 would serve another model than this, which is trained here even so: a sentence each."""
         reasons, dense = [], sorted(set(range(self.num_layers)) - set(self.moe_layers))
         if self.tied_embeddings and not self.family.server_ties:
             reasons.append(
@@ -157,6 +158,12 @@ class ModelDescription:
     def router_biased(self) -> bool:
         """A bias an expert that counts for the choice only, and is no parameter."""
         return bool(self.fields.get("moe_router_enable_expert_bias"))
+
+    @property
+    def weight_of_one(self) -> bool:
+        """A sigmoid router chooses one expert and normalises its weight, which is then the router's constant factor."""
+        sigmoid = self.fields.get("moe_router_score_function") == "sigmoid"
+        return sigmoid and self.topk == 1 and self.hf.get("norm_topk_prob", True)
 
     @property
     def clamped(self) -> bool:

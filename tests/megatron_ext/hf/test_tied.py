@@ -1,4 +1,4 @@
-"""A tied model whose files hold an LM head: taken where it is the embedding, in whatever file and dtype, else refused."""
+"""A tied model whose files hold an LM head: taken where it is the embedding, in any file and dtype, else refused."""
 
 import json
 import shutil
