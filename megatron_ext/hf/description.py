@@ -174,7 +174,7 @@ class ModelDescription:
 def describe(hf: dict[str, Any], file: str = "config.json") -> ModelDescription:
     """Of the content of a config.json. file: its name, for messages. Raises UnsupportedModel with all reasons."""
     name = hf.get("model_type", "?")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedModel(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     if wrong := list(wrong_fields(hf)):
         raise UnsupportedModel(f"{file}: {'; '.join(wrong)}")
@@ -192,6 +192,8 @@ def _described(hf: dict[str, Any], name: str) -> ModelDescription:
     if reasons := _reasons(hf, FAMILIES[name]):
         raise UnsupportedModel(f"{name} with {'; with '.join(reasons)} is not built here")
     moe_layers = tuple(FAMILIES[name].moe_layers(hf))
+    if moe_layers and not num_experts(hf):
+        raise KeyError("the number of experts (num_experts, num_local_experts or n_routed_experts)")
     model = ModelDescription(
         hf=hf,
         model_type=name,
