@@ -78,6 +78,13 @@ def own_head_dim(hf: HFConfig) -> dict[str, Any]:
     return {"kv_channels": hf["head_dim"]}
 
 
+def own_rope_theta(hf: HFConfig) -> None:
+    """The same of a rope_theta that is not 10,000, the number taken elsewhere. Raises KeyError."""
+    nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if nested.get("rope_theta") is None and hf.get("rope_theta") is None:
+        raise KeyError("rope_theta")
+
+
 def softmax_router(hf: HFConfig) -> dict[str, Any]:
     """Weights are the softmax over all experts, or, normalised over the chosen, the softmax over these."""
     return {"moe_router_pre_softmax": not hf.get("norm_topk_prob", False)}

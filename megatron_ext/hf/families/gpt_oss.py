@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_ext.hf.config_json import rope_settings
-from megatron_ext.hf.families.family import Family, HFConfig, Needed, own_head_dim
+from megatron_ext.hf.families.family import Family, HFConfig, Needed, own_head_dim, own_rope_theta
 from megatron_ext.hf.tables import ATTENTION, ENDS, HF_LAYER, LAYER, MOE_NORM, Row
 from megatron_ext.hf.transforms import AlternatingGateUp, Replicated, Split, Transposed
 
@@ -35,6 +35,7 @@ def _layer_types(hf: HFConfig) -> list[str]:
 
 
 def _fields(hf: HFConfig) -> dict[str, Any]:
+    own_rope_theta(hf)
     return (
         own_head_dim(hf)
         | _yarn(rope_settings(hf))

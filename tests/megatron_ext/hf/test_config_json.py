@@ -67,6 +67,8 @@ def without(hf, *names):
         (MOE | {"num_key_value_heads": 3}, "num_attention_heads=4 does not divide by num_key_value_heads=3"),
         (without(TinyModelConfig(experts=0).hf_config(), "head_dim"), "head_dim is missing .transformers would take"),
         (tiny_config("gpt_oss") | {"head_dim": None}, "head_dim is missing .transformers would take"),
+        (tiny_config("mixtral") | {"rope_parameters": None}, "rope_theta is missing .transformers would take"),
+        (tiny_config("gpt_oss") | {"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
         (tiny_config("gpt_oss") | {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         (tiny_config("deepseek_v3") | {"topk_group": None}, "topk_group=None must be of 1 to n_group=4 groups"),
         (tiny_config("deepseek_v3") | {"n_group": 3}, "8 experts do not divide by n_group=3"),

@@ -17,14 +17,14 @@ QWEN2_MOE = {
 MIXTRAL = {
     "model_type": "mixtral", "rms_norm_eps": 1e-6, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
-    "num_experts_per_tok": 2, "sliding_window": None, "tie_word_embeddings": False,
+    "num_experts_per_tok": 2, "sliding_window": None, "rope_theta": 1e6, "tie_word_embeddings": False,
 }  # fmt: skip
 
 GPT_OSS_20B = {
     "model_type": "gpt_oss", "rms_norm_eps": 1e-6, "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
     "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
     "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0,
-    "tie_word_embeddings": False, "quantization_config": {"quant_method": "mxfp4"},
+    "tie_word_embeddings": False, "rope_theta": 150000.0, "quantization_config": {"quant_method": "mxfp4"},
 }  # fmt: skip
 GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}
 
