@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """0. Raises a SamerouteError, or KeyboardInterrupt where a signal ended what cannot be resumed."""
     from pipeline.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, served=False if options.from_dump else None)
     with lasting_imports():
         from pipeline.loop.run import requeued_attempt, train
         from pipeline.loop.stop import StopRequest

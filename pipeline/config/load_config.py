@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_ext.hf.description import ModelDescription, describe, read_description
+from megatron_ext.hf.tied import check_tied_head
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
 from pipeline.config.secrets import is_hidden
@@ -16,13 +17,14 @@ from pipeline.config.tree import Config
 from pipeline.text.yaml_text import YamlError, parse
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None, *, served: bool | None = None) -> Config:
     """Read a YAML file and its bases, apply overrides of the form `a.b=c` (c is YAML), validate.
 
+    served: whether a server holds the model, which it then must be able to; None: where there are steps to take.
     Raises ConfigError: file missing, not YAML, unknown key, wrong type, or settings that do not go together.
     """
     config, _ = _read(path, overrides)
-    return fit_context(config, _model(config, config.model.path).hf)
+    return fit_context(config, _model(config, config.model.path, served).hf)
 
 
 def load_config_and_model(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, ModelDescription]:
@@ -38,12 +40,12 @@ def load_config_and_model(path: str | Path, overrides: list[str] | None = None) 
     return fit_context(config, model.hf), model
 
 
-def _model(config: Config, directory: Path | None) -> ModelDescription:
+def _model(config: Config, directory: Path | None, served: bool | None = None) -> ModelDescription:
     """A tiny model's, or that of what lies in `directory`."""
     if config.model.tiny is not None:
         return describe(config.model.tiny.hf_config())
     assert directory is not None
-    return _check_model(config, directory)
+    return _check_model(config, directory, config.train.steps > 0 if served is None else served)
 
 
 def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[Path]]:
@@ -69,11 +71,12 @@ def _with_reward_directory(config: Config, files: list[Path]) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"reward_directory": found})})
 
 
-def _check_model(config: Config, directory: Path) -> ModelDescription:
-    """Of a model that is supported, divides into the layout and can be had in this precision."""
+def _check_model(config: Config, directory: Path, served: bool) -> ModelDescription:
+    """Of a model that is supported, divides into the layout, can be had in this precision, and in a server if asked."""
     try:
         model = read_description(directory)
         config.parallel.check_model(model)
+        check_tied_head(directory, model)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
     if quantized := model.hf.get("quantization_config"):
@@ -81,6 +84,8 @@ def _check_model(config: Config, directory: Path) -> ModelDescription:
             f"model.path: SGLang would hold {quantized.get('quant_method')} weights, which the trainer's cannot "
             "replace; write the model in bfloat16 first, with sameroute convert to-megatron and to-hf"
         )
+    if served and model.not_served:
+        raise ConfigError(f"model.path: {directory}: {'; '.join(model.not_served)}")
     for needed in model.family.needs:
         if getattr(config.precision, needed.setting) != needed.value:
             raise ConfigError(f"{needed.why}; set precision.{needed.setting}={needed.value}")
