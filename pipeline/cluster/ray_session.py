@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
-from ray._raylet import AuthenticationTokenLoader
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.job_config import JobConfig
 
 from pipeline.cluster import loopback
@@ -41,14 +42,14 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
         if config.address is None:
             folder = _folder()
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.callback(AuthenticationTokenLoader.instance().reset_cache)
+            stack.callback(_read_token)
             stack.callback(ray.shutdown)  # before: Ray's processes write there until they end
-            with _environment(_of_cluster(folder)):
-                AuthenticationTokenLoader.instance().reset_cache()
+            with _environment(_of_cluster(folder)), _at_loopback():
+                _read_token()
                 ray.init(
                     address="local",  # never another run's cluster on this machine
                     num_cpus=cpus,
-                    _node_ip_address=loopback.ADDRESS,  # Ray then listens nowhere else
+                    _node_ip_address=loopback.ADDRESS,
                     include_dashboard=False,
                     object_store_memory=int(config.object_store_gb * 1e9),
                     logging_level=logging.ERROR,
@@ -78,7 +79,26 @@ def _of_cluster(folder: Path) -> dict[str, str]:
     cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return {"TMPDIR": str(folder)} | token | loopback.loopback_environment()
+    alone = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    return {"TMPDIR": str(folder)} | token | alone | loopback.loopback_environment()
+
+
+def _read_token() -> None:
+    """Ray reads from the environment whether there is a token, and which; it does so once, when first asked."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _at_loopback() -> Iterator[None]:
+    """Ray takes 127.0.0.1 for its node and then listens nowhere else. It replaces that by an address of the machine
+    that others reach, unless it is told, by a variable that it reads when it is imported, that a cluster has one node.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
