@@ -29,7 +29,7 @@ def session(tmp_path_factory):
     (folder / "logs").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAMEROUTE_MARK", folder.name)  # in the environment of all its processes
-        config = load_config(QUICKSTART, [*SMALL, "weights.transport=distributed"])
+        config = load_config(QUICKSTART, [*SMALL, "weights.transport=distributed", "debug.dump_rollouts=true"])
         with open_loop(config, folder, folder / "logs") as opened:
             yield opened
 
@@ -79,7 +79,12 @@ def test_no_command_line_environment_or_file_of_a_run_has_a_key(loop, session):
                 continue
             found += [process / name for key in keys if key in text]
     files = [file for file in session[1].parent.rglob("*") if file.is_file()]
-    assert {file.name for file in files} >= {"sglang.log", "trainer_rank0.log", "config.json"}
+    assert {file.name for file in files} >= {
+        "sglang.log",
+        "trainer_rank0.log",
+        "config.json",
+        "step_000001.safetensors",
+    }
     found += [file for file in files if any(key in file.read_bytes() for key in keys)]
     assert found == []
 
