@@ -19,8 +19,10 @@ from types import TracebackType
 from typing import Literal, Self
 
 from pipeline import http
+from pipeline.cluster.loopback import is_loopback, loopback_environment
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
 from pipeline.errors import SamerouteError
 from pipeline.imports import own_folder
@@ -54,6 +56,7 @@ class SGLangServer:
     device: "cpu" or "cuda". precision: what it computes with. seed: of the sampler.
     trust_remote_code: let SGLang run the Python code that the folder's config.json names.
     return_routed_experts: let requests ask for the experts of every token (mixture-of-experts models only).
+    keys: that open it; None: a pair of its own.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SGLangServer:
         return_routed_experts: bool,
         precision: PrecisionConfig = _FULL,
         trust_remote_code: bool = False,
+        keys: ServerKeys | None = None,
     ) -> None:
         self.config = config
         self.model_path = Path(model_path)
@@ -74,6 +78,7 @@ class SGLangServer:
         self.device = device
         self.precision = precision
         self.trust_remote_code = trust_remote_code
+        self.keys = keys or ServerKeys.random()
         self.seed = seed
         self.return_routed_experts = return_routed_experts
         self._port: int | None = None
@@ -113,12 +118,18 @@ class SGLangServer:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=self._environment(),
             )
+        assert self._process.stdin is not None
+        try:
+            with self._process.stdin as pipe:
+                pipe.write(self.keys.to_bytes())
+        except BrokenPipeError:  # it has ended already; `wait_ready` says how
+            return
 
     def arguments(self) -> list[str]:
         """SGLang's command line. Raises ServerError before start(), which settles the port."""
@@ -171,6 +182,8 @@ class SGLangServer:
         environment["SPT_NOENV"] = "1"  # else setproctitle overwrites the environment that carries the token
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
         environment |= _without_proxy(self.config.host)
+        if is_loopback(self.config.host):
+            environment |= loopback_environment()
         environment |= self.precision.server_environment()
         paths = own_folder()
         if self.device == "cpu":
@@ -223,7 +236,7 @@ class SGLangServer:
         SGLang does it after its own warm-up; without one it tries before the port is open, and fails.
         """
         if self.device == "cpu":
-            answer = http.request("POST", f"{self.url}/freeze_gc", timeout_s=60)
+            answer = http.request("POST", f"{self.url}/freeze_gc", key=self.keys.admin, timeout_s=60)
             if answer.status != 200:
                 raise ServerError(f"{self.url}/freeze_gc answered {answer.status}: {answer.text[:1000]}")
 

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet, FleetServer, ServerProcess
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.remote import RemoteServer
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.loop.inputs import config_device
@@ -54,6 +55,7 @@ def start_engines(
     gpus = max(1, torch.cuda.device_count()) if config_device(config) == "cuda" else 0
     routes = config.replay.of_model(shape.num_experts).from_server
     count = server_count(config, gpus) if serve else 0
+    keys = ServerKeys.random()
     local = [
         SGLangServer(
             config.server,
@@ -64,6 +66,7 @@ def start_engines(
             return_routed_experts=routes,
             precision=config.precision,
             trust_remote_code=config.model.trust_remote_code,
+            keys=keys,
         )
         for number in range(count)
     ]
@@ -92,6 +95,7 @@ def _client(config: Config, shape: ModelDescription, process: ServerProcess, rou
         num_experts=shape.num_experts,
         moe_layers=shape.moe_layers,
         routes=routes,
+        keys=process.keys,
         timeout_s=config.rollout.timeout_s,
         log_path=process.log_path,
     )
