@@ -38,7 +38,6 @@ SAME_NAME = {
     "__init__": "packages",
     "alerts": "the rules of alerts, and who sends them",
     "config": "settings of the folder they stand in",
-    "errors": "what can go wrong in the folder they stand in",
     "page": "a page in HTML",
     "patches": "what an engine needs without CUDA",
     "plan": "the plan, and its command",
