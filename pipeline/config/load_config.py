@@ -16,6 +16,9 @@ from pipeline.config.server import fit_context
 from pipeline.config.tree import Config
 from pipeline.text.yaml_text import YamlError, parse
 
+_MEANT = {"objective": "preset", "model": "path", "data": "path", "run": "directory", "precision": "weights"}
+"""The field that a person means who gives a section a text: `objective=grpo`."""
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, served: bool | None = None) -> Config:
     """Read a YAML file and its bases, apply overrides of the form `a.b=c` (c is YAML), validate.
@@ -147,12 +150,22 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{where}: there is no such key{instead}")
         else:
             words = mistake["msg"].removeprefix("Value error, ")
-            if mistake["input"] is None and mistake["type"] == "model_type":
-                words = "the section holds nothing; give it fields, or leave it out for its defaults"
+            if mistake["type"] == "model_type":
+                words = _instead_of_a_value(where, mistake["input"], _fields_at(mistake["loc"]))
             elif mistake["type"] in ("string_type", "path_type") and isinstance(mistake["input"], bool | int | float):
                 words += f", not {mistake['input']!r}; write it in quotes"
             lines.append(f"{where}: {words}" if where else words)
     return "\n".join(lines)
+
+
+def _instead_of_a_value(section: str, value: Any, fields: list[str]) -> str:
+    """What to write where a section of fields is given one value, or nothing."""
+    if value is None:
+        return "the section holds nothing; give it fields, or leave it out for its defaults"
+    if section in _MEANT and isinstance(value, str):
+        field = f"{_MEANT[section]}: {value}"
+        return f"this is a section of fields; write {section}='{{{field}}}', or {section}: {{{field}}} in a file"
+    return f"this is a section of fields, not {value!r}; write {section}.FIELD=VALUE, with one of {', '.join(fields)}"
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
