@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import ConfigError, load_config_and_model
+from pipeline.config.load_config import check_precision
 from pipeline.plan.plan import Plan, make_plan
 
 
@@ -21,6 +22,8 @@ def plan_of(
     mean_response: tokens of an answer, see make_plan. Raises ConfigError.
     """
     config, hf = load_config_and_model(path, [*overrides, *_scaled(path, overrides, nodes)])
+    if config.device == "auto":  # a plan is of GPUs
+        check_precision(config, "cuda")
     try:
         return make_plan(config, hf, gpu or config.cluster.gpu or "h100", mean_response=mean_response)
     except ValueError as error:
