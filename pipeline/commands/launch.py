@@ -41,9 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """0; the script of a dry run is printed, or a sentence on the submitted job. Raises ConfigError, LaunchError."""
     from pipeline.config import load_config_and_model
+    from pipeline.config.load_config import check_precision
 
     # The model need not be on the machine that submits.
     config, _ = load_config_and_model(options.config, options.overrides)
+    if config.device == "auto":  # the job asks for GPUs, as render does for any device but the CPU
+        check_precision(config, "cuda")
     script = render(config, SlurmJob(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SlurmJob)}))
     if config.checkpoint.every_steps is None:
         print("sameroute: checkpoint.every_steps is null, so what ends this job early ends the run", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -41,6 +41,14 @@ def load_config_and_model(path: str | Path, overrides: list[str] | None = None) 
     place = next((p for p in places if (p / "config.json").is_file()), config.model.path)
     model = _model(config, place)
     return fit_context(config, model.hf), model
+
+
+def check_precision(config: Config, device: Literal["cpu", "cuda"]) -> None:
+    """Raise ConfigError where the precision cannot be had on the device that the run gets."""
+    try:
+        config.precision.check_device(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _model(config: Config, directory: Path | None, served: bool | None = None) -> ModelDescription:

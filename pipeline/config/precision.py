@@ -123,7 +123,15 @@ class PrecisionConfig(TrainerPrecision):
         return {ROUTER_VARIABLE: "fp32"} if self.router == "fp32" and self.weights != "float32" else {}
 
     def check_device(self, device: Literal["cpu", "cuda"]) -> None:
-        """Raise ValueError for what SGLang does not have on this device."""
+        """Raise ValueError for what the engines do not have on this device."""
+        if device == "cuda" and self.weights == "float32":
+            # SGLang 0.5.23: FlashAttention 3 takes no float32, and Triton's expert kernel multiplies float32 in TF32.
+            # Transformer Engine: no float32 attention with context parallelism, and its matrix products use TF32.
+            raise ValueError(
+                "precision.weights=float32, the default, cannot be had on a GPU: FlashAttention refuses it, and "
+                "Triton's experts and Transformer Engine would compute it in TF32, each in its own way; set "
+                "precision.weights=bfloat16, or device=cpu"
+            )
         if device == "cpu" and self.kv_cache.startswith("fp8"):
             raise ValueError(
                 f"SGLang's {self.kv_cache} cache does not run on this CPU; set precision.kv_cache to same or bfloat16"

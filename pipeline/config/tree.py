@@ -71,6 +71,8 @@ class Config(Frozen):
                 "Megatron-Core offloads the optimizer of bfloat16 weights only; set precision.weights=bfloat16, or "
                 "trainer.offload_optimizer=false"
             )
+        if self.device != "auto":  # that of `auto` is known where the run is
+            self.precision.check_device(self.device)
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -55,6 +56,7 @@ class SGLangServer:
     model_path: Hugging Face folder (config, weights). log_path: file that gets all output of the server.
     device: "cpu" or "cuda". precision: what it computes with. seed: of the sampler.
     trust_remote_code: let SGLang run the Python code that the folder's config.json names.
+    base_gpu: the first of the GPUs that this process sees which the server takes. environment: further variables.
     return_routed_experts: let requests ask for the experts of every token (mixture-of-experts models only).
     keys: that open it; None: a pair of its own.
     """
@@ -71,6 +73,8 @@ class SGLangServer:
         precision: PrecisionConfig = _FULL,
         trust_remote_code: bool = False,
         keys: ServerKeys | None = None,
+        base_gpu: int = 0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.model_path = Path(model_path)
@@ -81,6 +85,7 @@ class SGLangServer:
         self.keys = keys or ServerKeys.random()
         self.seed = seed
         self.return_routed_experts = return_routed_experts
+        self.base_gpu, self.environment = base_gpu, dict(environment or {})
         self._port: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._token = secrets.token_hex(6)
@@ -148,6 +153,7 @@ class SGLangServer:
             "--max-total-tokens": config.max_total_tokens,
             "--mem-fraction-static": config.mem_fraction_static,
             "--attention-backend": config.attention_backend,
+            "--base-gpu-id": self.base_gpu or None,
             "--weight-version": 0,
             "--log-level-http": "warning",
         }
@@ -185,6 +191,7 @@ class SGLangServer:
         if is_loopback(self.config.host):
             environment |= loopback_environment()
         environment |= self.precision.server_environment()
+        environment |= self.environment
         paths = own_folder()
         if self.device == "cpu":
             environment["SGLANG_USE_CPU_ENGINE"] = "1"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +12,20 @@ from pathlib import Path
 import torch
 
 from megatron_ext.hf.description import ModelDescription
+from pipeline.cluster.nccl import nccl_environment
+from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_servers
 from pipeline.cluster.placement import wait_and_place
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config import Config
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet, FleetServer, ServerProcess
-from pipeline.engine.keys import ServerKeys
 from pipeline.engine.remote import RemoteServer
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.loop.inputs import config_device
 from pipeline.trainer.group import TrainerGroup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,27 +54,13 @@ def start_engines(
     """Everything is started inside, and nothing of it is left when the block ends.
 
     logs: existing folder for the logs of both engines. serve: false starts no server. seed: of the first server's
-    sampler. Raises ServerError for a server that could never work, and PlacementError for a cluster that does not hold
-    the run.
+    sampler. Raises ServerError for a server that could never work, and PlacementError for a machine or a cluster that
+    does not hold the run.
     """
-    gpus = max(1, torch.cuda.device_count()) if config_device(config) == "cuda" else 0
+    gpus = _gpus(config)
     routes = config.replay.of_model(shape.num_experts).from_server
-    count = server_count(config, gpus) if serve else 0
-    keys = ServerKeys.random()
-    local = [
-        SGLangServer(
-            config.server,
-            model_path,
-            logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
-            device=config_device(config),
-            seed=seed + number,  # another draw for each
-            return_routed_experts=routes,
-            precision=config.precision,
-            trust_remote_code=config.model.trust_remote_code,
-            keys=keys,
-        )
-        for number in range(count)
-    ]
+    environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
+    local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
     with contextlib.ExitStack() as stack:
         processes, nodes = stack.enter_context(_processes(config, local, gpus))
         fleet = Fleet([FleetServer(process, _client(config, shape, process, routes)) for process in processes])
@@ -81,9 +72,64 @@ def start_engines(
             timeout_s=config.cluster.call_timeout_s,
             watch=fleet.check_alive,  # a server that dies ends what the trainer waits for
             nodes=nodes,
+            environment=environment,
         )
         stack.callback(trainers.stop)
         yield Engines(config, fleet, trainers, gpus)
+
+
+def _gpus(config: Config) -> int:
+    """GPUs of this machine; 0: the run uses none. Raises PlacementError where they are too few for an engine."""
+    if config_device(config) == "cpu":
+        return 0
+    check_gpus(config, torch.cuda.device_count())
+    return max(1, torch.cuda.device_count())  # a controller without one, whose cluster has them
+
+
+def _servers(
+    config: Config,
+    model_path: Path,
+    logs: Path,
+    gpus: int,
+    *,
+    serve: bool,
+    seed: int,
+    routes: bool,
+    environment: dict[str, str],
+) -> list[SGLangServer]:
+    """The run's servers, not started."""
+    count = server_count(config, gpus) if serve else 0
+    places = places_of_servers(config, gpus, count) if gpus and shares_gpus(config, gpus) else [None] * count
+    settings = [
+        config.server
+        if place is None
+        else config.server.model_copy(update={"mem_fraction_static": memory_share(config, place)})
+        for place in places
+    ]
+    if any(own != config.server for own in settings):
+        logger.warning(
+            "server.mem_fraction_static is not set and trainer and server share a GPU: such a server takes %g of its "
+            "memory for weights and cache, and the trainer has the rest",
+            next(own.mem_fraction_static for own in settings if own != config.server),
+        )
+    keys = ServerKeys.random()  # one pair for all of them
+    return [
+        SGLangServer(
+            own,
+            model_path,
+            logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
+            device=config_device(config),
+            seed=seed + number,  # another draw for each
+            return_routed_experts=routes,
+            precision=config.precision,
+            trust_remote_code=config.model.trust_remote_code,
+            keys=keys,
+            trust_remote_code=config.model.trust_remote_code,
+            base_gpu=0 if place is None else place.base,
+            environment=environment,
+        )
+        for number, (own, place) in enumerate(zip(settings, places, strict=True))
+    ]
 
 
 def _client(config: Config, shape: ModelDescription, process: ServerProcess, routes: bool) -> SGLangClient:

@@ -7,7 +7,9 @@ from typing import Literal
 
 import torch
 
-from pipeline.config import Config, ConfigError
+from pipeline.cluster.one_machine import check_gpus
+from pipeline.config import Config
+from pipeline.config.load_config import check_precision
 from pipeline.data.chat import DataError
 from pipeline.data.tiny_model import make_tiny_model
 from pipeline.dumps.dump import DumpError
@@ -23,16 +25,15 @@ def config_device(config: Config) -> Literal["cpu", "cuda"]:
 
 
 def check_inputs(config: Config) -> None:
-    """What can be known to be wrong before anything starts: sinks, a precision that this device does not have, the
-    verifier, the data file, the port.
+    """What can be known to be wrong before anything starts: sinks, a precision that this device does not have, GPUs
+    that this machine does not have, the verifier, the data file, the port.
 
-    Raises ObserveError, ConfigError, RewardError, DataError and ServerError.
+    Raises ObserveError, ConfigError, PlacementError, RewardError, DataError and ServerError.
     """
     check_sinks(config)
-    try:
-        config.precision.check_device(config_device(config))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_precision(config, config_device(config))
+    if config_device(config) == "cuda":
+        check_gpus(config, torch.cuda.device_count())
     check_reward(config.data)
     if config.data.path is not None and not config.data.path.is_file():
         raise DataError(f"there is no data file {config.data.path}")

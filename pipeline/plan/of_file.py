@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import ConfigError, load_config_and_model
+from pipeline.config.load_config import check_precision
 from pipeline.plan.on_cpu import CPUPlan, make_cpu_plan
 from pipeline.plan.plan import Plan, make_plan
 
@@ -25,6 +26,8 @@ def plan_of(
     config, hf = load_config_and_model(path, [*overrides, *_scaled(path, overrides, nodes)])
     if config.device == "cpu" and gpu is None:
         return make_cpu_plan(config, hf, mean_response)
+    if config.device == "auto":  # a plan is of GPUs
+        check_precision(config, "cuda")
     try:
         return make_plan(config, hf, gpu or config.cluster.gpu or "h100", mean_response=mean_response)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +51,18 @@ class TrainerGroup:
         timeout_s: float,
         watch: Callable[[], None] = lambda: None,
         nodes: Sequence[str | None] | None = None,
+        environment: Mapping[str, str] | None = None,
     ):
         """Actors start at once and in the background. Ray must be up.
 
         timeout_s: of one call. watch: called every second while a call waits; raises to end it.
-        nodes: the Ray node of each rank; None: wherever there is room.
+        nodes: the Ray node of each rank; None: wherever there is room. environment: further variables of each rank.
         """
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
         self.weights_timeout_s = timeout_s
-        resources = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
+        resources: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
+        if environment:  # none: a runtime environment of its own would start other workers
+            resources["runtime_env"] = {"env_vars": dict(environment)}
         actor = ray.remote(**resources, concurrency_groups={"watch": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
         self.ranks = [
             actor.options(**on_node(node)).remote(r, str(self.log_path(r)), threads)
@@ -156,7 +159,7 @@ class TrainerGroup:
         self._call("save_hf", str(directory.resolve()))
 
     def where(self) -> list[dict[str, Any]]:
-        """Host, Ray node, process and GPUs of every rank, see TrainerRank.where."""
+        """Host, Ray node, process, GPUs and NCCL variables of every rank, see TrainerRank.where."""
         return self._call("where")
 
     def connect(

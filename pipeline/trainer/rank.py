@@ -52,7 +52,7 @@ class TrainerRank:
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
     def where(self) -> dict[str, Any]:
-        """This rank's host, Ray node, process and GPUs."""
+        """This rank's host, Ray node, process, GPUs and what it was told of NCCL."""
         import socket
 
         context = ray.get_runtime_context()
@@ -62,6 +62,7 @@ class TrainerRank:
             "node": context.get_node_id(),
             "pid": os.getpid(),
             "gpus": context.get_accelerator_ids().get("GPU", []),
+            "nccl": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         }
 
     def build(

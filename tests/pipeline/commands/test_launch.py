@@ -14,7 +14,7 @@ from pipeline.config import ConfigError, load_config_and_model
 # base.yaml and parts/ are what the others inherit from
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "base.yaml" and p.parent.name != "parts")
 QUICKSTART = "configs/quickstart.yaml"
-GPUS = ["device=cuda", "parallel={ranks: 16}"]
+GPUS = ["device=cuda", "precision.weights=bfloat16", "parallel={ranks: 16}"]
 
 
 @pytest.fixture

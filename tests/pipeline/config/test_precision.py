@@ -7,11 +7,14 @@ import torch
 from pydantic import ValidationError
 
 from megatron_ext.hf.families import FAMILIES
-from pipeline.config import load_config
+from pipeline.commands.main import main
+from pipeline.config import ConfigError, load_config
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.engine.server import SGLangServer
+from pipeline.loop import inputs
 from pipeline.weights.rounding import rounded
+from tests.support.vendor import lines
 
 QUICKSTART = "configs/quickstart.yaml"
 HALF = {"weights": "bfloat16"}
@@ -140,3 +143,30 @@ def test_matrices_are_rounded_by_rows_and_the_rest_is_left_alone(kind, largest_e
     packed = [("model.layers.0.mlp.experts.down_proj", torch.stack([matrix, matrix.flip(0)]).mT)]
     (((_, held_packed),),) = rounded([packed], kind, kept)
     assert torch.equal(held_packed.mT, torch.stack([first[0][1], first[0][1].flip(0)]))
+
+
+def test_float32_is_refused_on_a_gpu_with_what_to_write():
+    with pytest.raises(ValueError, match=r"float32, the default, .* set precision\.weights=bfloat16, or device=cpu"):
+        PrecisionConfig().check_device("cuda")
+    PrecisionConfig().check_device("cpu")
+    PrecisionConfig(**HALF).check_device("cuda")
+
+
+@pytest.mark.parametrize("weights", [[], ["precision.weights=float32"], ["precision={head: fp32, router: fp32}"]])
+def test_a_configuration_for_gpus_is_refused_wherever_it_is_read(weights, tmp_path, capsys, monkeypatch):
+    said = "set precision.weights=bfloat16"
+    with pytest.raises(ConfigError, match=said):
+        load_config(QUICKSTART, ["device=cuda", *weights])
+    for device in ("cuda", "auto"):  # a plan and a job are of GPUs where nothing says otherwise
+        for command in (["plan", QUICKSTART], ["launch", "slurm", QUICKSTART, "--dry-run"]):
+            assert main([*command, f"device={device}", *weights]) == 2
+            assert said in capsys.readouterr().err
+    monkeypatch.setattr(inputs.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=said):
+        inputs.check_inputs(load_config(QUICKSTART, ["device=auto", f"run.directory={tmp_path}", *weights]))
+
+
+def test_float32_is_tf32_in_sglangs_experts_on_a_gpu():
+    kernel = "sglang/kernels/ops/moe/fused_moe_triton_kernels.py"
+    assert "input_precision" not in lines(kernel, 611, 611, begins="accumulator += tl.dot(a, b)")
+    lines("triton/language/core.py", 2387, 2387, begins='input_precision = knobs.language.fp32_default or ("tf32"')
