@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet, FleetServer, ServerProcess
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.remote import RemoteServer
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.loop.inputs import config_device
@@ -124,7 +125,6 @@ def _servers(
             precision=config.precision,
             trust_remote_code=config.model.trust_remote_code,
             keys=keys,
-            trust_remote_code=config.model.trust_remote_code,
             base_gpu=0 if place is None else place.base,
             environment=environment,
         )
