@@ -38,10 +38,10 @@ def train(
     from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
     resume: go on from the newest checkpoint, and refuse where there is none; see checkpoints.resume.choose_start.
     stop: signals that may ask for the end.
-    Raises what the CLI turns into a message: DataError, DumpError, ObserveError, RewardError, ResumeError,
+    Raises what the CLI turns into a message: DataError, DumpError, ObserveError, VerifierError, ResumeError,
     CheckpointError, RunDirectoryError and ServerError (its port) before anything starts; ServerError, PlacementError,
-    TrainerError, WeightTransferError, DumpError, NothingToLearnError, DisagreementError, CheckpointError and AlertStop
-    after; Stopped where a signal ended the run and it can be resumed, KeyboardInterrupt where it cannot.
+    TrainerError, WeightTransferError, DumpError, NothingToLearnError, RewardError, DisagreementError, CheckpointError
+    and AlertStop after; Stopped where a signal ended the run and it can be resumed, KeyboardInterrupt where it cannot.
     """
     store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep_last)
     stop = stop or StopRequest(None)
