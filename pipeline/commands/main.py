@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.commands import launch
 from pipeline.commands.convert import ConvertError, add_arguments
 from pipeline.commands.convert import run as convert
+from pipeline.errors import SamerouteError
 from pipeline.imports import lasting_imports
 from pipeline.plan.arguments import add_arguments as add_plan_arguments
 
@@ -170,6 +171,8 @@ def _with_engines(options: argparse.Namespace, run: Callable[[Config, StopReques
         AlertStop,
     ) as error:
         return _fail(str(error), 1)
+    except SamerouteError as error:
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         latest = CheckpointStore(config.run.directory / "checkpoints").latest()
         if options.command == "train" and stop.at_once and checkpoints and latest is not None:

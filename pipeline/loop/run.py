@@ -21,6 +21,9 @@ from pipeline.data.tiny_model import make_tiny_model
 from pipeline.diagnose import diagnose
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
+from pipeline.disk.claim import Claim, claim
+from pipeline.disk.lock import refuse_held
+from pipeline.disk.scratch import scratch_folder
 from pipeline.dumps.dump import DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.client import SGLangClient
@@ -28,13 +31,12 @@ from pipeline.engine.pool import ClientPool
 from pipeline.engine.server import SGLangServer, reserve_port
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.engines import cluster, server_count, trainer_group, weights_config
-from pipeline.loop.loop import Loop, NothingToLearnError, supervise
+from pipeline.loop.loop import Loop, supervise
 from pipeline.loop.stop import Stopped, StopRequest
 from pipeline.objectives import resolve
 from pipeline.observe.console import Console
 from pipeline.observe.facts import write_facts
 from pipeline.observe.run_dir import RunDirectory
-from pipeline.observe.sinks.alerts import AlertStop
 from pipeline.observe.sinks.sinks import Sinks, check_sinks
 from pipeline.rewards import resolve_reward
 from pipeline.trainer.group import TrainerGroup
@@ -56,26 +58,42 @@ def train(
     where a signal ended the run.
     """
     dumped = None if from_dump is None else _dumped_steps(from_dump, config)
+    refuse_held(config.run.directory)
     check_inputs(config)
+    stop = stop or StopRequest(None)
+    with scratch_folder() as scratch:
+        source = check_prompts(config, scratch)
+        with claim(config.run.directory) as claimed:
+            return _claimed(config, claimed, source, dumped, resume=resume, stop=stop)
+
+
+def _claimed(
+    config: Config,
+    claimed: Claim,
+    source: PromptSource,
+    dumped: DumpedSteps | None,
+    *,
+    resume: bool,
+    stop: StopRequest,
+) -> Path:
+    """The run, in a directory that is its own. source: its prompts, checked."""
     store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep_last)
     start = choose_start(config, store, asked=resume)
     steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
     last = max(steps, default=0)
     done = 0 if start is None else start.progress.step
     steps = [step for step in steps if step > done]
-    stop = stop or StopRequest(None)
     with (
-        RunDirectory.create(config, resume_after=None if start is None else done) as run,
+        RunDirectory.create(config, resume_after=None if start is None else done, claim=claimed) as run,
         Console(last) as console,
     ):
-        if start is not None:
-            removed = [f"removed {name}, which was interrupted" for name in store.clean()]
-            for note in (*removed, *start.notes):
-                console.say(note)
-            if not steps and has_weights(run.path / "hf"):
-                console.say(f"all {last} steps are done; a larger train.steps goes on")
-                run.finish()
-                return run.path
+        removed = [f"removed {name}, which was interrupted" for name in store.clean()] if start is not None else []
+        for note in (*claimed.notes, *removed, *(start.notes if start is not None else [])):
+            console.say(note)
+        if start is not None and not steps and has_weights(run.path / "hf"):
+            console.say(f"all {last} steps are done; a larger train.steps goes on")
+            run.finish()
+            return run.path
         write_facts(run.path)
         serve = dumped is None and config.train.steps > 0
         session = _Session(config, store, stop, console, run)
@@ -88,29 +106,22 @@ def train(
                 run.logs,
                 serve=serve,
                 start=start,
+                source=source,
                 on_supervised=session.supervised,
                 may_stop=session.supervised_done,
             ) as (loop, model_path),
+            session.saver(loop.trainers) as saver,
         ):
             write_facts(run.path, loop.trainers)
             if serve and config.checks.first_rollouts:
                 _check_engines(loop, model_path, run, console)
-            saver = session.saver(loop.trainers)
             stop.arm()
             for number in steps:
-                try:
-                    result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
-                except (DisagreementError, NothingToLearnError):
-                    saver.wait()  # the trainer lives, and so may what it has begun to save
-                    raise
+                result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
                 run.record(result.metrics)
                 run.write_step(result, loop.objective, loop.source.tokenizer)
                 console.step(result.metrics)
-                try:
-                    sinks.record(result.metrics)
-                except AlertStop:
-                    saver.wait()
-                    raise
+                sinks.record(result.metrics)
                 session.step_done(loop, saver, number, last)
             saver.wait()  # whatever the last check finds, the last checkpoint is there
             if loop.version and serve:
@@ -140,7 +151,8 @@ class _Session:
         self.stop.arm()
         if self.stop.requested:
             progress = progress_of(self.config, step=0, supervised=number, version=0, cursor=source.state())
-            self._end(self.saver(trainers), progress)
+            with self.saver(trainers) as saver:
+                self._end(saver, progress)
 
     def step_done(self, loop: Loop, saver: Saver, number: int, last: int) -> None:
         """An RL step, recorded and synchronised."""
@@ -200,6 +212,23 @@ def check_inputs(config: Config) -> None:
     reserve_port(config.server.host, config.server.port)
 
 
+def check_prompts(config: Config, scratch: Path) -> PromptSource:
+    """The prompts of the run: tokenizer, chat template, end-of-sequence token and every line of a data file are read,
+    and its first prompts looked at, before a run directory is touched. scratch: for a tiny model's tokenizer.
+
+    Raises DataError.
+    """
+    model_path = prepare_model(config, scratch / "model")
+    model_shape(read_hf_config(model_path))
+    source = PromptSource(config.data, model_path, seed=config.run.seed)
+    beginning = source.state()
+    source.take(config.rollout.prompts_per_step)
+    if config.supervised.steps:
+        source.take_supervised(config.supervised.batch_size)
+    source.restore(beginning)
+    return source
+
+
 def _dumped_steps(path: Path, config: Config) -> DumpedSteps:
     run = config.run.directory.resolve()
     if path.resolve().is_relative_to(run):
@@ -226,6 +255,7 @@ def open_loop(
     *,
     serve: bool = True,
     start: Start | None = None,
+    source: PromptSource | None = None,
     on_supervised: Callable[[int, float], None] = lambda *_: None,
     may_stop: Callable[[int, TrainerGroup, PromptSource], None] = lambda *_: None,
 ) -> Iterator[tuple[Loop, Path]]:
@@ -234,6 +264,7 @@ def open_loop(
     directory: where a tiny model and dumps are written. logs: existing folder for the logs of both engines.
     serve: false starts no server, for a loop that replays.
     start: a checkpoint to go on from.
+    source: the prompts, where they have been read already.
     on_supervised: called with each supervised step and its loss, nats a token.
     may_stop: called after it with its number and with what would have to be saved.
     Yields the loop and the model directory it started from.
@@ -241,7 +272,7 @@ def open_loop(
     device = config_device(config)
     model_path = prepare_model(config, directory / "model")
     shape = model_shape(read_hf_config(model_path))
-    source = PromptSource(config.data, model_path, seed=config.run.seed)
+    source = source or PromptSource(config.data, model_path, seed=config.run.seed)
     objective = resolve(config.objective)
     routes = config.replay.of_model(shape.num_experts).from_server
     gpus = max(1, torch.cuda.device_count()) if device == "cuda" else 0

@@ -58,7 +58,7 @@ class TrainerGroup:
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
         self.weights_timeout_s = timeout_s
         resources = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
-        actor = ray.remote(**resources, concurrency_groups={"watch": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
+        actor = ray.remote(**resources, concurrency_groups={"watch": 1, "save": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
         self.ranks = [
             actor.options(**on_node(node)).remote(r, str(self.log_path(r)), threads)
             for r, node in enumerate(nodes or [None] * parallel.ranks)
@@ -132,6 +132,19 @@ class TrainerGroup:
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A new phase of training begins: its own settings, no moments of the last."""
         self.call("restart_optimizer", optimizer)
+
+    def begin_save(self, directory: Path) -> None:
+        """Begin to write a training checkpoint into an empty directory that every rank sees."""
+        self.call("begin_save", str(directory.resolve()))
+
+    def save_written(self) -> bool:
+        """Whether every rank has written its part; from any thread, while the ranks do something else. Raises
+        TrainerError for what went wrong."""
+        return all(self.call("save_written"))
+
+    def finish_save(self) -> None:
+        """Every rank has written: describe the whole. From any thread, too."""
+        self._wait([self.ranks[0].describe_save.remote(self.call("saved_part"))], "describe_save")
 
     def connect(
         self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights = "same"

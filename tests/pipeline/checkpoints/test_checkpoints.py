@@ -98,8 +98,14 @@ class Local:
         self.rank = TrainerRank.__new__(TrainerRank)  # without its log file
         self.rank.trainer = Trainer(model, ParallelConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3), replay=True)
 
-    def call(self, method: str, *args):
-        return [getattr(self.rank, method)(*args)]
+    def begin_save(self, directory: Path) -> None:
+        self.rank.begin_save(str(directory))
+
+    def save_written(self) -> bool:
+        return self.rank.save_written()
+
+    def finish_save(self) -> None:
+        self.rank.describe_save([self.rank.saved_part()])
 
     def state(self):
         """Every weight and both moments of each."""
@@ -150,7 +156,7 @@ def save_until_killed(model: str, folder: Path, reports) -> None:
     trainers = Local(model, folder)
     trainers.become(0)
     if latest is not None:
-        trainers.call("resume", str(latest))
+        trainers.rank.resume(str(latest))
         step = read_progress(latest).step
     reports.put((removed, step, trainers.values()))
     saver = saver_of(store, trainers)
@@ -233,7 +239,7 @@ def save_to_a_full_disk_and_memory(model: str, folder: Path):
     staged_save.serialized = serialized
     latest = store.latest()
     assert latest is not None
-    trainers.call("resume", str(latest))
+    trainers.rank.resume(str(latest))
     return said, store.complete() == [latest], trainers.values()
 
 
