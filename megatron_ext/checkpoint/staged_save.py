@@ -2,8 +2,8 @@
 
 Planning needs every rank. Then each rank writes copies of its tensors from a thread of its own, and what describes the
 whole is written by the first rank from what the others tell: no collective, so that a checkpoint can be completed while
-the ranks are in the middle of a step, or hang in one. Megatron-Core (0.19.2) forks a process for that, which a rank with threads (Ray's, gloo's) does not
-survive reliably; and a process that is forked holds the GPU's memory.
+the ranks are in the middle of a step, or hang in one. Megatron-Core (0.19.2) forks a process for the writing, which a
+rank with threads (Ray's, gloo's) does not survive reliably; and a process that is forked holds the GPU's memory.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ Part = tuple[Sums, list[WriteResult]]
 
 
 class StagedSave:
-    """A save that has begun: everything is copied, a thread writes. Once all ranks have `written`, the first one is to
-    `describe` their parts. All of that may be called from any thread; `finish` does it for ranks that do it together."""
+    """A save that has begun: everything is copied, a thread writes.
+
+    Once all ranks have `written`, the first one is to `describe` their parts. All of that may be called from any
+    thread; `finish` does it for ranks that do it together.
+    """
 
     def __init__(self, state: dict[str, Any], path: Path, live: set[int], finished: Callable[[Sums], None]):
         """state: a sharded state dict. path: an empty directory. live: storages that training will change.

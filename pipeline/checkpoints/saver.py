@@ -97,6 +97,8 @@ class Saver:
             self._thread.join(_END_S if isinstance(error, SamerouteError) else 0)
             self._given_up.set()
             self._thread.join(_END_S)
+            if isinstance(self._error, CheckpointError):
+                self.said(str(self._error))
 
     def _complete(self, partial: Path, progress: Progress) -> None:
         try:

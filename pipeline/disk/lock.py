@@ -23,6 +23,7 @@ from pipeline.disk.owner import Owner
 
 NAME = ".lock"
 BEAT_S = 5.0  # from one touch to the next
+_WRITTEN_S = 2.0  # from making the file to the name in it, on a slow file server
 SILENT_S = 30.0  # without a touch, an owner that cannot be seen is gone
 
 
@@ -70,10 +71,10 @@ def hold(directory: Path, say: Callable[[str], None]) -> Iterator[Lock]:
     """
     file, owner = directory / NAME, Owner.this_process()
     while not _created(file, owner):
-        found = Owner.read(file)
+        found = _read(file)
         if _lives(file, found, say):
             raise RunDirectoryError(_held(directory, found))
-        _remove(file, found)
+        _remove(file, found, say)
     lock = Lock(file, owner)
     lock._thread.start()
     try:
@@ -136,15 +137,29 @@ def _touched(file: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _remove(file: Path, dead: Owner | None) -> None:
-    """Take the lock of a dead owner away; one that was made in its place meanwhile stays."""
-    aside = file.with_name(f"{NAME}.{os.getpid()}")
-    try:
-        file.rename(aside)
-    except FileNotFoundError:
+def _read(file: Path) -> Owner | None:
+    """The owner; one that has just made the file has a moment to write its name."""
+    end = time.monotonic() + _WRITTEN_S
+    while (owner := Owner.read(file)) is None and file.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    return owner
+
+
+def _remove(file: Path, dead: Owner | None, say: Callable[[str], None]) -> None:
+    """Take the lock of a dead owner away.
+
+    Several may have found it dead. The right to remove it is a file named after its token, that one of them makes; so
+    what is removed is that lock, and never the one that a quicker one has made in its place.
+    """
+    right = file.with_name(f"{NAME}.{dead.token if dead is not None else 'unknown'}")
+    if not _created(right, Owner.this_process()):
+        other = _read(right)
+        if not _lives(right, other, say) and Owner.read(right) == other:  # died right there
+            right.unlink(missing_ok=True)
+        time.sleep(0.02)
         return
-    found = Owner.read(aside)
-    if found != dead:
-        with contextlib.suppress(FileExistsError):  # then its owner sees that it has lost it
-            os.link(aside, file)
-    aside.unlink()
+    try:
+        if Owner.read(file) == dead:
+            file.unlink(missing_ok=True)
+    finally:
+        right.unlink(missing_ok=True)

@@ -9,6 +9,19 @@ from pathlib import Path
 from pipeline.disk.errors import DiskError, writing
 
 
+def append_whole(descriptor: int, data: bytes) -> None:
+    """Add to the end of an open file, all of it, or raise OSError with the file as it was."""
+    size = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, data)
+        while written < len(data):  # the disk took a part: the rest says why
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        with contextlib.suppress(OSError):  # read-only by now: the part cannot be taken back
+            os.ftruncate(descriptor, size)
+        raise
+
+
 class Rows:
     """Open for appending. A reader sees a line as soon as `append` returns, and never a part of one."""
 
@@ -28,16 +41,8 @@ class Rows:
             there = None
         if there is None or not os.path.samestat(here, there):
             raise DiskError(f"{self.file} was removed or moved while the run wrote to it")
-        data = (line + "\n").encode()
-        try:
-            with writing(self.file):
-                written = os.write(self._descriptor, data)
-                while written < len(data):  # the disk took a part: the rest says why
-                    written += os.write(self._descriptor, data[written:])
-        except DiskError:
-            with contextlib.suppress(OSError):  # read-only by now: the part cannot be taken back
-                os.ftruncate(self._descriptor, here.st_size)
-            raise
+        with writing(self.file):
+            append_whole(self._descriptor, (line + "\n").encode())
 
     def to_disk(self) -> None:
         """What is there survives a power cut. Raises DiskError."""

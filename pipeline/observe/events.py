@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.disk.errors import writing
+from pipeline.disk.rows import append_whole
 
 
 class EventWriter:
@@ -51,7 +52,7 @@ class EventWriter:
         buffer = io.BytesIO()
         RecordWriter(buffer).write(event.SerializeToString())
         with writing(self.file):
-            self._stream.write(buffer.getbuffer())
+            append_whole(self._stream.fileno(), buffer.getvalue())
 
     def close(self, finished: bool = True) -> None:
         """A second call does nothing."""
