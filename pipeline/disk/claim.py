@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from pipeline.disk import earlier
 from pipeline.disk.errors import RunDirectoryError, free_space
 from pipeline.disk.lock import Lock, hold
+from pipeline.say import to_stderr
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,6 @@ class Claim:
 
     lock: Lock
     notes: list[str]
-
-
-def to_stderr(line: str) -> None:
-    """Where there is no console yet, or no longer."""
-    print(f"sameroute: {line}", file=sys.stderr)
 
 
 @contextlib.contextmanager

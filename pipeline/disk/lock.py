@@ -153,8 +153,9 @@ def _remove(file: Path, dead: Owner | None, say: Callable[[str], None]) -> None:
     """
     right = file.with_name(f"{NAME}.{dead.token if dead is not None else 'unknown'}")
     if not _created(right, Owner.this_process()):
-        other = _read(right)
-        if not _lives(right, other, say) and Owner.read(right) == other:  # died right there
+        other, made = _read(right), _touched(right)
+        # Who made it has removed it meanwhile, or died right there.
+        if made is not None and not _lives(right, other, say) and (Owner.read(right), _touched(right)) == (other, made):
             right.unlink(missing_ok=True)
         time.sleep(0.02)
         return

@@ -24,6 +24,7 @@ import requests
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
+from pipeline.waiting import Waiting
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
@@ -180,8 +181,9 @@ class SGLangServer:
         Raises ServerError with the end of the log when the server dies, reports a fatal error, or is too slow.
         """
         timeout_s = self.config.startup_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
+        deadline, wait = time.monotonic() + timeout_s, Waiting().begin("starting")
         while True:
+            wait.look(lambda: f"the SGLang server (log: {self.log_path})")
             if not self.alive():
                 code = None if self._process is None else self._process.returncode
                 raise ServerError(f"the SGLang server ended with code {code} while starting\n{self.log_tail()}")

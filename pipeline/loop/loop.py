@@ -25,6 +25,7 @@ from pipeline.rewards import grade
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import TrainerGroup
 from pipeline.types import Batch, Group, Rollout, StepResult
+from pipeline.waiting import Waiting
 
 
 class NothingToLearnError(RuntimeError):
@@ -49,6 +50,7 @@ class Loop:
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
+        self.waiting = Waiting()
         precision = self.config.precision
         self.sampling = Sampling(
             max_new_tokens=self.config.rollout.max_new_tokens,
@@ -118,7 +120,7 @@ class Loop:
         assert self.client is not None
         rollout, groups, drawn, tokens = self.config.rollout, [], 0, 0
         for _ in range(rollout.max_sampling_rounds):
-            with timer("rollout"):
+            with timer("rollout"), self.waiting.during("sampling", lambda: "answers of the servers (logs/sglang*.log)"):
                 prompts = self.source.take(rollout.prompts_per_step - len(groups))
                 new = sample_groups_sync(self.client, prompts, rollout.samples_per_prompt, self.sampling)
             with timer("reward"):

@@ -35,11 +35,12 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from pipeline.disk import earlier
-from pipeline.disk.claim import Claim, cannot_write, to_stderr
+from pipeline.disk.claim import Claim, cannot_write
 from pipeline.disk.errors import RunDirectoryError, of_the_disk, writing
 from pipeline.disk.rows import Rows
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
+from pipeline.say import to_stderr
 from pipeline.types import StepResult
 
 if TYPE_CHECKING:

@@ -16,11 +16,13 @@ from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
 from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.cluster.placement import on_node
+from pipeline.cluster.ray_processes import what_died
 from pipeline.config.precision import RolloutWeights
 from pipeline.objectives import Denominators, ObjectiveConfig
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
 from pipeline.types import PolicyTokens
+from pipeline.waiting import Waiting
 
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
@@ -57,6 +59,7 @@ class TrainerGroup:
         """
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
         self.weights_timeout_s = timeout_s
+        self.waiting = Waiting()
         resources = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
         actor = ray.remote(**resources, concurrency_groups={"watch": 1, "save": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
         self.ranks = [
@@ -174,6 +177,7 @@ class TrainerGroup:
         """Wait for all, but not longer than for the first failure. restart: the time begins anew while ranks get on."""
         timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
         deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
+        wait = self.waiting.begin(method)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             # A rank that died leaves the others waiting in a collective: look at what failed first.
@@ -186,12 +190,20 @@ class TrainerGroup:
                     silent = self._silent(self._positions([answers.index(p) for p in pending]))
                     raise TrainerError("; ".join([words, *silent])) from error
             self.watch()
+            if pending:
+                wait.look(lambda: self._awaited([answers.index(p) for p in pending]))  # noqa: B023  (called at once)
             if pending and time.monotonic() > deadline:
                 before, positions = positions, self._positions([answers.index(p) for p in pending])
                 if not restart or None in positions.values() or positions == before:
                     raise TrainerError(self._stalled(positions, method, timeout_s, streaming=restart))
                 deadline = time.monotonic() + timeout_s
+        wait.done()
         return [results[a] for a in answers]
+
+    def _awaited(self, ranks: Sequence[int]) -> str:
+        """Ranks that have not answered, and which of them answers nothing at all."""
+        silent = self._silent(self._positions(ranks))
+        return f"trainer rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" + "".join(f" ({s})" for s in silent)
 
     def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
         """rank -> its position in the stream of weights, None for one that does not answer at all."""
@@ -221,7 +233,7 @@ class TrainerGroup:
     def _explain(self, rank: int, method: str, error: Exception) -> str:
         log = self.log_path(rank)
         if isinstance(error, RayActorError):
-            return f"trainer rank {rank} died during {method}; its log: {log}"
+            return f"{what_died()}trainer rank {rank} died during {method}; its log: {log}"
         cause = error.cause if isinstance(error, RayTaskError) else error
         return f"trainer rank {rank} failed during {method}: {type(cause).__name__}: {cause} (log: {log})"
 
