@@ -18,7 +18,7 @@ from pipeline.disk.owner import Owner
 
 PREFIX = "sameroute-"
 _OWNER = "owner.json"
-_LONGEST = 24  # bytes of its path: Ray's sockets need 83 of 107 behind it
+_LONGEST = 30  # bytes of its path: behind it Ray's sockets need 75 of 107
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 

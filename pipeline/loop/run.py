@@ -31,6 +31,7 @@ from pipeline.engine.pool import ClientPool
 from pipeline.engine.server import SGLangServer, reserve_port
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.engines import cluster, server_count, trainer_group, weights_config
+from pipeline.loop.limits import raise_open_files
 from pipeline.loop.loop import Loop, supervise
 from pipeline.loop.stop import Stopped, StopRequest
 from pipeline.objectives import resolve
@@ -60,6 +61,7 @@ def train(
     dumped = None if from_dump is None else _dumped_steps(from_dump, config)
     refuse_held(config.run.directory)
     check_inputs(config)
+    raise_open_files(config)
     stop = stop or StopRequest(None)
     with scratch_folder() as scratch:
         source = check_prompts(config, scratch)

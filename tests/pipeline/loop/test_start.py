@@ -1,4 +1,4 @@
-"""A command with a mistake starts nothing and costs nothing: neither an earlier run nor a place for the corrected one."""
+"""A command with a mistake costs nothing: neither an earlier run, nor the place of the corrected command."""
 
 from __future__ import annotations
 
