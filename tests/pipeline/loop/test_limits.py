@@ -21,7 +21,7 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def tried(soft: int, hard: int) -> subprocess.CompletedProcess:
-    command = f'ulimit -Hn {hard} && ulimit -Sn {soft} && exec "$0" -c "$1"'
+    command = f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$0" -c "$1"'
     return subprocess.run(["bash", "-c", command, sys.executable, TRY], capture_output=True, text=True)
 
 
