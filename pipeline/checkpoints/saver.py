@@ -16,7 +16,6 @@ from typing import Protocol, Self
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress
 from pipeline.config.checkpoint import CheckpointConfig
 from pipeline.disk.errors import free_space
-from pipeline.errors import SamerouteError
 from pipeline.trainer.group import TrainerError
 
 _POLL_S = 0.2
@@ -94,7 +93,7 @@ class Saver:
             self.wait()
         elif self._thread is not None:
             # The run says why it ends; the trainer may live, and then so may what it has begun to save.
-            self._thread.join(_END_S if isinstance(error, SamerouteError) else 0)
+            self._thread.join(_END_S if isinstance(error, Exception) else 0)  # a signal does not wait
             self._given_up.set()
             self._thread.join(_END_S)
             if isinstance(self._error, CheckpointError):
