@@ -85,7 +85,10 @@ def hold(directory: Path, say: Callable[[str], None]) -> Iterator[Lock]:
 
 def refuse_held(directory: Path) -> None:
     """Raises RunDirectoryError where a run of this machine holds the directory; looks, and touches nothing."""
-    found = Owner.read(directory / NAME)
+    try:
+        found = Owner.read(directory / NAME)
+    except OSError:  # what is wrong with the place is said by whoever wants to write there
+        return
     if found is not None and found.here and found.alive:
         raise RunDirectoryError(_held(directory, found))
 

@@ -63,6 +63,7 @@ _FILES = (
     "metrics.partial",  # left where a process was killed while it wrote
     "records.partial",
     "facts.partial",
+    "config.yaml.partial",
 )
 _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb", "checkpoints", "dropped")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -194,7 +193,4 @@ if MOUNTS:
 @fault
 def run_goes_to_its_end(place: Place) -> Iterator[Outcome]:
     """What the others are compared with: nothing is left of a run that ends by itself."""
-    begun = time.monotonic()
-    run = place.start("train.steps=2")
-    found = outcome("no fault", run, 0, "run directory: ", within_s=START_S)
-    yield Outcome(found.name, found.code, time.monotonic() - begun, found.said, found.left, found.differs)
+    yield outcome("no fault", place.start("train.steps=2"), 0, "run directory: ", within_s=START_S)

@@ -13,6 +13,7 @@ directory, and goes as one JSON object to the command's standard input and to th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 from pipeline.config.alerts import AlertRule, AlertsConfig
+from pipeline.disk.errors import writing
+from pipeline.disk.rows import Rows
 from pipeline.observe.sinks.background import Background, DeliveryError
 
 
@@ -137,8 +140,9 @@ class Alerts:
     def _tell(self, event: Mapping[str, Any]) -> None:
         self.say(str(event["text"]))
         body = json.dumps(event)
-        with (self.directory / "alerts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(body + "\n")
+        file = self.directory / "alerts.jsonl"
+        with writing(file), contextlib.closing(Rows(file)) as rows:
+            rows.append(body)
         if self._delivery is not None:
             command, webhook, timeout_s = self.config.command, self.config.webhook, self.config.timeout_s
             if command:
