@@ -27,6 +27,7 @@ _OF_A_DISK = {
     errno.ESTALE,
     errno.ENAMETOOLONG,
 }
+_FREE = "are free there"
 _IN_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors tells it
 
 
@@ -59,7 +60,7 @@ def free_space(path: Path) -> str:
     """Of the disk that a path is on, or would be."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     usage = shutil.disk_usage(there)
-    return f"{_size(usage.free)} of {_size(usage.total)} are free there"
+    return f"{_size(usage.free)} of {_size(usage.total)} {_FREE}"
 
 
 def of_the_disk(error: BaseException, directory: Path) -> DiskError | None:
@@ -71,6 +72,8 @@ def of_the_disk(error: BaseException, directory: Path) -> DiskError | None:
     elif type(error).__name__ == "SafetensorError" and (found := _IN_RUST.search(str(error))):
         number = int(found[1])
         return DiskError(not_written(directory, OSError(number, os.strerror(number))))
+    elif any(os.strerror(n) in str(error) for n in (errno.ENOSPC, errno.EDQUOT)) and _FREE not in str(error):
+        return DiskError(f"{error} ({free_space(directory)})")  # of a rank, whose OSError is only told
     return None
 
 

@@ -24,11 +24,15 @@ _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """The folder, while the block lasts. Folders of runs that were killed are removed first.
+    """The folder, while the block lasts; inside another such block, that one's. Folders of runs that were killed are
+    removed first.
 
     Where TMPDIR says, or in /tmp or the like where that is too long for sockets. Raises RunDirectoryError where none of
     these can be written.
     """
+    if (Path(tempfile.gettempdir()) / _OWNER).is_file():
+        yield Path(tempfile.gettempdir())
+        return
     before = os.environ.get("TMPDIR")
     parents = [tempfile.gettempdir(), *_SHORT]
     remove_abandoned(parents)

@@ -293,6 +293,7 @@ def open_loop(
         for number in range(count)
     ]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(scratch_folder())
         servers, nodes = stack.enter_context(cluster(config, local, gpus))
         trainers = stack.enter_context(trainer_group(config, device, logs, servers, nodes))
         trainers.build(

@@ -156,6 +156,17 @@ def test_errors_of_a_disk_in_a_run_become_a_sentence_and_others_stay(tmp_path):
     assert of_the_disk(FileNotFoundError(2, "no such file", "/etc/nothing"), path) is None  # of another place
 
 
+def test_a_full_disk_that_a_rank_tells_of_gets_the_space_once(tmp_path):
+    from pipeline.trainer.group import TrainerError
+
+    told = of_the_disk(TrainerError("trainer rank 0 failed: OSError: [Errno 28] No space left on device"), tmp_path)
+    assert told is not None
+    assert str(told).startswith("trainer rank 0 failed: OSError: [Errno 28] No space left on device (")
+    assert str(told).count("are free there") == 1
+    assert of_the_disk(told, tmp_path) is None
+    assert of_the_disk(TrainerError("trainer rank 0 died"), tmp_path) is None
+
+
 def test_safetensors_tells_its_errors_otherwise(tmp_path):
     from safetensors.numpy import save_file
 

@@ -38,6 +38,14 @@ def test_what_is_made_in_the_temporary_folder_goes_with_it(monkeypatch):
     assert (tempfile.gettempdir(), os.environ.get("TMPDIR")) == (before, None)
 
 
+def test_one_inside_another_is_the_same():
+    with scratch_folder() as folder:
+        with scratch_folder() as inner:
+            assert inner == folder
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
 def test_it_is_short_whatever_the_temporary_folder_is(tmp_path, monkeypatch):
     long = tmp_path / ("long" * 20)
     long.mkdir()
