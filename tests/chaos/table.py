@@ -187,10 +187,23 @@ if MOUNTS:
         yield outcome("disk full for a checkpoint", run, 1, r"checkpoint step_10 was not written: .*No space left")
 
 
-# Verifiers: rows for tests.support.verifiers stand here once graders are processes that can be killed.
-
-
 @fault
 def run_goes_to_its_end(place: Place) -> Iterator[Outcome]:
     """What the others are compared with: nothing is left of a run that ends by itself."""
     yield outcome("no fault", place.start("train.steps=2"), 0, "run directory: ", within_s=START_S)
+
+
+# Tried where named only, until verifiers run in processes that can be killed: then it belongs to FAULTS.
+
+
+def unruly_verifier(place: Place) -> Iterator[Outcome]:
+    """One that exits, hangs, forks and prints, by the answer. Its failures are counted, and nothing of it stays."""
+    run = place.start("train.steps=3", "data.reward=tests.support.verifiers:unruly", "data.reward_timeout_s=2")
+    found = outcome("a verifier that exits, hangs, forks", run, 0, "run directory: ", within_s=START_S)
+    rows = [json.loads(line) for line in (place.directory / "metrics.jsonl").read_text().splitlines()]
+    if not sum(row.get("reward/failed", 0) for row in rows):
+        found.differs.append("no failure was counted")
+    yield found
+
+
+LATER = [Fault("unruly_verifier", unruly_verifier)]
