@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pipeline.say import to_stderr
 
 FIRST_S = 10.0
+START_S = 60.0  # in place of it for what starts a process or reads a model
 _LONGER = 3.0  # than the longest so far
 _AGAIN_S = 300.0  # at most, between two lines
 
@@ -25,9 +26,10 @@ class Waiting:
         self.say = say
         self._longest: dict[str, float] = {}
 
-    def begin(self, what: str) -> Wait:
-        """A wait begins. what: what happens meanwhile, "update_policy"."""
-        return Wait(self, what, max(FIRST_S, _LONGER * self._longest.get(what, 0.0)))
+    def begin(self, what: str, first_s: float | None = None) -> Wait:
+        """A wait begins. what: what happens meanwhile, "update_policy". first_s: in place of FIRST_S."""
+        first_s = FIRST_S if first_s is None else first_s
+        return Wait(self, what, max(first_s, _LONGER * self._longest.get(what, 0.0)))
 
     def ended(self, what: str, seconds: float) -> None:
         """A wait is over."""

@@ -19,6 +19,7 @@ from pipeline.disk.errors import free_space
 from pipeline.trainer.group import TrainerError
 
 _POLL_S = 0.2
+_STOPPED_S = 2.0  # from giving up to the end of the thread
 _END_S = 60.0  # that a run which fails leaves to a checkpoint in progress
 
 
@@ -61,6 +62,7 @@ class Saver:
             self.trainers.begin_save(partial)
         except (OSError, TrainerError) as error:
             raise self._failed(progress, partial, error) from error
+        self._partial = partial
         self._given_up.clear()
         self._thread = threading.Thread(
             target=self._complete, args=(partial, progress), name="sameroute checkpoint", daemon=True
@@ -95,7 +97,9 @@ class Saver:
             # The run says why it ends; the trainer may live, and then so may what it has begun to save.
             self._thread.join(_END_S if isinstance(error, Exception) else 0)  # a signal does not wait
             self._given_up.set()
-            self._thread.join(_END_S)
+            self._thread.join(_STOPPED_S)
+            if self._thread.is_alive():  # it waits for a rank that hangs, and will end with that
+                shutil.rmtree(self._partial, ignore_errors=True)
             if isinstance(self._error, CheckpointError):
                 self.said(str(self._error))
 

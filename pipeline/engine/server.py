@@ -24,7 +24,7 @@ import requests
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
-from pipeline.waiting import Waiting
+from pipeline.waiting import START_S, Waiting
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
@@ -181,7 +181,7 @@ class SGLangServer:
         Raises ServerError with the end of the log when the server dies, reports a fatal error, or is too slow.
         """
         timeout_s = self.config.startup_timeout_s if timeout_s is None else timeout_s
-        deadline, wait = time.monotonic() + timeout_s, Waiting().begin("starting")
+        deadline, wait = time.monotonic() + timeout_s, Waiting().begin("starting", START_S)
         while True:
             wait.look(lambda: f"the SGLang server (log: {self.log_path})")
             if not self.alive():

@@ -22,7 +22,7 @@ from pipeline.objectives import Denominators, ObjectiveConfig
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
 from pipeline.types import PolicyTokens
-from pipeline.waiting import Waiting
+from pipeline.waiting import START_S, Waiting
 
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pipeline.weights import WeightDifference, WeightsConfig
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
+_STARTING = ("meeting_point", "build")
 ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
 
 
@@ -143,11 +144,16 @@ class TrainerGroup:
     def save_written(self) -> bool:
         """Whether every rank has written its part; from any thread, while the ranks do something else. Raises
         TrainerError for what went wrong."""
-        return all(self.call("save_written"))
+        return all(self._of_save("save_written", self.ranks))
 
     def finish_save(self) -> None:
         """Every rank has written: describe the whole. From any thread, too."""
-        self._wait([self.ranks[0].describe_save.remote(self.call("saved_part"))], "describe_save")
+        parts = self._of_save("saved_part", self.ranks)
+        self._of_save("describe_save", self.ranks[:1], parts)
+
+    def _of_save(self, method: str, ranks: Sequence[Any], *args: Any) -> list[Any]:
+        """Beside what the ranks are called for: says nothing of its waits, and a server that dies costs no save."""
+        return self._wait([getattr(r, method).remote(*args) for r in ranks], method, watched=False)
 
     def connect(
         self, urls: list[str], config: WeightsConfig, device: str, logs: list[Path], rounding: RolloutWeights = "same"
@@ -172,12 +178,21 @@ class TrainerGroup:
         return self.call("weight_differences")[0]
 
     def _wait(
-        self, answers: list[Any], method: str, timeout_s: float | None = None, *, restart: bool = False
+        self,
+        answers: list[Any],
+        method: str,
+        timeout_s: float | None = None,
+        *,
+        restart: bool = False,
+        watched: bool = True,
     ) -> list[Any]:
-        """Wait for all, but not longer than for the first failure. restart: the time begins anew while ranks get on."""
+        """Wait for all, but not longer than for the first failure.
+
+        restart: the time begins anew while ranks get on. watched: look after the servers, and say who is waited for.
+        """
         timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
         deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
-        wait = self.waiting.begin(method)
+        wait = self.waiting.begin(method, START_S if method in _STARTING else None)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             # A rank that died leaves the others waiting in a collective: look at what failed first.
@@ -189,8 +204,9 @@ class TrainerGroup:
                     # a collective that timed out fails on those who waited, not on who kept them waiting
                     silent = self._silent(self._positions([answers.index(p) for p in pending]))
                     raise TrainerError("; ".join([words, *silent])) from error
-            self.watch()
-            if pending:
+            if watched:
+                self.watch()
+            if watched and pending:
                 wait.look(lambda: self._awaited([answers.index(p) for p in pending]))  # noqa: B023  (called at once)
             if pending and time.monotonic() > deadline:
                 before, positions = positions, self._positions([answers.index(p) for p in pending])

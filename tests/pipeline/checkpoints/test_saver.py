@@ -19,15 +19,17 @@ from pipeline.trainer.group import TrainerError
 
 
 class Ranks:
-    """written: set when the files are. error: raised in place of an answer."""
+    """written: set when the files are. error: raised in place of an answer. hang: cleared, and nothing is answered."""
 
     def __init__(self):
-        self.written, self.error = threading.Event(), None
+        self.written, self.error, self.hang = threading.Event(), None, threading.Event()
+        self.hang.set()
 
     def begin_save(self, directory: Path) -> None:
         (directory / "checksums.json").write_text("{}")
 
     def save_written(self) -> bool:
+        self.hang.wait()
         if self.error is not None:
             raise self.error
         return self.written.is_set()
@@ -107,6 +109,21 @@ def test_what_is_not_completed_when_the_run_ends_is_removed(it, end):
         end_with(saver, end)
     assert list(store.directory.iterdir()) == []
     assert time.monotonic() - begun < 2
+
+
+def test_a_rank_that_hangs_keeps_no_signal_waiting(it, monkeypatch):
+    store, ranks, saver, _ = it
+    monkeypatch.setattr(saver_module, "_STOPPED_S", 0.1)
+    monkeypatch.setattr(saver_module, "_END_S", 60)
+    ranks.hang.clear()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        end_with(saver, KeyboardInterrupt())
+    assert time.monotonic() - begun < 5
+    assert list(store.directory.iterdir()) == []
+    ranks.hang.set()
+    time.sleep(0.1)
+    assert list(store.directory.iterdir()) == []
 
 
 def test_a_checkpoint_that_fails_while_the_run_ends_is_said(it):
