@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ def claim(directory: Path, say: Callable[[str], None] = to_stderr) -> Iterator[C
 
     Raises RunDirectoryError where it cannot be made or written, or belongs to a run that is going on.
     """
-    made = [p for p in (directory, *directory.parents) if not p.exists()]
+    made = [p for p in (directory, *directory.parents) if not os.path.exists(p)]
     with contextlib.ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def _repair(directory: Path) -> list[str]:
 
 
 def _file_above(directory: Path) -> Path:
-    return next(p for p in directory.parents if p.exists())
+    return next(p for p in directory.parents if os.path.exists(p))
 
 
 def _remove_empty(made: list[Path]) -> None:

@@ -58,7 +58,8 @@ def not_written(path: Path, error: OSError) -> str:
 
 def free_space(path: Path) -> str:
     """Of the disk that a path is on, or would be."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    # os.path.exists, and not Path's: that raises where a folder on the way may not be entered
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.exists(p))
     usage = shutil.disk_usage(there)
     return f"{_size(usage.free)} of {_size(usage.total)} {_FREE}"
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +130,34 @@ if MOUNTS:
                 RunDirectory(folder / "run", {"a": "b" * 9999}, overwrite=True)
             assert steps(folder / "run" / "metrics.jsonl") == [1]
             assert sorted(p.name for p in (folder / "run").iterdir() if p.name.startswith(".")) == []
+
+
+@contextlib.contextmanager
+def powerless():
+    """As a user for whom permissions count."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("below", ["run", "deep/er/run"])
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_no_permission_is_told_before_anything_starts(tmp_path, below, mode):
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own is closed to others
+        os.chmod(place, 0o755)
+        folder = Path(place) / "folder"
+        folder.mkdir()
+        folder.chmod(mode)
+        said = rf"{folder / below} cannot be written: Permission denied \(.* are free there\); set run\.directory"
+        with powerless(), pytest.raises(RunDirectoryError, match=said), claim(folder / below):
+            pass
+        folder.chmod(0o755)
+        assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("below", ["", "deep/er"])
