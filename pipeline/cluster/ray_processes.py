@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 from ray._private import worker
 
@@ -28,3 +29,17 @@ def what_died() -> str:
         if time.monotonic() > deadline:
             return ""
         time.sleep(0.1)
+
+
+_print = worker.print_to_stdstream
+
+
+def _print_all_but_the_raylets_end(data: dict[str, Any], ignore_prefix: bool) -> None:
+    if not any(line.startswith("Raylet is terminated") for line in data["lines"]):
+        _print(data, ignore_prefix)
+
+
+def leave_out_the_raylets_log() -> None:
+    """When its raylet dies, Ray (2.60) prints forty lines of that one's log on standard output, whatever its log level.
+    `what_died` says it in one; everything else that Ray tells a driver is printed as before."""
+    worker.print_to_stdstream = _print_all_but_the_raylets_end

@@ -14,6 +14,7 @@ from typing import Literal
 import ray
 
 from pipeline.cluster.placement import wait_and_place
+from pipeline.cluster.ray_processes import leave_out_the_raylets_log
 from pipeline.config import Config
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.remote import RemoteServer
@@ -92,6 +93,7 @@ def cluster(
 def _ray(config: Config) -> Iterator[None]:
     """Ray started here, or joined."""
     on_termination = signal.getsignal(signal.SIGTERM)
+    leave_out_the_raylets_log()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     if config.cluster.address is None:
