@@ -15,7 +15,7 @@ from typing import Protocol, Self
 
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress
 from pipeline.config.checkpoint import CheckpointConfig
-from pipeline.disk.errors import free_space
+from pipeline.disk.disk_errors import free_space
 from pipeline.trainer.group import TrainerError
 
 _POLL_S = 0.2

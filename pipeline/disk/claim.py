@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.disk import earlier
-from pipeline.disk.errors import RunDirectoryError, free_space
+from pipeline.disk.disk_errors import RunDirectoryError, free_space
 from pipeline.disk.lock import Lock, hold
 from pipeline.say import to_stderr
 

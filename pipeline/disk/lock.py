@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.disk.errors import DiskError, RunDirectoryError
+from pipeline.disk.disk_errors import DiskError, RunDirectoryError
 from pipeline.disk.owner import Owner
 
 NAME = ".lock"

@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from pipeline.disk.errors import DiskError, writing
+from pipeline.disk.disk_errors import DiskError, writing
 
 
 def append_whole(descriptor: int, data: bytes) -> None:

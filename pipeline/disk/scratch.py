@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.disk.errors import RunDirectoryError
+from pipeline.disk.disk_errors import RunDirectoryError
 from pipeline.disk.owner import Owner
 
 PREFIX = "sameroute-"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk.errors import writing
+from pipeline.disk.disk_errors import writing
 from pipeline.disk.rows import append_whole
 
 

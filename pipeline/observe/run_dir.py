@@ -36,7 +36,7 @@ import yaml
 
 from pipeline.disk import earlier
 from pipeline.disk.claim import Claim, cannot_write
-from pipeline.disk.errors import RunDirectoryError, of_the_disk, writing
+from pipeline.disk.disk_errors import RunDirectoryError, of_the_disk, writing
 from pipeline.disk.rows import Rows
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record

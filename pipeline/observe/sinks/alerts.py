@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from pipeline.config.alerts import AlertRule, AlertsConfig
-from pipeline.disk.errors import writing
+from pipeline.disk.disk_errors import writing
 from pipeline.disk.rows import Rows
 from pipeline.observe.sinks.background import Background, DeliveryError
 

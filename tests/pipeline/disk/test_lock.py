@@ -14,7 +14,7 @@ import time
 import pytest
 
 from pipeline.disk import lock as lock_module
-from pipeline.disk.errors import DiskError, RunDirectoryError
+from pipeline.disk.disk_errors import DiskError, RunDirectoryError
 from pipeline.disk.lock import NAME, hold, refuse_held
 from pipeline.disk.owner import Owner
 
@@ -29,7 +29,7 @@ with hold(Path(sys.argv[1]), print):
 RACE = """
 import sys, time
 from pathlib import Path
-from pipeline.disk.errors import RunDirectoryError
+from pipeline.disk.disk_errors import RunDirectoryError
 from pipeline.disk.lock import hold
 folder, moment = Path(sys.argv[1]), float(sys.argv[2])
 time.sleep(max(0.0, moment - time.time()))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.disk.claim import claim
-from pipeline.disk.errors import DiskError, RunDirectoryError, of_the_disk
+from pipeline.disk.disk_errors import DiskError, RunDirectoryError, of_the_disk
 from pipeline.disk.rows import Rows
 from pipeline.errors import FAILED, NOT_STARTED
 from pipeline.observe.run_dir import RunDirectory
