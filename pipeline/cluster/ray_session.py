@@ -24,6 +24,7 @@ from ray.job_config import JobConfig
 
 from pipeline.cluster import loopback
 from pipeline.cluster.placement import PlacementError
+from pipeline.cluster.ray_processes import leave_out_the_raylets_log
 from pipeline.config.run import ClusterConfig
 from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
@@ -36,6 +37,7 @@ _LONGEST_FOLDER = 40
 def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
     """Ray is up inside. cpus: that a cluster started here has. Raises PlacementError for no place for its sockets."""
     on_termination = signal.getsignal(signal.SIGTERM)
+    leave_out_the_raylets_log()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     with contextlib.ExitStack() as stack:

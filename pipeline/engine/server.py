@@ -28,6 +28,7 @@ from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memo
 from pipeline.errors import SamerouteError
 from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
+from pipeline.waiting import START_S, Waiting
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
@@ -216,8 +217,9 @@ class SGLangServer:
         Raises ServerError with the end of the log when the server dies, reports a fatal error, or is too slow.
         """
         timeout_s = self.config.startup_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
+        deadline, wait = time.monotonic() + timeout_s, Waiting().begin("starting", START_S)
         while True:
+            wait.look(lambda: f"the SGLang server (log: {self.log_path})")
             if not self.alive():
                 code = None if self._process is None else self._process.returncode
                 raise ServerError(f"the SGLang server ended with code {code} while starting\n{self.log_tail()}")

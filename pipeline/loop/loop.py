@@ -26,6 +26,7 @@ from pipeline.rewards import Failures, Grader, RewardError, grade
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.types import Batch, Group, Rollout, StepResult
+from pipeline.waiting import Waiting
 
 
 class NothingToLearnError(SamerouteError):
@@ -56,6 +57,7 @@ class Loop:
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
+        self.waiting = Waiting()
         precision = self.config.precision
         self.sampling = Sampling(
             max_new_tokens=self.config.rollout.max_new_tokens,
@@ -125,7 +127,7 @@ class Loop:
         rollout, groups, drawn, tokens = self.config.rollout, [], 0, 0
         graded, failures = 0, Failures()
         for _ in range(rollout.max_sampling_rounds):
-            with timer("rollout"):
+            with timer("rollout"), self.waiting.during("sampling", lambda: "answers of the servers (logs/sglang*.log)"):
                 prompts = self.source.take(rollout.prompts_per_step - len(groups))
                 new = sample_groups_sync(self.fleet, prompts, rollout.samples_per_prompt, self.sampling)
             with timer("reward"):
