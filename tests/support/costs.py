@@ -6,14 +6,14 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 SECONDS = {
-    "megatron_ext/batch/test_replay_layouts.py": 240,
-    "end_to_end/test_presets.py": 120,
+    "megatron_ext/batch/test_replay_layouts.py": 300,
+    "end_to_end/test_presets.py": 130,
     "end_to_end/test_command.py": 100,
     "end_to_end/test_resume.py": 90,
-    "end_to_end/test_endings.py": 70,
-    "end_to_end/test_diagnose.py": 70,
+    "end_to_end/test_endings.py": 49,
+    "end_to_end/test_diagnose.py": 60,
     "pipeline/trainer/test_objective_layouts.py": 52,
-    "end_to_end/test_precision.py": 50,
+    "end_to_end/test_precision.py": 36,
     "pipeline/observe/report/test_page.py": 48,
     "megatron_ext/hf/test_families.py": 44,
     "megatron_ext/batch/test_replay.py": 42,
