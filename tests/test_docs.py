@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -145,6 +147,21 @@ def test_a_command_that_a_page_shows_is_one_that_the_parser_takes():
             if command.strip("`,.") not in (*COMMANDS, "--version", "--help"):
                 wrong.append(f"{page.name}: {command}")
     assert wrong == []
+
+
+def programs() -> list[tuple[str, str]]:
+    """Programs of library.md, each with what the page says that it prints."""
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```.*?```text\n(.*?)```", page, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_program_of_the_library_page_runs_as_it_stands_and_prints_what_the_page_says(number):
+    assert len(programs()) == 2
+    program, printed = programs()[number]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
 
 
 def symptoms() -> list[str]:
