@@ -48,6 +48,9 @@ class Family:
     quantization: kinds of quantized weights that are read.
     needs:        what of the precision is not free.
     server_router: how the rollout engine makes a router's logits.
+    joined:       sets of Hugging Face tensors of a layer, names with `{layer}`, that the rollout engine's loader joins
+                  within one request and drops where one is missing: they travel together. Each is all that its
+                  Megatron parameter becomes.
     """
 
     table: tuple[Row, ...]
@@ -58,6 +61,17 @@ class Family:
     quantization: tuple[str, ...] = ()
     needs: tuple[Needed, ...] = ()
     server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
+    joined: tuple[tuple[str, ...], ...] = ()
+
+    def joined_set(self, name: str) -> tuple[int, str] | None:
+        """(number in `joined`, layer) of the set that a Hugging Face tensor belongs to; None: to none."""
+        for number, names in enumerate(self.joined):
+            for pattern in names:
+                before, _, behind = pattern.partition("{layer}")
+                layer = name.removeprefix(before).removesuffix(behind)
+                if layer.isdecimal() and name == f"{before}{layer}{behind}":
+                    return number, layer
+        return None
 
     @property
     def kept_whole(self) -> tuple[str, ...]:
