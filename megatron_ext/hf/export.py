@@ -10,7 +10,7 @@ without ever holding more of it than a bucket.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.hf.bucket import Bucket
+from megatron_ext.hf.bucket import Bucket, cut, together
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import local_parameters
@@ -70,7 +70,9 @@ class HFExporter:
         """Buckets of (name, tensor on the training device, in the dtype it has there), each name exactly once.
 
         everywhere: to every rank; else to rank 0, and the others' streams are empty.
-        With tied embeddings there is no LM head. A bucket has one dtype."""
+        With tied embeddings there is no LM head. A bucket has one dtype. Tensors that the rollout engine's loader joins
+        (Family.joined) are in one bucket: it does so within a request, and drops in silence what has no partner there.
+        """
         self.position = 0
         packed = PackedExperts(self.model.num_experts)
         gather = self._gather if everywhere else self._gather_to_first
@@ -78,8 +80,7 @@ class HFExporter:
             own = [p for _, p, _ in self.parameters] if stage == self.pp_group.rank() else [None] * len(items)
             for expert in (False, True):
                 pairs = [(i, p) for i, p in zip(items, own, strict=True) if self._sent(i, expert)]
-                sizes = [(math.prod(i.shape) * self._ways(expert) * i.dtype.itemsize, i.dtype) for i, _ in pairs]
-                for bucket in _bounded(pairs, sizes, self.bucket_bytes):
+                for bucket in self._gathers(pairs, expert):
                     flat = gather(bucket, expert, stage)
                     if self.device.type == "cuda":
                         # NCCL's calls return at once: a rank that need not wait would queue copies of all its shards
@@ -87,7 +88,7 @@ class HFExporter:
                     if flat is not None:
                         merged = self._merge([item for item, _ in bucket], flat, expert)
                         whole = [each for match, tensors in merged for each in packed.add(match, tensors)]
-                        yield from _bounded(whole, [(t.nbytes, t.dtype) for _, t in whole], self.bucket_bytes)
+                        yield from self._pieces(whole)
                     self.position += 1
 
     def outputs(self) -> Iterator[tuple[str, Tensor]]:
@@ -95,12 +96,35 @@ class HFExporter:
         packed = PackedExperts(self.model.num_experts)
         for items in self.stages:
             for expert in (False, True):
-                for item in items:
-                    if self._sent(item, expert):
-                        elements = math.prod(item.shape) * self._ways(expert)
-                        flat = torch.empty(elements, dtype=item.dtype, device="meta")
-                        for match, tensors in self._merge([item], flat, expert):
-                            yield from packed.add(match, tensors)
+                sent = [item for item in items if self._sent(item, expert)]
+                for item in (i for unit in together(sent, lambda i: self._joined(i.match.hf_names)) for i in unit):
+                    elements = math.prod(item.shape) * self._ways(expert)
+                    flat = torch.empty(elements, dtype=item.dtype, device="meta")
+                    for match, tensors in self._merge([item], flat, expert):
+                        yield from packed.add(match, tensors)
+
+    def _joined(self, names: Sequence[str]) -> Hashable:
+        """The set that the tensors of a parameter belong to, which the rollout engine's loader joins; None: to none."""
+        return self.model.family.joined_set(names[0]) if len(names) == 1 else None
+
+    def _gathers(self, pairs: list[tuple[_Item, Tensor | None]], expert: bool) -> Iterator[list]:
+        """Parameters, with this rank's shards of them, in pieces that are of bounded size once they are gathered."""
+        ways = self._ways(expert)
+        return cut(
+            pairs,
+            lambda pair: (math.prod(pair[0].shape) * ways * pair[0].dtype.itemsize, pair[0].dtype),
+            self.bucket_bytes,
+            lambda pair: self._joined(pair[0].match.hf_names),
+        )
+
+    def _pieces(self, whole: Bucket) -> Iterator[Bucket]:
+        """Whole tensors in buckets of bounded size."""
+        return cut(
+            whole,
+            lambda pair: (pair[1].nbytes, pair[1].dtype),
+            self.bucket_bytes,
+            lambda pair: self._joined([pair[0]]),
+        )
 
     def _sent(self, item: _Item, expert: bool) -> bool:
         tied = self.model.tied_embeddings and item.match.row.megatron == "output_layer.weight"
@@ -163,20 +187,6 @@ class HFExporter:
                     match = replace(match, expert=match.expert % experts_here + rank * experts_here)
                 yield match, match.row.transform.merge(shards, self.model)
             offset += n
-
-
-def _bounded[T](items: Iterable[T], sizes: Iterable[tuple[int, torch.dtype]], limit: int) -> Iterator[list[T]]:
-    """Consecutive items of one dtype, of at most `limit` bytes together. sizes: (bytes, dtype) of each."""
-    bucket: list[T] = []
-    filled, kind = 0, None
-    for item, (nbytes, dtype) in zip(items, sizes, strict=True):
-        if bucket and (filled + nbytes > limit or dtype != kind):
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(item)
-        filled, kind = filled + nbytes, dtype
-    if bucket:
-        yield bucket
 
 
 def _shard_group(expert: bool) -> dist.ProcessGroup:

@@ -50,6 +50,9 @@ class Family:
     server_router: how the rollout engine makes a router's logits.
     server_ties:   the rollout engine takes the embedding for the LM head where config.json ties them.
     server_dense:  it has dense layers where config.json has some beside sparse ones.
+    joined:       sets of Hugging Face tensors of a layer, names with `{layer}`, that the rollout engine's loader joins
+                  within one request and drops where one is missing: they travel together. Each is all that its
+                  Megatron parameter becomes.
     """
 
     table: tuple[Row, ...]
@@ -62,6 +65,17 @@ class Family:
     server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
     server_ties: bool = False
     server_dense: bool = True
+    joined: tuple[tuple[str, ...], ...] = ()
+
+    def joined_set(self, name: str) -> tuple[int, str] | None:
+        """(number in `joined`, layer) of the set that a Hugging Face tensor belongs to; None: to none."""
+        for number, names in enumerate(self.joined):
+            for pattern in names:
+                before, _, behind = pattern.partition("{layer}")
+                layer = name.removeprefix(before).removesuffix(behind)
+                if layer.isdecimal() and name == f"{before}{layer}{behind}":
+                    return number, layer
+        return None
 
     @property
     def kept_whole(self) -> tuple[str, ...]:
