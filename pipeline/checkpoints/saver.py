@@ -18,7 +18,7 @@ from pipeline.config.checkpoint import CheckpointConfig
 from pipeline.disk.disk_errors import free_space
 from pipeline.trainer.group import TrainerError
 
-_POLL_S = 0.2
+_FIRST_POLL_S, _POLL_S = 0.005, 0.5  # between two looks at whether the ranks have written, twice as long each time
 _STOPPED_S = 2.0  # from giving up to the end of the thread
 _END_S = 60.0  # that a run which fails leaves to a checkpoint in progress
 
@@ -104,9 +104,11 @@ class Saver:
                 self.said(str(self._error))
 
     def _complete(self, partial: Path, progress: Progress) -> None:
+        pause_s = _FIRST_POLL_S
         try:
             while not self.trainers.save_written():
-                if self._given_up.wait(_POLL_S):
+                pause_s = min(2 * pause_s, _POLL_S)
+                if self._given_up.wait(pause_s):
                     shutil.rmtree(partial, ignore_errors=True)
                     return
             self.trainers.finish_save()
