@@ -3,6 +3,7 @@
 # make test-gpu:   kernels, and the trainer without Transformer Engine, on one GPU beside the CPU; ten minutes.
 # make test-slurm: the jobs of scripts/slurm/ on a real Slurm, started and stopped here; needs root, and installs Debian's.
 # make test-image: the steps of the Dockerfile's CPU image, run here without Docker; needs root.
+# make chaos:      faults (kills, stops, full disks, ...) tried on the quickstart; ten minutes at most. Root tries disks too.
 # make pins:       whether every pinned package can be had.
 # Each sets up .venv on its first call (Python 3.12; uv is fetched into .tools when it is not on PATH).
 
@@ -12,7 +13,7 @@ READY := .venv/.ready
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart test test-gpu test-slurm test-image pins slurm browser lint format lock clean
+.PHONY: setup quickstart test test-gpu test-slurm test-image chaos pins slurm browser lint format lock clean
 
 setup: $(READY)
 
@@ -49,6 +50,9 @@ slurm:
 # All modules would be compiled for the image, 100 s on two cores; here only those that the short run imports are.
 test-image: $(READY)
 	$(BIN)/python scripts/image_steps.py --env UV_COMPILE_BYTECODE=0 --env PYTHONPYCACHEPREFIX=/tmp/pycache
+
+chaos: $(READY)
+	timeout 600 $(BIN)/python -m tests.chaos
 
 # requirements*.lock are complete: a resolver that may not choose must come to the same set.
 pins: $(READY)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
@@ -11,25 +13,31 @@ import torch.distributed as dist
 from megatron_ext import cpu
 from megatron_ext.config import ParallelConfig
 from megatron_ext.mcore import model_parallel_cuda_manual_seed, parallel_state
+from megatron_ext.meeting import tcp_store
 
 
 def initialize(config: ParallelConfig, *, rank: int, init_method: str, seed: int = 0, timeout_s: float = 600.0) -> None:
     """Join the trainer's world and make Megatron-Core's groups.
 
     rank:        0 .. config.ranks - 1.
-    init_method: where the ranks meet, "tcp://host:port" or "file:///path".
+    init_method: where the ranks meet, "tcp://host:port" (rank 0 listens there and nowhere else), "file:///path" or
+                 "env://".
     seed:        of weights and dropout.
     timeout_s:   a collective that takes longer ends the rank.
     """
     on_cpu = cpu.needed()
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = timedelta(seconds=timeout_s)
+    meeting: dict[str, Any] = {"init_method": init_method}
+    if init_method.startswith("tcp://"):
+        meeting = {"store": _store(init_method, rank, config.ranks, timeout)}
     dist.init_process_group(
         "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-        init_method=init_method,
         rank=rank,
         world_size=config.ranks,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
+        **meeting,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -42,6 +50,13 @@ def initialize(config: ParallelConfig, *, rank: int, init_method: str, seed: int
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def _store(init_method: str, rank: int, ranks: int, timeout: timedelta) -> dist.TCPStore:
+    place = urlparse(init_method)
+    if place.hostname is None or place.port is None:
+        raise ValueError(f"{init_method!r} is not tcp://host:port")
+    return tcp_store(place.hostname, place.port, rank=rank, ranks=ranks, timeout=timeout)
 
 
 def shutdown() -> None:

@@ -44,15 +44,26 @@ def session(timeout_s: float, *, proxies: bool = False) -> aiohttp.ClientSession
     )
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that carries a key; none for None."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
 def request(
-    method: str, url: str, *, timeout_s: float, body: dict[str, Any] | bytes | None = None, proxies: bool = False
+    method: str,
+    url: str,
+    *,
+    timeout_s: float,
+    body: dict[str, Any] | bytes | None = None,
+    key: str | None = None,
+    proxies: bool = False,
 ) -> Answer:
     """One call, waited for; from a thread without a running event loop. body: sent as JSON; bytes are JSON already.
 
-    Raises HttpError and TimeoutError.
+    key: see `bearer`. Raises HttpError and TimeoutError.
     """
     data = json.dumps(body).encode() if isinstance(body, dict) else body
-    headers = {} if data is None else {"Content-Type": "application/json"}
+    headers = bearer(key) | ({} if data is None else {"Content-Type": "application/json"})
 
     async def call() -> Answer:
         async with (

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 from bench_rollout import PROMPTS, SAMPLES, run_step
 
+from pipeline import http
 from pipeline.config.model import TinyModelConfig
 from pipeline.config.server import ServerConfig
 from pipeline.data.tiny_model import make_tiny_model
@@ -37,7 +38,7 @@ class HttpxClient(SGLangClient):
         await self._httpx.aclose()
 
     async def _post_generate(self, body: dict[str, Any]) -> Any:
-        answer = await self._httpx.post(f"{self.url}/generate", json=body)
+        answer = await self._httpx.post(f"{self.url}/generate", json=body, headers=http.bearer(self._key("/generate")))
         return answer.raise_for_status().json()
 
 
@@ -55,7 +56,7 @@ def main() -> None:
         config, log = ServerConfig(context_length=1024), Path(folder) / "sglang.log"
         with SGLangServer(config, model, log, device="cpu", seed=0, return_routed_experts=True) as server:
             sizes = {"num_layers": shape.layers, "topk": shape.topk, "num_experts": shape.experts}
-            clients = [kind(server.url, vocab_size=VOCAB_SIZE, **sizes) for kind in seconds]
+            clients = [kind(server.url, keys=server.keys, vocab_size=VOCAB_SIZE, **sizes) for kind in seconds]
             for number in range(options.rounds + 1):
                 for client in clients if number % 2 else reversed(clients):
                     began = time.process_time()

@@ -109,6 +109,7 @@ def rollout(model: Path, sequences: int, tokens: int, turns: int) -> None:
                 server.wait_ready()
                 clients[name] = SGLangClient(
                     server.url,
+                    keys=server.keys,
                     vocab_size=64,
                     num_layers=SHAPE.layers,
                     topk=SHAPE.topk,

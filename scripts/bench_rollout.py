@@ -55,6 +55,7 @@ def main() -> None:
             print(f"{backend}: ready after {time.perf_counter() - began:.1f} s", flush=True)
             clients[backend] = SGLangClient(
                 server.url,
+                keys=server.keys,
                 vocab_size=VOCAB_SIZE,
                 num_layers=shape.layers,
                 topk=shape.topk,

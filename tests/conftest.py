@@ -100,6 +100,7 @@ def client(server):
         num_layers=TINY["num_hidden_layers"],
         topk=TINY["num_experts_per_tok"],
         num_experts=TINY["num_experts"],
+        keys=server.keys,
         timeout_s=120,
         log_path=server.log_path,
     )

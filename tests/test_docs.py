@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -11,11 +13,17 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
+from pipeline.commands.main import COMMANDS
 from pipeline.config import Config
 from pipeline.config.precision import MOVED
 from pipeline.observe.sinks.alerts import known_metrics
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("pipeline", "megatron_ext", "scripts", "tests", "configs")
+MADE = ("config.md",)
+"""Pages made from the code, which cannot know where it is installed."""
+THEIR_OWN = {"grading.py", "pipeline.py", "checks.py"}
+"""Files that a page tells its reader to write."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -97,6 +105,63 @@ def test_a_file_that_a_page_links_or_runs_is_there():
         assert [str(file) for file in (*linked, *run) if not file.exists()] == [], page
     index = (ROOT / "docs" / "README.md").read_text()
     assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+def test_a_source_file_or_folder_that_a_page_names_is_there():
+    files = [str(file.relative_to(ROOT)) for room in ROOMS for file in (ROOT / room).rglob("*") if file.is_file()]
+    wrong = []
+    for page in PAGES:
+        for words in re.findall(r"`([^`\n]+)`", page.read_text()):
+            for name in re.findall(
+                r"(?<![\w/.-])((?:\w[\w.-]*/)*\w+\.py|(?:pipeline|megatron_ext|scripts)(?:/\w+)*/)", words
+            ):
+                if name.rpartition("/")[2] in THEIR_OWN:
+                    continue
+                there = (
+                    (ROOT / name).is_dir() if name.endswith("/") else any(f"/{f}".endswith(f"/{name}") for f in files)
+                )
+                if not there:
+                    wrong.append(f"{page.name}: {name}")
+    assert wrong == []
+
+
+def test_a_command_to_be_typed_is_written_in_one_way():
+    """`.venv/bin/sameroute ...`, so that it works without a step before it; the name alone is `sameroute train`."""
+    lines = [(page.name, line) for page in PAGES if page.name not in MADE for line in page.read_text().splitlines()]
+    commands = "|".join(COMMANDS)
+    name = rf"sameroute (?:{commands})(?: slurm| to-megatron| to-hf)?"
+    wrong = [
+        f"{page}: {line}"
+        for page, line in lines
+        if re.search(rf"^ {{4,}}(?:sameroute (?:{commands}|--)|pytest |python )", line)
+        or any(not re.fullmatch(name, words) for words in re.findall(r"`(sameroute [^`]+)`", line))
+        or re.search(r"`(?:pytest|python) [^`]", line)
+    ]
+    assert wrong == []
+
+
+def test_a_command_that_a_page_shows_is_one_that_the_parser_takes():
+    wrong = []
+    for page in PAGES:
+        for command in re.findall(r"\.venv/bin/sameroute (\S+)", page.read_text()):
+            if command.strip("`,.") not in (*COMMANDS, "--version", "--help"):
+                wrong.append(f"{page.name}: {command}")
+    assert wrong == []
+
+
+def programs() -> list[tuple[str, str]]:
+    """Programs of library.md, each with what the page says that it prints."""
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```.*?```text\n(.*?)```", page, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_program_of_the_library_page_runs_as_it_stands_and_prints_what_the_page_says(number):
+    assert len(programs()) == 2
+    program, printed = programs()[number]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
 
 
 def symptoms() -> list[str]:

@@ -21,11 +21,11 @@ LARGEST_ROOM = 14
 
 # From the bottom up. A room may import those on the lines before its own, and itself.
 ROOMS = """
-pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.forks pipeline.text
+pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.forks pipeline.text pipeline.say
 pipeline.types
 pipeline.objectives
 pipeline.config
-pipeline.rewards pipeline.cluster pipeline.dumps
+pipeline.rewards pipeline.cluster pipeline.dumps pipeline.disk pipeline.waiting
 pipeline.data pipeline.engine pipeline.observe
 pipeline.weights pipeline.rollout pipeline.plan
 pipeline.trainer
@@ -41,6 +41,7 @@ SAME_NAME = {
     "page": "a page in HTML",
     "patches": "what an engine needs without CUDA",
     "plan": "the plan, and its command",
+    "processes": "the processes of an engine or a verifier, and their end",
     "replay": "router replay: its kinds, and the routers",
     "run": "a run: its settings, and what it does",
     "server": "an SGLang server: its settings, and its process",

@@ -1,46 +1,56 @@
 """Writing a dist checkpoint while training goes on.
 
-Planning needs every rank, and so does the metadata at the end; in between each rank writes copies of its tensors from a
-thread of its own. Megatron-Core (0.19.2) forks a process for that, which a rank with threads (Ray's, gloo's) does not
-survive reliably; and a process that is forked holds the GPU's memory.
+Planning needs every rank. Then each rank writes copies of its tensors from a thread of its own, and what describes the
+whole is written by the first rank from what the others tell: no collective, so that a checkpoint can be completed while
+the ranks are in the middle of a step, or hang in one. Megatron-Core (0.19.2) forks a process for the writing, which a
+rank with threads (Ray's, gloo's) does not survive reliably; and a process that is forked holds the GPU's memory.
 """
 
 from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ext.checkpoint.rank_file import RankFileWriter, Sums
 from megatron_ext.checkpoint.shards import SavePlanner
 from megatron_ext.mcore import (
     AsyncRequest,
+    CheckpointingConfig,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
     mcore_to_pyt_state_dict,
     replace_keys_with_sharded_keys,
-    save_state_dict_async_finalize,
+    save_config,
     save_state_dict_async_plan,
 )
 
+Part = tuple[Sums, list[WriteResult]]
+
 
 class StagedSave:
-    """A save that has begun: everything is copied, a thread writes. `written`, then `finish` on all ranks together."""
+    """A save that has begun: everything is copied, a thread writes.
+
+    Once all ranks have `written`, the first one is to `describe` their parts. All of that may be called from any
+    thread; `finish` does it for ranks that do it together.
+    """
 
     def __init__(self, state: dict[str, Any], path: Path, live: set[int], finished: Callable[[Sums], None]):
         """state: a sharded state dict. path: an empty directory. live: storages that training will change.
 
         finished: called on the first rank at the very end, with (bytes, CRC-32) of the files that the ranks wrote.
         """
-        self._writer, self._finished = _Writer(path, live), finished
-        request = dist_checkpointing.save(state, str(path), _Strategy(self._writer), async_sharded_save=True)
-        self._finalize = request.finalize_fns
+        self.path, self._finished = path, finished
+        self._writer = _Writer(path, live)
+        self._strategy = _Strategy(self._writer)
+        dist_checkpointing.save(state, str(path), self._strategy, async_sharded_save=True)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
         self._thread.start()
@@ -61,14 +71,25 @@ class StagedSave:
             raise self._error
         return True
 
+    def part(self) -> Part:
+        """What the first rank has to know of this one's file, which is `written`."""
+        return self._writer.sums, self._writer.retrieve_write_results()
+
+    def describe(self, parts: Sequence[Part]) -> None:
+        """On the first rank, with the parts of all: write what describes all files."""
+        metadata = self._strategy.metadata
+        assert metadata is not None
+        self._writer.finish(metadata, [results for _, results in parts])
+        save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(self.path))
+        self._finished({name: s for sums, _ in parts for name, s in sums.items()})
+
     def finish(self) -> None:
-        """Write what describes all files. Every rank has `written`."""
-        for function in self._finalize:
-            function()
+        """All ranks together, when every one has `written`."""
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self._writer.sums)
+        dist.all_gather_object(everyone, self.part())
         if dist.get_rank() == 0:
-            self._finished({name: s for sums in everyone for name, s in sums.items()})
+            self.describe(everyone)
+        dist.barrier()
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
@@ -77,12 +98,14 @@ class _Strategy(TorchDistSaveShardedStrategy):
     def __init__(self, writer: _Writer):
         super().__init__()
         self.writer = writer
+        self.metadata: Metadata | None = None  # of the whole, on the first rank
 
     def async_save(self, sharded_state_dict, checkpoint_dir, async_strategy="mcore"):
         state, _, _ = replace_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         pytorch = mcore_to_pyt_state_dict(state)
         planned, *_ = save_state_dict_async_plan(pytorch, self.writer, None, planner=SavePlanner())
-        return AsyncRequest(None, (), [lambda: save_state_dict_async_finalize(*planned)])
+        self.metadata = planned[1]
+        return AsyncRequest(None, (), [])
 
 
 class _Writer(RankFileWriter):

@@ -61,7 +61,7 @@ class Networks:
 def begin_save(path: Path, networks: Networks) -> StagedSave:
     """Copy everything to host memory; a thread writes it into `path`, an empty directory that every rank sees.
 
-    All ranks call it together, then `StagedSave.finish` together when all have written.
+    All ranks call it together. For what comes then see StagedSave.
     """
     state: dict[str, Any] = {"rng": _rng_object(_rng_state())}
     common: dict[str, Any] = {"world": dist.get_world_size(), "layout": _layout(networks.policy), "networks": {}}

@@ -40,6 +40,7 @@ from megatron_ext.hf.companions import Dtype, write_companions
 from megatron_ext.hf.config_json import draft_tensors
 from megatron_ext.hf.description import ModelDescription, read_description
 from megatron_ext.hf.files import TensorFiles
+from megatron_ext.hf.tied import HEAD_NAME, check_tied_head
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,13 @@ def to_megatron(
     _keep_apart(hf_dir, out)
     model = read_description(hf_dir)
     layout.check_model(model)
+    check_tied_head(hf_dir, model)
     files = TensorFiles(hf_dir)
-    dtype = dtype or source_dtype(files)
+    spare = {HEAD_NAME} if model.tied_embeddings else set()
+    dtype = dtype or source_dtype(files, spare)
     drafts = set(draft_tensors(model.hf, files.files))
     width = {"float32": 4, "bfloat16": 2}[dtype]
-    nbytes = sum(math.prod(shape) * width for name, shape in files.shapes.items() if name not in drafts)
+    nbytes = sum(math.prod(shape) * width for name, shape in files.shapes.items() if name not in drafts | spare)
     compared = None
     with contextlib.ExitStack() as stack:
         if "RANK" in os.environ:

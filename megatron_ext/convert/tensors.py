@@ -7,7 +7,7 @@ table says what is in them, and no rank ever holds more than a few tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -52,9 +52,10 @@ class ConversionError(RuntimeError):
     """What was written is not what was read; the message names the tensor."""
 
 
-def source_dtype(files: TensorFiles) -> Dtype:
-    """The dtype of a model directory: that of its largest tensor. Raises ConversionError where it has to be chosen."""
-    largest = max(files.shapes, key=lambda name: math.prod(files.shapes[name]))
+def source_dtype(files: TensorFiles, spare: Collection[str] = ()) -> Dtype:
+    """The dtype of a model directory: that of its largest tensor besides the spare ones, which are not converted.
+    Raises ConversionError where it has to be chosen."""
+    largest = max(files.shapes.keys() - spare, key=lambda name: math.prod(files.shapes[name]))
     names: dict[str, Dtype] = {"F32": "float32", "BF16": "bfloat16"}
     if files.dtypes[largest] not in names:
         raise ConversionError(f"{largest} is {files.dtypes[largest]}; choose --dtype float32 or --dtype bfloat16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,18 @@ _COUNTS = (
     "num_key_value_heads",
     "vocab_size",
 )
+_OPTIONAL = (
+    *_EXPERTS,
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step", "moe_layer_freq"),
+    *("n_group", "topk_group", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    "head_dim",
+)
+"""Whole numbers of at least 1 where they are there and not null."""
+_FROM_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+_TRUTHS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "qkv_bias", "use_qk_norm", "use_sliding_window")
+_NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "partial_rotary_factor", "swiglu_limit")
+_LISTS = ("mlp_only_layers", "layer_types")
+_OBJECTS = ("rope_parameters", "rope_scaling", "quantization_config")
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -46,8 +59,15 @@ def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def wrong_fields(hf: dict[str, Any]) -> Iterator[str]:
-    """What is missing, of another type, or said twice, a sentence each. Where a number is missing, transformers takes
-    the default of its class, which need not be the model's."""
+    """What is missing, of another type, or said twice, a sentence each; where there is nothing of these, what does not
+    go together. Where a number is missing, transformers takes the default of its class, which need not be the model's.
+    """
+    wrong = [*_wrong_counts(hf), *_wrong_types(hf)]
+    yield from wrong or (*_contradictions(hf), *_wrong_rope(hf))
+
+
+def _wrong_counts(hf: dict[str, Any]) -> Iterator[str]:
+    """Of the numbers that every model needs, and of those that some have."""
     asked = _COUNTS + (("num_experts_per_tok",) if _experts(hf) else ())
     for name in asked + (("max_position_embeddings",) if "max_position_embeddings" in hf else ()):
         value, instead = hf.get(name), "transformers would take its class's own number, which need not be this model's"
@@ -55,13 +75,70 @@ def wrong_fields(hf: dict[str, Any]) -> Iterator[str]:
             instead = f"transformers would take num_attention_heads={hf.get('num_attention_heads')}"
         if value is None:
             yield f"{name} is {'null' if name in hf else 'missing'} ({instead}); write it"
-        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        elif not _whole(value, 1):
             yield f"{name} must be a whole number of at least 1, not {value!r}"
+    for names, least in ((_OPTIONAL, 1), (_FROM_ZERO, 0)):
+        for name in names:
+            if hf.get(name) is not None and not _whole(hf[name], least):
+                yield f"{name} must be a whole number of at least {least}, not {hf[name]!r}"
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _wrong_types(hf: dict[str, Any]) -> Iterator[str]:
+    """Of what is there and not null."""
+    given = {name: value for name, value in hf.items() if value is not None}
+    rope = {f"{at}.{k}": v for at in _OBJECTS[:2] if isinstance(given.get(at), dict) for k, v in given[at].items()}
+    for name, value in (given | rope).items():
+        last = name.rpartition(".")[2]
+        if name in _TRUTHS and not isinstance(value, bool):
+            yield f"{name} must be true or false, not {value!r}"
+        if (last in _NUMBERS or (name in rope and last == "factor")) and not _positive(value):
+            yield f"{name} must be a number above 0, not {value!r}"
+        if name in _LISTS and not isinstance(value, list):
+            yield f"{name} must be a list, not {value!r}"
+        if name in _OBJECTS and not isinstance(value, dict):
+            yield f"{name} must be an object, not {value!r}"
+    if given.get("rms_norm_eps") is None:
+        yield "rms_norm_eps is missing (transformers would take its class's own number, which need not be this model's)"
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
+    """Numbers, each right, that do not go together."""
+    counts = {name: hf[name] for name in _EXPERTS if hf.get(name)}
+    if len(set(counts.values())) > 1:
+        yield f"{' and '.join(f'{name}={n}' for name, n in counts.items())} differ; leave out the one that is wrong"
+    elif counts and hf["num_experts_per_tok"] > num_experts(hf):
+        yield f"num_experts_per_tok={hf['num_experts_per_tok']} is more than {next(iter(counts))}={num_experts(hf)}"
+    hidden, heads, kv_heads = hf["hidden_size"], hf["num_attention_heads"], hf["num_key_value_heads"]
+    latent = hf.get("kv_lora_rank") is not None
+    if not latent and hf.get("head_dim") is None and hidden % heads:
+        yield f"head_dim is missing, and hidden_size={hidden} does not divide by num_attention_heads={heads}"
+    if not latent and heads % kv_heads:
+        yield f"num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}"
+    layers, types = hf["num_hidden_layers"], hf.get("layer_types")
+    if types is not None and len(types) != layers:
+        yield f"layer_types has {len(types)} entries for num_hidden_layers={layers}"
+    groups, chosen = hf.get("n_group") or 1, hf.get("topk_group")
+    if groups > 1 and (chosen is None or chosen > groups):
+        yield f"topk_group={chosen} must be of 1 to n_group={groups} groups"
+    if groups > 1 and num_experts(hf) % groups:
+        yield f"{num_experts(hf)} experts do not divide by n_group={groups}"
+    odd = [i for i in hf.get("mlp_only_layers") or () if not _whole(i, 0)]
+    if odd:
+        yield f"mlp_only_layers must hold numbers of layers, not {odd[0]!r}"
+
+
+def _wrong_rope(hf: dict[str, Any]) -> Iterator[str]:
+    """Where the rotary embedding is said twice."""
     given = [name for name in ("rope_parameters", "rope_scaling") if hf.get(name) is not None]
-    wrong = [name for name in given if not isinstance(hf[name], dict)]
-    for name in wrong:
-        yield f"{name} must be an object, not {hf[name]!r}"
-    if len(given) == 2 and not wrong:
+    if len(given) == 2:
         alone = [rope_settings(hf | {other: None}) for other in given]
         if _without_type(alone[0]) != _without_type(alone[1]):
             yield (

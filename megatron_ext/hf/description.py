@@ -48,8 +48,27 @@ class ModelDescription:
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """The family's fields of Megatron-Core's TransformerConfig."""
-        return self.family.fields(self.hf)
+        """The family's fields of Megatron-Core's TransformerConfig; without a sparse layer, none of a router's."""
+        fields = self.family.fields(self.hf)
+        return fields if self.moe_layers else {k: v for k, v in fields.items() if not k.startswith("moe_")}
+
+    @property
+    def not_served(self) -> list[str]:
+        """Why SGLang 0.5.23 would serve another model than this, which is trained here even so: a sentence each."""
+        reasons, dense = [], sorted(set(range(self.num_layers)) - set(self.moe_layers))
+        if self.tied_embeddings and not self.family.server_ties:
+            reasons.append(
+                f"SGLang gives {self.model_type} an LM head of its own, whatever tie_word_embeddings=true says; write "
+                "tie_word_embeddings=false, and into the files an lm_head.weight that is a copy of "
+                "model.embed_tokens.weight (the two are then trained apart)"
+            )
+        if dense and not self.family.server_dense:
+            reasons.append(
+                f"layers {', '.join(map(str, dense))} are dense, and SGLang takes every layer of {self.model_type} for "
+                "sparse and leaves these without weights; take another model, or train on dumped steps (--from-dump), "
+                "which need no server"
+            )
+        return reasons
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -141,6 +160,12 @@ class ModelDescription:
         return bool(self.fields.get("moe_router_enable_expert_bias"))
 
     @property
+    def weight_of_one(self) -> bool:
+        """A sigmoid router chooses one expert and normalises its weight, which is then the router's constant factor."""
+        sigmoid = self.fields.get("moe_router_score_function") == "sigmoid"
+        return sigmoid and self.topk == 1 and self.hf.get("norm_topk_prob", True)
+
+    @property
     def clamped(self) -> bool:
         """An expert's gate is clamped."""
         return self.fields.get("activation_func_clamp_value") is not None
@@ -149,7 +174,7 @@ class ModelDescription:
 def describe(hf: dict[str, Any], file: str = "config.json") -> ModelDescription:
     """Of the content of a config.json. file: its name, for messages. Raises UnsupportedModel with all reasons."""
     name = hf.get("model_type", "?")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedModel(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     if wrong := list(wrong_fields(hf)):
         raise UnsupportedModel(f"{file}: {'; '.join(wrong)}")
@@ -167,6 +192,8 @@ def _described(hf: dict[str, Any], name: str) -> ModelDescription:
     if reasons := _reasons(hf, FAMILIES[name]):
         raise UnsupportedModel(f"{name} with {'; with '.join(reasons)} is not built here")
     moe_layers = tuple(FAMILIES[name].moe_layers(hf))
+    if moe_layers and not num_experts(hf):
+        raise KeyError("the number of experts (num_experts, num_local_experts or n_routed_experts)")
     model = ModelDescription(
         hf=hf,
         model_type=name,

@@ -15,7 +15,8 @@ from megatron_ext.hf.config_json import draft_tensors
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.params import local_parameters, shard_position
-from megatron_ext.hf.tables import LM_HEAD, Match
+from megatron_ext.hf.tables import EMBEDDING, LM_HEAD, Match
+from megatron_ext.hf.tied import check_tied_head
 from megatron_ext.mcore import GPTModel
 
 log = logging.getLogger(__name__)
@@ -49,13 +50,20 @@ def check_tensors(
 ) -> None:
     """Whether the directory holds exactly this model, before a value is read. All ranks call it together.
 
-    Raises KeyError naming the tensors that are missing, or that no rank had a place for, and ValueError where a shape
-    differs. Nothing is skipped, but the tensors of multi-token-prediction layers, which are logged, as are tensors that
-    come in fewer bits than they are read in.
+    Raises KeyError naming the tensors that are missing, or that no rank had a place for, ValueError where a shape
+    differs, and as `check_tied_head` does. Nothing is skipped, but the tensors of multi-token-prediction layers, and an
+    LM head that is the embedding once more; these are logged, as are tensors that come in fewer bits than they are read
+    in.
     """
     used = {name for _, _, match in parameters for name in match.hf_names}
     if missing := sorted(used - files.files.keys()):
         raise KeyError(f"{files.path} lacks tensors of {model.model_type}: {', '.join(missing)}")
+    head = set(LM_HEAD.hf) & files.files.keys() if value_head or model.tied_embeddings else set()
+    if head and not value_head:
+        if not used.isdisjoint(EMBEDDING.hf):  # a rank that holds it
+            check_tied_head(files.path, model)
+        if dist.get_rank() == 0:
+            log.info("%s of %s is its embedding, and is left out", ", ".join(head), files.path)
     for name, parameter, match in parameters:
         tensors = [torch.empty(files.shapes[n], device="meta") for n in match.hf_names]
         if match.part is not None:
@@ -80,6 +88,5 @@ def check_tensors(
         log.warning(told, len(files.mxfp4), files.path)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, used)
-    head = set(LM_HEAD.hf) if value_head else set()
     if unknown := sorted(files.files.keys() - head.union(*everyone)):
         raise KeyError(f"{files.path} holds tensors that {model.model_type} has no place for: {', '.join(unknown)}")

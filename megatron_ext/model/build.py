@@ -17,6 +17,7 @@ from megatron_ext.mcore import (
     GPTModel,
     MLASelfAttention,
     MLATransformerConfig,
+    MoESubmodules,
     TransformerConfig,
     gather_from_sequence_parallel_region,
     get_gpt_decoder_block_spec,
@@ -25,6 +26,7 @@ from megatron_ext.mcore import (
     set_tensor_model_parallel_attributes,
 )
 from megatron_ext.model.latent_attention import LatentAttention
+from megatron_ext.model.top_one import TopOneRouter, mlp_submodules
 from megatron_ext.model.yarn import YarnTransformerConfig
 
 _ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
@@ -50,16 +52,21 @@ def transformer_config(
     fields |= _recompute_fields(model, trainer) | model.fields
     kind, of_kind = _kind(fields)
     fields |= of_kind | {"activation_func": _ACTIVATIONS[fields["activation_func"]]} | trainer.extra
-    if not (model.num_experts and fields["add_bias_linear"]):
-        return kind(**fields)
-    if not cpu.torch_layers() and fields["expert_tensor_parallel_size"] > 1:
-        raise ValueError(
-            "Transformer Engine's experts would add their output bias on every expert-tensor rank; set "
-            "parallel.expert_tensor=1"
-        )
-    # Megatron-Core allows no biased experts with expert tensor parallelism; `torch_experts.py` adds the bias once.
-    config = kind(**(fields | {"add_bias_linear": False}))
-    config.add_bias_linear = True
+    later: dict[str, Any] = {}  # what Megatron-Core's config refuses, and its model computes rightly
+    if model.num_experts and fields["add_bias_linear"]:
+        if not cpu.torch_layers() and fields["expert_tensor_parallel_size"] > 1:
+            raise ValueError(
+                "Transformer Engine's experts would add their output bias on every expert-tensor rank; set "
+                "parallel.expert_tensor=1"
+            )
+        # no biased experts with expert tensor parallelism; `torch_experts.py` adds the bias once
+        later["add_bias_linear"], fields["add_bias_linear"] = True, False
+    if model.topk == 1 and fields.get("moe_router_pre_softmax") is False:
+        # no softmax over a single chosen expert, whose weight is 1 and leaves its router without a gradient
+        later["moe_router_pre_softmax"], fields["moe_router_pre_softmax"] = False, True
+    config = kind(**fields)
+    for name, value in later.items():
+        setattr(config, name, value)
     return config
 
 
@@ -170,10 +177,10 @@ def _moe_fields(
     }
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None):
+def layer_spec(config: TransformerConfig, vp_stage: int | None, *, weight_of_one: bool = False):
     """Transformer Engine's block spec on a GPU; without one or without it, plain torch under the same parameter names.
 
-    Raises ValueError for attention sinks on a GPU without Transformer Engine.
+    weight_of_one: see ModelDescription. Raises ValueError for attention sinks on a GPU without Transformer Engine.
     """
     plain = cpu.torch_layers()
     if plain and not cpu.needed() and config.softmax_type == "learnable":
@@ -187,6 +194,8 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None):
     for layer in spec.layer_specs or []:
         if layer.submodules.self_attention.module is MLASelfAttention:
             layer.submodules.self_attention.module = LatentAttention
+        if weight_of_one and isinstance(moe := mlp_submodules(layer.submodules.mlp), MoESubmodules):
+            moe.router = TopOneRouter
     if plain:
         from megatron_ext.model.torch_spec import without_transformer_engine
 
@@ -236,7 +245,7 @@ def build_model(
         stage = chunk if parallel.virtual_pipeline else None
         built = GPTModel(
             config=config,
-            transformer_layer_spec=layer_spec(config, stage),
+            transformer_layer_spec=layer_spec(config, stage, weight_of_one=model.weight_of_one),
             vocab_size=model.padded_vocab_size(parallel.tensor),
             max_sequence_length=model.hf["max_position_embeddings"],
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

@@ -9,6 +9,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 
 from megatron_ext.cpu.layers import DuplicatedLinear, LayerNormColumnParallelLinear, RMSNorm
 from megatron_ext.model.attention import SDPACoreAttention
+from megatron_ext.model.top_one import mlp_submodules
 from megatron_ext.model.torch_experts import EXPERTS
 
 
@@ -30,11 +31,11 @@ def without_transformer_engine(spec) -> None:
             attention.linear_qkv = LayerNormColumnParallelLinear
             if attention.q_layernorm is not IdentityOp:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
-        mlp = parts.mlp.keywords if isinstance(parts.mlp, functools.partial) else vars(parts.mlp)
-        if hasattr(mlp["submodules"], "experts"):
+        mlp = mlp_submodules(parts.mlp)
+        if hasattr(mlp, "experts"):
             parts.pre_mlp_layernorm = RMSNorm
             experts, submodules = EXPERTS
-            mlp["submodules"].experts = functools.partial(experts, submodules=submodules)
+            mlp.experts = functools.partial(experts, submodules=submodules)
         else:
             parts.pre_mlp_layernorm = IdentityOp  # fused into linear_fc1
-            mlp["submodules"].linear_fc1 = LayerNormColumnParallelLinear
+            mlp.linear_fc1 = LayerNormColumnParallelLinear

@@ -1,21 +1,30 @@
-"""Ray for one run: a cluster of its own on this machine, or one that is there joined. Nothing of it is left."""
+"""Ray for one run: a cluster of its own on this machine, or one that is there joined. Nothing of it is left.
+
+Whoever joins a Ray cluster runs code in it. One of a run's own is reached from this machine only, and opened by a token
+of its own: Ray's (2.60) own default is one token for all of a user's clusters, in a file that others may read.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.job_config import JobConfig
 
+from pipeline.cluster import loopback
 from pipeline.cluster.placement import PlacementError
+from pipeline.cluster.ray_processes import leave_out_the_raylets_log
 from pipeline.config.run import ClusterConfig
 from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
@@ -28,17 +37,21 @@ _LONGEST_FOLDER = 40
 def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
     """Ray is up inside. cpus: that a cluster started here has. Raises PlacementError for no place for its sockets."""
     on_termination = signal.getsignal(signal.SIGTERM)
+    leave_out_the_raylets_log()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     with contextlib.ExitStack() as stack:
         if config.address is None:
             folder = _folder()
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(_read_token)
             stack.callback(ray.shutdown)  # before: Ray's processes write there until they end
-            with _temporary_files_in(folder):
+            with _environment(_of_cluster(folder)), _at_loopback():
+                _read_token()
                 ray.init(
                     address="local",  # never another run's cluster on this machine
                     num_cpus=cpus,
+                    _node_ip_address=loopback.ADDRESS,
                     include_dashboard=False,
                     object_store_memory=int(config.object_store_gb * 1e9),
                     logging_level=logging.ERROR,
@@ -61,22 +74,48 @@ def _own_path() -> JobConfig:
     return JobConfig(_client_job=True, _py_driver_sys_path=own_folder())
 
 
-@contextlib.contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Processes that are started inside have their temporary files there: torch's manager of shared memory binds a
-    socket among them, and ranks that are killed at the end of a run leave others."""
-    before = os.environ.get("TMPDIR")
+def _of_cluster(folder: Path) -> dict[str, str]:
+    """Environment of Ray's processes and workers. They have their temporary files in `folder`: torch's manager of
+    shared memory binds a socket among them, and ranks that are killed at the end of a run leave others."""
     # What torch.compile keeps from run to run stays where it is.
     cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    os.environ["TMPDIR"] = str(folder)
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    alone = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    return {"TMPDIR": str(folder)} | token | alone | loopback.loopback_environment()
+
+
+def _read_token() -> None:
+    """Ray reads from the environment whether there is a token, and which; it does so once, when first asked."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _at_loopback() -> Iterator[None]:
+    """Ray takes 127.0.0.1 for its node and then listens nowhere else. It replaces that by an address of the machine
+    that others reach, unless it is told, by a variable that it reads when it is imported, that a cluster has one node.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = before
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Processes that are started inside have these."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _folder() -> Path:

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     """0 where the engines agree, DISAGREEMENT where they do not. Raises a SamerouteError."""
     from pipeline.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, served=True)
     with lasting_imports():
         from pipeline.loop.check_engines import diagnose_config
         from pipeline.loop.stop import StopRequest

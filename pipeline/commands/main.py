@@ -6,14 +6,15 @@ Nothing heavy is imported before the arguments are read, so that `--help` and a 
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import traceback
 from types import TracebackType
 
 from pipeline.commands import convert, diagnose, launch, objectives, plan, report, train
+from pipeline.commands.version import ShowVersion
 from pipeline.errors import INTERRUPTED, SamerouteError
 from pipeline.text.characters import visible
+from pipeline.text.standard_streams import make_patient
 
 COMMANDS = {
     "train": (train, "run a configuration: supervised steps, then reinforcement learning"),
@@ -29,8 +30,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: see `pipeline.errors`."""
     sys.excepthook = _show_uncaught
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a text that its encoding does not have ends no run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    make_patient()
     options = _parse(arguments)
     module, _ = COMMANDS[options.command]
     try:
@@ -45,6 +45,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sameroute", description="Reinforcement learning for mixture-of-experts language models."
     )
+    parser.add_argument("--version", action=ShowVersion, help="of sameroute and its engines")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=text))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.commands.config_arguments import add_config
 from pipeline.imports import lasting_imports
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
     """0. Raises a SamerouteError, or KeyboardInterrupt where a signal ended what cannot be resumed."""
     from pipeline.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, served=False if options.from_dump else None)
+    _check_files(config, options.from_dump)
     with lasting_imports():
         from pipeline.loop.run import requeued_attempt, train
         from pipeline.loop.stop import StopRequest
@@ -48,3 +53,18 @@ def run(options: argparse.Namespace) -> int:
     stop = StopRequest.of_run(config.checkpoint)
     print(f"run directory: {train(config, options.from_dump, resume=resume, stop=stop)}")
     return 0
+
+
+def _check_files(config: Config, from_dump: Path | None) -> None:
+    """Whether the files that the command names are there: known before the imports of a run, which take seconds.
+
+    `train` looks again, and into them. Raises DataError and DumpError.
+    """
+    if from_dump is not None and not from_dump.exists():
+        from pipeline.dumps.dump import DumpError
+
+        raise DumpError(f"there is no dump {from_dump}")
+    if config.data.path is not None and not config.data.path.is_file():
+        from pipeline.data.chat import DataError
+
+        raise DataError(f"there is no data file {config.data.path}")

@@ -13,6 +13,10 @@ SyntheticTask = Literal["digit_sort", "addition"]
 """Generators of `pipeline.data.synthetic`."""
 
 
+OnRewardFailure = Literal["exclude", "zero", "drop_group", "stop"]
+"""What becomes of an answer that the verifier failed on."""
+
+
 class SyntheticTaskConfig(Frozen):
     """One synthetic task."""
 
@@ -57,6 +61,24 @@ class DataConfig(Frozen):
         None,
         description="folder that the verifier's module is looked for in first; null: that of the YAML file, or of its "
         "nearest base, where the module lies there",
+    )
+    reward_workers: int = Field(
+        8,
+        ge=1,
+        description="processes of a verifier, so many answers at a time; exact_match has one",
+    )
+    reward_timeout_s: float = Field(30.0, gt=0, description="a verifier that takes longer on one answer is killed")
+    reward_memory_gb: float = Field(
+        4.0, gt=0, description="resident memory of a verifier and what it starts, 1e9 bytes; with more it is killed"
+    )
+    reward_environment: tuple[str, ...] = Field(
+        (), description="variables that verifiers get though their names look like secrets, as that of a judge's key"
+    )
+    on_reward_failure: OnRewardFailure = Field(
+        "exclude",
+        description="an answer that the verifier hangs on, crashes on or has no number for. exclude: it is in no "
+        "baseline and no loss, and its group stays if two are left; zero: it has reward 0; drop_group: nor are the "
+        "others of its group; stop: the run ends",
     )
 
     @model_validator(mode="after")

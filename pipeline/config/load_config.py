@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from megatron_ext.hf.description import ModelDescription, describe, read_description
+from megatron_ext.hf.tied import check_tied_head
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
 from pipeline.config.secrets import is_hidden
@@ -15,14 +16,18 @@ from pipeline.config.server import fit_context
 from pipeline.config.tree import Config
 from pipeline.text.yaml_text import YamlError, parse
 
+_MEANT = {"objective": "preset", "model": "path", "data": "path", "run": "directory", "precision": "weights"}
+"""The field that a person means who gives a section a text: `objective=grpo`."""
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+
+def load_config(path: str | Path, overrides: list[str] | None = None, *, served: bool | None = None) -> Config:
     """Read a YAML file and its bases, apply overrides of the form `a.b=c` (c is YAML), validate.
 
+    served: whether a server holds the model, which it then must be able to; None: where there are steps to take.
     Raises ConfigError: file missing, not YAML, unknown key, wrong type, or settings that do not go together.
     """
     config, _ = _read(path, overrides)
-    return fit_context(config, _model(config, config.model.path).hf)
+    return fit_context(config, _model(config, config.model.path, served).hf)
 
 
 def load_config_and_model(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, ModelDescription]:
@@ -46,12 +51,12 @@ def check_precision(config: Config, device: Literal["cpu", "cuda"]) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _model(config: Config, directory: Path | None) -> ModelDescription:
+def _model(config: Config, directory: Path | None, served: bool | None = None) -> ModelDescription:
     """A tiny model's, or that of what lies in `directory`."""
     if config.model.tiny is not None:
         return describe(config.model.tiny.hf_config())
     assert directory is not None
-    return _check_model(config, directory)
+    return _check_model(config, directory, config.train.steps > 0 if served is None else served)
 
 
 def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[Path]]:
@@ -77,11 +82,12 @@ def _with_reward_directory(config: Config, files: list[Path]) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"reward_directory": found})})
 
 
-def _check_model(config: Config, directory: Path) -> ModelDescription:
-    """Of a model that is supported, divides into the layout and can be had in this precision."""
+def _check_model(config: Config, directory: Path, served: bool) -> ModelDescription:
+    """Of a model that is supported, divides into the layout, can be had in this precision, and in a server if asked."""
     try:
         model = read_description(directory)
         config.parallel.check_model(model)
+        check_tied_head(directory, model)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
     if quantized := model.hf.get("quantization_config"):
@@ -89,6 +95,8 @@ def _check_model(config: Config, directory: Path) -> ModelDescription:
             f"model.path: SGLang would hold {quantized.get('quant_method')} weights, which the trainer's cannot "
             "replace; write the model in bfloat16 first, with sameroute convert to-megatron and to-hf"
         )
+    if served and model.not_served:
+        raise ConfigError(f"model.path: {directory}: {'; '.join(model.not_served)}")
     for needed in model.family.needs:
         if getattr(config.precision, needed.setting) != needed.value:
             raise ConfigError(f"{needed.why}; set precision.{needed.setting}={needed.value}")
@@ -150,12 +158,22 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{where}: there is no such key{instead}")
         else:
             words = mistake["msg"].removeprefix("Value error, ")
-            if mistake["input"] is None and mistake["type"] == "model_type":
-                words = "the section holds nothing; give it fields, or leave it out for its defaults"
+            if mistake["type"] == "model_type":
+                words = _instead_of_a_value(where, mistake["input"], _fields_at(mistake["loc"]))
             elif mistake["type"] in ("string_type", "path_type") and isinstance(mistake["input"], bool | int | float):
                 words += f", not {mistake['input']!r}; write it in quotes"
             lines.append(f"{where}: {words}" if where else words)
     return "\n".join(lines)
+
+
+def _instead_of_a_value(section: str, value: Any, fields: list[str]) -> str:
+    """What to write where a section of fields is given one value, or nothing."""
+    if value is None:
+        return "the section holds nothing; give it fields, or leave it out for its defaults"
+    if section in _MEANT and isinstance(value, str):
+        field = f"{_MEANT[section]}: {value}"
+        return f"this is a section of fields; write {section}='{{{field}}}', or {section}: {{{field}}} in a file"
+    return f"this is a section of fields, not {value!r}; write {section}.FIELD=VALUE, with one of {', '.join(fields)}"
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

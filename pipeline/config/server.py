@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_ext.config import Frozen
 from pipeline.config.file import ConfigError
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from pipeline.config.tree import Config
 
 DEFAULT_CONTEXT = 4096
+_KEYS = "a run makes keys of its own for its servers, which no list of processes shows"
+_UNGUARDED = "SGLang answers there without asking for a key"
+_REFUSED = {
+    "--api-key": _KEYS,
+    "--admin-api-key": _KEYS,
+    "--grpc-port": _UNGUARDED,
+    "--tokenizer-worker-num": _UNGUARDED,
+}
 _LENGTH_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
 
 
@@ -58,6 +66,15 @@ class ServerConfig(Frozen):
     )
     startup_timeout_s: float = Field(600.0, gt=0, description="seconds until the server must answer")
     extra_args: list[str] = Field(default=[], description="further arguments of SGLang's command line, last")
+
+    @field_validator("extra_args")
+    @classmethod
+    def _keys_stay(cls, arguments: list[str]) -> list[str]:
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if name in _REFUSED:
+                raise ValueError(f"{name} cannot be given: {_REFUSED[name]}; leave it out")
+        return arguments
 
 
 def request_tokens(prompt: int, answer: int) -> int:

@@ -15,7 +15,6 @@ from pipeline.data.chat import DataError, answer_ids, check_vocabulary
 from pipeline.data.jsonl import check_length, read_rows, tokenize
 from pipeline.data.pretrained import load_tokenizer, read_json
 from pipeline.data.synthetic import Stream, SupervisedPair, SyntheticTask
-from pipeline.rewards import RewardFunction, resolve_reward
 from pipeline.types import Prompt
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def _to_standard_error(line: str) -> None:
 
 
 class PromptSource:
-    """A stream of prompts for one run, what its answers stop at, and what grades them.
+    """A stream of prompts for one run, and what its answers stop at.
 
     The cursors of prompts and of supervised pairs move apart. Prompt `i` depends on the data and the seed only.
     """
@@ -55,11 +54,10 @@ class PromptSource:
         stream: "held_out" gives a synthetic task's other questions; a file has one stream only.
         supervised: pairs will be taken, so a file's answers are tokenized now as well.
         trust_remote_code: as ModelConfig has it. say: gets a line every few seconds while a file is tokenized.
-        Raises DataError (data or tokenizer), RewardError (verifier), before any prompt is taken.
+        Raises DataError (data or tokenizer) before any prompt is taken.
         """
         self.config = config
         self.stream: Stream = stream
-        self.reward: RewardFunction = resolve_reward(config.reward, config.reward_directory)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
         self.vocab_size: int = read_hf_config(model_path)["vocab_size"]
         self.stop_token_ids = stop_token_ids(model_path, self.tokenizer)

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_ext.batch.routes import check_routes, route_dtype
 from pipeline import http
 from pipeline.engine.control import SGLangControl
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
 from pipeline.types import FinishReason, Rollout, Sampled
 
@@ -79,6 +80,7 @@ class SGLangClient(SGLangControl):
     vocab_size: ids outside [0, vocab_size) are refused here; SGLang's scheduler dies of them.
     num_layers, topk, num_experts: shape and range of a route. moe_layers: those that have experts; None: all of them.
     routes=False: do not ask for routes.
+    keys: that open the server; None: it has none.
     timeout_s: seconds for one call, sampling included.
 
     Sampling calls belong between `async with client:` and its end; `with` may be nested.
@@ -94,10 +96,11 @@ class SGLangClient(SGLangControl):
         num_experts: int,
         moe_layers: Sequence[int] | None = None,
         routes: bool = True,
+        keys: ServerKeys | None = None,
         timeout_s: float = 600.0,
         log_path: Path | None = None,
     ) -> None:
-        super().__init__(url, timeout_s=timeout_s, log_path=log_path)
+        super().__init__(url, keys=keys, timeout_s=timeout_s, log_path=log_path)
         self.vocab_size = vocab_size
         self.num_layers = num_layers
         self.topk = topk
@@ -215,7 +218,8 @@ class SGLangClient(SGLangControl):
         if self._session is None:
             raise RuntimeError("sample inside `async with client:`")
         try:
-            async with self._session.post(f"{self.url}/generate", json=body) as response:
+            headers = http.bearer(self._key("/generate"))
+            async with self._session.post(f"{self.url}/generate", json=body, headers=headers) as response:
                 if response.status != 200:
                     reason = (await response.text())[:1000]
                     raise ServerError(f"{self.url}/generate answered {response.status}: {reason}{self._see_log()}")

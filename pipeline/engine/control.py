@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import http
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
 
 PauseMode = Literal["abort", "in_place", "retract"]
@@ -21,10 +22,11 @@ HELD_WEIGHTS = "sameroute_held_weights"
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """Where a server listens, and the file that gets its output, which error messages name."""
+    """Where a server listens, the file that gets its output, which error messages name, and the keys that open it."""
 
     url: str
     log_path: Path | None = None
+    keys: ServerKeys | None = None
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,17 @@ class HeldWeights:
 
 
 class SGLangControl:
-    """One server. timeout_s: seconds for one call. log_path: the server's log, for error messages."""
+    """One server.
 
-    def __init__(self, url: str, *, timeout_s: float = 600.0, log_path: Path | None = None) -> None:
+    keys: that open it; None: it has none. timeout_s: seconds for one call. log_path: the server's log, for error
+    messages.
+    """
+
+    def __init__(
+        self, url: str, *, keys: ServerKeys | None = None, timeout_s: float = 600.0, log_path: Path | None = None
+    ) -> None:
         self.url = url.rstrip("/")
+        self.keys = keys
         self.timeout_s = timeout_s
         self.log_path = log_path
 
@@ -60,7 +69,7 @@ class SGLangControl:
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         try:
-            answer = http.request(method, self.url + path, body=body, timeout_s=self.timeout_s)
+            answer = http.request(method, self.url + path, body=body, key=self._key(path), timeout_s=self.timeout_s)
         except TimeoutError as error:
             raise ServerError(f"{self.url}{path} did not answer in {self.timeout_s:g} s{self._see_log()}") from error
         except http.HttpError as error:
@@ -73,6 +82,9 @@ class SGLangControl:
             reason = content.get("message") or answer.text[:1000]
             raise ServerError(f"{self.url}{path} answered {answer.status}: {reason}{self._see_log()}")
         return content
+
+    def _key(self, path: str) -> str | None:
+        return None if self.keys is None else self.keys.of_path(path)
 
     def _see_log(self) -> str:
         return f"; its log is {self.log_path}" if self.log_path else ""

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.engine.client import Sampling, SGLangClient
 from pipeline.engine.control import ServerAddress
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
 from pipeline.types import Rollout
 
@@ -29,6 +30,8 @@ class ServerProcess(Protocol):
     def url(self) -> str: ...
     @property
     def log_path(self) -> Path: ...
+    @property
+    def keys(self) -> ServerKeys: ...
     def wait_ready(self, timeout_s: float | None = None) -> None: ...
     def alive(self) -> bool: ...
     def log_tail(self) -> str: ...
@@ -60,7 +63,7 @@ class FleetServer:
     @property
     def address(self) -> ServerAddress:
         """What another process needs to reach it."""
-        return ServerAddress(self.process.url, self.process.log_path)
+        return ServerAddress(self.process.url, self.process.log_path, self.process.keys)
 
 
 class Fleet:

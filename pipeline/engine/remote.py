@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.cluster.placement import on_node
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError, SGLangServer
 
 _ANSWER_S = 60.0  # of a call that only looks; a node that needs longer is gone
@@ -57,6 +58,11 @@ class RemoteServer:
     @property
     def log_path(self) -> Path:
         return self._server.log_path
+
+    @property
+    def keys(self) -> ServerKeys:
+        """That open it."""
+        return self._server.keys
 
     @property
     def url(self) -> str:

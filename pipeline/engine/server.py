@@ -20,12 +20,15 @@ from types import TracebackType
 from typing import Literal, Self
 
 from pipeline import http
+from pipeline.cluster.loopback import is_loopback, loopback_environment
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
 from pipeline.errors import SamerouteError
 from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
+from pipeline.waiting import START_S, Waiting
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
@@ -56,6 +59,7 @@ class SGLangServer:
     trust_remote_code: let SGLang run the Python code that the folder's config.json names.
     base_gpu: the first of the GPUs that this process sees which the server takes. environment: further variables.
     return_routed_experts: let requests ask for the experts of every token (mixture-of-experts models only).
+    keys: that open it; None: a pair of its own.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class SGLangServer:
         return_routed_experts: bool,
         precision: PrecisionConfig = _FULL,
         trust_remote_code: bool = False,
+        keys: ServerKeys | None = None,
         base_gpu: int = 0,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -78,6 +83,7 @@ class SGLangServer:
         self.device = device
         self.precision = precision
         self.trust_remote_code = trust_remote_code
+        self.keys = keys or ServerKeys.random()
         self.seed = seed
         self.return_routed_experts = return_routed_experts
         self.base_gpu, self.environment = base_gpu, dict(environment or {})
@@ -118,12 +124,18 @@ class SGLangServer:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=self._environment(),
             )
+        assert self._process.stdin is not None
+        try:
+            with self._process.stdin as pipe:
+                pipe.write(self.keys.to_bytes())
+        except BrokenPipeError:  # it has ended already; `wait_ready` says how
+            return
 
     def arguments(self) -> list[str]:
         """SGLang's command line. Raises ServerError before start(), which settles the port."""
@@ -177,6 +189,8 @@ class SGLangServer:
         environment["SPT_NOENV"] = "1"  # else setproctitle overwrites the environment that carries the token
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
         environment |= _without_proxy(self.config.host)
+        if is_loopback(self.config.host):
+            environment |= loopback_environment()
         environment |= self.precision.server_environment()
         environment |= self.environment
         paths = own_folder()
@@ -203,8 +217,9 @@ class SGLangServer:
         Raises ServerError with the end of the log when the server dies, reports a fatal error, or is too slow.
         """
         timeout_s = self.config.startup_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
+        deadline, wait = time.monotonic() + timeout_s, Waiting().begin("starting", START_S)
         while True:
+            wait.look(lambda: f"the SGLang server (log: {self.log_path})")
             if not self.alive():
                 code = None if self._process is None else self._process.returncode
                 raise ServerError(f"the SGLang server ended with code {code} while starting\n{self.log_tail()}")
@@ -230,7 +245,7 @@ class SGLangServer:
         SGLang does it after its own warm-up; without one it tries before the port is open, and fails.
         """
         if self.device == "cpu":
-            answer = http.request("POST", f"{self.url}/freeze_gc", timeout_s=60)
+            answer = http.request("POST", f"{self.url}/freeze_gc", key=self.keys.admin, timeout_s=60)
             if answer.status != 200:
                 raise ServerError(f"{self.url}/freeze_gc answered {answer.status}: {answer.text[:1000]}")
 

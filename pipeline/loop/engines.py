@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet, FleetServer, ServerProcess
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.remote import RemoteServer
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.loop.inputs import config_device
@@ -112,6 +113,7 @@ def _servers(
             "memory for weights and cache, and the trainer has the rest",
             next(own.mem_fraction_static for own in settings if own != config.server),
         )
+    keys = ServerKeys.random()  # one pair for all of them
     return [
         SGLangServer(
             own,
@@ -122,6 +124,7 @@ def _servers(
             return_routed_experts=routes,
             precision=config.precision,
             trust_remote_code=config.model.trust_remote_code,
+            keys=keys,
             base_gpu=0 if place is None else place.base,
             environment=environment,
         )
@@ -138,6 +141,7 @@ def _client(config: Config, shape: ModelDescription, process: ServerProcess, rou
         num_experts=shape.num_experts,
         moe_layers=shape.moe_layers,
         routes=routes,
+        keys=process.keys,
         timeout_s=config.rollout.timeout_s,
         log_path=process.log_path,
     )

@@ -11,12 +11,13 @@ from pipeline.cluster.one_machine import check_gpus
 from pipeline.config import Config
 from pipeline.config.load_config import check_precision
 from pipeline.data.chat import DataError
+from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
 from pipeline.dumps.dump import DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.server import reserve_port
 from pipeline.observe.sinks.sinks import check_sinks
-from pipeline.rewards import resolve_reward
+from pipeline.rewards import check_reward
 
 
 def config_device(config: Config) -> Literal["cpu", "cuda"]:
@@ -34,10 +35,36 @@ def check_inputs(config: Config) -> None:
     check_precision(config, config_device(config))
     if config_device(config) == "cuda":
         check_gpus(config, torch.cuda.device_count())
-    resolve_reward(config.data.reward, config.data.reward_directory)
+    check_reward(config.data)
     if config.data.path is not None and not config.data.path.is_file():
         raise DataError(f"there is no data file {config.data.path}")
     reserve_port(config.server.host, config.server.port)
+
+
+def check_prompts(config: Config, scratch: Path) -> PromptSource:
+    """The prompts of the run: tokenizer, chat template, end-of-sequence token and every line of a data file are read,
+    and its first prompts looked at, before a run directory is touched. scratch: for a tiny model's tokenizer.
+
+    Raises DataError.
+    """
+    source = prompt_source(config, prepare_model(config, scratch / "model"))
+    beginning = source.state()
+    source.take(config.rollout.prompts_per_step)
+    if config.supervised.steps:
+        source.take_supervised(config.supervised.batch_size)
+    source.restore(beginning)
+    return source
+
+
+def prompt_source(config: Config, model_path: Path) -> PromptSource:
+    """The prompts of a run with this model. Raises DataError."""
+    return PromptSource(
+        config.data,
+        model_path,
+        seed=config.run.seed,
+        supervised=config.supervised.steps > 0,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def dumped_steps(path: Path, config: Config) -> DumpedSteps:

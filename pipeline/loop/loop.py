@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,22 +22,28 @@ from pipeline.loop.compare import compare, replay_probe
 from pipeline.loop.update import Update
 from pipeline.objectives import is_informative, resolve
 from pipeline.observe.metrics import Timer, batch_metrics
-from pipeline.rewards import grade
+from pipeline.rewards import Failures, Grader, RewardError, grade
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.types import Batch, Group, Rollout, StepResult
+from pipeline.waiting import Waiting
 
 
 class NothingToLearnError(SamerouteError):
     """Dynamic sampling found too few groups whose rewards differ."""
 
 
+def _to_standard_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @dataclass
 class Loop:
     """What a step needs.
 
-    fleet: the servers; without any, every step is a dumped one.
+    fleet, grader: the servers and what grades their answers; without any, every step is a dumped one.
     dumps: where steps are written that debug.dump_rollouts names.
+    say: hears of answers that could not be graded.
     """
 
     config: Config
@@ -45,9 +52,12 @@ class Loop:
     fleet: Fleet
     trainers: TrainerGroup
     dumps: Path | None = None
+    grader: Grader | None = None
+    say: Callable[[str], None] = _to_standard_error
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
+        self.waiting = Waiting()
         precision = self.config.precision
         self.sampling = Sampling(
             max_new_tokens=self.config.rollout.max_new_tokens,
@@ -65,7 +75,7 @@ class Loop:
         timer = Timer()
         with timer("step"):
             if dumped is None:
-                groups, metrics = self.sample(timer)
+                groups, metrics = self.sample(timer, number)
             else:
                 groups, metrics = list(dumped.batch.groups), {}
                 self.fleet.adopt(dumped.batch.version)
@@ -107,19 +117,24 @@ class Loop:
         """The trainer's weights to the servers, where there are any, under the next version."""
         self.fleet.transfer(self.trainers)
 
-    def sample(self, timer: Timer) -> tuple[list[Group], dict[str, float]]:
-        """The graded groups of a step, and what sampling them took.
+    def sample(self, timer: Timer, number: int) -> tuple[list[Group], dict[str, float]]:
+        """The graded groups of step `number`, and what sampling them took.
 
         With dynamic sampling (DAPO) a group whose rewards are all equal is replaced by a group of the next prompt, in
-        at most `rollout.max_sampling_rounds` rounds. Raises NothingToLearnError where those do not suffice.
+        at most `rollout.max_sampling_rounds` rounds; so is one that has no rewards. Raises NothingToLearnError where
+        those do not suffice, RewardError where the verifier failed on so much that nothing is left.
         """
         rollout, groups, drawn, tokens = self.config.rollout, [], 0, 0
+        graded, failures = 0, Failures()
         for _ in range(rollout.max_sampling_rounds):
-            with timer("rollout"):
+            with timer("rollout"), self.waiting.during("sampling", lambda: "answers of the servers (logs/sglang*.log)"):
                 prompts = self.source.take(rollout.prompts_per_step - len(groups))
                 new = sample_groups_sync(self.fleet, prompts, rollout.samples_per_prompt, self.sampling)
             with timer("reward"):
-                new = grade(new, self.source.tokenizer, self.source.reward)
+                new, failed = self.grade(new)
+            failures, graded = failures + failed, graded + sum(len(g.rewards) for g in new)
+            if not graded:
+                raise RewardError(f"step {number}: nothing is left to train on; {failures}")
             drawn, tokens = drawn + len(new), tokens + sum(len(r) for g in new for r in g.rollouts)
             if self.objective.composition.dynamic_sampling:
                 new = [g for g in new if is_informative(torch.from_numpy(g.rewards))]
@@ -131,11 +146,21 @@ class Loop:
                 f"in {rollout.max_sampling_rounds} rounds {len(groups)} of {drawn} groups had rewards that differ, and "
                 f"a step needs {rollout.prompts_per_step}: the task is too easy or too hard for the model; take other "
                 "data, raise rollout.max_sampling_rounds, or set objective.dynamic_sampling=false"
+                + (f". Besides, {failures}" if failures.first else "")
             )
-        metrics = {"throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"]}
+        if failures.first:
+            self.say(f"step {number}: {failures}")
+        metrics = {"throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"]} | failures.metrics()
         if self.objective.composition.dynamic_sampling:
             metrics["rollout/groups_replaced"] = float(drawn - len(groups))
         return groups, metrics
+
+    def grade(self, groups: Sequence[Group]) -> tuple[list[Group], Failures]:
+        """With rewards, or why there are none. A baseline over a group needs two of it."""
+        assert self.grader is not None
+        least = 2 if self.objective.needs_group else 1
+        on_failure = self.config.data.on_reward_failure
+        return grade(groups, self.source.tokenizer, self.grader, on_failure=on_failure, least=least)
 
     def probe_replay(self, batch: Batch) -> dict[str, float]:
         """At the steps that checks.probe_every names, what the mismatch is with and without replay; else nothing."""

@@ -10,10 +10,12 @@ from megatron_ext.hf.description import read_description
 from pipeline.checkpoints.resume import Start
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
+from pipeline.disk.scratch import scratch_folder
 from pipeline.loop.engines import start_engines
-from pipeline.loop.inputs import prepare_model
+from pipeline.loop.inputs import prepare_model, prompt_source
 from pipeline.loop.loop import Loop, supervise
 from pipeline.objectives import resolve
+from pipeline.rewards import open_grader
 from pipeline.trainer.group import TrainerGroup
 
 OnSupervised = Callable[[int, float], None]
@@ -28,6 +30,7 @@ def open_loop(
     *,
     serve: bool = True,
     start: Start | None = None,
+    source: PromptSource | None = None,
     on_supervised: OnSupervised = lambda *_: None,
     may_stop: MayStop = lambda *_: None,
 ) -> Iterator[tuple[Loop, Path]]:
@@ -36,6 +39,7 @@ def open_loop(
     directory: where a tiny model and dumps are written. logs: existing folder for the logs of both engines.
     serve: false starts no server, for a loop that replays.
     start: a checkpoint to go on from.
+    source: the prompts, where they have been read already.
     on_supervised: called with each supervised step and its loss, nats a token.
     may_stop: called after it with its number and with what would have to be saved.
     Yields the loop and the model directory it started from.
@@ -43,16 +47,14 @@ def open_loop(
     """
     model_path = prepare_model(config, directory / "model")
     shape = read_description(model_path)
-    source = PromptSource(
-        config.data,
-        model_path,
-        seed=config.run.seed,
-        supervised=config.supervised.steps > 0,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    source = source or prompt_source(config, model_path)
     # Not the draws of the first steps again after a resumption.
     seed = config.run.seed + (0 if start is None else start.progress.step)
-    with start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines:
+    with (
+        scratch_folder(),
+        open_grader(config.data) if serve else contextlib.nullcontext() as grader,
+        start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines,
+    ):
         trainers, fleet = engines.trainers, engines.fleet
         _prepare_trainers(config, model_path, trainers, source, start, on_supervised, may_stop)
         engines.connect()
@@ -61,7 +63,7 @@ def open_loop(
             fleet.begin_at(start.progress.version)
         if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
             fleet.transfer(trainers)
-        yield Loop(config, shape, source, fleet, trainers, dumps=directory / "dumps"), model_path
+        yield Loop(config, shape, source, fleet, trainers, dumps=directory / "dumps", grader=grader), model_path
         trainers.close()
 
 

@@ -14,17 +14,20 @@ from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import CheckpointStore, Progress, progress_of
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
+from pipeline.disk.claim import Claim, claim
+from pipeline.disk.lock import refuse_held
+from pipeline.disk.scratch import scratch_folder
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.loop.check_engines import check_first_rollouts
 from pipeline.loop.compare import DisagreementError
-from pipeline.loop.inputs import check_inputs, dumped_steps
-from pipeline.loop.loop import Loop, NothingToLearnError
+from pipeline.loop.inputs import check_inputs, check_prompts, dumped_steps
+from pipeline.loop.limits import raise_open_files
+from pipeline.loop.loop import Loop
 from pipeline.loop.open_loop import open_loop
 from pipeline.loop.stop import Stopped, StopRequest
 from pipeline.observe.console import Console
 from pipeline.observe.facts import write_facts, written_by_this_job
 from pipeline.observe.run_dir import RunDirectory
-from pipeline.observe.sinks.alerts import AlertStop
 from pipeline.observe.sinks.sinks import Sinks
 from pipeline.trainer.group import TrainerGroup
 from pipeline.types import StepResult
@@ -38,34 +41,53 @@ def train(
     from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
     resume: go on from the newest checkpoint, and refuse where there is none; see checkpoints.resume.choose_start.
     stop: signals that may ask for the end.
-    Raises what the CLI turns into a message: DataError, DumpError, ObserveError, RewardError, ResumeError,
+    Raises what the CLI turns into a message: DataError, DumpError, ObserveError, VerifierError, ResumeError,
     CheckpointError, RunDirectoryError and ServerError (its port) before anything starts; ServerError, PlacementError,
-    TrainerError, WeightTransferError, DumpError, NothingToLearnError, DisagreementError, CheckpointError and AlertStop
-    after; Stopped where a signal ended the run and it can be resumed, KeyboardInterrupt where it cannot.
+    TrainerError, WeightTransferError, DumpError, NothingToLearnError, RewardError, DisagreementError, CheckpointError
+    and AlertStop after; Stopped where a signal ended the run and it can be resumed, KeyboardInterrupt where it cannot.
     """
     store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep_last)
     stop = stop or StopRequest(None)
     with _ended_at_once(config, store, stop):
         dumped = None if from_dump is None else dumped_steps(from_dump, config)
+        refuse_held(config.run.directory)
         check_inputs(config)
-        start = choose_start(config, store, asked=resume)
-        steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
-        done, last = 0 if start is None else start.progress.step, max(steps, default=0)
-        left = [step for step in steps if step > done]
-        with (
-            RunDirectory.create(config, resume_after=None if start is None else done) as run,
-            Console(last) as console,
-        ):
-            if start is not None:
-                for note in (*(f"removed {name}, which was interrupted" for name in store.clean()), *start.notes):
-                    console.say(note)
-            if start is not None and not left and has_weights(run.path / "hf"):
-                console.say(f"all {last} steps are done; a larger train.steps goes on")
-            else:
-                write_facts(run.path)
-                _Run(config, store, stop, console, run, last).go(left, start, dumped)
-            run.finish()
-        return run.path
+        raise_open_files(config)
+        with scratch_folder() as scratch:
+            source = check_prompts(config, scratch)
+            with claim(config.run.directory) as claimed:
+                return _claimed(config, claimed, source, dumped, store, resume=resume, stop=stop)
+
+
+def _claimed(
+    config: Config,
+    claimed: Claim,
+    source: PromptSource,
+    dumped: DumpedSteps | None,
+    store: CheckpointStore,
+    *,
+    resume: bool,
+    stop: StopRequest,
+) -> Path:
+    """The run, in a directory that is its own. source: its prompts, checked."""
+    start = choose_start(config, store, asked=resume)
+    steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
+    done, last = 0 if start is None else start.progress.step, max(steps, default=0)
+    left = [step for step in steps if step > done]
+    with (
+        RunDirectory.create(config, resume_after=None if start is None else done, claim=claimed) as run,
+        Console(last) as console,
+    ):
+        removed = [f"removed {name}, which was interrupted" for name in store.clean()] if start is not None else []
+        for note in (*claimed.notes, *removed, *(start.notes if start is not None else [])):
+            console.say(note)
+        if start is not None and not left and has_weights(run.path / "hf"):
+            console.say(f"all {last} steps are done; a larger train.steps goes on")
+        else:
+            write_facts(run.path)
+            _Run(config, store, stop, console, run, last).go(left, start, dumped, source)
+        run.finish()
+    return run.path
 
 
 def requeued_attempt(config: Config) -> tuple[Config, bool]:
@@ -108,7 +130,7 @@ class _Run:
         self.config, self.store, self.stop, self.console = config, store, stop, console
         self.directory, self.last = directory, last
 
-    def go(self, steps: Sequence[int], start: Start | None, dumped: DumpedSteps | None) -> None:
+    def go(self, steps: Sequence[int], start: Start | None, dumped: DumpedSteps | None, source: PromptSource) -> None:
         """Both engines up, the steps, the model as a Hugging Face directory."""
         config, directory = self.config, self.directory
         serve = dumped is None and config.train.steps > 0
@@ -121,14 +143,16 @@ class _Run:
                 directory.logs,
                 serve=serve,
                 start=start,
+                source=source,
                 on_supervised=self._supervised,
                 may_stop=self._supervised_done,
             ) as (loop, model_path),
+            self._saver(loop.trainers) as saver,
         ):
             write_facts(directory.path, loop.trainers)
+            loop.say = self.console.say
             if serve and config.checks.first_rollouts:
                 check_first_rollouts(loop, model_path, directory, self.console)
-            saver = self._saver(loop.trainers)
             self.stop.arm()
             for number in steps:
                 self._step(loop, dumped, number, saver, sinks)
@@ -138,16 +162,12 @@ class _Run:
             loop.trainers.save_hf(directory.hf_directory(model_path, config.precision.weights))
 
     def _step(self, loop: Loop, dumped: DumpedSteps | None, number: int, saver: Saver, sinks: Sinks) -> None:
-        """One RL step and its records. What it raises does not cost the checkpoint that was begun before it."""
-        try:
-            result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
-            self.directory.record(result.metrics)
-            self.directory.write_step(result, loop.objective, loop.source.tokenizer)
-            self.console.step(result.metrics)
-            sinks.record(result.metrics)
-        except (DisagreementError, NothingToLearnError, AlertStop):
-            saver.wait()  # the trainer lives, and so may what it has begun to save
-            raise
+        """One RL step and its records."""
+        result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+        self.directory.record(result.metrics)
+        self.directory.write_step(result, loop.objective, loop.source.tokenizer)
+        self.console.step(result.metrics)
+        sinks.record(result.metrics)
         self._step_done(loop, saver, number)
 
     def _saver(self, trainers: TrainerGroup) -> Saver:
@@ -163,7 +183,8 @@ class _Run:
         self.stop.arm()
         if self.stop.requested:
             progress = progress_of(self.config, step=0, supervised=number, version=0, cursor=source.state())
-            self._end(self._saver(trainers), progress)
+            with self._saver(trainers) as saver:
+                self._end(saver, progress)
 
     def _step_done(self, loop: Loop, saver: Saver, number: int) -> None:
         """An RL step, recorded and synchronised."""

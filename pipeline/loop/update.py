@@ -132,8 +132,13 @@ class Update:
 
 
 def mini_batches(batch: Batch, count: int) -> list[list[int]]:
-    """Positions in batch.rollouts, dealt to `count` mini-batches of whole groups, group after group."""
-    return [[int(i) for i in np.flatnonzero(batch.group_of_rollout % count == k)] for k in range(count)]
+    """Positions in batch.rollouts, dealt to `count` mini-batches of whole groups, group after group.
+
+    A group without rewards has none, and takes no place; where fewer than `count` groups are left, so are mini-batches.
+    """
+    _, groups = np.unique(batch.group_of_rollout, return_inverse=True)
+    dealt = [[int(i) for i in np.flatnonzero(groups % count == k)] for k in range(count)]
+    return [mini_batch for mini_batch in dealt if mini_batch]
 
 
 def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new_tokens: int) -> list[LossRow]:

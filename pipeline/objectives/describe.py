@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 
 from pipeline.objectives.composition import Composition, CorrectionConfig
@@ -16,23 +17,66 @@ A: advantage   R: reward   G: samples per prompt   sg: held constant   k1 = log 
 _HIDDEN = ("advantage", "ratio", "surrogate", "reduction", "corrections", "std", "ratio_to")
 
 
-def describe_all() -> str:
-    """The table of presets: name, cells, corrections, c_t."""
-    rows = [("preset", "advantage", "ratio", "surrogate", "reduction", "correction", "c_t")]
-    for name, preset in PRESETS.items():
-        cells = preset.cells
-        correction = ", ".join(_correction(c) for c in cells.corrections) or "-"
-        rows.append(
-            (name, cells.advantage, cells.ratio, cells.surrogate, cells.reduction, correction, preset.coefficient)
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, "", NOTATION, "", "`sameroute objectives NAME` prints one of them in full."])
+_COLUMNS = ("preset", "advantage", "ratio", "surrogate", "reduction")
+_MORE = ("c_t", "correction")
+_INDENT = 21
+"""Of what is said of a preset below its name."""
 
 
-def describe(name: str) -> str:
-    """One preset: equation, composition, numbers with their source, when it breaks.
+def describe_all(width: int = 100) -> str:
+    """The table of presets: name, cells, c_t, corrections. width: of the lines, at least 80.
+
+    Two lines a preset, in columns. Where the columns do not fit, the cells of a preset stand behind one another.
+    """
+    rows = [(_columns(name), _more(name)) for name in PRESETS]
+    first = [max(len(text) for text in column) for column in zip(_COLUMNS, *(row for row, _ in rows), strict=True)]
+    second = [max(len(text) for text in column) for column in zip(_MORE, *(more for _, more in rows), strict=True)]
+    if max(_row_width(first), _INDENT + _row_width(second)) <= width:
+        shown = [(_COLUMNS, _MORE), (tuple("-" * n for n in first), tuple("-" * n for n in second)), *rows]
+        lines = [line for row, more in shown for line in (_aligned(row, first), " " * _INDENT + _aligned(more, second))]
+    else:
+        lines = [line for row, more in rows for line in _block(row, more, width)]
+    end = "`sameroute objectives NAME` prints one of them in full."
+    return "\n".join([*lines, "", *_wrapped_notation(width), "", end])
+
+
+def _columns(name: str) -> tuple[str, ...]:
+    cells = PRESETS[name].cells
+    return name, cells.advantage, cells.ratio, cells.surrogate, cells.reduction
+
+
+def _more(name: str) -> tuple[str, ...]:
+    preset = PRESETS[name]
+    return preset.coefficient, ", ".join(_correction(c) for c in preset.cells.corrections) or "-"
+
+
+def _row_width(widths: list[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    return "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _block(row: tuple[str, ...], more: tuple[str, ...], width: int) -> list[str]:
+    """The cells of a preset behind its name, then c_t, then the correction if there is one."""
+    name, *cells = row
+    texts = [", ".join(cells), f"c_t = {more[0]}", *(f"correction {text}" for text in more[1:] if text != "-")]
+    lines = [line for text in texts for line in textwrap.wrap(text, width - _INDENT, subsequent_indent="  ")]
+    return [name.ljust(_INDENT) + lines[0], *(" " * _INDENT + line for line in lines[1:])]
+
+
+def _wrapped_notation(width: int) -> list[str]:
+    """Three spaces part two symbols, and a line breaks there only."""
+    lines = [""]
+    for symbol in (part.strip() for line in NOTATION.splitlines() for part in re.split(r" {2,}", line)):
+        joined = f"{lines[-1]}   {symbol}" if lines[-1] else symbol
+        lines = [*lines[:-1], joined] if len(joined) <= width else [*lines, symbol]
+    return lines
+
+
+def describe(name: str, width: int = 100) -> str:
+    """One preset: equation, composition, numbers with their source, when it breaks. width: of its lines, at least 80.
 
     Raises KeyError, with a sentence that lists the names, for a name that is not in the table.
     """
@@ -40,25 +84,30 @@ def describe(name: str) -> str:
         raise KeyError(f"unknown objective {name!r}; there are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     cells = preset.cells
+
+    def field(label: str, text: str) -> str:
+        wrapped = textwrap.wrap(text, width=width - 20, break_long_words=False) or [""]
+        return "\n".join([f"{label:20}{wrapped[0]}", *(" " * 20 + line for line in wrapped[1:])])
+
     lines = [
         f"{preset.title}  (preset: {name})",
         "",
-        _field("paper", preset.paper),
-        _field("maximises", preset.equation),
-        _field("c_t", preset.coefficient),
-        _field("breaks", preset.breaks),
+        field("paper", preset.paper),
+        field("maximises", preset.equation),
+        field("c_t", preset.coefficient),
+        field("breaks", preset.breaks),
         "",
         "composition",
-        *(_field(f"  {cell}", text) for cell, text in _cells(cells)),
-        _field("  correction", ", ".join(_correction(c) for c in cells.corrections) or "none"),
+        *(field(f"  {cell}", text) for cell, text in _cells(cells)),
+        field("  correction", ", ".join(_correction(c) for c in cells.corrections) or "none"),
         "",
         "numbers",
-        *(_field(f"  {cell}", value) for cell, value in _numbers(cells)),
+        *(field(f"  {cell}", value) for cell, value in _numbers(cells)),
         "",
         "sources",
-        *(_field(f"  {cell}", source) for cell, source in preset.sources.items()),
+        *(field(f"  {cell}", source) for cell, source in preset.sources.items()),
         "",
-        NOTATION,
+        *_wrapped_notation(width),
     ]
     return "\n".join(lines)
 
@@ -71,11 +120,6 @@ def _cells(cells: Composition) -> list[tuple[str, str]]:
         ("surrogate", cells.surrogate),
         ("reduction", cells.reduction),
     ]
-
-
-def _field(label: str, text: str) -> str:
-    wrapped = textwrap.wrap(text, width=96, break_long_words=False) or [""]
-    return "\n".join([f"{label:20}{wrapped[0]}", *(" " * 20 + line for line in wrapped[1:])])
 
 
 def _correction(correction: CorrectionConfig) -> str:

@@ -23,7 +23,7 @@ _COLUMNS = (
     ("rollout", "throughput/rollout_tokens_per_s", "{:,.0f} tok/s"),
     ("train", "throughput/train_tokens_per_s", "{:,.0f} tok/s"),
 )
-_PHASES = ("rollout", "train", "sync", "step")
+_PHASES = ("rollout", "reward", "train", "sync", "step")
 
 
 def step_line(metrics: Mapping[str, float], steps: int) -> str:

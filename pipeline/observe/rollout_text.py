@@ -32,12 +32,14 @@ def pick(groups: Sequence[Group], count: int) -> list[tuple[Group, int]]:
 
 
 def _best_and_worst_first(group: Group) -> list[int]:
+    """Of those with a reward; answers that could not be graded come last."""
     samples = list(range(len(group.episodes)))
-    rewards = group.rewards
-    if len(rewards) != len(samples) or len(samples) < 2:
-        return samples
-    best, worst = int(np.argmax(rewards)), len(samples) - 1 - int(np.argmin(rewards[::-1]))
-    return [best, worst, *(i for i in samples if i not in (best, worst))]
+    graded = [i for i in samples if group.episodes[i].reward is not None]
+    first = graded
+    if len(graded) > 1:
+        rewards = group.rewards
+        first = [graded[int(np.argmax(rewards))], graded[len(graded) - 1 - int(np.argmin(rewards[::-1]))]]
+    return list(dict.fromkeys([*first, *graded, *samples]))
 
 
 def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase) -> str:

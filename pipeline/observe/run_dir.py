@@ -17,6 +17,10 @@ facts.json           hosts, GPUs, versions, commit, and where each trainer rank 
 alerts.jsonl         one JSON object an alert that fired or was resolved, where one did
 wandb/               what observe.wandb keeps here
 report.html          what `sameroute report` makes of all this
+failed/              the same files of the last start that came to no step
+
+While a run starts over an earlier one, that one is in .before; see `pipeline.disk.earlier`. .lock says whose the
+directory is.
 """
 
 from __future__ import annotations
@@ -24,17 +28,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron_ext.hf.companions import Dtype, write_companions
 from pipeline.config.secrets import hidden, shown
-from pipeline.errors import NOT_STARTED, SamerouteError
+from pipeline.disk import earlier
+from pipeline.disk.claim import Claim, cannot_write
+from pipeline.disk.disk_errors import RunDirectoryError, of_the_disk, writing
+from pipeline.disk.rows import Rows
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
+from pipeline.say import to_stderr
 from pipeline.text.yaml_text import dump
 from pipeline.types import StepResult
 
@@ -58,18 +65,15 @@ _FILES = (
     "alerts.jsonl",
     "metrics.partial",  # left where a process was killed while it wrote
     "records.partial",
+    "facts.partial",
+    "config.yaml.partial",
 )
 _DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb", "checkpoints", "dropped")
 
 
-class RunDirectoryError(SamerouteError):
-    """The run directory cannot be used; the message says what to write instead."""
-
-    exit_code = NOT_STARTED
-
-
 class RunDirectory:
-    """One run's directory, open for writing. A context: files are closed on leaving.
+    """One run's directory, open for writing. A context: files are closed on leaving, and a run that came to no step
+    leaves an earlier one as it was.
 
     path, logs, metrics_path: where things are.
     """
@@ -82,36 +86,50 @@ class RunDirectory:
         overwrite: bool = False,
         rollouts_shown: int = 4,
         resume_after: int | None = None,
+        claim: Claim | None = None,
+        say: Callable[[str], None] = to_stderr,
     ):
         """Make the directory and write config.yaml.
 
-        config: the resolved configuration as plain values. overwrite: remove the run that is there.
+        config: the resolved configuration as plain values. overwrite: the run that is there may go; it is moved aside
+        now, and removed when the new one has begun (`begun`).
         resume_after: go on with the run that is there, after this step; what it wrote of later ones goes to dropped/.
-        Raises RunDirectoryError where the path holds another run, or anything that no run has written.
+        claim: of the path; its lock is looked at with every step. say: is told what became of an earlier run.
+        Raises RunDirectoryError where the path holds another run, or anything that no run has written, or cannot be
+        written; what was there is there then.
         """
         self.path = Path(path)
-        self.rollouts_shown = rollouts_shown
+        self.rollouts_shown, self._claim, self._say = rollouts_shown, claim, say
         self.logs, self.metrics_path = self.path / "logs", self.path / "metrics.jsonl"
-        records = self.path / "records.jsonl"
         self._records = 0
-        if resume_after is None:
-            _clear(self.path, overwrite)
-        else:
-            self._records = drop_rows(self.metrics_path, resume_after, self.path / "dropped")
-            drop_rows(records, resume_after, self.path / "dropped")
-            _drop_rollouts(self.path / "rollouts", resume_after, self.path / "dropped" / "rollouts")
-            (self.path / "summary.png").unlink(missing_ok=True)  # it says that a run is finished
-        for directory in (self.logs, self.path / "rollouts", self.path / "tensorboard"):
-            directory.mkdir(parents=True, exist_ok=resume_after is not None)
-        (self.path / "config.yaml").write_text(dump(shown(config)), encoding="utf-8")
-        _write_secrets(self.path / "secrets.yaml", hidden(config))
+        self._begun = resume_after is not None
         self._resume_after = resume_after
-        self._metrics = self.metrics_path.open("x" if resume_after is None else "a", encoding="utf-8")
-        self._steps = records.open("x" if resume_after is None else "a", encoding="utf-8")
         self._events: EventWriter | None = None
+        if resume_after is None:
+            _refuse(self.path, overwrite)
+        try:
+            if resume_after is None:
+                _make_room(self.path)
+                (self.path / "config.yaml").write_text(dump(shown(config)), encoding="utf-8")
+            else:
+                self._drop_after(resume_after)
+                _write_whole(self.path / "config.yaml", dump(shown(config)))
+            _write_secrets(self.path / "secrets.yaml", hidden(config))
+            for directory in (self.logs, self.path / "rollouts", self.path / "tensorboard"):
+                directory.mkdir(parents=True, exist_ok=True)
+            self._metrics, self._steps = Rows(self.metrics_path), Rows(self.path / "records.jsonl")
+        except OSError as error:
+            self._give_up()
+            raise RunDirectoryError(cannot_write(self.path, error)) from error
+
+    def _drop_after(self, step: int) -> None:
+        self._records = drop_rows(self.metrics_path, step, self.path / "dropped")
+        drop_rows(self.path / "records.jsonl", step, self.path / "dropped")
+        _drop_rollouts(self.path / "rollouts", step, self.path / "dropped" / "rollouts")
+        (self.path / "summary.png").unlink(missing_ok=True)  # it says that a run is finished
 
     @classmethod
-    def create(cls, config: Config, *, resume_after: int | None = None) -> Self:
+    def create(cls, config: Config, *, resume_after: int | None = None, claim: Claim | None = None) -> Self:
         """The directory that a run's configuration asks for."""
         return cls(
             config.run.directory,
@@ -119,6 +137,7 @@ class RunDirectory:
             overwrite=config.run.overwrite,
             rollouts_shown=config.run.rollouts_shown,
             resume_after=resume_after,
+            claim=claim,
         )
 
     def __enter__(self) -> Self:
@@ -128,9 +147,37 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if error is None or earlier.has_begun(self.path):  # the latter before its first step where a signal has saved
+            self.begun()
+        if not self._begun:
+            self._give_up()
+        if error is not None and (told := of_the_disk(error, self.path)) is not None:
+            raise told from error
+
+    def begun(self) -> None:
+        """This run stands for itself from here on: an earlier one that it replaces is removed. A recorded step says so
+        by itself."""
+        if not self._begun:
+            self._begun = True
+            with writing(self.path):
+                earlier.remove(self.path)
+
+    def _give_up(self) -> None:
+        """The run came to nothing. What it replaced is put back; where it replaced none, and had not started anything,
+        nothing of it stays."""
+        if self._begun or not self.path.is_dir():
+            return
+        if earlier.put_back(self.path):
+            failed = self.path / earlier.FAILED
+            self._say(
+                f"the earlier run in {self.path} is as it was"
+                + (f"; the logs of this start are in {failed / 'logs'}" if failed.is_dir() else "")
+            )
+        elif not (self.logs.is_dir() and any(self.logs.iterdir())):
+            earlier.set_failed_aside(self.path)
 
     def close(self) -> None:
-        """Write out and close metrics and events. A second call does nothing."""
+        """Close metrics and events. A second call does nothing."""
         self._metrics.close()
         self._steps.close()
         if self._events is not None:
@@ -138,9 +185,10 @@ class RunDirectory:
             self._events = None
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """One step's metrics, "step" among them, to metrics.jsonl (flushed) and TensorBoard.
+        """One step's metrics, "step" among them, to metrics.jsonl and TensorBoard.
 
-        Raises ValueError, naming the key, for a value that is no finite number; nothing is written then.
+        Raises ValueError, naming the key, for a value that is no finite number, and DiskError where the disk does not
+        take the row or the directory is no longer this run's; nothing is written then.
         """
         if "step" not in metrics:
             raise ValueError('the metrics of a step need the key "step"')
@@ -149,35 +197,34 @@ class RunDirectory:
                 raise ValueError(f"step {metrics['step']}: the metric {key!r} is {value}")
         # int() and float() turn numpy's scalars into what JSON knows.
         row = {key: int(v) if key == "step" else float(v) for key, v in metrics.items()}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
+        if self._claim is not None:
+            self._claim.lock.check()
+        self._metrics.append(json.dumps(row, allow_nan=False))
+        self._records += 1
+        self.begun()
         if self._events is None:
             from pipeline.observe.events import EventWriter
 
             self._events = EventWriter(self.path / "tensorboard", resume_after=self._resume_after)
         self._events.record(int(metrics["step"]), {key: v for key, v in row.items() if key != "step"})
-        self._records += 1
 
     def to_disk(self) -> None:
         """Rows of finished steps survive a power cut from here on: a checkpoint is to come after them."""
-        for file in (self._metrics, self._steps):
-            file.flush()
-            os.fsync(file.fileno())
+        for rows in (self._metrics, self._steps):
+            rows.to_disk()
 
     def write_step(self, result: StepResult, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
-        """A step's line of records.jsonl (flushed), and `rollouts_shown` of its rollouts, readable in
+        """A step's line of records.jsonl, and `rollouts_shown` of its rollouts, readable in
         rollouts/step_NNNNNN.txt and token by token in rollouts/step_NNNNNN.json."""
-        self._steps.write(json.dumps(step_record(result, objective), allow_nan=False) + "\n")
-        self._steps.flush()
+        self._steps.append(json.dumps(step_record(result, objective), allow_nan=False))
         if not self.rollouts_shown:
             return
         shown = pick(result.batch.groups, self.rollouts_shown)
         file = self.path / "rollouts" / f"step_{result.batch.step:06d}.txt"
-        file.write_text("\n".join(rollout_text(*one, tokenizer) for one in shown), encoding="utf-8")
         tokens = shown_rollouts(result, tokenizer, self.rollouts_shown)
-        partial = file.with_suffix(".partial")  # the report may read while the run writes
-        partial.write_text(json.dumps(tokens, allow_nan=False), encoding="utf-8")
-        partial.replace(file.with_suffix(".json"))
+        with writing(file):
+            _write_whole(file, "\n".join(rollout_text(*one, tokenizer) for one in shown))
+            _write_whole(file.with_suffix(".json"), json.dumps(tokens, allow_nan=False))
 
     def hf_directory(self, model_path: str | Path, dtype: Dtype) -> Path:
         """hf/ with everything of a model directory but its weights, which are to be written in `dtype`."""
@@ -188,10 +235,12 @@ class RunDirectory:
     def finish(self) -> None:
         """The run is over: close the files and draw summary.png (none for a run without a step)."""
         self.close()
+        self.begun()
         if self._records:
             from pipeline.observe.summary import write_summary
 
-            write_summary(self.metrics_path, self.path / "summary.png")
+            with writing(self.path / "summary.png"):
+                write_summary(self.metrics_path, self.path / "summary.png")
 
 
 def _write_secrets(file: Path, secrets: Mapping[str, Any]) -> None:
@@ -201,28 +250,40 @@ def _write_secrets(file: Path, secrets: Mapping[str, Any]) -> None:
             target.write(dump({"base": "config.yaml", **secrets}))
 
 
-def _clear(path: Path, overwrite: bool) -> None:
-    """Remove an earlier run where that is allowed; only names that a run writes are ever removed."""
+def _refuse(path: Path, overwrite: bool) -> None:
+    """Raise RunDirectoryError where a new run may not begin there. Nothing is touched."""
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"{path} is a file; set run.directory to another path")
-    present = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    if not present:
-        return
+    present = earlier.names(path) if path.is_dir() else []
     foreign = [name for name in present if name not in (*_FILES, *_DIRECTORIES)]
-    if "config.yaml" not in present or foreign:
+    if present and ("config.yaml" not in present or foreign):
         what = ", ".join((foreign or present)[:3])
         raise RunDirectoryError(f"{path} holds what no run has written ({what}); set run.directory to another path")
-    if not overwrite:
+    if present and not overwrite and earlier.has_begun(path):
         raise RunDirectoryError(
             f"{path} holds a run already; set run.directory to another path, or run.overwrite=true to delete that run; "
             "it has no complete checkpoint to resume from"
         )
-    for name in present:
-        target = path / name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        else:
-            target.unlink()
+
+
+def _make_room(path: Path) -> None:
+    """An earlier run goes aside. A start that came to no step stands in nobody's way."""
+    path.mkdir(parents=True, exist_ok=True)
+    if earlier.has_begun(path):
+        earlier.set_aside(path)
+    else:
+        earlier.set_failed_aside(path)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """In one act: whoever reads while the run writes has the file before or after."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def drop_rows(file: Path, step: int, aside: Path) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError, load_config_and_model
 from pipeline.config.load_config import check_precision
+from pipeline.plan.on_cpu import CPUPlan, make_cpu_plan
 from pipeline.plan.plan import Plan, make_plan
 
 
@@ -16,12 +17,15 @@ def plan_of(
     gpu: str | None = None,
     nodes: int | None = None,
     mean_response: float | None = None,
-) -> Plan:
-    """gpu: None: cluster.gpu, else h100. nodes: machines, of whose GPUs the same share trains; None: cluster.nodes.
+) -> Plan | CPUPlan:
+    """gpu: None: cluster.gpu, else h100; a CPUPlan where that is None and device is cpu.
 
+    nodes: machines, of whose GPUs the same share trains; None: cluster.nodes.
     mean_response: tokens of an answer, see make_plan. Raises ConfigError.
     """
     config, hf = load_config_and_model(path, [*overrides, *_scaled(path, overrides, nodes)])
+    if config.device == "cpu" and gpu is None:
+        return make_cpu_plan(config, hf, mean_response)
     if config.device == "auto":  # a plan is of GPUs
         check_precision(config, "cuda")
     try:

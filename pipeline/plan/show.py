@@ -29,7 +29,8 @@ def layout_of(config: Config) -> str:
         "tensor": p.tensor, "pipeline": p.pipeline, "chunks": p.virtual_pipeline or 1, "context": p.context,
         "expert": p.expert, "data": p.data,
     }  # fmt: skip
-    return f"{p.ranks} ranks: " + ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    split = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return f"{p.ranks} {'rank' if p.ranks == 1 else 'ranks'}" + (f": {split}" if split else "")
 
 
 def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
@@ -91,17 +92,17 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = 
     console.print(
         f"[bold]{plan.model.model_type}[/]: {plan.total:,} parameters, {plan.active:,} active; "
         f"{config.cluster.nodes} x {config.cluster.gpus_per_node} {plan.gpu.name}; trainer {layout_of(config)}; "
-        f"{plan.servers} servers of {plan.server.gpus} GPUs"
+        f"servers: {plan.servers}, GPUs of each: {plan.server.gpus}"
     )
     stage = plan.memory.stage
-    console.print(_table(f"Memory of a trainer rank, GiB (stage {stage}, which holds most)", _trainer_rows(plan)))
-    console.print(_table("Memory of a server's GPU, GiB", _server_rows(plan)))
+    console.print(table(f"Memory of a trainer rank, GiB (stage {stage}, which holds most)", _trainer_rows(plan)))
+    console.print(table("Memory of a server's GPU, GiB", _server_rows(plan)))
     mean = f"{plan.lengths.mean:,.0f}"
     title = f"A step: {plan.work.tokens:,.0f} tokens, answers of {mean} on average (assumed)"
-    console.print(_table(title, _step_rows(plan)))
+    console.print(table(title, _step_rows(plan)))
     if plan.server.fits:
         title = "Seconds of a step, from assumed efficiencies (docs/plan.md)"
-        console.print(_table(title, _seconds_rows(plan)))
+        console.print(table(title, _seconds_rows(plan)))
     for reason in plan.reasons:
         console.print(f"[bold red]does not fit:[/] {reason}.", highlight=False)
     if proposal is not None:
@@ -114,22 +115,22 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = 
 def _trainer_rows(plan: Plan) -> list[Row]:
     m, config = plan.memory, plan.config
     return [
-        ("weights", _gib(m.weights), config.precision.weights),
-        ("gradients", _gib(m.gradients), "float32"),
-        ("optimizer", _gib(m.optimizer), f"{_gib(m.host)} in the machine's memory" if m.host else "float32"),
-        ("reference, critic", _gib(m.others), ""),
-        ("activations", _gib(m.activations), f"recompute {config.trainer.recompute}"),
-        ("LM head", _gib(m.head), "no logits are kept"),
-        ("reserve, fragments", _gib(m.overhead), "assumed"),
-        ("[bold]total[/]", f"[bold]{_gib(m.total)}[/]", f"of {_gib(plan.gpu.memory)}"),
+        ("weights", gib(m.weights), config.precision.weights),
+        ("gradients", gib(m.gradients), "float32"),
+        ("optimizer", gib(m.optimizer), f"{gib(m.host)} in the machine's memory" if m.host else "float32"),
+        ("reference, critic", gib(m.others), ""),
+        ("activations", gib(m.activations), f"recompute {config.trainer.recompute}"),
+        ("LM head", gib(m.head), "no logits are kept"),
+        ("reserve, fragments", gib(m.overhead), "assumed"),
+        ("[bold]total[/]", f"[bold]{gib(m.total)}[/]", f"of {gib(plan.gpu.memory)}"),
     ]
 
 
 def _server_rows(plan: Plan) -> list[Row]:
     one, most = plan.server, plan.config.server.max_running_requests
     return [
-        ("weights", _gib(one.weights), ""),
-        ("KV cache", _gib(max(0.0, one.cache)), f"{one.cache_tokens:,} tokens a server"),
+        ("weights", gib(one.weights), ""),
+        ("KV cache", gib(max(0.0, one.cache)), f"{one.cache_tokens:,} tokens a server"),
         ("sequences at once", f"{one.sequences:,}", f"server.max_running_requests {most}"),
     ]
 
@@ -156,15 +157,17 @@ def _seconds_rows(plan: Plan) -> list[Row]:
     ]
 
 
-def _gib(value: float) -> str:
+def gib(value: float) -> str:
+    """Bytes as GiB."""
     return f"{value / GIB:.1f}"
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-    table.add_column(min_width=20)
-    table.add_column(justify="right", min_width=12)
-    table.add_column(style="dim")
+def table(title: str, rows: list[Row]) -> Table:
+    """Label, number, remark."""
+    out = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    out.add_column(min_width=20)
+    out.add_column(justify="right", min_width=12)
+    out.add_column(style="dim")
     for row in rows:
-        table.add_row(*row)
-    return table
+        out.add_row(*row)
+    return out

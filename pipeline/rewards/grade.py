@@ -1,34 +1,103 @@
-"""Rewards of sampled groups."""
+"""Rewards of sampled groups, and what becomes of the answers that could not be graded."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
-from pipeline.rewards.registry import RewardError, RewardFunction
-from pipeline.types import Episode, Group, Prompt, Rollout
+from pipeline.rewards.protocol import KINDS, Question, Verdict
+from pipeline.rewards.registry import RewardError
+from pipeline.types import Episode, Group, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pipeline.config.data import OnRewardFailure
 
-def grade(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase, reward: RewardFunction) -> list[Group]:
-    """The same groups, every episode with its reward.
 
-    Raises RewardError, naming the prompt, where the verifier raises or returns anything but a finite number.
+class Asks(Protocol):
+    """What of a Grader is needed here."""
+
+    verifier: str
+
+    def ask(self, questions: Iterable[Question]) -> list[Verdict]: ...
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Answers of a step that the verifier failed on.
+
+    answers:  how many were asked about.
+    by_kind:  failures by their kind; verdict.py has the kinds.
+    groups:   with failures, of which nothing is trained on.
+    first:    what happened at the first of them.
     """
 
-    def graded(prompt: Prompt, episode: Episode) -> Episode:
-        return dataclasses.replace(episode, reward=_reward(prompt, episode.last, tokenizer, reward))
+    answers: int = 0
+    by_kind: Counter[str] = field(default_factory=Counter)
+    groups: int = 0
+    first: str = ""
 
-    return [
-        dataclasses.replace(group, episodes=tuple(graded(group.prompt, episode) for episode in group.episodes))
-        for group in groups
-    ]
+    def __add__(self, other: Failures) -> Failures:
+        return Failures(
+            self.answers + other.answers,
+            self.by_kind + other.by_kind,
+            self.groups + other.groups,
+            self.first or other.first,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Counts, of every kind."""
+        counts = {f"reward/failures_{kind}": float(self.by_kind[kind]) for kind in KINDS}
+        return {"reward/failed": float(self.by_kind.total()), "reward/groups_dropped": float(self.groups)} | counts
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.by_kind.most_common())
+        return f"{self.by_kind.total()} of {self.answers} answers could not be graded ({kinds}); first: {self.first}"
+
+
+def grade(
+    groups: Sequence[Group],
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Asks,
+    *,
+    on_failure: OnRewardFailure = "exclude",
+    least: int = 1,
+) -> tuple[list[Group], Failures]:
+    """The same groups, every episode with its reward or with why it has none; and how many have none.
+
+    on_failure: "exclude": a failed episode has no reward, and a group with failures needs `least` graded episodes (or
+    all, where it has fewer), else none of its episodes has a reward. "drop_group": none has where one failed. "zero": a
+    failed episode has reward 0.
+    Raises RewardError at the first failure where on_failure is "stop".
+    """
+    verdicts = iter(grader.ask(_questions(groups, tokenizer)))
+    out: list[Group] = []
+    kinds: Counter[str] = Counter()
+    lost, answers, first = 0, 0, ""
+    for group in groups:
+        episodes = []
+        failed_here = ""
+        for episode in group.episodes:
+            verdict, reason = next(verdicts), ""
+            answers += 1
+            if verdict.kind is not None:
+                reason = _reason(grader.verifier, verdict, group, response_text(episode.last, tokenizer))
+                if on_failure == "stop":
+                    raise RewardError(reason)
+                kinds[verdict.kind] += 1
+                first, failed_here = first or reason, failed_here or reason
+            episodes.append(_graded(episode, verdict, reason, zero=on_failure == "zero"))
+        own = dataclasses.replace(group, episodes=tuple(episodes))
+        if failed_here and on_failure != "zero":
+            enough = min(least, len(episodes)) if on_failure == "exclude" else len(episodes)
+            if len(own.rewards) < max(1, enough):
+                own, lost = _without_rewards(own, failed_here), lost + 1
+        out.append(own)
+    return out, Failures(answers, kinds, lost, first)
 
 
 def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -42,14 +111,31 @@ def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def _reward(prompt: Prompt, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, reward: RewardFunction) -> float:
-    text = response_text(rollout, tokenizer)
-    where = f"prompt {prompt.index} ({prompt.text[:200]!r}), response {text[:200]!r}"
-    try:
-        value = reward(prompt, text, rollout.response_ids, rollout.finish_reason)
-    # A verifier may be a user's own and raise anything; the run stops with the prompt's name in front.
-    except Exception as error:
-        raise RewardError(f"the verifier failed on {where}: {type(error).__name__}: {error}") from error
-    if not isinstance(value, bool | int | float | np.bool_ | np.number) or not math.isfinite(value):
-        raise RewardError(f"the verifier returned {value!r}, which is no finite number, on {where}")
-    return float(value)
+def _questions(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Iterator[Question]:
+    for group in groups:
+        for episode in group.episodes:
+            last = episode.last
+            yield Question(group.prompt, response_text(last, tokenizer), last.response_ids, last.finish_reason)
+
+
+def _graded(episode: Episode, verdict: Verdict, reason: str, *, zero: bool) -> Episode:
+    if verdict.kind is None:
+        return dataclasses.replace(episode, reward=verdict.reward, failure=None)
+    if zero:
+        return dataclasses.replace(episode, reward=0.0, failure=None)
+    return dataclasses.replace(episode, reward=None, failure=reason)
+
+
+def _without_rewards(group: Group, why: str) -> Group:
+    """A group of which nothing is trained on; each episode says why."""
+    lost = f"left out, because too few answers of its group could be graded: {why}"
+    episodes = (e if e.failure else dataclasses.replace(e, reward=None, failure=lost) for e in group.episodes)
+    return dataclasses.replace(group, episodes=tuple(episodes))
+
+
+def _reason(verifier: str, verdict: Verdict, group: Group, response: str) -> str:
+    prompt = group.prompt
+    return (
+        f"the verifier {verifier!r} {verdict.what}, on prompt {prompt.index} ({prompt.text[:200]!r}), "
+        f"response {response[:200]!r}"
+    )

@@ -17,12 +17,14 @@ from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
 from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.cluster.placement import on_node
+from pipeline.cluster.ray_processes import what_died
 from pipeline.config.precision import RolloutWeights
 from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, ObjectiveConfig
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
 from pipeline.types import PolicyTokens, Rollout
+from pipeline.waiting import START_S, Waiting
 
 if TYPE_CHECKING:
     from megatron_ext.exchange import Exchange
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.weights import WeightDifference, WeightsConfig
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
+_STARTING = ("meeting_point", "build")
 ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
 
 
@@ -60,10 +63,11 @@ class TrainerGroup:
         """
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
         self.weights_timeout_s = timeout_s
+        self.waiting = Waiting()
         resources: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
         if environment:  # none: a runtime environment of its own would start other workers
             resources["runtime_env"] = {"env_vars": dict(environment)}
-        actor = ray.remote(**resources, concurrency_groups={"watch": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
+        actor = ray.remote(**resources, concurrency_groups={"watch": 1, "save": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
         self.ranks = [
             actor.options(**on_node(node)).remote(r, str(self.log_path(r)), threads)
             for r, node in enumerate(nodes or [None] * parallel.ranks)
@@ -142,18 +146,6 @@ class TrainerGroup:
         """Everything as a training checkpoint has it, which every rank sees."""
         self._call("resume", str(checkpoint.resolve()))
 
-    def begin_save(self, directory: Path) -> None:
-        """Begin to write a training checkpoint into an empty directory that every rank sees."""
-        self._call("begin_save", str(directory.resolve()))
-
-    def save_written(self, *, wait: bool) -> bool:
-        """Whether every rank has written its part. Raises TrainerError for what went wrong."""
-        return all(self._call("save_written", wait))
-
-    def finish_save(self) -> None:
-        """Every rank has written: describe the whole."""
-        self._call("finish_save")
-
     def save_hf(self, directory: Path) -> None:
         """Write the weights into a Hugging Face directory that exists; rank 0 writes."""
         self._call("save_hf", str(directory.resolve()))
@@ -161,6 +153,24 @@ class TrainerGroup:
     def where(self) -> list[dict[str, Any]]:
         """Host, Ray node, process, GPUs and NCCL variables of every rank, see TrainerRank.where."""
         return self._call("where")
+
+    def begin_save(self, directory: Path) -> None:
+        """Begin to write a training checkpoint into an empty directory that every rank sees."""
+        self._call("begin_save", str(directory.resolve()))
+
+    def save_written(self) -> bool:
+        """Whether every rank has written its part; from any thread, while the ranks do something else. Raises
+        TrainerError for what went wrong."""
+        return all(self._of_save("save_written", self.ranks))
+
+    def finish_save(self) -> None:
+        """Every rank has written: describe the whole. From any thread, too."""
+        parts = self._of_save("saved_part", self.ranks)
+        self._of_save("describe_save", self.ranks[:1], parts)
+
+    def _of_save(self, method: str, ranks: Sequence[Any], *args: Any) -> list[Any]:
+        """Beside what the ranks are called for: says nothing of its waits, and a server that dies costs no save."""
+        return self._wait([getattr(r, method).remote(*args) for r in ranks], method, watched=False)
 
     def connect(
         self, servers: list[ServerAddress], config: WeightsConfig, device: str, rounding: RolloutWeights = "same"
@@ -193,11 +203,21 @@ class TrainerGroup:
         return self._wait([getattr(r, method).remote(*args, **kwargs) for r in self.ranks], method)
 
     def _wait(
-        self, answers: list[Any], method: str, timeout_s: float | None = None, *, restart: bool = False
+        self,
+        answers: list[Any],
+        method: str,
+        timeout_s: float | None = None,
+        *,
+        restart: bool = False,
+        watched: bool = True,
     ) -> list[Any]:
-        """Wait for all, but not longer than for the first failure. restart: the time begins anew while ranks get on."""
+        """Wait for all, but not longer than for the first failure.
+
+        restart: the time begins anew while ranks get on. watched: look after the servers, and say who is waited for.
+        """
         timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
         deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
+        wait = self.waiting.begin(method, START_S if method in _STARTING else None)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             # A rank that died leaves the others waiting in a collective: look at what failed first.
@@ -209,13 +229,22 @@ class TrainerGroup:
                     # a collective that timed out fails on those who waited, not on who kept them waiting
                     silent = self._silent(self._positions([answers.index(p) for p in pending]))
                     raise TrainerError("; ".join([words, *silent])) from error
-            self.watch()
+            if watched:
+                self.watch()
+            if watched and pending:
+                wait.look(lambda: self._awaited([answers.index(p) for p in pending]))  # noqa: B023  (called at once)
             if pending and time.monotonic() > deadline:
                 before, positions = positions, self._positions([answers.index(p) for p in pending])
                 if not restart or None in positions.values() or positions == before:
                     raise TrainerError(self._stalled(positions, method, timeout_s, streaming=restart))
                 deadline = time.monotonic() + timeout_s
+        wait.done()
         return [results[a] for a in answers]
+
+    def _awaited(self, ranks: Sequence[int]) -> str:
+        """Ranks that have not answered, and which of them answers nothing at all."""
+        silent = self._silent(self._positions(ranks))
+        return f"trainer rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" + "".join(f" ({s})" for s in silent)
 
     def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
         """rank -> its position in the stream of weights, None for one that does not answer at all."""
@@ -245,7 +274,7 @@ class TrainerGroup:
     def _explain(self, rank: int, method: str, error: Exception) -> str:
         log = self.log_path(rank)
         if isinstance(error, RayActorError):
-            return f"trainer rank {rank} died during {method}; its log: {log}"
+            return f"{what_died()}trainer rank {rank} died during {method}; its log: {log}"
         cause = error.cause if isinstance(error, RayTaskError) else error
         return f"trainer rank {rank} failed during {method}: {type(cause).__name__}: {cause} (log: {log})"
 

@@ -20,7 +20,7 @@ from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
-    from megatron_ext.checkpoint.staged_save import StagedSave
+    from megatron_ext.checkpoint.staged_save import Part, StagedSave
     from megatron_ext.hf.bucket import Bucket
     from pipeline.engine.control import ServerAddress
     from pipeline.trainer.losses import LossRow
@@ -159,16 +159,23 @@ class TrainerRank:
         """Begin to write a training checkpoint into an empty directory that every rank sees."""
         self.save = self.trainer.begin_save(Path(directory))
 
-    def save_written(self, wait: bool) -> bool:
-        """Whether this rank has written its part. Raises what went wrong."""
+    @ray.method(concurrency_group="save")
+    def save_written(self) -> bool:
+        """Whether this rank has written its part; answered while another method runs. Raises what went wrong."""
         assert self.save is not None
-        return self.save.written(wait=wait)
+        return self.save.written()
 
-    def finish_save(self) -> None:
-        """Every rank has written: describe the whole."""
+    @ray.method(concurrency_group="save")
+    def saved_part(self) -> Part:
+        """What the first rank has to know of this one's part, which is written."""
         assert self.save is not None
-        self.save.finish()
-        self.save = None
+        return self.save.part()
+
+    @ray.method(concurrency_group="save")
+    def describe_save(self, parts: list[Part]) -> None:
+        """On the first rank: every rank has written, describe the whole. Done while another method runs."""
+        assert self.save is not None
+        self.save.describe(parts)
 
     def resume(self, directory: str) -> None:
         """Everything as a training checkpoint has it."""

@@ -20,7 +20,7 @@ class Servers:
 
     def __init__(self, addresses: Sequence[ServerAddress], *, timeout_s: float):
         self.timeout_s = timeout_s
-        self.controls = [SGLangControl(a.url, timeout_s=timeout_s, log_path=a.log_path) for a in addresses]
+        self.controls = [SGLangControl(a.url, keys=a.keys, timeout_s=timeout_s, log_path=a.log_path) for a in addresses]
         self._threads = ThreadPoolExecutor(max_workers=len(addresses))
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> None:

@@ -27,9 +27,9 @@ import torch.distributed as dist
 import torch.multiprocessing as torch_mp
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.rendezvous import rendezvous
 
 from megatron_ext.hf.bucket import Bucket
+from megatron_ext.meeting import tcp_store
 from pipeline.weights.servers import Servers, WeightTransferError
 
 _POLL_S = 0.0005
@@ -102,8 +102,7 @@ class Distributed(Transport):
         timeout = timedelta(seconds=timeout_s)
         try:
             # The group stands beside the trainer's own default group, which dist.new_group cannot express.
-            store, _, _ = next(rendezvous(f"tcp://{host}:{port}", 0, world, timeout=timeout))
-            store.set_timeout(timeout)
+            store = tcp_store(host, port, rank=0, ranks=world, timeout=timeout)
             self.process_group, _ = c10d._new_process_group_helper(
                 world,
                 0,
@@ -114,7 +113,7 @@ class Distributed(Transport):
                 timeout=timeout,
             )
             c10d._world.pg_group_ranks[self.process_group] = {i: i for i in range(world)}
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             self.servers.answers(joins)  # a server's own refusal says more than our time-out
             raise WeightTransferError(f"the weight-transfer group was not made: {error}") from error
         self.servers.answers(joins)

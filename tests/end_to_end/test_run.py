@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_ext.batch.layout import Sample
@@ -18,14 +20,18 @@ from pipeline.trainer.group import to_sample
 from pipeline.trainer.losses import LossRow, policy_loss
 from tests.support.command import KEYS, QUICKSTART, SMALL
 from tests.support.ranks import run_ranks
+from tests.support.sockets import environment_has, listening, reachable
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     folder = tmp_path_factory.mktemp("session")
     (folder / "logs").mkdir()
-    with open_loop(load_config(QUICKSTART, SMALL), folder, folder / "logs") as opened:
-        yield opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAMEROUTE_MARK", folder.name)  # in the environment of all its processes
+        config = load_config(QUICKSTART, [*SMALL, "weights.transport=distributed", "debug.dump_rollouts=true"])
+        with open_loop(config, folder, folder / "logs") as opened:
+            yield opened
 
 
 @pytest.fixture
@@ -48,6 +54,39 @@ def test_engines_agree_to_1e_4_before_and_after_ten_updates_and_transfers(loop):
         assert all((r.weight_versions == number).all() for g in groups for r in g.rollouts)
     assert loop.fleet.version == 11
     loop.probe()
+
+
+@pytest.mark.slow
+def test_no_other_machine_reaches_a_socket_of_a_run(loop, session):
+    processes = [psutil.Process(), *environment_has(f"SAMEROUTE_MARK={session[1].parent.name}".encode())]
+    sockets = listening(processes)
+    names = " ".join(socket.process for socket in sockets)
+    assert {"gcs_server", "raylet"} <= set(names.split())
+    assert loop.fleet.servers[0].client.url.rpartition(":")[2] in {str(socket.port) for socket in sockets}
+    assert reachable(sockets) == []
+
+
+@pytest.mark.slow
+def test_no_command_line_environment_or_file_of_a_run_has_a_key(loop, session):
+    (server,) = loop.fleet.servers
+    keys = [key.encode() for key in (server.process.keys.api, server.process.keys.admin)]
+    found = []
+    for process in Path("/proc").iterdir():
+        for name in ("cmdline", "environ"):
+            try:
+                text = (process / name).read_bytes() if process.name.isdigit() else b""
+            except OSError:  # gone meanwhile, or another user's
+                continue
+            found += [process / name for key in keys if key in text]
+    files = [file for file in session[1].parent.rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {
+        "sglang.log",
+        "trainer_rank0.log",
+        "config.json",
+        "step_000001.safetensors",
+    }
+    found += [file for file in files if any(key in file.read_bytes() for key in keys)]
+    assert found == []
 
 
 def gspo_update(config: ParallelConfig, model: str, samples: list[Sample]):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import urllib.request
+
+from pipeline.engine.control import SGLangControl
+from pipeline.engine.fleet import ServerProcess
 
 
-async def sampling_begins(url: str, timeout_s: float = 60) -> None:
-    """Wait until the server at `url` has sampled a first token of a request: its load says so after each prefill."""
+async def sampling_begins(server: SGLangControl | ServerProcess, timeout_s: float = 60) -> None:
+    """Wait until the server has sampled a first token of a request: its load says so after each prefill."""
+    control = SGLangControl(server.url, keys=server.keys, timeout_s=timeout_s)
 
     def running() -> int:
-        with urllib.request.urlopen(f"{url}/v1/loads", timeout=timeout_s) as answer:
-            return sum(load["num_running_reqs"] for load in json.load(answer)["loads"])
+        return sum(load["num_running_reqs"] for load in control.get("/v1/loads")["loads"])
 
     async with asyncio.timeout(timeout_s):
         while await asyncio.to_thread(running) == 0:

@@ -96,15 +96,15 @@ def tiny_config(name: str) -> dict[str, Any]:
     return AutoConfig.for_model(model_type, **(_COMMON | settings)).to_dict()
 
 
-def save_family(name: str, folder: Path) -> Path:
-    """A random model in float32. Norms, biases and routing biases, which transformers sets to 1 and 0, are random;
-    the last so little that every expert is chosen."""
+def save_family(name: str, folder: Path, **changes: Any) -> Path:
+    """A random model in float32, with `changes` in its config.json. Norms, biases and routing biases, which
+    transformers sets to 1 and 0, are random; the last so little that every expert is chosen."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, settings = FAMILIES[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(_COMMON | settings))).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(_COMMON | settings | changes))).float()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.dim() == 1 or name.endswith("_bias"):

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+
 
 def length(prompt, response_text, response_ids, finish_reason):
     """Tokens of the response, in units of ten."""
+    return len(response_ids) / 10
+
+
+def unruly(prompt, response_text, response_ids, finish_reason):
+    """By the answer's tokens: ends its process in two ways, hangs, leaves a child behind, or prints; else `length`."""
+    kind = int(sum(response_ids)) % 6
+    if kind == 0:
+        sys.exit(0)
+    if kind == 1:
+        os._exit(0)
+    if kind == 2:
+        time.sleep(600)
+    if kind == 3:
+        subprocess.Popen(["sleep", "600"])
+    if kind == 4:
+        print("noise\n" * 1000)
     return len(response_ids) / 10

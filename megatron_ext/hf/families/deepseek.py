@@ -47,7 +47,7 @@ def _fields(hf: HFConfig) -> dict[str, Any]:
     attention = {
         "multi_latent_attention": True,
         "qk_layernorm": True,  # of the latents
-        "q_lora_rank": hf.get("q_lora_rank"),
+        "q_lora_rank": hf["q_lora_rank"],
         "kv_lora_rank": hf["kv_lora_rank"],
         "qk_head_dim": hf["qk_nope_head_dim"],
         "qk_pos_emb_head_dim": hf["qk_rope_head_dim"],
@@ -99,6 +99,7 @@ DEEPSEEK_V3 = Family(
     rope_types=("default", "yarn"),
     needs=(Needed("kv_cache", "same", "the cache of latent attention holds latents, not keys"),),
     server_router=ServerRouter("deepseek_v2.MoEGate", "own"),
+    server_ties=True,
     # SGLang 0.5.23, models/deepseek_common/deepseek_weight_loader.py:438, where there is a query latent
     joined=((_HF_MLA + "q_a_proj.weight", _HF_MLA + "kv_a_proj_with_mqa.weight"),),
 )

@@ -48,6 +48,8 @@ class Family:
     quantization: kinds of quantized weights that are read.
     needs:        what of the precision is not free.
     server_router: how the rollout engine makes a router's logits.
+    server_ties:   the rollout engine takes the embedding for the LM head where config.json ties them.
+    server_dense:  it has dense layers where config.json has some beside sparse ones.
     joined:       sets of Hugging Face tensors of a layer, names with `{layer}`, that the rollout engine's loader joins
                   within one request and drops where one is missing: they travel together. Each is all that its
                   Megatron parameter becomes.
@@ -61,6 +63,8 @@ class Family:
     quantization: tuple[str, ...] = ()
     needs: tuple[Needed, ...] = ()
     server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
+    server_ties: bool = False
+    server_dense: bool = True
     joined: tuple[tuple[str, ...], ...] = ()
 
     def joined_set(self, name: str) -> tuple[int, str] | None:
@@ -81,6 +85,20 @@ class Family:
         return tuple(sorted({name.rpartition("}")[2] for row in rows for name in row.hf}))
 
 
+def own_head_dim(hf: HFConfig) -> dict[str, Any]:
+    """Where transformers' class has a head_dim of its own, config.json must say one. Raises KeyError."""
+    if hf.get("head_dim") is None:
+        raise KeyError("head_dim")
+    return {"kv_channels": hf["head_dim"]}
+
+
+def own_rope_theta(hf: HFConfig) -> None:
+    """The same of a rope_theta that is not 10,000, the number taken elsewhere. Raises KeyError."""
+    nested = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if nested.get("rope_theta") is None and hf.get("rope_theta") is None:
+        raise KeyError("rope_theta")
+
+
 def softmax_router(hf: HFConfig) -> dict[str, Any]:
     """Weights are the softmax over all experts, or, normalised over the chosen, the softmax over these."""
     return {"moe_router_pre_softmax": not hf.get("norm_topk_prob", False)}
@@ -90,15 +108,16 @@ def sigmoid_router(hf: HFConfig) -> dict[str, Any]:
     """DeepSeek-V3's router (2412.19437, equations 12 to 16): sigmoid scores, a bias an expert that counts for the
     choice only, groups of experts, and weights normalised over the chosen, times a constant.
 
-    The bias is left as it came: at the default rate of 0 an update does not move it.
+    The bias is left as it came: at the default rate of 0 an update does not move it. Here and below, config.json must
+    say what transformers' class has a number of its own for; null is none. Raises KeyError.
     """
-    groups = hf.get("n_group") or 1
+    groups = hf["n_group"] or 1
     limited = {"moe_router_num_groups": groups, "moe_router_group_topk": hf["topk_group"]} if groups > 1 else {}
     return limited | {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_bias_update_rate": 0.0,
-        "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor", 1.0),
+        "moe_router_topk_scaling_factor": hf["routed_scaling_factor"],
     }
 
 
@@ -119,10 +138,10 @@ def sigmoid_router_unsupported(hf: HFConfig) -> Iterator[str]:
 def dense_first(hf: HFConfig) -> list[int]:
     """Dense layers first, sparse ones from `first_k_dense_replace` on."""
     every = hf.get("moe_layer_freq", 1)
-    return [i for i in range(hf.get("first_k_dense_replace", 0), hf["num_hidden_layers"]) if i % every == 0]
+    return [i for i in range(hf["first_k_dense_replace"], hf["num_hidden_layers"]) if i % every == 0]
 
 
 def shared_experts(hf: HFConfig) -> dict[str, Any]:
     """Shared experts beside the routed ones: in one MLP as wide as all of them."""
-    count = hf.get("n_shared_experts") or 0
+    count = hf["n_shared_experts"] or 0
     return {"moe_shared_expert_intermediate_size": count * hf["moe_intermediate_size"]} if count else {}

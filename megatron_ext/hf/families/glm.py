@@ -35,7 +35,7 @@ def _unsupported(hf: HFConfig) -> Iterator[str]:
 GLM4_MOE = Family(
     (*ENDS, *ATTENTION, *DENSE_MLP, *BIASED_MOE),
     _fields,
-    dense_first,
+    lambda hf: dense_first(hf | {"moe_layer_freq": 1}),  # neither transformers nor SGLang knows moe_layer_freq here
     _unsupported,
     needs=(Needed("router", "fp32", "GLM's routers are float32 in SGLang whatever is asked for"),),
     server_router=ServerRouter("glm4_moe.Glm4MoeGate", "float32"),

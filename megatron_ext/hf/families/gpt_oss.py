@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_ext.hf.config_json import rope_settings
-from megatron_ext.hf.families.family import Family, HFConfig, Needed
+from megatron_ext.hf.families.family import Family, HFConfig, Needed, own_head_dim, own_rope_theta
 from megatron_ext.hf.tables import ATTENTION, ENDS, HF_LAYER, LAYER, MOE_NORM, Row
 from megatron_ext.hf.transforms import AlternatingGateUp, Replicated, Split, Transposed
 
@@ -35,19 +35,24 @@ def _layer_types(hf: HFConfig) -> list[str]:
 
 
 def _fields(hf: HFConfig) -> dict[str, Any]:
-    return _yarn(rope_settings(hf)) | {
-        "moe_ffn_hidden_size": hf["intermediate_size"],
-        "moe_router_pre_softmax": False,  # the softmax is over the chosen experts
-        "add_bias_linear": True,
-        "bias_dropout_fusion": False,  # Megatron-Core has no such kernel for experts with biases
-        "softmax_type": "learnable",
-        "window_size": (hf["sliding_window"] - 1, 0),  # tokens seen before and after the query
-        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in _layer_types(hf)],
-        "cp_comm_type": "a2a",  # the one way in which Transformer Engine splits a sequence with sinks
-        "activation_func": "quick_gelu",
-        "glu_linear_offset": 1.0,
-        "activation_func_clamp_value": hf["swiglu_limit"],
-    }
+    own_rope_theta(hf)
+    return (
+        own_head_dim(hf)
+        | _yarn(rope_settings(hf))
+        | {
+            "moe_ffn_hidden_size": hf["intermediate_size"],
+            "moe_router_pre_softmax": False,  # the softmax is over the chosen experts
+            "add_bias_linear": True,
+            "bias_dropout_fusion": False,  # Megatron-Core has no such kernel for experts with biases
+            "softmax_type": "learnable",
+            "window_size": (hf["sliding_window"] - 1, 0),  # tokens seen before and after the query
+            "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in _layer_types(hf)],
+            "cp_comm_type": "a2a",  # the one way in which Transformer Engine splits a sequence with sinks
+            "activation_func": "quick_gelu",
+            "glu_linear_offset": 1.0,
+            "activation_func_clamp_value": hf["swiglu_limit"],
+        }
+    )
 
 
 def _yarn(rope: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.families.family import Family, HFConfig
+from megatron_ext.hf.families.family import Family, HFConfig, own_rope_theta
 from megatron_ext.hf.tables import ATTENTION, ENDS, HF_LAYER, LAYER, MOE_NORM, Row, gated_mlp
 from megatron_ext.hf.transforms import Replicated
 
@@ -13,6 +13,7 @@ _MOE = HF_LAYER + "block_sparse_moe."
 
 
 def _fields(hf: HFConfig) -> dict[str, Any]:
+    own_rope_theta(hf)
     return {"moe_ffn_hidden_size": hf["intermediate_size"], "moe_router_pre_softmax": False}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.families.family import Family, HFConfig, softmax_router
+from megatron_ext.hf.families.family import Family, HFConfig, own_head_dim, softmax_router
 from megatron_ext.hf.tables import ATTENTION, DENSE_MLP, ENDS, HF_LAYER, LAYER, MOE, Row, gated_mlp
 from megatron_ext.hf.transforms import Replicated
 
@@ -22,11 +22,11 @@ def _moe_layers(hf: HFConfig) -> list[int]:
 
 
 def _qwen3(hf: HFConfig) -> dict[str, Any]:
-    return {"qk_layernorm": True}
+    return own_head_dim(hf) | {"qk_layernorm": True}
 
 
 def _qwen3_moe(hf: HFConfig) -> dict[str, Any]:
-    return _qwen3(hf) | softmax_router(hf) | {"moe_ffn_hidden_size": hf["moe_intermediate_size"]}
+    return softmax_router(hf) | {"qk_layernorm": True, "moe_ffn_hidden_size": hf["moe_intermediate_size"]}
 
 
 def _qwen2_moe(hf: HFConfig) -> dict[str, Any]:
@@ -43,6 +43,6 @@ def _output_bias(hf: HFConfig) -> Iterator[str]:
         yield "attention_bias=true (a bias of the attention's output)"
 
 
-QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias)
-QWEN3_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE), _qwen3_moe, _moe_layers, _output_bias)
-QWEN2_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT), _qwen2_moe, _moe_layers)
+QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias, server_ties=True)
+QWEN3_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE), _qwen3_moe, _moe_layers, _output_bias, server_dense=False)
+QWEN2_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT), _qwen2_moe, _moe_layers, server_dense=False)

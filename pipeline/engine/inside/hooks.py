@@ -7,8 +7,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from megatron_ext.meeting import tcp_store
 from pipeline.engine.control import HELD_WEIGHTS
 from pipeline.engine.inside.held_weights import held_checksums
+
+KEYS = ("api_key", "admin_api_key")
+HIDDEN = "***"
 
 
 def install() -> None:
@@ -18,6 +22,10 @@ def install() -> None:
     updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
     HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", tell_held, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_tensor", refuse, HookType.AROUND)
+    HookRegistry.register("torch.distributed.rendezvous._create_c10d_store", listen_at_host, HookType.AROUND)
+    # /server_info, its states of the schedulers, and the log show the first; the second is what an error shows.
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.resolved_dict", hide_keys, HookType.AFTER)
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.__repr__", without_keys, HookType.AROUND)
 
 
 def tell_held(original: Callable[..., Any], checker: Any, action: str, *args: Any, **kwargs: Any) -> Any:
@@ -37,6 +45,27 @@ def tell_held(original: Callable[..., Any], checker: Any, action: str, *args: An
         "per_gpu_checksum": "",
         "parallelism_info": checker._parallelism_info(role=kwargs["role"]).model_dump(),
     }
+
+
+def listen_at_host(original: Callable[..., Any], host: str, port: int, rank: int, ranks: int, *args: Any) -> Any:
+    """The store where the server's ranks meet listens at its own address, see `meeting.py`."""
+    if rank:
+        return original(host, port, rank, ranks, *args)
+    return tcp_store(host, port, rank=0, ranks=ranks, timeout=args[0])
+
+
+def hide_keys(settings: dict[str, Any], *_: Any) -> dict[str, Any]:
+    """ServerArgs.resolved_dict: without the keys that open the server; SGLang hides those of watermarks only."""
+    return settings | {name: HIDDEN for name in KEYS if settings.get(name)}
+
+
+def without_keys(original: Callable[..., str], server_args: Any) -> str:
+    """ServerArgs.__repr__: the same."""
+    text = original(server_args)
+    for name in KEYS:
+        if key := getattr(server_args, name):
+            text = text.replace(key, HIDDEN)
+    return text
 
 
 def refuse(original: Callable[..., Any], updater: Any, request: Any) -> Any:

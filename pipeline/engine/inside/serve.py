@@ -1,8 +1,9 @@
 """The process that becomes the server: `python -m pipeline.engine.inside.serve PARENT_PID [SGLang's arguments]`.
 
-It adds one thing to SGLang's own entry point: when the process PARENT_PID is gone, even by SIGKILL, the whole
-server goes too. The parent is polled rather than watched with PR_SET_PDEATHSIG, because that signal is sent when
-the *thread* that started the child ends, and a server may be started from a short-lived thread.
+It adds two things to SGLang's own entry point. The server's keys come by standard input, where no list of processes
+shows them. And when the process PARENT_PID is gone, even by SIGKILL, the whole server goes too. The parent is polled
+rather than watched with PR_SET_PDEATHSIG, because that signal is sent when the *thread* that started the child ends,
+and a server may be started from a short-lived thread.
 SGLang's schedulers and detokenizers follow this process by PR_SET_PDEATHSIG of their own.
 Where a process forks servers (`preloaded.py`), this one lets it, and waits for the one it got.
 """
@@ -16,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server
 from pipeline.forks import FORKS_VARIABLE, ask, end_as
 from pipeline.imports import lasting_imports
@@ -41,8 +43,18 @@ def _end_with_parent(parent_pid: int) -> None:
     leave()
 
 
+def _take_keys() -> ServerKeys:
+    """From standard input, which is empty from then on."""
+    keys = ServerKeys.from_bytes(os.read(0, 4096))  # what was written at once is read at once
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return keys
+
+
 def serve(arguments: list[str]) -> None:
     """Serve under SGLang's `arguments`; returns when the server has been asked to stop."""
+    keys = _take_keys()
     with lasting_imports():
         from sglang.launch_server import run_server
         from sglang.srt.plugins import load_plugins
@@ -50,7 +62,9 @@ def serve(arguments: list[str]) -> None:
 
         load_plugins()
         importlib.import_module("sglang.srt.entrypoints.http_server")  # what run_server imports
-    run_server(prepare_server_args(arguments))
+    server_args = prepare_server_args(arguments)
+    server_args.api_key, server_args.admin_api_key = keys.api, keys.admin
+    run_server(server_args)
 
 
 def main() -> None:

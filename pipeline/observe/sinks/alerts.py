@@ -14,6 +14,7 @@ POST.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ from urllib.parse import urlparse
 
 from pipeline import http
 from pipeline.config.alerts import CORRECTION_RULES, AlertRule, AlertsConfig
+from pipeline.disk.disk_errors import writing
+from pipeline.disk.rows import Rows
 from pipeline.errors import SamerouteError
 from pipeline.observe.sinks.background import Background, DeliveryError
 
@@ -142,8 +145,9 @@ class Alerts:
     def _tell(self, event: Mapping[str, Any]) -> None:
         self.say(str(event["text"]))
         body = json.dumps(event)
-        with (self.directory / "alerts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(body + "\n")
+        file = self.directory / "alerts.jsonl"
+        with writing(file), contextlib.closing(Rows(file)) as rows:
+            rows.append(body)
         if self._delivery is not None:
             command, webhook, timeout_s = self.config.command, self.config.webhook, self.config.timeout_s
             if command:
@@ -210,6 +214,7 @@ def known_metrics() -> dict[str, set[str]]:
 
     from pipeline.objectives import mismatch_metrics
     from pipeline.observe.metrics import batch_metrics
+    from pipeline.rewards import Failures
     from pipeline.types import Batch, Episode, Group, Prompt, Rollout
 
     one = torch.zeros(1, 2)
@@ -219,6 +224,7 @@ def known_metrics() -> dict[str, set[str]]:
     names = [
         *mismatch_metrics(one, one, torch.ones(1, 2, dtype=torch.bool)),
         *batch_metrics(Batch(1, 0, (group,))),
+        *Failures().metrics(),
     ]
     families: dict[str, set[str]] = {}
     for name in names:

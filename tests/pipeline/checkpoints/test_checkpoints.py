@@ -104,11 +104,11 @@ class Local:
     def begin_save(self, directory: Path) -> None:
         self.rank.begin_save(str(directory))
 
-    def save_written(self, *, wait: bool) -> bool:
-        return self.rank.save_written(wait)
+    def save_written(self) -> bool:
+        return self.rank.save_written()
 
     def finish_save(self) -> None:
-        self.rank.finish_save()
+        self.rank.describe_save([self.rank.saved_part()])
 
     def state(self):
         """Every weight and both moments of each."""

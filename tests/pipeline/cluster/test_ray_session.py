@@ -1,11 +1,17 @@
-"""Ray's workers import this package, whatever lies in the working directory or on PYTHONPATH."""
+"""A run's own Ray: what its workers import, where it listens, and who may join it."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
+
+from pipeline.cluster.ray_session import ray_session
+from pipeline.config.run import ClusterConfig
+from tests.support.sockets import listening, reachable
 
 PROGRAM = """
 import sameroute
@@ -37,3 +43,48 @@ def test_workers_import_the_packages_that_the_driver_has(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     own = [str(Path(name, "__init__.py").resolve()) for name in ("pipeline", "megatron_ext")]
     assert done.stdout.split() == own
+
+
+JOIN = """
+import sys
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("joined", len(ray.nodes()))
+"""
+
+
+def join(address, token):
+    """A process of anybody's on this machine that knows where the cluster is. token: None has none."""
+    alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_gcs_server_request_timeout_seconds": "5"}
+    auth = {"RAY_AUTH_MODE": "disabled"} if token is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    return subprocess.run(
+        [sys.executable, "-c", JOIN, address], capture_output=True, text=True, check=False, timeout=120,
+        env=os.environ | alone | auth,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ray_listens_on_this_machine_only_and_whoever_joins_needs_the_token():
+    @ray.remote
+    def address():
+        return ray.util.get_node_ip_address()
+
+    before = dict(os.environ)
+    with ray_session(ClusterConfig(object_store_gb=0.1), cpus=1):
+        assert ray.get(address.remote()) == "127.0.0.1"
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        sockets = listening(processes)
+        assert any("gcs" in socket.process for socket in sockets)
+        assert reachable(sockets) == []
+        (gcs,) = [process for process in processes if process.name() == "gcs_server"]
+        token, place = gcs.environ()["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address
+        assert len(token) == 64
+        assert token not in os.environ.values()
+        assert not [p for p in processes if p.is_running() and token in " ".join(p.cmdline())]
+        assert "joined 1" in join(place, token).stdout
+        for stranger in ("0" * 64, None):
+            refused = join(place, stranger)
+            assert refused.returncode != 0
+            assert "joined" not in refused.stdout
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    assert not changed & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TMPDIR"}

@@ -123,3 +123,31 @@ def test_one_mini_batch_spends_no_pass_on_log_probs_unless_something_reads_them(
     assert seconds() == 0
     assert seconds("replay=r2") > 0
     assert seconds("objective={preset: grpo, kl: {beta: 0.01, place: reward}}") > 0
+
+
+def test_a_configuration_of_the_cpu_is_planned_without_gpus(capsys):
+    assert main(["plan", "configs/quickstart.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "device: cpu, so there is no GPU to fit into" in " ".join(shown.split())
+    assert "895,808 parameters" in shown
+    assert "h100" not in shown
+    assert "server" not in shown
+    code, plan = planned(capsys, "configs/quickstart.yaml")
+    assert (code, plan["gpu"]) == (0, None)
+    assert not {"fits", "seconds", "server", "nodes"} & plan.keys()
+    held = ("weights", "gradients", "optimizer", "reference_and_critic", "activations", "lm_head", "overhead")
+    assert plan["trainer_bytes"]["total"] == pytest.approx(sum(plan["trainer_bytes"][name] for name in held))
+    assert plan["trainer_bytes"]["weights"] == 4 * 895_808
+
+
+def test_the_same_is_planned_on_gpus_where_a_gpu_is_named(capsys):
+    code, plan = planned(capsys, "configs/quickstart.yaml", "--gpu", "h100")
+    assert (code, plan["gpu"], plan["fits"]) == (0, "h100", True)
+
+
+@pytest.mark.parametrize("mean", ["0", "-1", "nan", "inf", "long"])
+def test_a_length_that_no_answer_has_is_refused(mean, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", TWO_NODES, f"--mean-response={mean}"])
+    assert ended.value.code == 2
+    assert "--mean-response" in capsys.readouterr().err

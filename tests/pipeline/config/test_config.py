@@ -78,12 +78,26 @@ def test_every_step_is_dumped_or_none_or_those_that_are_listed(override, dumped)
         ("model.path=/nowhere", "exactly one of model.path"),
         ("debug.dump_rollouts=[0]", r"debug\.dump_rollouts\..*greater than 0"),
         ("objective.preset=gpso", "gspo"),
+        ("objective=grpo", r"write objective='\{preset: grpo\}', or objective: \{preset: grpo\} in a file"),
+        ("data=questions.jsonl", r"write data='\{path: questions\.jsonl\}'"),
+        ("model=DIRECTORY", r"write model='\{path: DIRECTORY\}'"),
+        ("train=3", r"train: this is a section of fields, not 3; write train\.FIELD=VALUE, with one of beta1, .*lr"),
+        ("model.tiny=true", r"model\.tiny: this is a section of fields, not True; .*with one of experts, "),
         ("objective.correction={kind: token_tis, high: 2}", "sequence"),
     ],
 )
 def test_a_mistake_is_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(QUICKSTART, [override])
+
+
+def test_a_section_that_a_file_gives_as_a_text_is_answered_with_what_to_write(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("objective: grpo\nmodel: {tiny: {}}\ndata: {task: {}}\n")
+    with pytest.raises(ConfigError, match=r"^objective: .* write .*objective: \{preset: grpo\} in a file$"):
+        load_config(file)
+    file.write_text("objective: {preset: grpo}\nmodel: {tiny: {}}\ndata: {task: {}}\n")
+    assert load_config(file).objective.preset == "grpo"
 
 
 def test_min_p_with_seeds_is_refused():

@@ -20,7 +20,7 @@ OVERRIDES = [
     f"alerts.webhook=https://hooks.example.com/services/{SECRET}",
     f"alerts.command=[curl, -H, 'Authorization: Bearer {SECRET}']",
     f"observe.mlflow.tracking_uri=http://me:{SECRET}@mlflow:5000/?token={SECRET}",
-    f"server.extra_args=[--api-key, {SECRET}, --admin-api-key={SECRET}, --max-total-tokens, '99']",
+    f"server.extra_args=[--ssl-keyfile-password, {SECRET}, --storage-token={SECRET}, --max-total-tokens, '99']",
     f"trainer.extra={{storage_password: {SECRET}, moe_token_dispatcher_type: alltoall}}",
 ]
 
@@ -68,7 +68,13 @@ def test_what_is_shown_is_still_a_valid_configuration_with_all_that_is_no_secret
     assert seen.alerts.command == ("curl", "***", "***")
     assert seen.observe.mlflow is not None
     assert seen.observe.mlflow.tracking_uri == "http://***@mlflow:5000/?***"
-    assert seen.server.extra_args == ["--api-key", "***", "--admin-api-key=***", "--max-total-tokens", "99"]
+    assert seen.server.extra_args == [
+        "--ssl-keyfile-password",
+        "***",
+        "--storage-token=***",
+        "--max-total-tokens",
+        "99",
+    ]
     assert seen.trainer.extra == {"storage_password": "***", "moe_token_dispatcher_type": "alltoall"}
     assert merge(shown(tree), hidden(tree)) == tree
 

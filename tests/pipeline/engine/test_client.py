@@ -124,7 +124,7 @@ def test_an_aborted_request_returns_what_it_has(client):
     async def run():
         async with client:
             task = asyncio.create_task(client.generate([4, 5, 6], 2, Sampling(900, 1.0, ignore_eos=True)))
-            await sampling_begins(client.url)
+            await sampling_begins(client)
             await asyncio.to_thread(client.abort)
             return await task
 
@@ -159,7 +159,7 @@ def test_what_was_sampled_before_an_abort_keeps_its_routes_under_other_weights_v
     async def run():
         async with client:
             task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
-            await sampling_begins(client.url)
+            await sampling_begins(client)
             await asyncio.to_thread(client.abort)
             return (await task)[0]
 
@@ -206,7 +206,7 @@ def test_tokens_carry_the_version_of_the_weights_that_sampled_them(client):
     async def run():
         async with client:
             task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
-            await sampling_begins(client.url)
+            await sampling_begins(client)
             await asyncio.to_thread(client.pause, "in_place")
             await asyncio.to_thread(client.set_weight_version, 7)
             await asyncio.to_thread(client.resume)
@@ -241,7 +241,7 @@ def test_a_seed_is_refused_by_a_server_that_would_ignore_it(client):
 def test_routes_that_do_not_fit_the_model_are_an_error(client, wrong, words):
     shape = {"vocab_size": 512, "num_layers": 4, "topk": 2, "num_experts": 8} | wrong
     with pytest.raises(AnswerError, match=words):
-        generate(SGLangClient(client.url, **shape), [1, 2, 3], n=4)
+        generate(SGLangClient(client.url, **shape, keys=client.keys), [1, 2, 3], n=4)
 
 
 def test_what_sglang_refuses_is_told_in_its_words(client):
@@ -357,7 +357,9 @@ def test_kept_tokens_that_cannot_be_are_refused(client, changes, message):
         "output_token_sampling_logprobs": [0.0, 0.0],
         "weight_versions": [{"version": "0", "start": 0, "end": 2}],
     } | changes
-    plain = SGLangClient(client.url, vocab_size=512, num_layers=4, topk=2, num_experts=8, routes=False)
+    plain = SGLangClient(
+        client.url, vocab_size=512, num_layers=4, topk=2, num_experts=8, routes=False, keys=client.keys
+    )
 
     def decode():
         part = plain._sampled({"meta_info": meta, "output_ids": [5, 6]}, Sampling(2, 1.0, return_kept=True), 0)

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.fleet import Fleet, FleetServer, ServerState
+from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
 
 
@@ -18,6 +19,7 @@ class Server:
     def __init__(self, name):
         self.name, self.open, self.asked, self.release = name, 0, [], asyncio.Event()
         self.url, self.log_path, self.living = f"http://{name}", Path(f"{name}.log"), True
+        self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
 
     def wait_ready(self):
         assert self.living
@@ -155,5 +157,8 @@ def test_no_request_goes_to_a_server_before_it_is_ready_or_after_it_was_lost():
 
 
 def test_addresses_are_in_the_order_of_the_servers():
-    addresses = fleet_of(Server("a"), Server("b")).addresses
-    assert addresses == [ServerAddress("http://a", Path("a.log")), ServerAddress("http://b", Path("b.log"))]
+    a, b = Server("a"), Server("b")
+    assert fleet_of(a, b).addresses == [
+        ServerAddress("http://a", Path("a.log"), a.keys),
+        ServerAddress("http://b", Path("b.log"), b.keys),
+    ]

@@ -32,6 +32,7 @@ def test_the_longest_request_is_served_whole_exactly_where_there_is_room(tiny_mo
     ) as server:
         client = SGLangClient(
             server.url,
+            keys=server.keys,
             vocab_size=TINY["vocab_size"],
             num_layers=TINY["num_hidden_layers"],
             topk=TINY["num_experts_per_tok"],

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import http
 from pipeline.config.server import ServerConfig
 from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.control import SGLangControl
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of, shared_memory_of
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.forks import FORKS_VARIABLE
@@ -106,7 +106,7 @@ def test_the_url_is_refused_before_the_start(tiny_model_dir, tmp_path):
 
 def test_the_shared_server_runs_on_the_batched_backend_and_owns_shared_memory(server):
     token = psutil.Process(server.pid).environ()[TOKEN_VARIABLE]
-    info = http.request("GET", f"{server.url}/server_info", timeout_s=30).json()
+    info = SGLangControl(server.url, keys=server.keys).server_info()
     assert info["attention_backend"] == "sameroute_cpu"
     assert len(processes_of(token)) >= 3
     assert shared_memory_of(token)
@@ -118,13 +118,13 @@ def test_a_killed_scheduler_fails_its_requests_in_time_and_leaves_nothing(tiny_m
     with server:
         token = psutil.Process(server.pid).environ()[TOKEN_VARIABLE]
         files = shared_memory_of(token)
-        client = SGLangClient(server.url, **SHAPE, log_path=server.log_path)
+        client = SGLangClient(server.url, **SHAPE, keys=server.keys, log_path=server.log_path)
         (scheduler,) = [p for p in processes_of(token) if "scheduler" in " ".join(p.cmdline())]
 
         async def generate_and_kill():
             async with client:
                 task = asyncio.create_task(client.generate([1, 2, 3], 2, Sampling(900, 1.0, ignore_eos=True)))
-                await sampling_begins(server.url)
+                await sampling_begins(server)
                 scheduler.kill()
                 return await task
 

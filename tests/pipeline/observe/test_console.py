@@ -12,6 +12,7 @@ METRICS = {
     "throughput/rollout_tokens_per_s": 1912.3,
     "throughput/train_tokens_per_s": 8120.0,
     "time/rollout_s": 0.42,
+    "time/reward_s": 0.01,
     "time/train_s": 0.38,
     "time/sync_s": 0.05,
     "time/step_s": 0.86,
@@ -21,7 +22,7 @@ METRICS = {
 def test_a_step_is_one_line_with_everything_a_person_watches():
     assert step_line(METRICS, 120) == (
         "step   3/120  reward 0.500  mismatch k3 1.2e-09  clipped 3.1%  replayed 100.0%  length 6.2  "
-        "rollout 1,912 tok/s  train 8,120 tok/s  seconds: rollout 0.42, train 0.38, sync 0.05, step 0.86"
+        "rollout 1,912 tok/s  train 8,120 tok/s  seconds: rollout 0.42, reward 0.01, train 0.38, sync 0.05, step 0.86"
     )
 
 

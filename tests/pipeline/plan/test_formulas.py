@@ -10,21 +10,21 @@ from pipeline.plan.hardware import EFFICIENCY, GPUS
 BF16 = TrainerPrecision(weights="bfloat16")
 QWEN2_MOE = {
     "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
-    "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60,
-    "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+    "rms_norm_eps": 1e-6, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
     "norm_topk_prob": False, "decoder_sparse_step": 1, "tie_word_embeddings": False,
 }  # fmt: skip
 MIXTRAL = {
-    "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "model_type": "mixtral", "rms_norm_eps": 1e-6, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
-    "num_experts_per_tok": 2, "sliding_window": None, "tie_word_embeddings": False,
+    "num_experts_per_tok": 2, "sliding_window": None, "rope_theta": 1e6, "tie_word_embeddings": False,
 }  # fmt: skip
 
 GPT_OSS_20B = {
-    "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+    "model_type": "gpt_oss", "rms_norm_eps": 1e-6, "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
     "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
     "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0,
-    "tie_word_embeddings": False, "quantization_config": {"quant_method": "mxfp4"},
+    "tie_word_embeddings": False, "rope_theta": 150000.0, "quantization_config": {"quant_method": "mxfp4"},
 }  # fmt: skip
 GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}
 
@@ -125,7 +125,7 @@ def test_a_layer_keeps_34_bytes_a_hidden_element_where_it_is_the_papers_layer():
     a = describe(
         {
             "model_type": "qwen3", "vocab_size": 512, "hidden_size": h, "intermediate_size": 4 * h, "head_dim": 16,
-            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
         }
     )  # fmt: skip
     attention = memory.kept_attention(a) - (a.query + a.key_value)

@@ -1,5 +1,4 @@
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +6,17 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
-from pipeline.rewards import RewardError, grade, register_reward, resolve_reward, response_text
+from pipeline.rewards import (
+    Failures,
+    Grader,
+    RewardError,
+    Verdict,
+    VerifierError,
+    grade,
+    register_reward,
+    resolve_reward,
+    response_text,
+)
 from pipeline.types import Group, Prompt, Rollout
 
 
@@ -33,6 +42,24 @@ def group(tokenizer, *responses, answer="123"):
     return Group.of_single_turns(prompt, [rollout(tokenizer, *r) for r in responses])
 
 
+class Said:
+    """A grader that knows its verdicts, and keeps what it was asked."""
+
+    verifier = "some:verifier"
+
+    def __init__(self, *verdicts):
+        self.verdicts = [v if isinstance(v, Verdict) else Verdict(reward=v) for v in verdicts]
+
+    def ask(self, questions):
+        self.asked = list(questions)
+        assert len(self.asked) == len(self.verdicts)
+        return self.verdicts
+
+
+HUNG = Verdict(kind="timeout", what="took more than 5 s")
+RAISED = Verdict(kind="raised", what="raised KeyError: 'answer'")
+
+
 def test_exact_match_takes_the_answer_and_nothing_else(tokenizer):
     responses = [
         ("123<|eos|>",),
@@ -45,14 +72,27 @@ def test_exact_match_takes_the_answer_and_nothing_else(tokenizer):
         ("12<|user|>3<|eos|>",),
         ("123<|eos|><|eos|>",),
     ]
-    (graded,) = grade([group(tokenizer, *responses)], tokenizer, resolve_reward("exact_match"))
-    assert graded.rewards.dtype == np.float32
-    assert graded.rewards.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
+    with Grader("exact_match") as grader:
+        groups, failures = grade([group(tokenizer, *responses)], tokenizer, grader)
+    assert groups[0].rewards.dtype == np.float32
+    assert groups[0].rewards.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert failures == Failures(answers=9)
+    assert set(failures.metrics().values()) == {0.0}
+
+
+def test_a_prompt_without_an_answer_is_a_failure_of_exact_match(tokenizer):
+    prompt = Prompt(np.zeros(2, np.int32), "a question", {}, index=3)
+    with Grader("exact_match") as grader:
+        groups, failures = grade([Group.of_single_turns(prompt, [rollout(tokenizer, "1<|eos|>")])], tokenizer, grader)
+    failure = groups[0].episodes[0].failure
+    assert failure.startswith("the verifier 'exact_match' raised KeyError: 'answer' (exact_match.py, line ")
+    assert failure.endswith(", on prompt 3 ('a question'), response '1'")
+    assert failures.metrics()["reward/failures_raised"] == 1
 
 
 def test_grading_leaves_everything_else_as_it_was(tokenizer):
     before = group(tokenizer, ("1<|eos|>",), ("2<|eos|>",))
-    (after,) = grade([before], tokenizer, lambda prompt, text, ids, finish: float(text))
+    (after,), _ = grade([before], tokenizer, Said(1, 2))
     assert after.prompt is before.prompt
     assert all(a is b for a, b in zip(after.rollouts, before.rollouts, strict=True))
     assert after.rewards.tolist() == [1, 2]
@@ -60,49 +100,85 @@ def test_grading_leaves_everything_else_as_it_was(tokenizer):
 
 
 def test_a_verifier_sees_text_without_the_stop_token_and_ids_with_it(tokenizer):
-    seen = []
-
-    def verifier(prompt, text, ids, finish):
-        seen.append((text, len(ids), finish, prompt.index))
-        return True
-
-    grade([group(tokenizer, ("12<|eos|>",), ("12", "length"))], tokenizer, verifier)
+    grader = Said(1, 1)
+    grade([group(tokenizer, ("12<|eos|>",), ("12", "length"))], tokenizer, grader)
+    seen = [(q.response_text, len(q.response_ids), q.finish_reason, q.prompt.index) for q in grader.asked]
     assert seen == [("12", 3, "stop", 7), ("12", 2, "length", 7)]
     assert response_text(rollout(tokenizer, "a<|pad|>b", "length"), tokenizer) == "a<|pad|>b"
 
 
-def test_a_verifier_that_raises_names_the_prompt_and_stops(tokenizer):
-    def verifier(prompt, text, ids, finish):
-        raise ZeroDivisionError("no such thing")
-
-    with pytest.raises(RewardError, match=r"prompt 7 .*312.*response '9'.*ZeroDivisionError: no such thing") as caught:
-        grade([group(tokenizer, ("9<|eos|>",))], tokenizer, verifier)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+def rewards_of(group):
+    return [episode.reward for episode in group.episodes]
 
 
-@pytest.mark.parametrize("value", [None, "1", float("nan"), float("inf"), [1.0]])
-def test_a_reward_that_is_no_finite_number_is_refused(value, tokenizer):
-    with pytest.raises(RewardError, match="no finite number, on prompt 7"):
-        grade([group(tokenizer, ("9<|eos|>",))], tokenizer, lambda *_: value)
+def three(tokenizer):
+    return group(tokenizer, ("1<|eos|>",), ("2<|eos|>",), ("3<|eos|>",))
 
 
-def test_a_users_function_is_found_by_its_dotted_path(tokenizer, monkeypatch):
-    module = types.ModuleType("my_rewards")
-    module.half = lambda prompt, text, ids, finish: 0.5
-    module.number = 3
-    monkeypatch.setitem(sys.modules, "my_rewards", module)
-    assert resolve_reward("my_rewards:half") is module.half
-    with pytest.raises(RewardError, match="my_rewards has no function 'number'"):
+def test_an_answer_that_cannot_be_graded_is_left_out_with_its_reason(tokenizer):
+    groups, failures = grade([three(tokenizer)] * 2, tokenizer, Said(1, HUNG, 0, 1, 1, 0), least=2)
+    assert [rewards_of(g) for g in groups] == [[1, None, 0], [1, 1, 0]]
+    assert groups[0].episodes[1].failure == (
+        "the verifier 'some:verifier' took more than 5 s, on prompt 7 ('<|user|>312<|assistant|>'), response '2'"
+    )
+    assert failures.metrics() == Failures().metrics() | {"reward/failed": 1.0, "reward/failures_timeout": 1.0}
+    assert str(failures).startswith("1 of 6 answers could not be graded (1 timeout); first: the verifier 'some:ver")
+
+
+def test_a_group_of_which_one_answer_is_left_is_dropped_where_a_baseline_needs_two(tokenizer):
+    verdicts = (1, HUNG, RAISED)
+    (left,), failures = grade([three(tokenizer)], tokenizer, Said(*verdicts), least=2)
+    assert rewards_of(left) == [None, None, None]
+    assert "too few answers of its group could be graded: the verifier" in left.episodes[0].failure
+    assert (failures.groups, failures.by_kind.total()) == (1, 2)
+    (left,), failures = grade([three(tokenizer)], tokenizer, Said(*verdicts), least=1)
+    assert (rewards_of(left), failures.groups) == ([1, None, None], 0)
+
+
+def test_groups_that_are_of_one_from_the_start_stay(tokenizer):
+    single = group(tokenizer, ("1<|eos|>",))
+    groups, failures = grade([single, single], tokenizer, Said(1, HUNG), least=2)
+    assert [rewards_of(g) for g in groups] == [[1], [None]]
+    assert failures.groups == 1
+
+
+def test_failures_may_count_as_nothing_take_their_group_along_or_end_the_run(tokenizer):
+    verdicts = (1, HUNG, 0, 1, 1, 0)
+    zero, failures = grade([three(tokenizer)] * 2, tokenizer, Said(*verdicts), on_failure="zero", least=2)
+    assert [rewards_of(g) for g in zero] == [[1, 0, 0], [1, 1, 0]]
+    assert failures.metrics()["reward/failed"] == 1
+    dropped, failures = grade([three(tokenizer)] * 2, tokenizer, Said(*verdicts), on_failure="drop_group", least=2)
+    assert [rewards_of(g) for g in dropped] == [[None] * 3, [1, 1, 0]]
+    assert failures.groups == 1
+    with pytest.raises(RewardError, match=r"took more than 5 s, on prompt 7 .*312.*, response '2'"):
+        grade([three(tokenizer)] * 2, tokenizer, Said(*verdicts), on_failure="stop", least=2)
+
+
+def test_failures_of_several_rounds_add_up(tokenizer):
+    _, first = grade([three(tokenizer)], tokenizer, Said(1, HUNG, 0))
+    _, second = grade([three(tokenizer)], tokenizer, Said(RAISED, HUNG, RAISED))
+    both = Failures() + first + second
+    assert (both.answers, both.groups, dict(both.by_kind)) == (6, 1, {"timeout": 2, "raised": 2})
+    assert both.first == first.first
+
+
+def test_a_users_function_is_found_by_its_dotted_path(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("half = lambda *_: 0.5\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_reward("my_rewards:half")(None, "", None, "stop") == 0.5
+    with pytest.raises(VerifierError, match=r"my_rewards\.py has no function 'number'"):
         resolve_reward("my_rewards:number")
-    with pytest.raises(RewardError, match="has no function 'whole'"):
+    with pytest.raises(VerifierError, match="has no function 'whole'"):
         resolve_reward("my_rewards:whole")
-    with pytest.raises(RewardError, match="cannot be imported: No module named 'nowhere_at_all'"):
+    with pytest.raises(VerifierError, match="cannot be imported: ModuleNotFoundError: No module named 'nowhere"):
         resolve_reward("nowhere_at_all:half")
 
 
 def test_an_unknown_name_says_which_there_are():
-    with pytest.raises(RewardError, match=r"no verifier 'exact'; there are .*exact_match.*package\.module:function"):
+    with pytest.raises(VerifierError, match=r"no verifier 'exact'; there are .*exact_match.*package\.module:function"):
         resolve_reward("exact")
+    with pytest.raises(VerifierError, match="no verifier 'exact'"):
+        Grader("exact")
 
 
 def test_a_name_is_taken_once():

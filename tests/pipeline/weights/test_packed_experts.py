@@ -25,7 +25,7 @@ def test_a_server_holds_every_tensor_that_it_was_sent_bit_for_bit(tmp_path):
     try:
         server.start()
         server.wait_ready()
-        sender = WeightSender([ServerAddress(server.url)], WeightsConfig(), device="cpu")
+        sender = WeightSender([ServerAddress(server.url, keys=server.keys)], WeightsConfig(), device="cpu")
         sender.connect()
         before = {d.name for d in sender.differences([list(weights.items())])}
         assert before == weights.keys()

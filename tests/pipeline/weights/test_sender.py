@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import http
 from pipeline.engine.client import Sampling
 from pipeline.engine.control import ServerAddress
 from pipeline.weights import WeightsConfig, WeightSender, WeightTransferError
@@ -35,13 +34,13 @@ def buckets(weights, tensors_per_bucket=20):
     return [items[i : i + tensors_per_bucket] for i in range(0, len(items), tensors_per_bucket)]
 
 
-def make_sender(url, timeout_s=30.0, **settings):
-    return WeightSender([ServerAddress(url)], WeightsConfig(timeout_s=timeout_s, **settings), device="cpu")
+def make_sender(url, keys=None, timeout_s=30.0, **settings):
+    return WeightSender([ServerAddress(url, keys=keys)], WeightsConfig(timeout_s=timeout_s, **settings), device="cpu")
 
 
 @pytest.fixture(params=["distributed", "shared_memory"])
 def sender(server, request):
-    sender = make_sender(server.url, transport=request.param)
+    sender = make_sender(server.url, server.keys, transport=request.param)
     sender.connect()
     yield sender
     sender.close()
@@ -108,17 +107,17 @@ def test_a_wrong_shape_is_an_error_that_names_server_and_reason(client, server, 
     client.end_weight_update()
 
 
-def test_a_server_that_refuses_is_noticed_at_once_not_after_the_time_out(server, tiny_model_dir):
+def test_a_server_that_refuses_is_noticed_at_once_not_after_the_time_out(server, client, tiny_model_dir):
     """It answers over HTTP and never joins the broadcast."""
-    lonely = make_sender(server.url, transport="distributed")
+    lonely = make_sender(server.url, server.keys, transport="distributed")
     lonely.connect()
     group = lonely.transport.group
-    http.request("POST", f"{server.url}/destroy_weights_update_group", body={"group_name": group}, timeout_s=30)
+    client.post("/destroy_weights_update_group", {"group_name": group})
     began = time.monotonic()
     with pytest.raises(WeightTransferError, match=server.url):
         lonely.send(buckets(load_file(tiny_model_dir / "model.safetensors")), 9)
     assert time.monotonic() - began < 10
-    http.request("POST", f"{server.url}/end_weight_update", body={}, timeout_s=30)
+    client.end_weight_update()
 
 
 def test_a_server_that_is_not_there_fails_to_connect_in_time():

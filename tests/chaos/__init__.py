@@ -1,0 +1,1 @@
+"""A table of faults, tried on the real tiny quickstart: `make chaos`."""

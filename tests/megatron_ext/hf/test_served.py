@@ -1,0 +1,96 @@
+"""What SGLang's model of each family makes of ties and of dense layers, and what a run with a server refuses."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.hf.description import describe
+from megatron_ext.hf.families import FAMILIES
+from pipeline.commands.main import main
+from pipeline.config import ConfigError, load_config, load_config_and_model
+from tests.support.tiny_families import tiny_config
+
+SGLANG_FILES = {
+    "qwen3": "qwen3.py",
+    "qwen3_moe": "qwen3_moe.py",
+    "qwen2_moe": "qwen2_moe.py",
+    "mixtral": "mixtral.py",
+    "deepseek_v3": "deepseek_v2.py",
+    "kimi_k2": "deepseek_v2.py",
+    "glm4_moe": "glm4_moe.py",
+    "gpt_oss": "gpt_oss.py",
+}
+MAY_HAVE_DENSE_LAYERS = ("qwen3_moe", "qwen2_moe", "deepseek_v3", "kimi_k2", "glm4_moe")
+TIED = {"tie_word_embeddings": True}
+SETTINGS = ["model.tiny=null", "precision.router=fp32", "precision.weights=bfloat16", "precision.kv_cache=same"]
+
+
+def config_of(hf, folder, *overrides, **how):
+    (folder / "config.json").write_text(json.dumps(hf))
+    return load_config("configs/quickstart.yaml", [*SETTINGS, f"model.path={folder}", *overrides], **how)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_says_of_the_server_what_sglangs_source_says(name):
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "srt" / "models" / SGLANG_FILES[name]).read_text()
+    assert FAMILIES[name].server_ties == ("self.lm_head = self.model.embed_tokens" in source)
+    if name in MAY_HAVE_DENSE_LAYERS:
+        assert FAMILIES[name].server_dense == ("    is_layer_sparse = True\n" not in source)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe with dense layers", "mixtral", "glm4_moe", "gpt_oss"])
+def test_ties_that_the_server_does_not_make_are_refused_with_a_server_only(name, tmp_path):
+    hf = tiny_config(name) | TIED | {"mlp_only_layers": []}
+    with pytest.raises(
+        ConfigError, match=rf"model\.path: {tmp_path}: SGLang gives {hf['model_type']} an LM head of its"
+    ):
+        config_of(hf, tmp_path)
+    with pytest.raises(ConfigError, match=r"write tie_word_embeddings=false, and into the files an lm_head\.weight"):
+        load_config_and_model("configs/quickstart.yaml", [*SETTINGS, f"model.path={tmp_path}"])
+    assert config_of(hf, tmp_path, served=False).model.path == tmp_path
+    assert config_of(hf, tmp_path, "train.steps=0").model.path == tmp_path
+    assert config_of(hf | {"tie_word_embeddings": False}, tmp_path).model.path == tmp_path
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight"])
+def test_ties_that_the_server_makes_are_no_reason(name, tmp_path):
+    assert config_of(tiny_config(name) | TIED, tmp_path).model.path == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "layers"),
+    [
+        ("qwen3_moe with dense layers", {}, "2"),
+        ("qwen3_moe with dense layers", {"mlp_only_layers": [], "decoder_sparse_step": 2}, "0, 2"),
+        ("qwen3_moe with dense layers", {"mlp_only_layers": [0, 1, 2, 3]}, "0, 1, 2, 3"),
+        ("qwen2_moe", {"mlp_only_layers": [3]}, "3"),
+        ("qwen2_moe", {"decoder_sparse_step": 4}, "0, 1, 2"),
+    ],
+)
+def test_dense_layers_that_the_server_takes_for_sparse_are_refused_with_a_server_only(name, change, layers, tmp_path):
+    hf = tiny_config(name) | change
+    with pytest.raises(ConfigError, match=rf"layers {layers} are dense, and SGLang takes every layer of .*--from-dump"):
+        config_of(hf, tmp_path)
+    assert config_of(hf, tmp_path, served=False).model.path == tmp_path
+
+
+def test_dense_layers_that_the_server_has_are_no_reason(tmp_path):
+    for name in ("deepseek_v3", "glm4_moe"):
+        assert describe(tiny_config(name) | {"moe_layer_freq": 1}).moe_layers == (1, 2, 3)
+        assert describe(tiny_config(name)).not_served == []
+    assert config_of(tiny_config("glm4_moe"), tmp_path).model.path == tmp_path
+
+
+def test_the_commands_ask_for_a_server_where_they_start_one(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen2_moe") | TIED))
+    words = ["configs/quickstart.yaml", *SETTINGS, f"model.path={tmp_path}", f"run.directory={tmp_path / 'run'}"]
+    for command in (["train", *words], ["diagnose", *words, "train.steps=0"]):
+        assert main(command) == 2
+        assert "SGLang gives qwen2_moe an LM head of its own" in capsys.readouterr().err
+    assert main(["train", *words, "--from-dump", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""A verifier that cannot be loaded is named before anything starts."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pipeline.commands.main import main
+from pipeline.config.data import DataConfig
+from pipeline.rewards import VerifierError, check_reward
+from pipeline.rewards.grader import Grader
+from pipeline.rewards.protocol import Limits
+from tests.support.hostile import question
+
+CASES = {
+    "syntax": ("def verify(:\n", r"SyntaxError: .*broken_syntax\.py, line 1"),
+    "name": ("x = 1\ny = nothing\n", r"NameError: name 'nothing' is not defined \(broken_name\.py, line 2\)"),
+    "inner": ("import no_such_package\n", "ModuleNotFoundError: No module named 'no_such_package'"),
+    "function": ("def check(*_):\n    return 1.0\n", r"broken_function\.py has no function 'verify'"),
+    "raises": ("raise RuntimeError('not\\ntoday')\n", r"RuntimeError: not today \(broken_raises\.py, line 1\)"),
+    "exits": ("import sys\nsys.exit(0)\n", r"its module calls sys\.exit\(0\) when it is imported"),
+    "ends": ("import os\nos._exit(0)\n", "it ended its process with code 0 while it was imported"),
+    "dies": ("import os\nprint('words')\nos.kill(os.getpid(), 9)\n", "died of SIGKILL while it was imported; it had"),
+    "closes": ("import os\nos.closerange(0, 64)\n", "closed what its worker speaks to the run through while it was"),
+}
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Writes the module of a case; returns the verifier's name."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(case, text):
+        (tmp_path / f"broken_{case}.py").write_text(text)
+        return f"broken_{case}:verify"
+
+    return write
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_module_that_cannot_be_imported_is_named_with_what_is_wrong(broken, case):
+    text, message = CASES[case]
+    name = broken(case, text)
+    with pytest.raises(VerifierError, match=rf"the verifier '{name}' cannot be imported: .*{message}") as caught:
+        check_reward(DataConfig(path="x.jsonl", reward=name))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_module_that_hangs_is_named_in_time(broken):
+    name = broken("hangs", "import time\ntime.sleep(1000)\n")
+    start = time.monotonic()
+    with (
+        pytest.raises(VerifierError, match=f"'{name}' cannot be imported: it took more than 1 s while it was imported"),
+        Grader(name, workers=1, limits=Limits(start_s=1.0)) as grader,
+    ):
+        grader.wait_ready()
+    assert time.monotonic() - start < 5
+
+
+def test_what_a_module_starts_at_import_may_stay(broken):
+    text = """
+import subprocess, sys, threading, time
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+
+def verify(*_):
+    return 1.0
+"""
+    with Grader(broken("starts", text), workers=1) as grader:
+        assert [v.reward for v in grader.ask([question()] * 5)] == [1.0] * 5
+
+
+def test_a_verifier_that_cannot_be_loaded_a_second_time_fails_its_answers_and_blocks_nothing(broken, tmp_path):
+    text = f"""
+import os, pathlib
+if pathlib.Path({str(tmp_path / "once")!r}).exists():
+    raise RuntimeError("only once")
+pathlib.Path({str(tmp_path / "once")!r}).touch()
+
+def verify(*_):
+    os._exit(0)
+"""
+    with Grader(broken("once", text), workers=1) as grader:
+        assert [v.kind for v in grader.ask([question()] * 3)] == ["exited", "not_loaded", "not_loaded"]
+        (tmp_path / "once").unlink()
+        assert [v.kind for v in grader.ask([question()])] == ["exited"]
+
+
+def test_the_command_says_it_with_2_and_an_earlier_run_stays(broken, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("of an earlier run")
+    name = broken("command", "import sys\nsys.exit(0)\n")
+    assert main(["train", "configs/quickstart.yaml", f"run.directory={run}", f"data.reward={name}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sameroute: the verifier '{name}' cannot be imported")
+    assert "Traceback" not in said
+    assert main(["train", "configs/quickstart.yaml", f"run.directory={run}", "data.reward=exact"]) == 2
+    assert "there is no verifier 'exact'" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == "of an earlier run"
