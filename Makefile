@@ -1,5 +1,6 @@
 # make quickstart: a small mixture-of-experts model learns by reinforcement, on this machine, without a GPU.
 # make test:       every test that needs no GPU.
+# make test-gpu:   kernels, and the trainer without Transformer Engine, on one GPU beside the CPU; ten minutes.
 # make test-slurm: the jobs of scripts/slurm/ on a real Slurm, started and stopped here; needs root, and installs Debian's.
 # make test-image: the steps of the Dockerfile's CPU image, run here without Docker; needs root.
 # make chaos:      faults (kills, stops, full disks, ...) tried on the quickstart; ten minutes at most. Root tries disks too.
@@ -12,7 +13,7 @@ READY := .venv/.ready
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart test test-slurm test-image chaos pins slurm browser lint format lock clean
+.PHONY: setup quickstart test test-gpu test-slurm test-image chaos pins slurm browser lint format lock clean
 
 setup: $(READY)
 
@@ -29,6 +30,12 @@ browser:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
 	    || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
 	    || echo "no browser was found or installed"
+
+# PYTHON=python3 takes another Python than .venv's: one with torch for its GPU, and what tests/gpu/needs.py names.
+GPU_PYTHON := $(or $(PYTHON),$(BIN)/python)
+test-gpu: $(if $(PYTHON),,$(READY))
+	@$(GPU_PYTHON) tests/gpu/needs.py
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 test-slurm: $(READY) slurm
 	$(BIN)/pytest -m slurm tests/slurm

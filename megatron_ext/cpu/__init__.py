@@ -1,4 +1,4 @@
-"""Run Megatron-Core 0.19.2 on a machine without CUDA, over gloo.
+"""Run Megatron-Core 0.19.2 on a machine without CUDA, over gloo, and without Transformer Engine.
 
 Everything that differs from the GPU stands in this package, in memory, each patch with its reason:
 
@@ -9,11 +9,14 @@ Everything that differs from the GPU stands in this package, in memory, each pat
 - `layers.py`:   linear layers and norms with the parameter names of Transformer Engine's.
 - `experts.py`:  grouped expert linears, likewise.
 
-`install` is called by `megatron_ext.mcore` before Megatron-Core is imported and does nothing where CUDA is present.
+`install` is called by `megatron_ext.mcore` before Megatron-Core is imported. Where there is a GPU and no Transformer
+Engine it installs the last four only; where there are both, nothing.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import sys
 
 import torch
@@ -29,17 +32,27 @@ def needed() -> bool:
     return not torch.cuda.is_available()
 
 
+def torch_layers() -> bool:
+    """Whether the model's layers are plain torch: where there is no GPU, or no Transformer Engine for it."""
+    return needed() or importlib.util.find_spec("transformer_engine") is None
+
+
 def install() -> None:
-    """Put the stand-ins in place, once per process. Nothing happens where CUDA is present."""
+    """Put the stand-ins in place, once per process."""
     global _installed
-    if _installed or not needed():
+    if _installed or not torch_layers():
         return
     _installed = True
+    from megatron_ext.cpu import cuda, patches
+
+    if not needed():
+        logging.getLogger(__name__).warning(
+            "Transformer Engine is not installed: the layers are plain torch, which is right but many times slower and "
+            "larger than its kernels (docs/install.md)"
+        )
+        patches.install_layers()
+        return
     for package in _GPU_ONLY:
         sys.modules.setdefault(package, None)  # pyright: ignore[reportArgumentType]
-    from megatron_ext.cpu import cuda
-
     cuda.install()
-    from megatron_ext.cpu import patches
-
     patches.install()

@@ -22,6 +22,11 @@ def install() -> None:
     _random_state()
     _uneven_collectives()
     _split_sizes_as_lists()
+    install_layers()
+
+
+def install_layers() -> None:
+    """What plain torch layers need on any device."""
     _duplicated_linears()
     from megatron_ext.cpu import adam, rope
 

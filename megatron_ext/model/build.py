@@ -54,7 +54,7 @@ def transformer_config(
     fields |= of_kind | {"activation_func": _ACTIVATIONS[fields["activation_func"]]} | trainer.extra
     later: dict[str, Any] = {}  # what Megatron-Core's config refuses, and its model computes rightly
     if model.num_experts and fields["add_bias_linear"]:
-        if not cpu.needed() and fields["expert_tensor_parallel_size"] > 1:
+        if not cpu.torch_layers() and fields["expert_tensor_parallel_size"] > 1:
             raise ValueError(
                 "Transformer Engine's experts would add their output bias on every expert-tensor rank; set "
                 "parallel.expert_tensor=1"
@@ -123,15 +123,15 @@ def _dtype_fields(precision: TrainerPrecision) -> dict[str, Any]:
 
 
 def _kernel_fields() -> dict[str, Any]:
-    """Fused kernels, which are a GPU's."""
-    on_cpu = cpu.needed()
+    """Fused kernels, which are Transformer Engine's or go with them."""
+    fused = not cpu.torch_layers()
     return {
-        "use_cpu_initialization": on_cpu,
-        "persist_layer_norm": not on_cpu,
-        "bias_activation_fusion": not on_cpu,
-        "bias_dropout_fusion": not on_cpu,
-        "masked_softmax_fusion": not on_cpu,
-        "apply_rope_fusion": not on_cpu,
+        "use_cpu_initialization": cpu.needed(),
+        "persist_layer_norm": fused,
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "masked_softmax_fusion": fused,
+        "apply_rope_fusion": fused,
         "gradient_accumulation_fusion": False,  # needs apex
     }
 
@@ -152,7 +152,7 @@ def _kind(fields: dict[str, Any]) -> tuple[type[TransformerConfig], dict[str, An
     """The class of config that takes such fields, and what goes with it."""
     if fields.get("multi_latent_attention"):
         # the kernel knows no other rotation
-        return MLATransformerConfig, {"apply_rope_fusion": not cpu.needed() and fields["rope_type"] == "yarn"}
+        return MLATransformerConfig, {"apply_rope_fusion": not cpu.torch_layers() and fields["rope_type"] == "yarn"}
     if "yarn_rotary_scaling_factor" in fields:
         return YarnTransformerConfig, {"apply_rope_fusion": False}  # the kernel leaves out YaRN's scale
     return TransformerConfig, {}
@@ -172,26 +172,31 @@ def _moe_fields(
         "moe_router_dtype": "fp32" if precision.router == "fp32" else None,  # None: that of the activations
         "moe_router_fusion": trainer.router_fusion,
         "moe_grouped_gemm": True,
-        "moe_permute_fusion": not cpu.needed(),
+        "moe_permute_fusion": not cpu.torch_layers(),
         "moe_enable_routing_replay": replay,
     }
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None, *, weight_of_one: bool = False):
-    """Transformer Engine's block spec on a GPU; without one, plain torch under the same parameter names.
+    """Transformer Engine's block spec on a GPU; without one or without it, plain torch under the same parameter names.
 
-    weight_of_one: see ModelDescription.
+    weight_of_one: see ModelDescription. Raises ValueError for attention sinks on a GPU without Transformer Engine.
     """
-    on_cpu = cpu.needed()
+    plain = cpu.torch_layers()
+    if plain and not cpu.needed() and config.softmax_type == "learnable":
+        raise ValueError(
+            "attention sinks are computed by Transformer Engine, or on a CPU; install transformer-engine, or set "
+            "device=cpu"
+        )
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=not on_cpu, normalization="RMSNorm", vp_stage=vp_stage
+        config, use_transformer_engine=not plain, normalization="RMSNorm", vp_stage=vp_stage
     )
     for layer in spec.layer_specs or []:
         if layer.submodules.self_attention.module is MLASelfAttention:
             layer.submodules.self_attention.module = LatentAttention
         if weight_of_one and isinstance(moe := mlp_submodules(layer.submodules.mlp), MoESubmodules):
             moe.router = TopOneRouter
-    if on_cpu:
+    if plain:
         from megatron_ext.model.torch_spec import without_transformer_engine
 
         without_transformer_engine(spec)
