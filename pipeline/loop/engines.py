@@ -14,7 +14,7 @@ from typing import Literal
 import ray
 
 from pipeline.cluster.placement import wait_and_place
-from pipeline.cluster.ray_processes import leave_out_the_raylets_log
+from pipeline.cluster.ray_processes import died_said, leave_out_the_raylets_log
 from pipeline.config import Config
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.remote import RemoteServer
@@ -111,7 +111,8 @@ def _ray(config: Config) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_termination)
     try:
-        yield
+        with died_said():
+            yield
     finally:
         ray.shutdown()
 
