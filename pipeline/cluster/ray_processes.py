@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray._private import worker
+
+from pipeline.say import to_stderr
 
 _NAMES = {"raylet": "the raylet, which starts and ends processes", "gcs_server": "gcs_server, which knows the cluster"}
 _SEEN_S = 1.0  # from a rank's end to that of the process that ended it
@@ -15,20 +22,52 @@ _SEEN_S = 1.0  # from a rank's end to that of the process that ended it
 def what_died() -> str:
     """The beginning of a sentence, "Ray's ... was killed by SIGKILL; "; empty where Ray lives, or another machine has
     it."""
-    node = worker._global_node
-    if node is None:
-        return ""
     deadline = time.monotonic() + _SEEN_S
-    while True:
-        for kind, processes in node.all_processes.items():
-            for information in processes:
-                code = information.process.poll()
-                if kind in _NAMES and code is not None:
-                    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-                    return f"Ray's process {_NAMES[kind]}, {how}; "
-        if time.monotonic() > deadline:
-            return ""
+    while worker._global_node is not None and time.monotonic() < deadline:
+        for kind, process in _processes():
+            if (code := process.poll()) is not None:
+                return f"Ray's process {_NAMES[kind]}, {_how(code)}; "
         time.sleep(0.1)
+    return ""
+
+
+def _processes() -> list[tuple[str, Any]]:
+    """Those of the cluster that this process has started, by kind."""
+    node = worker._global_node
+    started = {} if node is None else node.all_processes
+    return [(kind, information.process) for kind in _NAMES for information in started.get(kind, [])]
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+@contextlib.contextmanager
+def died_said(say: Callable[[str], None] = to_stderr) -> Iterator[None]:
+    """While the block lasts, the end of one of Ray's processes is said at once. Ray up inside.
+
+    A driver whose raylet is gone may be ended by Ray itself (2.60) at its next call, with exit code 1 and without a
+    word; the line comes before that.
+    """
+    descriptors = {os.pidfd_open(process.pid): (kind, process) for kind, process in _processes()}
+    ended, end = os.pipe()
+
+    def watch() -> None:
+        ready, _, _ = select.select([*descriptors, ended], [], [])
+        if ended not in ready:
+            kind, process = descriptors[ready[0]]
+            code = process.poll()
+            say(f"Ray's process {_NAMES[kind]}, {'is gone' if code is None else _how(code)}; the run ends")
+
+    thread = threading.Thread(target=watch, name="sameroute ray", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(end)  # which makes `ended` readable
+        thread.join()
+        for descriptor in (*descriptors, ended):
+            os.close(descriptor)
 
 
 _print = worker.print_to_stdstream

@@ -24,7 +24,7 @@ from ray.job_config import JobConfig
 
 from pipeline.cluster import loopback
 from pipeline.cluster.placement import PlacementError
-from pipeline.cluster.ray_processes import leave_out_the_raylets_log
+from pipeline.cluster.ray_processes import died_said, leave_out_the_raylets_log
 from pipeline.config.run import ClusterConfig
 from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
@@ -65,7 +65,8 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
         # Ray takes SIGTERM over and aborts the process in the middle of its own clean-up (2.60); the caller's stays.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_termination)
-        yield
+        with died_said():
+            yield
 
 
 def _own_path() -> JobConfig:

@@ -1,8 +1,47 @@
 """What Ray tells a driver, but for the log of a raylet that died. (Which of its processes died: tests/chaos.)"""
 
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
 from ray._private import worker
 
-from pipeline.cluster.ray_processes import leave_out_the_raylets_log, what_died
+from pipeline.cluster.ray_processes import died_said, leave_out_the_raylets_log, what_died
+
+
+@pytest.fixture
+def raylet(monkeypatch):
+    """A process in the place of Ray's own."""
+    process = subprocess.Popen(["sleep", "600"])
+    node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=process)]})
+    monkeypatch.setattr(worker, "_global_node", node)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_raylet_that_dies_is_said_at_once_and_named_afterwards(raylet):
+    said = []
+    with died_said(said.append):
+        assert said == []
+        raylet.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+    words = "Ray's process the raylet, which starts and ends processes, was killed by SIGKILL; "
+    assert said == [words + "the run ends"]
+    assert what_died() == words
+
+
+def test_a_raylet_that_lives_is_no_news(raylet):
+    said = []
+    with died_said(said.append):
+        pass
+    raylet.send_signal(signal.SIGTERM)  # by ray.shutdown
+    raylet.wait()
+    assert said == []
 
 
 def test_the_log_of_a_raylet_that_died_is_left_out_and_nothing_else(capsys, monkeypatch):
