@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 
 from tests.chaos.run import Place
@@ -16,13 +18,21 @@ def main(names: list[str]) -> int:
         return 2
     wrong = 0
     for fault in [faults[name] for name in names] or FAULTS:
-        with Place() as place:
-            for outcome in fault.try_out(place):
-                wrong += bool(outcome.differs)
-                print(outcome, flush=True)
+        try:
+            with Place() as place:
+                for outcome in fault.try_out(place):
+                    wrong += bool(outcome.differs)
+                    print(outcome, flush=True)
+        except (
+            AssertionError,
+            subprocess.TimeoutExpired,
+        ) as error:  # it did not come as far as the fault, or no further
+            wrong += 1
+            print(f"{fault.name} DIFFERS: {error}", flush=True)
     print(f"{wrong} rows differ from the table" if wrong else "every row is as the table says")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the end of `timeout` leaves nothing running either
     sys.exit(main(sys.argv[1:]))
