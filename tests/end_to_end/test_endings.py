@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -18,6 +17,7 @@ from pipeline.loop.compare import DisagreementError
 from pipeline.loop.run import _replay, train
 from tests.support.command import QUICKSTART, SMALL
 from tests.support.receivers import free_port, scrape
+from tests.support.sockets import environment_has
 
 
 def test_a_dump_that_the_run_would_delete_is_refused_before_it_does(tmp_path):
@@ -49,13 +49,7 @@ def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(command, vict
     served = scrape(port)
     assert served["sameroute_steps_total"][0][1] >= 1
     assert served["sameroute_routing_replayed_fraction"] == [({}, 1.0)]
-    victims = [
-        int(folder.name)
-        for folder in Path("/proc").iterdir()
-        if folder.name.isdigit()
-        and victim.encode() in (folder / "cmdline").read_bytes()
-        and run.mark.encode() in (folder / "environ").read_bytes()
-    ]
+    victims = [p.pid for p in environment_has(run.mark.encode()) if victim in " ".join(p.cmdline())]
     assert victims
     for pid in victims:
         os.kill(pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ from pipeline.config import Config, load_config
 from pipeline.loop.loop import NothingToLearnError
 from pipeline.loop.open_loop import open_loop
 from pipeline.objectives import PRESETS
+from pipeline.rewards.protocol import Verdict
 
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=150", "supervised.decay_steps=150", "rollout.prompts_per_step=8",
@@ -73,11 +74,15 @@ def test_a_preset_trains_for_ten_steps(session, name):
     assert sum(informative) >= 8
 
 
+def everything_earns_one(loop, monkeypatch):
+    monkeypatch.setattr(loop.grader, "ask", lambda questions: [Verdict(1.0) for _ in questions])
+
+
 @pytest.mark.slow
 def test_the_critic_learns_what_the_policy_earns(session, monkeypatch):
     """Its error on fresh rollouts falls where every answer earns the same."""
     loop = under(session, load_config(QUICKSTART, [*SMALL, EVERYTHING, "train.lr=1e-9"]))
-    monkeypatch.setattr(loop.source, "reward", lambda *_: 1.0)
+    everything_earns_one(loop, monkeypatch)
     errors = [loop.step(number).metrics["critic/squared_error"] for number in range(1, 16)]
     assert errors[-1] < 0.2 * errors[0]
 
@@ -120,6 +125,6 @@ def test_r2_replays_in_every_update_what_the_proximal_pass_recorded(session):
 def test_dynamic_sampling_gives_up_with_a_sentence(session, monkeypatch):
     settings = ["objective={preset: dapo}", "rollout.max_sampling_rounds=2"]
     loop = under(session, load_config(QUICKSTART, [*SMALL, *settings]))
-    monkeypatch.setattr(loop.source, "reward", lambda *_: 1.0)
+    everything_earns_one(loop, monkeypatch)
     with pytest.raises(NothingToLearnError, match=r"in 2 rounds 0 of 16 groups .* objective.dynamic_sampling=false"):
         loop.step(1)

@@ -150,7 +150,7 @@ def wrong_shapes(config: ParallelConfig, model: str):
 def test_routes_of_another_model_are_refused(tiny_model_dir):
     ((messages, queues),) = run_ranks(wrong_shapes, ParallelConfig(), str(tiny_model_dir))
     assert len(messages) == 2
-    assert "for 4 layers, top 2" in messages[0]
+    assert "the model has 4, top 2" in messages[0]
     assert "expert 7 twice" in messages[1]
     assert queues == [None] * LAYERS
 

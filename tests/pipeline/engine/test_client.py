@@ -184,7 +184,7 @@ def test_a_layer_whose_routes_the_server_did_not_capture_is_an_error_that_names_
         "routed_experts": base64.b64encode(routes.tobytes()).decode(),
         "weight_versions": [{"version": "0", "start": 0, "end": 3}],
     }
-    part = client._sampled({"meta_info": meta, "output_ids": [7] * 3}, FREE, 2)
+    part = client._sampled({"meta_info": meta, "output_ids": [7] * 3}, Sampling(3, 1.0), 2)
     with pytest.raises(AnswerError, match=r"layer 1 names expert 0 twice.*set replay=none or r2"):
         client._checked(lambda: Rollout.begun(np.array([1, 2, 3], np.int32), part))
 
