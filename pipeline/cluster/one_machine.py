@@ -11,10 +11,17 @@ from dataclasses import dataclass
 
 from pipeline.cluster.placement import PlacementError
 from pipeline.config import Config
+from pipeline.errors import NOT_STARTED
 
 SHARED_FRACTION = 0.3
 """Of a GPU's memory, for the weights and the cache of a server that runs beside a trainer rank. SGLang's own choice is
 most of it. The trainer needs 18 bytes a parameter and its activations, a server 2 and its cache."""
+
+
+class TooFewGPUs(PlacementError):
+    """An engine of the run does not fit on this machine, found before anything was started."""
+
+    exit_code = NOT_STARTED
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class ServerPlace:
 
 
 def check_gpus(config: Config, gpus: int) -> None:
-    """Raise PlacementError where this machine has too few GPUs for one of the engines. gpus: that it has.
+    """Raise TooFewGPUs where this machine has too few GPUs for one of the engines. gpus: that it has.
 
     Ray would wait for the missing ones without a word. A joined cluster's GPUs are not this machine's: nothing is
     checked there.
@@ -36,14 +43,14 @@ def check_gpus(config: Config, gpus: int) -> None:
         return
     has = f"this machine has {gpus} GPU{'' if gpus == 1 else 's'}"
     if gpus == 0:
-        raise PlacementError(f"{has}, as torch sees it, and the run asks for device=cuda; set device=cpu")
+        raise TooFewGPUs(f"{has}, as torch sees it, and the run asks for device=cuda; set device=cpu")
     if config.parallel.ranks > gpus:
-        raise PlacementError(
+        raise TooFewGPUs(
             f"{has} and parallel.ranks={config.parallel.ranks} takes one each; set parallel.ranks to {gpus} or fewer, "
             "or cluster.address to that of a Ray cluster that has more"
         )
     if config.train.steps and config.server.tensor_parallel > gpus:
-        raise PlacementError(
+        raise TooFewGPUs(
             f"{has} and a server of server.tensor_parallel={config.server.tensor_parallel} takes so many; set that to "
             f"{gpus} or fewer"
         )

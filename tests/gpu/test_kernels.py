@@ -33,8 +33,9 @@ def test_rounded_logits_are_off_by_their_rounding_only():
         "cuda", tokens=700, vocab=VOCABULARY, hidden=2048, dtype=torch.bfloat16, head="bf16"
     )
     print(errors)
-    assert errors.logprob < 0.06  # half a step of bfloat16 at 16 is 0.03, at the label and in the sum
-    assert errors.entropy < 0.06
+    # Half a step of bfloat16 below 16 is 0.03, at the label and in the sum. An entropy moves by it times log p + H.
+    assert errors.logprob < 0.06
+    assert errors.entropy < 0.2
 
 
 def test_a_router_takes_the_experts_that_it_is_given():

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.one_machine import SHARED_FRACTION, check_gpus, memory_share, places_of_servers
+from pipeline.cluster.one_machine import SHARED_FRACTION, TooFewGPUs, check_gpus, memory_share, places_of_servers
 from pipeline.cluster.placement import PlacementError
 from pipeline.config import load_config
+from pipeline.errors import NOT_STARTED
 from pipeline.loop import engines, inputs
 
 GPU = ["device=cuda", "precision.weights=bfloat16"]
@@ -29,8 +30,9 @@ def config_of(*settings):
 )
 def test_more_than_the_machine_has_is_refused_with_numbers(settings, gpus, message, monkeypatch):
     config = config_of(*settings)
-    with pytest.raises(PlacementError, match=message):
+    with pytest.raises(TooFewGPUs, match=message) as refused:
         check_gpus(config, gpus)
+    assert refused.value.exit_code == NOT_STARTED
     # before anything starts
     monkeypatch.setattr(inputs.torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(PlacementError, match=message):
