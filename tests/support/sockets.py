@@ -44,4 +44,11 @@ def listening(processes: Iterable[psutil.Process]) -> list[Listening]:
 
 def reachable(sockets: Iterable[Listening]) -> list[Listening]:
     """Those of them that other machines reach."""
-    return [s for s in sockets if not ipaddress.ip_address(s.address).is_loopback]
+    return [s for s in sockets if not _is_loopback(s.address)]
+
+
+def _is_loopback(address: str) -> bool:
+    found = ipaddress.ip_address(address)
+    # gRPC has IPv6 sockets for IPv4 addresses: ::ffff:127.0.0.1.
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback

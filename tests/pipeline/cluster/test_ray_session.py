@@ -75,7 +75,8 @@ def test_ray_listens_on_this_machine_only_and_whoever_joins_needs_the_token():
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         sockets = listening(processes)
         assert any("gcs" in socket.process for socket in sockets)
-        assert reachable(sockets) == []
+        found = reachable(sockets)
+    assert found == [], "\n".join(map(str, found))
         (gcs,) = [process for process in processes if process.name() == "gcs_server"]
         token, place = gcs.environ()["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address
         assert len(token) == 64
