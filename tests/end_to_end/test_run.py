@@ -63,7 +63,8 @@ def test_no_other_machine_reaches_a_socket_of_a_run(loop, session):
     names = " ".join(socket.process for socket in sockets)
     assert {"gcs_server", "raylet"} <= set(names.split())
     assert loop.fleet.servers[0].client.url.rpartition(":")[2] in {str(socket.port) for socket in sockets}
-    assert reachable(sockets) == []
+    found = reachable(sockets)
+    assert found == [], "\n".join(map(str, found))
 
 
 @pytest.mark.slow

@@ -44,10 +44,11 @@ def listening(processes: Iterable[psutil.Process]) -> list[Listening]:
 
 def reachable(sockets: Iterable[Listening]) -> list[Listening]:
     """Those of them that other machines reach."""
-    return [s for s in sockets if not _address(s.address).is_loopback]
+    return [s for s in sockets if not _is_loopback(s.address)]
 
 
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """::ffff:127.0.0.1 is 127.0.0.1 to Linux, and not the loopback interface to Python before 3.13."""
-    address = ipaddress.ip_address(text)
-    return getattr(address, "ipv4_mapped", None) or address
+def _is_loopback(address: str) -> bool:
+    found = ipaddress.ip_address(address)
+    # gRPC has IPv6 sockets for IPv4 addresses: ::ffff:127.0.0.1.
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
