@@ -14,7 +14,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ray
@@ -72,7 +72,14 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
 def _own_path() -> JobConfig:
     """Workers have the folder of the packages first on their path, and not the working directory: Ray (2.60) puts that
     first of all but in jobs of its client, where a `pipeline.py` of the user's would take the package's place."""
-    return JobConfig(_client_job=True, _py_driver_sys_path=own_folder())
+    return JobConfig(_client_job=True, _py_driver_sys_path=_StaysLast(own_folder()))
+
+
+class _StaysLast(list[str]):
+    """Ray adds the folder of a script, and a worker puts every folder before those that it has had."""
+
+    def extend(self, folders: Iterable[str], /) -> None:
+        self[:0] = folders
 
 
 def _of_cluster(folder: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ SECONDS = {
     "end_to_end/test_resume.py": 90,
     "end_to_end/test_endings.py": 49,
     "end_to_end/test_diagnose.py": 60,
-    "pipeline/trainer/test_objective_layouts.py": 52,
+    "pipeline/loop/test_objective_layouts.py": 52,
     "end_to_end/test_precision.py": 36,
     "pipeline/observe/report/test_page.py": 48,
     "megatron_ext/hf/test_families.py": 44,

@@ -11,6 +11,7 @@ import ray
 
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config.run import ClusterConfig
+from tests.support import preloaded
 from tests.support.sockets import listening, reachable
 
 PROGRAM = """
@@ -36,9 +37,10 @@ def test_workers_import_the_packages_that_the_driver_has(tmp_path):
     for name in ("pipeline", "megatron_ext"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('somebody else')")
     (tmp_path / "program.py").write_text(PROGRAM)
+    as_a_user_has_it = {name: value for name, value in os.environ.items() if name not in preloaded.VARIABLES}
     done = subprocess.run(
         [sys.executable, "-P", "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=as_a_user_has_it | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     own = [str(Path(name, "__init__.py").resolve()) for name in ("pipeline", "megatron_ext")]
