@@ -42,6 +42,7 @@ def train(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.nodes", list)
     monkeypatch.setattr("ray.cluster_resources", dict)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3_moe"}')
 
     def run(*overrides, at_step=lambda number: None):
         @contextlib.contextmanager

@@ -165,5 +165,5 @@ def test_logprobs_entropies_and_updates_over_kept_tokens_are_exact_on_every_layo
 
 
 def test_a_kept_set_of_another_response_is_refused():
-    with pytest.raises(ValueError, match="3 kept sets for a response of 2 tokens"):
+    with pytest.raises(ValueError, match="kept has 3 rows for a response of 2 tokens"):
         Sample(np.arange(4, dtype=np.int32), 2, kept=np.zeros((3, 1), np.int32))

@@ -15,6 +15,7 @@ from pipeline.errors import SamerouteError
 CODES = {
     "pipeline.checkpoints.resume.ResumeError": 2,
     "pipeline.checkpoints.store.CheckpointError": 1,
+    "pipeline.cluster.one_machine.TooFewGPUs": 2,
     "pipeline.cluster.placement.PlacementError": 1,
     "pipeline.cluster.slurm.LaunchError": 2,
     "pipeline.cluster.slurm.SubmissionError": 1,
@@ -23,9 +24,11 @@ CODES = {
     "pipeline.commands.objectives.NoSuchObjectiveError": 2,
     "pipeline.config.file.ConfigError": 2,
     "pipeline.data.chat.DataError": 2,
+    "pipeline.disk.disk_errors.DiskError": 1,
     "pipeline.dumps.dump.DumpError": 2,
     "pipeline.engine.client.AnswerError": 1,
     "pipeline.engine.server.ServerError": 1,
+    "pipeline.loop.limits.LimitError": 2,
     "pipeline.loop.loop.DisagreementError": 1,
     "pipeline.loop.loop.NothingToLearnError": 1,
     "pipeline.loop.stop.Stopped": 75,
@@ -34,6 +37,7 @@ CODES = {
     "pipeline.observe.sinks.alerts.AlertStop": 1,
     "pipeline.observe.sinks.sinks.ObserveError": 2,
     "pipeline.rewards.registry.RewardError": 1,
+    "pipeline.rewards.registry.VerifierError": 2,
     "pipeline.trainer.group.TrainerError": 1,
     "pipeline.weights.servers.WeightTransferError": 1,
 }

@@ -71,4 +71,5 @@ def test_a_trainer_ranks_process_gets_them(tmp_path):
         )  # fmt: skip
         (where,) = group.where()
         group.stop()
-    assert where["nccl"] == {CUMEM: "0", NVLS: "1"}
+    # on a machine of its own the run's Ray adds the interface
+    assert where["nccl"] == {CUMEM: "0", NVLS: "1", "NCCL_SOCKET_IFNAME": "lo"}

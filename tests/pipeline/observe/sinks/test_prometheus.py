@@ -8,6 +8,7 @@ import urllib.error
 
 import pytest
 
+from pipeline.config.alerts import CORRECTION_RULES, DEFAULT_RULES
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.prometheus import PrometheusEndpoint, gauge_name, port_error
 from pipeline.observe.sinks.sinks import ObserveError, Sinks, check_sinks
@@ -43,7 +44,7 @@ def test_every_number_of_the_last_step_is_served_from_the_start_to_the_end_of_a_
         fires = {labels["rule"]: value for labels, value in seen["sameroute_alert_firing"]}
         assert fires.pop("reward/mean above 0.8") == 1
         assert set(fires.values()) == {0}
-        assert len(fires) == 7
+        assert len(fires) == len(DEFAULT_RULES) + len(CORRECTION_RULES)
         assert seen["sameroute_delivery_failures_total"] == [({"receiver": "alerts"}, 0.0)]
         assert all(re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", name) for name in seen)
     with pytest.raises(urllib.error.URLError, match="refused"):
