@@ -54,11 +54,24 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -costs.of(item.path))
 
 
+def start_shared_memory():
+    """Let torch's manager of shared memory start now. It keeps its socket in the TMPDIR that it finds, and that of a run
+    inside a test is removed with the run: no later test of the session could share a tensor."""
+    import torch
+    import torch.multiprocessing
+
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    torch.zeros(1).share_memory_()
+    torch.multiprocessing.set_sharing_strategy(before)
+
+
 @pytest.fixture(scope="session")
 def preloaded(tmp_path_factory):
     """From now on servers and trainer ranks are forked from processes that have made their imports."""
     from tests.support import preloaded
 
+    start_shared_memory()
     folder, keeper = tmp_path_factory.getbasetemp(), os.getpid()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder, keeper = folder.parent, os.getppid()  # all workers' own
