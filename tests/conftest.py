@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 
 
 def start_shared_memory():
-    """Let torch's manager of shared memory start now. It keeps its socket in the TMPDIR that it finds, and that of a run
+    """Let torch start its manager of shared memory. It keeps its socket in the TMPDIR that it finds, and that of a run
     inside a test is removed with the run: no later test of the session could share a tensor."""
     import torch
     import torch.multiprocessing
