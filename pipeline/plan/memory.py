@@ -46,6 +46,19 @@ class Memory:
             self.weights + self.gradients + self.optimizer + self.others + self.activations + self.head + self.overhead
         )
 
+    def by_name(self) -> dict[str, float]:
+        """The bytes on the device, by the names of `sameroute plan --json`."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "reference_and_critic": self.others,
+            "activations": self.activations,
+            "lm_head": self.head,
+            "overhead": self.overhead,
+            "total": self.total,
+        }
+
 
 def item_bytes(precision: TrainerPrecision) -> int:
     """Of a weight or an activation."""

@@ -60,14 +60,7 @@ def cpu_plan_as_json(plan: CPUPlan) -> dict[str, Any]:
         "trainer_ranks": plan.config.parallel.ranks,
         "parameters": {"total": total(plan.model), "active": active(plan.model)},
         "trainer_bytes": {
-            "weights": m.weights,
-            "gradients": m.gradients,
-            "optimizer": m.optimizer,
-            "reference_and_critic": m.others,
-            "activations": m.activations,
-            "lm_head": m.head,
-            "overhead": m.overhead,
-            "total": m.total,
+            **m.by_name(),
             "stage": m.stage,
         },
         "step": {

@@ -21,7 +21,6 @@ import time
 from collections import deque
 from pathlib import Path
 
-from pipeline.rewards import exact_match as _exact_match  # noqa: F401  workers have it from here
 from pipeline.rewards.hired import Hired, fork_worker
 from pipeline.rewards.processes import become_subreaper, below, kill, own_memory, parents
 from pipeline.rewards.protocol import (

@@ -44,7 +44,7 @@ def make_patient() -> None:
 def _patient(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
     file = _PatientFile(descriptor, "w", closefd=False)
     return io.TextIOWrapper(
-        file if stream.write_through else io.BufferedWriter(file),  # type: ignore[arg-type]
+        file if stream.write_through else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
