@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 
 import numpy as np
 
 from pipeline.rewards.protocol import Question
 from pipeline.types import Prompt
 
-TAG = "sameroute-test-left-behind"
+TAG = os.environ.setdefault("SAMEROUTE_LEFT_BEHIND", f"sameroute-test-left-behind-{uuid.uuid4().hex}")
 """Stands in the command line of every process that is to be left behind."""
 
 SLEEP = [sys.executable, "-c", f"import time; time.sleep(1000)  # {TAG}"]
