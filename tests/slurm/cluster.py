@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.processes import command_line, name_of
+
 _HERE = Path(__file__).parent
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare", "nsenter", "ip")
@@ -110,16 +112,9 @@ class SlurmCluster:
         init = psutil.Process(self._init)
         nodes = [c for c in init.children() if c.name() == "unshare"]
         below = [p for node in nodes for p in node.children()[0].children(recursive=True)]
-        return [line for p in below if p.name() != "slurmd" and (line := _command_line(p))]
+        return [line[:200] for p in below if name_of(p) != "slurmd" and (line := command_line(p))]
 
     def logs(self) -> str:
         """The ends of all logs, for a failed test."""
         files = sorted(self.folder.rglob("*.log")) + sorted(self.folder.rglob("*.out"))
         return "\n".join(f"--- {f}\n{f.read_text(errors='replace')[-3000:]}" for f in files)
-
-
-def _command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())[:200]
-    except psutil.NoSuchProcess:
-        return ""

@@ -17,9 +17,16 @@ SHORT = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup
 
 
 @pytest.fixture(scope="module")
-def slurm():
+def cluster():
     with SlurmCluster() as cluster:
         yield cluster
+
+
+@pytest.fixture
+def slurm(cluster):
+    """The cluster; a test that fails leaves no job that the next one would wait for."""
+    yield cluster
+    cluster.run("scancel", "--user=root")
 
 
 class Job:

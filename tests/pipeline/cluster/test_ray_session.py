@@ -12,6 +12,7 @@ import ray
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config.run import ClusterConfig
 from tests.support import preloaded
+from tests.support.processes import command_line, name_of
 from tests.support.sockets import listening, reachable
 
 PROGRAM = """
@@ -79,11 +80,11 @@ def test_ray_listens_on_this_machine_only_and_whoever_joins_needs_the_token():
         assert any("gcs" in socket.process for socket in sockets)
         found = reachable(sockets)
         assert found == [], "\n".join(map(str, found))
-        (gcs,) = [process for process in processes if process.name() == "gcs_server"]
+        (gcs,) = [process for process in processes if name_of(process) == "gcs_server"]
         token, place = gcs.environ()["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address
         assert len(token) == 64
         assert token not in os.environ.values()
-        assert not [p for p in processes if p.is_running() and token in " ".join(p.cmdline())]
+        assert not [p for p in processes if token in command_line(p)]
         strangers = [join(place, other) for other in (token, "0" * 64, None)]  # Ray tries for 20 s
         said = [stranger.communicate(timeout=120)[0] for stranger in strangers]
         assert [stranger.returncode for stranger in strangers] == [0, 1, 1], said

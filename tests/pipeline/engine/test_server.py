@@ -20,6 +20,7 @@ from pipeline.engine.control import SGLangControl
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of, shared_memory_of
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.forks import FORKS_VARIABLE
+from tests.support.processes import command_line
 from tests.support.sampling import sampling_begins
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -119,7 +120,7 @@ def test_a_killed_scheduler_fails_its_requests_in_time_and_leaves_nothing(tiny_m
         token = psutil.Process(server.pid).environ()[TOKEN_VARIABLE]
         files = shared_memory_of(token)
         client = SGLangClient(server.url, **SHAPE, keys=server.keys, log_path=server.log_path)
-        (scheduler,) = [p for p in processes_of(token) if "scheduler" in " ".join(p.cmdline())]
+        (scheduler,) = [p for p in processes_of(token) if "scheduler" in command_line(p)]
 
         async def generate_and_kill():
             async with client:

@@ -17,6 +17,7 @@ from pipeline.loop.open_loop import open_loop
 from pipeline.trainer import group as trainer_group
 from pipeline.trainer.group import TrainerError
 from pipeline.weights import WeightsConfig, WeightSender
+from tests.support.processes import command_line
 
 SETTINGS = ["supervised.steps=0", "parallel={ranks: 2, expert: 2}",
             "weights={timeout_s: 3, checksum_every: 1, bucket_bytes: 200000}"]  # fmt: skip
@@ -102,11 +103,11 @@ def test_a_rank_and_a_server_that_stall_are_named(loop, monkeypatch):
     loop.sync()  # it goes on, and the transfer it held up is finished first
 
     port = url(loop).rpartition(":")[2]
-    server = next(p for p in psutil.Process().children(recursive=True) if port in p.cmdline())
+    server = next(p for p in psutil.Process().children(recursive=True) if port in command_line(p).split())
     (scheduler,) = [
         process.pid
         for process in processes_of(server.environ()[TOKEN_VARIABLE])
-        if "sglang::scheduler" in " ".join(process.cmdline())
+        if "sglang::scheduler" in command_line(process)
     ]
     with stopped(scheduler), pytest.raises(TrainerError, match=rf"{url(loop)}\S* did not answer in 3 s"):
         loop.sync()
