@@ -24,10 +24,21 @@ def what_died() -> str:
     it."""
     deadline = time.monotonic() + _SEEN_S
     while worker._global_node is not None and time.monotonic() < deadline:
-        for kind, process in _processes():
-            if (code := process.poll()) is not None:
-                return f"Ray's process {_NAMES[kind]}, {_how(code)}; "
+        if words := ended():
+            return f"{words}; "
         time.sleep(0.1)
+    return ""
+
+
+def ended() -> str:
+    """ "Ray's process ... was killed by SIGKILL", now; empty where Ray lives, or another machine has it.
+
+    To be looked at before every call of Ray: a driver whose raylet is gone is ended by Ray itself (2.60) at the next,
+    with exit code 1 and before it can remove anything.
+    """
+    for kind, process in _processes():
+        if (code := process.poll()) is not None:
+            return f"Ray's process {_NAMES[kind]}, {_how(code)}"
     return ""
 
 
@@ -46,8 +57,7 @@ def _how(code: int) -> str:
 def died_said(say: Callable[[str], None] = to_stderr) -> Iterator[None]:
     """While the block lasts, the end of one of Ray's processes is said at once. Ray up inside.
 
-    A driver whose raylet is gone may be ended by Ray itself (2.60) at its next call, with exit code 1 and without a
-    word; the line comes before that.
+    The line stands there even where Ray ends the driver before `ended` is looked at.
     """
     descriptors = {os.pidfd_open(process.pid): (kind, process) for kind, process in _processes()}
     ended, end = os.pipe()

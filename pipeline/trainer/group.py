@@ -17,7 +17,7 @@ from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
 from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.cluster.placement import on_node
-from pipeline.cluster.ray_processes import what_died
+from pipeline.cluster.ray_processes import ended, what_died
 from pipeline.config.precision import RolloutWeights
 from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, ObjectiveConfig
@@ -78,12 +78,12 @@ class TrainerGroup:
 
     def build(self, model_path: Path, *args: Any, **kwargs: Any) -> None:
         """Make the process groups and the model on every rank (see TrainerRank.build)."""
-        (meeting_point,) = self._wait([self.ranks[0].meeting_point.remote()], "meeting_point")
+        (meeting_point,) = self._wait(self._ask(self.ranks[:1], "meeting_point"), "meeting_point")
         self._call("build", meeting_point, str(Path(model_path).resolve()), self.parallel, *args, **kwargs)
 
     def load(self, samples: Sequence[Sample]) -> None:
         """Hand the samples to every rank, through the object store once."""
-        self._call("load", ray.put(list(samples)))
+        self._call("load", self._put(list(samples)))
         self._loaded = len(samples)
 
     def logprobs(
@@ -99,7 +99,7 @@ class TrainerGroup:
         """The policy's log-probs under its own routes, which the loaded samples have from then on."""
         parts = self._call("measure", "logprobs", None, "record")
         routes = merge_routes(parts, self._loaded, layers, route_dtype(num_experts))
-        self._call("route", ray.put(routes))
+        self._call("route", self._put(routes))
         return self._policy(parts, None)
 
     def reference_logprobs(self) -> list[np.ndarray]:
@@ -115,14 +115,14 @@ class TrainerGroup:
     ) -> tuple[dict[str, float], PolicyTokens]:
         """One optimizer step on some of the loaded samples, each with its row. Returns metrics, and
         what `logprobs` would have said of these samples before it."""
-        parts = self._call("update_policy", objective, denominators, ray.put(rows))
+        parts = self._call("update_policy", objective, denominators, self._put(rows))
         return merge_update(parts), self._policy([p.seen for p in parts], list(rows))
 
     def update_critic(
         self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> dict[str, float]:
         """One optimizer step of the critic; its metrics, under critic/."""
-        metrics = merge_update(self._call("update_critic", objective, denominators, ray.put(rows)))
+        metrics = merge_update(self._call("update_critic", objective, denominators, self._put(rows)))
         return {f"critic/{name.rpartition('/')[2]}": value for name, value in metrics.items()}
 
     def _policy(self, parts: list[TokenPart], indices: Sequence[int] | None) -> PolicyTokens:
@@ -132,7 +132,7 @@ class TrainerGroup:
 
     def update_supervised(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One supervised step; metrics."""
-        return merge_update(self._call("update_supervised", ray.put(list(samples))))
+        return merge_update(self._call("update_supervised", self._put(list(samples))))
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A new phase of training begins: its own settings, no moments of the last."""
@@ -170,7 +170,7 @@ class TrainerGroup:
 
     def _of_save(self, method: str, ranks: Sequence[Any], *args: Any) -> list[Any]:
         """Beside what the ranks are called for: says nothing of its waits, and a server that dies costs no save."""
-        return self._wait([getattr(r, method).remote(*args) for r in ranks], method, watched=False)
+        return self._wait(self._ask(ranks, method, *args), method, watched=False)
 
     def connect(
         self, servers: list[ServerAddress], config: WeightsConfig, device: str, rounding: RolloutWeights = "same"
@@ -185,7 +185,7 @@ class TrainerGroup:
         Raises TrainerError where a rank gets no further for `weights.timeout_s`, naming it; where a server does not, it
         is named instead.
         """
-        answers = [rank.send_weights.remote(version) for rank in self.ranks]
+        answers = self._ask(self.ranks, "send_weights", version)
         # rank 0 times its servers; the ranks are looked at once it has had time to say so
         self._wait(answers, "send_weights", 1.2 * self.weights_timeout_s + POLL_S, restart=True)
 
@@ -200,7 +200,22 @@ class TrainerGroup:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """`method` on every rank, together. Answers in rank order."""
-        return self._wait([getattr(r, method).remote(*args, **kwargs) for r in self.ranks], method)
+        return self._wait(self._ask(self.ranks, method, *args, **kwargs), method)
+
+    @staticmethod
+    def _check_ray() -> None:
+        if words := ended():
+            raise TrainerError(words)
+
+    def _put(self, value: Any) -> ray.ObjectRef:
+        """A value for all ranks, in the object store once."""
+        self._check_ray()
+        return ray.put(value)
+
+    def _ask(self, ranks: Sequence[Any], method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """`method` of these ranks begins. References to its answers, in their order."""
+        self._check_ray()
+        return [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
 
     def _wait(
         self,
@@ -220,6 +235,7 @@ class TrainerGroup:
         wait = self.waiting.begin(method, START_S if method in _STARTING else None)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+            self._check_ray()
             # A rank that died leaves the others waiting in a collective: look at what failed first.
             for answer in done:
                 try:
@@ -242,13 +258,20 @@ class TrainerGroup:
         return [results[a] for a in answers]
 
     def _awaited(self, ranks: Sequence[int]) -> str:
-        """Ranks that have not answered, and which of them answers nothing at all."""
+        """Ranks that have not answered, which of them answers nothing at all, and which servers these wait for."""
         silent = self._silent(self._positions(ranks))
-        return f"trainer rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" + "".join(f" ({s})" for s in silent)
+        servers = [] if silent or 0 not in ranks else self._servers_awaited()
+        words = "".join(f" ({s})" for s in (*silent, *servers))
+        return f"trainer rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}{words}"
+
+    def _servers_awaited(self) -> list[str]:
+        """What rank 0 has asked of servers that have not answered yet."""
+        done, _ = ray.wait(self._ask(self.ranks[:1], "servers_awaited"), timeout=ANSWER_S)
+        return ray.get(done[0]) if done else []
 
     def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
         """rank -> its position in the stream of weights, None for one that does not answer at all."""
-        asked = {self.ranks[r].position.remote(): r for r in ranks}
+        asked = dict(zip(self._ask([self.ranks[r] for r in ranks], "position"), ranks, strict=True))
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
         positions: dict[int, int | None] = dict.fromkeys(ranks)
         for answer in done:

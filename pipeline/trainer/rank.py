@@ -201,6 +201,11 @@ class TrainerRank:
         """Buckets that this rank has passed in the stream of weights; answered while another method runs."""
         return self.trainer.exporter.position if hasattr(self, "trainer") else 0
 
+    @ray.method(concurrency_group="watch")
+    def servers_awaited(self) -> list[str]:
+        """See WeightSender.awaited; answered while another method runs."""
+        return [] if self.sender is None else self.sender.awaited()
+
     def save_hf(self, directory: str) -> None:
         """Write the weights into a Hugging Face directory. Rank 0 writes."""
         from megatron_ext.hf.writer import write_weights

@@ -56,6 +56,10 @@ class WeightSender:
         if sums:
             self._check(sums, version)
 
+    def awaited(self) -> list[str]:
+        """ "the server http://... does not answer, ..." for each call that is under way; from any thread."""
+        return self.servers.awaited()
+
     def _check(self, sums: list[list[TensorSum]], version: int) -> None:
         wrong = self._compared(sums)
         if wrong:

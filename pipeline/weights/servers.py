@@ -22,6 +22,7 @@ class Servers:
         self.timeout_s = timeout_s
         self.controls = [SGLangControl(a.url, keys=a.keys, timeout_s=timeout_s, log_path=a.log_path) for a in addresses]
         self._threads = ThreadPoolExecutor(max_workers=len(addresses))
+        self._under_way: list[SGLangControl] = []
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> None:
         """POST the same to every server and wait for all. Raises WeightTransferError for the first that refuses."""
@@ -37,13 +38,19 @@ class Servers:
         for future in futures:
             future.result()
 
-    @staticmethod
-    def guard(control: SGLangControl, call: Callable[[], Any]) -> Any:
+    def guard(self, control: SGLangControl, call: Callable[[], Any]) -> Any:
         """`call()`, its failure a WeightTransferError that names the server."""
+        self._under_way.append(control)
         try:
             return call()
         except ServerError as error:
             raise WeightTransferError(f"weight transfer to {control.url} failed: {error}") from error
+        finally:
+            self._under_way.remove(control)
+
+    def awaited(self) -> list[str]:
+        """A sentence for each server that has been asked and has not answered; from any thread."""
+        return [f"the server {c.url} has not answered; its log: {c.log_path}" for c in list(self._under_way)]
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,13 @@ GONE_S = 30.0  # until the last process of a killed run is gone
 
 
 class Place:
-    """Folders for the runs of one fault: run/, and a short TMPDIR. A context; nothing outlives it."""
+    """Folders for the runs of one fault: run/, and a short TMPDIR. A context; nothing outlives it.
+
+    forks: the environment under which engines are forked from processes that have made their imports.
+    """
+
+    def __init__(self, forks: Mapping[str, str]):
+        self.forks = forks
 
     def __enter__(self) -> Place:
         self._stack = contextlib.ExitStack()
@@ -56,23 +62,23 @@ class Place:
         self.directory = disk / "run"
         return disk
 
-    def start(self, *arguments: str, limit: int | None = None) -> Run:
-        """`sameroute train`, small. limit: on open files."""
-        self.runs.append(Run(self, arguments, limit))
+    def start(self, *arguments: str, limit: int | None = None, forked: bool = True) -> Run:
+        """`sameroute train`, small. limit: on open files. forked: false for all of it as a user has it."""
+        self.runs.append(Run(self, arguments, limit, self.forks if forked else {}))
         return self.runs[-1]
 
 
 class Run:
     """A command that was started."""
 
-    def __init__(self, place: Place, arguments: Sequence[str], limit: int | None):
+    def __init__(self, place: Place, arguments: Sequence[str], limit: int | None, forks: Mapping[str, str]):
         self.place, self.mark = place, f"chaos-{uuid.uuid4().hex}"
         self.output = place.folder / f"output{len(place.runs)}.txt"
         words = [sys.executable, "-m", "pipeline.commands.main", "train", QUICKSTART]
         words += [f"run.directory={place.directory}", *SMALL, *arguments]
         if limit is not None:
             words = ["bash", "-c", f'ulimit -n {limit} && exec "$@"', "-", *words]
-        environment = os.environ | {"TMPDIR": str(place.temporary), "CHAOS_MARK": self.mark}
+        environment = os.environ | forks | {"TMPDIR": str(place.temporary), "CHAOS_MARK": self.mark}
         self.begun = time.monotonic()
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)

@@ -20,7 +20,7 @@ NOT_REPLAYED = ("time/", "throughput/", "reward/failed", "reward/failures_", "re
 def finished(tmp_path_factory):
     """A run of three steps on two ranks, which dumped them."""
     folder = tmp_path_factory.mktemp("finished")
-    run = Command(folder, *SMALL, *DUMPED, "debug.dump_rollouts=true", forked=False)  # all of it as a user has it
+    run = Command(folder, *SMALL, *DUMPED, "debug.dump_rollouts=true")
     try:
         assert run.end(240) == 0, run.text()
         yield run

@@ -34,12 +34,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder: Path, command: str) -> str:
+def run(folder: Path, command: str, *, forked: bool) -> str:
+    """forked: engines come from the session's preloaded processes; else all of it is as a user has it."""
     assert command.startswith(".venv/bin/sameroute train ")
-    as_a_user_has_it = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment = {name: value for name, value in os.environ.items() if forked or name not in VARIABLES}
     done = subprocess.run(
         command, shell=True, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        env=as_a_user_has_it | {"PYTHONPATH": str(folder)},
+        env=environment | {"PYTHONPATH": str(folder)},
     )  # fmt: skip
     logs = "".join(log.read_text(errors="replace")[-3000:] for log in folder.glob("runs/*/logs/*.log"))
     assert done.returncode == 0, done.stdout + logs
@@ -48,14 +49,14 @@ def run(folder: Path, command: str) -> str:
 
 @pytest.mark.slow
 def test_questions_of_ones_own_are_trained_on_by_the_command_as_written(folder):
-    said = run(folder, block_after("with a tokenizer of bytes it reads any text:"))
+    said = run(folder, block_after("with a tokenizer of bytes it reads any text:"), forked=True)
     assert len(re.findall(r"^step +[1-5]/5 ", said, re.MULTILINE)) == 5
     assert "How many legs has a cat?" in "".join(f.read_text() for f in folder.glob("runs/mine/rollouts/*.txt"))
 
 
 @pytest.mark.slow
 def test_a_verifier_beside_the_yaml_file_is_found_by_the_command_as_written(folder):
-    said = run(folder, block_after("Then\n\n    .venv"))
+    said = run(folder, block_after("Then\n\n    .venv"), forked=False)
     rewards = [float(reward) for reward in re.findall(r"^step +\d/5 +reward (\S+)", said, re.MULTILINE)]
     assert len(rewards) == 5
     assert all(0 <= reward <= 1 for reward in rewards)

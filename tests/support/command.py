@@ -9,8 +9,6 @@ import time
 import uuid
 from pathlib import Path
 
-from tests.support.preloaded import VARIABLES
-
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
          "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4"]  # fmt: skip
@@ -41,8 +39,8 @@ def marked_processes(mark: str) -> list[str]:
 class Command:
     """`sameroute train` as a child process whose whole process tree can be found again."""
 
-    def __init__(self, folder: Path, *overrides: str, config: str = QUICKSTART, forked: bool = True):
-        """forked: its server and ranks may come from the session's `preloaded` processes, if there are any."""
+    def __init__(self, folder: Path, *overrides: str, config: str = QUICKSTART):
+        """Its server and ranks come from the session's `preloaded` processes, if there are any."""
         self.mark, self.output, self.run = f"mark-{uuid.uuid4().hex}", folder / "output.txt", folder / "run"
         command = [
             sys.executable,
@@ -53,10 +51,9 @@ class Command:
             f"run.directory={self.run}",
             *overrides,
         ]
-        inherited = {name: value for name, value in os.environ.items() if forked or name not in VARIABLES}
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=inherited | {"SAMEROUTE_MARK": self.mark}
+                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"SAMEROUTE_MARK": self.mark}
             )
 
     def text(self) -> str:

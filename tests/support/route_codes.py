@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_ext.batch.layout import Sample
 
-LAYERS, EXPERTS, TOPK, VOCABULARY = 4, 16, 3, 64
+LAYERS, EXPERTS, TOPK, VOCABULARY = 4, 8, 3, 64
 LENGTHS = ((2, 3), (4, 9), (1, 6), (3, 3), (5, 8), (2, 2), (1, 12))  # prompt, response
 MODEL = {
     "vocab_size": VOCABULARY,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from ray._private import worker
 
-from pipeline.cluster.ray_processes import died_said, leave_out_the_raylets_log, what_died
+from pipeline.cluster.ray_processes import died_said, ended, leave_out_the_raylets_log, what_died
 
 
 @pytest.fixture
@@ -33,12 +33,13 @@ def test_a_raylet_that_dies_is_said_at_once_and_named_afterwards(raylet):
     words = "Ray's process the raylet, which starts and ends processes, was killed by SIGKILL; "
     assert said == [words + "the run ends"]
     assert what_died() == words
+    assert ended() == words.removesuffix("; ")
 
 
 def test_a_raylet_that_lives_is_no_news(raylet):
     said = []
     with died_said(said.append):
-        pass
+        assert ended() == ""
     raylet.send_signal(signal.SIGTERM)  # by ray.shutdown
     raylet.wait()
     assert said == []

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ray
 
+from pipeline import waiting
 from pipeline.config import load_config
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of
 from pipeline.loop.open_loop import open_loop
@@ -109,5 +110,12 @@ def test_a_rank_and_a_server_that_stall_are_named(loop, monkeypatch):
         for process in processes_of(server.environ()[TOKEN_VARIABLE])
         if "sglang::scheduler" in command_line(process)
     ]
+    said = []
+    monkeypatch.setattr(waiting, "FIRST_S", 1.0)
+    monkeypatch.setattr(loop.trainers, "waiting", waiting.Waiting(said.append))
     with stopped(scheduler), pytest.raises(TrainerError, match=rf"{url(loop)}\S* did not answer in 3 s"):
         loop.sync()
+    # who is waited for is the server, not the rank that asks it
+    assert re.match(
+        rf"waiting for trainer rank.* 0.*\(the server {url(loop)} has not answered; its log: \S+\)", said[0]
+    )

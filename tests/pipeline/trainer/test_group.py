@@ -1,0 +1,17 @@
+"""A group whose Ray has died asks it for nothing: Ray would end the process before it could remove anything."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.trainer import group
+from pipeline.trainer.group import TrainerError, TrainerGroup
+
+
+@pytest.mark.parametrize("call", [lambda it: it.load([]), lambda it: it.send_weights(1), lambda it: it.where()])
+def test_no_call_is_made_of_a_ray_that_is_gone(monkeypatch, call):
+    made = TrainerGroup.__new__(TrainerGroup)
+    made.ranks, made.weights_timeout_s = [object()], 1.0  # a rank that can be asked for nothing
+    monkeypatch.setattr(group, "ended", lambda: "Ray's process the raylet was killed by SIGKILL")
+    with pytest.raises(TrainerError, match="raylet was killed by SIGKILL"):
+        call(made)
