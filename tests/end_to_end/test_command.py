@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from pipeline.commands.main import main
 from pipeline.config import load_config
 from pipeline.observe.report.page import write_report
 from tests.support.command import DUMPED, KEYS, QUICKSTART, SMALL, Command
@@ -72,39 +71,35 @@ def test_a_run_leaves_its_files_and_no_process(finished, command):
 
 
 @pytest.mark.slow
-def test_a_replay_needs_no_server_and_repeats_the_run_bit_for_bit(finished, command):
-    dumps = finished.run / "dumps"
-    replay = command(*SMALL, *DUMPED, "server.extra_args=[--no-such-argument]", "--from-dump", str(dumps))
-    assert replay.end(240) == 0, replay.text()
-    assert replay.orphans() == []
-    assert not (replay.run / "logs" / "sglang.log").exists()
+def test_a_replay_needs_no_server_and_repeats_the_run_bit_for_bit(finished, tmp_path, capfd):
+    replay, dumps = tmp_path / "replay", ["--from-dump", str(finished.run / "dumps")]
+    arguments = [f"run.directory={replay}", *SMALL, *DUMPED, "server.extra_args=[--no-such-argument]", *dumps]
+    assert main(["train", QUICKSTART, *arguments]) == 0, capfd.readouterr()
+    assert not (replay / "logs" / "sglang.log").exists()
     before, after = (
         [
             {key: value for key, value in json.loads(line).items() if not key.startswith(NOT_REPLAYED)}
             for line in (folder / "metrics.jsonl").read_text().splitlines()
         ]
-        for folder in (finished.run, replay.run)
+        for folder in (finished.run, replay)
     )
     assert len(before) == 3
     assert all(row["train/grad_norm"] > 0 and row["reward/std"] > 0 for row in before)
     assert after == before
-    trained, again = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (finished.run, replay.run))
+    trained, again = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (finished.run, replay))
     assert again == trained
-    rollouts = [sorted((folder / "rollouts").glob("*.txt")) for folder in (finished.run, replay.run)]
+    rollouts = [sorted((folder / "rollouts").glob("*.txt")) for folder in (finished.run, replay)]
     assert [f.read_text() for f in rollouts[1]] == [f.read_text() for f in rollouts[0]]
 
 
 @pytest.mark.slow
-def test_diagnose_takes_the_rollouts_of_a_dump_and_tells_by_its_exit_code(finished, tmp_path):
+def test_diagnose_takes_the_rollouts_of_a_dump_and_tells_by_its_exit_code(finished, tmp_path, capfd):
     dump, out = finished.run / "dumps" / "step_000001.safetensors", tmp_path / "out"
     arguments = [*SMALL, *DUMPED, f"run.directory={tmp_path / 'run'}", "--rollouts", str(dump), "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.commands.main", "diagnose", QUICKSTART, *arguments],
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    code, said = main(["diagnose", QUICKSTART, *arguments]), capfd.readouterr()
+    assert code == 0, said
     found = json.loads((out / "diagnose.json").read_text())
-    assert found["sentence"] in done.stdout
+    assert found["sentence"] in said.out
     assert found["agree"]
     assert found["rollouts"] == 32
     assert len(found["parts"]) == 7

@@ -35,12 +35,15 @@ def folder(tmp_path):
 
 
 def run(folder: Path, command: str, *, forked: bool) -> str:
-    """forked: engines come from the session's preloaded processes; else all of it is as a user has it."""
+    """forked: engines come from the session's preloaded processes; else all of it is as a user has it who, besides, has
+    his folder on PYTHONPATH."""
     assert command.startswith(".venv/bin/sameroute train ")
-    environment = {name: value for name, value in os.environ.items() if forked or name not in VARIABLES}
+    environment = dict(os.environ)
+    if not forked:
+        environment = {k: v for k, v in environment.items() if k not in VARIABLES} | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         command, shell=True, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        env=environment | {"PYTHONPATH": str(folder)},
+        env=environment,
     )  # fmt: skip
     logs = "".join(log.read_text(errors="replace")[-3000:] for log in folder.glob("runs/*/logs/*.log"))
     assert done.returncode == 0, done.stdout + logs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file
 
 from pipeline.checkpoints.resume import ResumeError, choose_start, differences
 from pipeline.checkpoints.store import CheckpointStore, progress_of, read_progress
+from pipeline.commands.main import main
 from pipeline.config import load_config
 from pipeline.observe.report.page import write_report
 from tests.support.command import DUMPED, QUICKSTART, SMALL, Command
@@ -118,7 +121,7 @@ def rows_of(file: Path) -> list[dict]:
 
 @dataclasses.dataclass
 class Runs:
-    """One run directory and its three commands.
+    """One run directory and its three commands, the last called in this process.
 
     straight: what it held when the first command was killed, after six steps or more.
     resumed:  what it held when a signal had ended the second, which had gone on from the checkpoint after three.
@@ -164,9 +167,12 @@ def runs(tmp_path_factory):
         dumps.mkdir()
         for step in range(1, done + 1):
             shutil.copy(first.run / "dumps" / f"step_{step:06d}.safetensors", dumps)
-        third = start(f"train.steps={done}", "parallel={ranks: 2, expert: 2}", "--from-dump", str(dumps), "--resume")
-        assert third.end(240) == 0, third.text()
-        said.append(third.text())
+        overrides = [f"run.directory={first.run}", *RUN, f"train.steps={done}", "parallel={ranks: 2, expert: 2}"]
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = main(["train", QUICKSTART, *overrides, "--from-dump", str(dumps), "--resume"])
+        said.append(output.getvalue())
+        assert code == 0, said[1]
         # Of the killed one Ray's agents see after some ten seconds that they are alone, on a busy machine later.
         assert [left for command in started for left in command.orphans(60)] == []
         yield Runs(folder / "straight", folder / "resumed", done, first.run, said)
