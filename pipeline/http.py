@@ -32,13 +32,18 @@ class Answer:
         return json.loads(self.text)
 
 
-def session(timeout_s: float, *, proxies: bool = False) -> aiohttp.ClientSession:
-    """For any number of calls at once; the servers queue, not the client. timeout_s: of one call, its body included.
+_IDLE_S = 2.0
+"""A connection that was idle for longer is not used again. SGLang (uvicorn) closes one after 5 s, and a caller whose
+event loop stood still meanwhile would not have heard of it."""
 
-    proxies: those that the environment names count.
+
+def session(timeout_s: float | None, *, proxies: bool = False) -> aiohttp.ClientSession:
+    """For any number of calls at once; the servers queue, not the client.
+
+    timeout_s: of one call, its body included; None: none. proxies: those that the environment names count.
     """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
         timeout=aiohttp.ClientTimeout(total=timeout_s),
         trust_env=proxies,
     )

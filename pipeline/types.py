@@ -45,6 +45,7 @@ class Sampled:
 
     ids: [M] int32.  logprobs: [M] float32.  weight_versions: [M] int32.  kept: [M, K] int32 or None; all as in Rollout.
     routes: [rows, layers, topk] of the input tokens that had no row before this request, or None.
+    mixed_kv: [M] bool or None, as in Rollout.
     """
 
     ids: np.ndarray
@@ -54,6 +55,7 @@ class Sampled:
     finish_reason: FinishReason
     kept: np.ndarray | None = None
     retractions: int = 0
+    mixed_kv: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Rollout:
                       all of the vocabulary.
     retractions:      how often the server dropped this request's KV cache and computed it again, tokens and routes of
                       what had been sampled included; those rows are then of the second computation.
+    mixed_kv:         [N] bool: tokens that were sampled over keys and values of older weights than their own version's,
+                      after an interruption `in_place`. No forward pass of one set of weights has their log-probs.
+                      None: no token.
 
     Raises ValueError where these do not go together.
     """
@@ -87,6 +92,7 @@ class Rollout:
     kept: np.ndarray | None = None
     retractions: int = 0
     trained: np.ndarray = None  # pyright: ignore[reportAssignmentType]  (set below: all)
+    mixed_kv: np.ndarray | None = None
 
     def __post_init__(self):
         if self.trained is None:
@@ -105,6 +111,7 @@ class Rollout:
             "trained": (("bool",), 1, count),
             "routes": (("uint8", "int16"), 3, rows),
             "kept": (("int32",), 2, count),
+            "mixed_kv": (("bool",), 1, count),
         }
         for name, (dtypes, dimensions, length) in expected.items():
             array = getattr(self, name)
@@ -125,6 +132,8 @@ class Rollout:
         _must((versions[trained] >= 0).all(), "a sampled token has no weight version")
         _must((versions[~trained] == -1).all(), "a token that was not sampled has a weight version")
         _must((logprobs[~trained] == 0).all(), "a token that was not sampled has a log-prob")
+        if self.mixed_kv is not None:
+            _must(not self.mixed_kv[~trained].any(), "a token that was not sampled is marked mixed_kv")
         if self.kept is not None:
             _must(self.kept.min(initial=-1) >= -1, f"kept holds token {self.kept.min(initial=-1)}")
             own = (self.kept == self.response_ids[:, None]).sum(1)
@@ -166,34 +175,53 @@ class Rollout:
             finish_reason=first.finish_reason,
             kept=first.kept,
             retractions=first.retractions,
+            mixed_kv=first.mixed_kv,
         )
 
-    def extended(self, more: Sampled) -> Rollout:
+    def extended(self, more: Sampled, between: np.ndarray | None = None) -> Rollout:
         """This rollout and what was sampled after it. Nothing that is here changes: the tokens keep the log-probs,
         versions and routes of the forward passes that sampled them, whatever recomputed them since.
 
-        more.routes: of the tokens from the last one here on, [M, layers, topk] for M new tokens; None where this
+        between: [A] int32, tokens that the policy did not sample and that stand before the new ones; None: none.
+        more.routes: of the tokens from the last one here on, [A + M, layers, topk] for M new tokens; None where this
         rollout has none. Raises ValueError where that is not so.
         """
+        between = np.empty(0, np.int32) if between is None else between
+        added, sampled = len(between), len(more.ids)
         if (self.kept is None) != (more.kept is None):
             raise ValueError("a continuation is sampled from kept tokens where its beginning was, and only there")
         rows = None if more.routes is None else len(more.routes)
-        if rows != (None if self.routes is None else len(more.ids)):
-            raise ValueError(f"a continuation of {len(more.ids)} tokens brings as many route rows, not {rows}")
-        routes = None
-        if self.routes is not None and more.routes is not None:
-            routes = np.concatenate([self.routes, more.routes])
+        if rows != (None if self.routes is None else added + sampled):
+            raise ValueError(f"a continuation of {added + sampled} tokens brings as many route rows, not {rows}")
+
+        def joined(own: np.ndarray | None, fill: Any, new: np.ndarray | None) -> np.ndarray | None:
+            """own, `fill` for what was not sampled, new; None where neither has anything."""
+            if own is None and new is None:
+                return None
+            own = np.full(len(self), fill) if own is None else own
+            new = np.full(sampled, fill, own.dtype) if new is None else new
+            return np.concatenate([own, np.full((added, *own.shape[1:]), fill, own.dtype), new])
+
+        kept = None
+        if self.kept is not None and more.kept is not None:
+            kept = stack_kept([self.kept, np.full((added, 1), -1, np.int32), more.kept])
         return Rollout(
             prompt_ids=self.prompt_ids,
-            response_ids=np.concatenate([self.response_ids, more.ids]),
-            rollout_logprobs=np.concatenate([self.rollout_logprobs, more.logprobs]),
-            routes=routes,
-            weight_versions=np.concatenate([self.weight_versions, more.weight_versions]),
+            response_ids=np.concatenate([self.response_ids, between, more.ids]),
+            rollout_logprobs=_some(joined(self.rollout_logprobs, 0.0, more.logprobs)),
+            routes=None if self.routes is None else np.concatenate([self.routes, _some(more.routes)]),
+            weight_versions=_some(joined(self.weight_versions, -1, more.weight_versions)),
             finish_reason=more.finish_reason,
-            kept=None if self.kept is None or more.kept is None else stack_kept([self.kept, more.kept]),
+            kept=kept,
             retractions=self.retractions + more.retractions,
-            trained=np.concatenate([self.trained, np.ones(len(more.ids), bool)]),
+            trained=_some(joined(self.trained, False, np.ones(sampled, bool))),
+            mixed_kv=joined(self.mixed_kv, False, more.mixed_kv),
         )
+
+
+def _some(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None
+    return array
 
 
 def stack_kept(parts: Sequence[np.ndarray]) -> np.ndarray:

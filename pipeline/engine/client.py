@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,13 @@ from pipeline import http
 from pipeline.engine.control import SGLangControl
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
-from pipeline.types import FinishReason, Rollout, Sampled
+from pipeline.types import FinishReason, Sampled
+
+_ANSWER_S = 10.0  # in which a server that runs says what it does
+
+
+class UnreachableError(ServerError):
+    """The server was gone before it had answered, or did not get on."""
 
 
 class AnswerError(ServerError):
@@ -41,7 +48,7 @@ class Sampling:
                     the whole vocabulary, whatever was kept. Needs a finite top_k.
     stop_token_ids: an answer ends after any of these, and after the model's own end-of-sequence ids.
     ignore_eos:     neither kind of stop token ends an answer.
-    seed:           sample i of a group draws from the stream seed + i; needs a server with `deterministic`.
+    seed:           of the stream that the sample draws from; needs a server with `deterministic`.
     """
 
     max_new_tokens: int
@@ -58,9 +65,9 @@ class Sampling:
         if self.min_p > 0 and self.seed is not None:
             raise ValueError("SGLang's scheduler dies of min_p with a seed; leave one of them out")
 
-    def parameters(self, n: int) -> list[dict[str, Any]]:
-        """SGLang's sampling_params of the n samples of a group."""
-        common: dict[str, Any] = {
+    def parameters(self) -> dict[str, Any]:
+        """SGLang's sampling_params of one sample."""
+        chosen: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -69,9 +76,7 @@ class Sampling:
             "stop_token_ids": list(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
         }
-        if self.seed is None:
-            return [common] * n
-        return [{**common, "sampling_seed": self.seed + i} for i in range(n)]
+        return chosen if self.seed is None else chosen | {"sampling_seed": self.seed}
 
 
 class SGLangClient(SGLangControl):
@@ -81,7 +86,8 @@ class SGLangClient(SGLangControl):
     num_layers, topk, num_experts: shape and range of a route. moe_layers: those that have experts; None: all of them.
     routes=False: do not ask for routes.
     keys: that open the server; None: it has none.
-    timeout_s: seconds for one call, sampling included.
+    timeout_s: seconds for one call that steers; for one that samples, seconds in which the server gets no further.
+    version: of the weights that it holds, set by whoever owns it (`Fleet`); the prefix cache is kept apart by it.
 
     Sampling calls belong between `async with client:` and its end; `with` may be nested.
     """
@@ -107,13 +113,14 @@ class SGLangClient(SGLangControl):
         self.num_experts = num_experts
         self.moe_layers = list(range(num_layers)) if moe_layers is None else list(moe_layers)
         self.routes = routes
+        self.version = 0
         self._session: aiohttp.ClientSession | None = None
         self._entered = 0
         self._seeds_work: bool | None = None
 
     async def __aenter__(self) -> Self:
         if self._entered == 0:
-            self._session = http.session(self.timeout_s)
+            self._session = http.session(None)
         self._entered += 1
         return self
 
@@ -125,50 +132,41 @@ class SGLangClient(SGLangControl):
             await self._session.close()
             self._session = None
 
-    async def generate(self, prompt_ids: Sequence[int] | np.ndarray, n: int, sampling: Sampling) -> list[Rollout]:
-        """Sample n answers to one prompt.
+    async def sample(
+        self, token_ids: Sequence[int] | np.ndarray, sampling: Sampling, *, routes_from: int = 0, group: object = None
+    ) -> Sampled:
+        """One request: what the server samples after a sequence, under a request id of its own.
 
-        prompt_ids: [P] token ids. Returns n rollouts.
-        Raises ValueError for a bad prompt, ServerError when the server fails, AnswerError when its answer is wrong.
+        token_ids:   [T], all that stands there so far.
+        routes_from: the first token whose row of routes comes back, 0 .. T: rows of the tokens before it are known, and
+                     the server would answer with whichever forward pass computed them last.
+        group:       not read here; a fleet sends what belongs together to one server.
+        Returns M <= sampling.max_new_tokens tokens, and T + M - 1 - routes_from rows; of a request that was aborted
+        before it ran, no token and no row.
+        Raises ValueError for a bad sequence, ServerError when the server fails, AnswerError when its answer is wrong.
         """
-        ids = self._checked_ids(prompt_ids)
+        ids = self._checked_ids(token_ids)
         if sampling.seed is not None:
             await self._require_seeds()
-        # n copies in one request: SGLang's own `n` first runs the prompt once by itself, one round trip more.
         body = {
-            "input_ids": [ids.tolist()] * n,
-            "sampling_params": sampling.parameters(n),
-            "return_logprob": True,
-            "return_routed_experts": self.routes,
-            "return_sampling_mask": sampling.return_kept,
-        }
-        answers = await self._post_generate(body)
-        if not isinstance(answers, list) or len(answers) != n:
-            raise AnswerError(f"{n} samples asked for, got {len(answers) if isinstance(answers, list) else answers}")
-        parts = [self._sampled(answer, sampling, len(ids) - 1) for answer in answers]
-        return [self._checked(lambda part=part: Rollout.begun(ids, part)) for part in parts]
-
-    async def extend(self, rollout: Rollout, sampling: Sampling) -> Rollout:
-        """Go on with an interrupted rollout, `sampling.max_new_tokens` tokens more at most.
-
-        Only routes of tokens that have none yet are asked for and appended: the server would answer with what its KV
-        cache holds, and that is whichever forward filled it last. Errors as in `generate`.
-        """
-        ids = self._checked_ids(rollout.token_ids)
-        if sampling.seed is not None:
-            await self._require_seeds()
-        start = len(ids) - 1  # the last sampled token was never an input, so it has no row yet
-        body = {
+            "rid": uuid.uuid4().hex,
             "input_ids": ids.tolist(),
-            "sampling_params": sampling.parameters(1)[0],
+            "sampling_params": sampling.parameters(),
+            "extra_key": self.cache_key,
             "return_logprob": True,
             "return_routed_experts": self.routes,
-            "routed_experts_start_len": start,
+            "routed_experts_start_len": routes_from,
             "return_sampling_mask": sampling.return_kept,
         }
         answer = await self._post_generate(body)
-        part = self._sampled(answer, sampling, 0)
-        return self._checked(lambda: rollout.extended(part))
+        if answer["meta_info"].get("id") != body["rid"]:
+            raise AnswerError(f"request {body['rid']} got the answer of {answer['meta_info'].get('id')}")
+        return self._sampled(answer, sampling, len(ids) - 1 - routes_from)
+
+    @property
+    def cache_key(self) -> str:
+        """SGLang's `extra_key`: a prefix is found in the cache only under the key that it was computed under."""
+        return f"version {self.version}"
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probs and routes of a given sequence, by one prefill at temperature 1; nothing is sampled.
@@ -182,6 +180,7 @@ class SGLangClient(SGLangControl):
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": 0,  # from the first token on, and past the prefix cache
+            "extra_key": self.cache_key,
             "return_routed_experts": self.routes,
         }
         meta = (await self._post_generate(body))["meta_info"]
@@ -215,19 +214,41 @@ class SGLangClient(SGLangControl):
             raise ValueError("Sampling.seed needs a server with deterministic: true")
 
     async def _post_generate(self, body: dict[str, Any]) -> Any:
+        """The answer's JSON. A request may take as long as the server gets on; `timeout_s` without that is too long."""
         if self._session is None:
             raise RuntimeError("sample inside `async with client:`")
+        call = asyncio.create_task(self._post(self._session, body))
+        try:
+            seen = None
+            while not (await asyncio.wait({call}, timeout=self.timeout_s))[0]:
+                before, seen = seen, await self._progress()
+                if seen == before:
+                    raise UnreachableError(
+                        f"{self.url}/generate: the server did not get on for {self.timeout_s:g} s{self._see_log()}"
+                    )
+            return call.result()
+        finally:
+            call.cancel()
+
+    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Any:
         try:
             headers = http.bearer(self._key("/generate"))
-            async with self._session.post(f"{self.url}/generate", json=body, headers=headers) as response:
+            async with session.post(f"{self.url}/generate", json=body, headers=headers) as response:
                 if response.status != 200:
                     reason = (await response.text())[:1000]
                     raise ServerError(f"{self.url}/generate answered {response.status}: {reason}{self._see_log()}")
                 return await response.json(content_type=None)
-        except TimeoutError as error:
-            raise ServerError(f"{self.url}/generate took more than {self.timeout_s:g} s{self._see_log()}") from error
         except http.HttpError as error:
-            raise ServerError(f"{self.url}/generate was cut off: {error!r}{self._see_log()}") from error
+            raise UnreachableError(f"{self.url}/generate was cut off: {error!r}{self._see_log()}") from error
+
+    async def _progress(self) -> object:
+        """Something that is another thing once the scheduler has got on; None where the server does not answer."""
+        control = SGLangControl(self.url, keys=self.keys, timeout_s=min(self.timeout_s, _ANSWER_S))
+        try:
+            loads = await asyncio.to_thread(control.loads)
+        except ServerError:
+            return None
+        return [(load["timestamp"], load["num_used_tokens"]) for load in loads]
 
     def _sampled(self, answer: dict[str, Any], sampling: Sampling, route_rows: int) -> Sampled:
         """What one answer brings. route_rows: of its routes, but for those of the tokens that were sampled.
@@ -238,6 +259,10 @@ class SGLangClient(SGLangControl):
         reason = meta["finish_reason"]["type"]
         if reason not in get_args(FinishReason):
             raise AnswerError(f"unknown finish reason {meta['finish_reason']}")
+        if reason == "abort" and meta["finish_reason"].get("status_code"):
+            raise AnswerError(f"the server gave the request up: {meta['finish_reason']}")
+        if reason == "abort" and ("num_retractions" not in meta or not answer["output_ids"]):
+            return self._nothing(sampling)  # it waited in the queue; of one that had run before, the routes are gone
         ids = np.array(answer["output_ids"], np.int32)
         count = len(ids)
         if count > sampling.max_new_tokens or (count == 0 and reason != "abort" and sampling.max_new_tokens > 0):
@@ -253,21 +278,38 @@ class SGLangClient(SGLangControl):
         kept, logprobs = None, [pair[0] for pair in pairs]
         if sampling.return_kept:
             kept, logprobs = _decode_kept(meta, count), meta["output_token_sampling_logprobs"]
-        return Sampled(
+        part = Sampled(
             ids=ids,
             logprobs=np.array(logprobs, np.float32),
             routes=self._decode_routes(meta, route_rows + count),
             weight_versions=_decode_versions(meta, count),
             finish_reason=reason,
             kept=kept,
-            retractions=int(meta.get("num_retractions") or 0),
+            retractions=int(meta["num_retractions"]),
+        )
+        self._check_model(part)
+        return part
+
+    def _nothing(self, sampling: Sampling) -> Sampled:
+        """Of a request that was aborted before it ran."""
+        return Sampled(
+            ids=np.empty(0, np.int32),
+            logprobs=np.empty(0, np.float32),
+            routes=np.empty((0, self.num_layers, self.topk), route_dtype(self.num_experts)) if self.routes else None,
+            weight_versions=np.empty(0, np.int32),
+            finish_reason="abort",
+            kept=np.empty((0, 1), np.int32) if sampling.return_kept else None,
         )
 
-    def _checked(self, make: Callable[[], Rollout]) -> Rollout:
-        """A rollout whose tokens and routes are the model's. Raises AnswerError for another."""
+    def _check_model(self, part: Sampled) -> None:
+        """Raise AnswerError for tokens or routes that cannot be the model's."""
+        for array in (part.ids, part.kept):
+            if array is not None and array.max(initial=-1) >= self.vocab_size:
+                raise AnswerError(f"token {array.max()} is outside the model's vocabulary of {self.vocab_size}")
+        if part.routes is None:
+            return
         try:
-            rollout = make()
-            rollout.check_model(self, self.vocab_size)
+            check_routes(part.routes, self)
         except ValueError as error:
             hint = ""
             if "twice" in str(error):
@@ -276,7 +318,6 @@ class SGLangClient(SGLangControl):
                     "(server.extra_args)"
                 )
             raise AnswerError(f"{error}{hint}") from error
-        return rollout
 
     def _decode_routes(self, meta: dict[str, Any], rows: int) -> np.ndarray | None:
         """[rows, layers, topk] uint8 where that holds every expert id, else int16."""

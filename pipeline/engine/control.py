@@ -104,6 +104,11 @@ class SGLangControl:
         """All settings of the server, and its schedulers' state under internal_states."""
         return self.get("/server_info")
 
+    def loads(self) -> list[dict[str, Any]]:
+        """What each scheduler was doing when it last said so: num_running_reqs, num_waiting_reqs, num_used_tokens,
+        timestamp, ... SGLang's process for HTTP answers, from memory that the schedulers write to as they get on."""
+        return self.get("/v1/loads")["loads"]
+
     def flush_cache(self) -> None:
         """Forget all cached prefixes. ServerError when requests are still running."""
         self.post("/flush_cache")

@@ -6,6 +6,7 @@ twice in a run, resumptions included.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from pipeline.engine.client import Sampling, SGLangClient
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
-from pipeline.types import Rollout
+from pipeline.types import Sampled
 
 
 class ServerProcess(Protocol):
@@ -53,12 +54,14 @@ class ServerState(Enum):
 
 @dataclass(eq=False)
 class FleetServer:
-    """One server. client: its HTTP interface, for sampling and for control. in_flight: samples that it works on."""
+    """One server. client: its HTTP interface, for sampling and for control. in_flight: samples that it works on, and
+    groups: how many of each group."""
 
     process: ServerProcess
     client: SGLangClient
     state: ServerState = field(default=ServerState.STARTING, init=False)
     in_flight: int = field(default=0, init=False)
+    groups: Counter[object] = field(default_factory=Counter, init=False)
 
     @property
     def address(self) -> ServerAddress:
@@ -102,6 +105,8 @@ class Fleet:
         self._version += 1  # before: servers that fail half-way hold neither the old weights nor the new
         if self.serves:
             trainers.send_weights(self._version)
+        for server in self.servers:
+            server.client.version = self._version
 
     def wait_ready(self) -> None:
         """Block until every server answers. Raises ServerError with the end of the log of one that does not."""
@@ -134,26 +139,33 @@ class Fleet:
     ) -> None:
         await self._entered.pop().aclose()
 
-    async def generate(self, prompt_ids: Sequence[int] | np.ndarray, n: int, sampling: Sampling) -> list[Rollout]:
-        """SGLangClient.generate of one of the servers; its samples share that server's prefix cache."""
-        with self._least_busy(n) as client:
-            return await client.generate(prompt_ids, n, sampling)
+    async def sample(
+        self, token_ids: Sequence[int] | np.ndarray, sampling: Sampling, *, routes_from: int = 0, group: object = None
+    ) -> Sampled:
+        """SGLangClient.sample of one of the servers: the one that works on samples of this group, else the one with the
+        fewest in flight. group: None belongs to none."""
+        with self._chosen(group) as client:
+            return await client.sample(token_ids, sampling, routes_from=routes_from)
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """SGLangClient.score of one of the servers."""
-        with self._least_busy(1) as client:
+        with self._chosen(None) as client:
             return await client.score(token_ids)
 
     @contextmanager
-    def _least_busy(self, samples: int) -> Iterator[SGLangClient]:
-        """The serving server with the fewest samples in flight. Raises ServerError where none is serving."""
+    def _chosen(self, group: object) -> Iterator[SGLangClient]:
+        """Raises ServerError where no server is serving."""
         serving = [server for server in self.servers if server.state is ServerState.SERVING]
         if not serving:
             states = ", ".join(server.state.value for server in self.servers) or "there are none"
             raise ServerError(f"no server takes requests: {states}")
-        chosen = min(serving, key=lambda server: server.in_flight)
-        chosen.in_flight += samples
+        chosen = min(serving, key=lambda server: (not server.groups[group], server.in_flight))
+        chosen.groups[group] += group is not None
+        chosen.in_flight += 1
         try:
             yield chosen.client
         finally:
-            chosen.in_flight -= samples
+            chosen.in_flight -= 1
+            chosen.groups[group] -= group is not None
+            if not chosen.groups[group]:
+                del chosen.groups[group]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeline.engine.client import Sampling, SGLangClient
 from pipeline.engine.fleet import Fleet
+from pipeline.rollout.session import Session
 from pipeline.types import Group, Prompt
 
 
@@ -29,27 +31,34 @@ async def sample_groups(
     """
 
     async def one(position: int, prompt: Prompt) -> Group:
-        group = Group.of_single_turns(prompt, await client.generate(prompt.ids, n, of_prompt(sampling, prompt)))
+        sessions = [Session(client, prompt.ids, group=prompt.index) for _ in range(n)]
+        answers = [s.sample(of_sample(sampling, prompt, i)) for i, s in enumerate(sessions)]
+        group = Group.of_single_turns(prompt, await all_or_none(answers))
         if on_group is not None:
             on_group(position, group)
         return group
 
     async with client:
-        tasks = [asyncio.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await all_or_none([one(i, prompt) for i, prompt in enumerate(prompts)])
 
 
-def of_prompt(sampling: Sampling, prompt: Prompt) -> Sampling:
-    """With the seed of a prompt's first sample; those of two prompts are 2^48 to one not near one another."""
+async def all_or_none[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results of all, in order. Raises the first error, after the others have been given up."""
+    tasks = [asyncio.create_task(part) for part in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def of_sample(sampling: Sampling, prompt: Prompt, number: int) -> Sampling:
+    """With the seed of a prompt's sample; the first ones of two prompts are 2^48 to one not near one another."""
     if sampling.seed is None:
         return sampling
     digest = hashlib.blake2b(f"{sampling.seed}/{prompt.index}".encode(), digest_size=6).digest()
-    return replace(sampling, seed=int.from_bytes(digest))
+    return replace(sampling, seed=int.from_bytes(digest) + number)
 
 
 def sample_groups_sync(

@@ -1,11 +1,21 @@
-"""To act in the middle of an answer, however fast the machine is."""
+"""Answers as a run gets them, and a way to act in the middle of one, however fast the machine is."""
 
 from __future__ import annotations
 
 import asyncio
 
+from pipeline.engine.client import Sampling, SGLangClient
 from pipeline.engine.control import SGLangControl
-from pipeline.engine.fleet import ServerProcess
+from pipeline.engine.fleet import Fleet, ServerProcess
+from pipeline.rollout.sampler import all_or_none
+from pipeline.rollout.session import Session
+from pipeline.types import Rollout
+
+
+async def answers(engine: SGLangClient | Fleet, prompt_ids, n: int, sampling: Sampling) -> list[Rollout]:
+    """n answers to a prompt."""
+    async with engine:
+        return await all_or_none([Session(engine, prompt_ids).sample(sampling) for _ in range(n)])
 
 
 async def sampling_begins(server: SGLangControl | ServerProcess, timeout_s: float = 60) -> None:

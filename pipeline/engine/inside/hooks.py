@@ -22,6 +22,8 @@ def install() -> None:
     updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
     HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", tell_held, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_tensor", refuse, HookType.AROUND)
+    bucket = "sglang.srt.weight_sync.tensor_bucket.FlattenedTensorBucket.reconstruct_tensors"
+    HookRegistry.register(bucket, own_biases, HookType.AFTER)
     HookRegistry.register("torch.distributed.rendezvous._create_c10d_store", listen_at_host, HookType.AROUND)
     # /server_info, its states of the schedulers, and the log show the first; the second is what an error shows.
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolved_dict", hide_keys, HookType.AFTER)
@@ -45,6 +47,13 @@ def tell_held(original: Callable[..., Any], checker: Any, action: str, *args: An
         "per_gpu_checksum": "",
         "parallelism_info": checker._parallelism_info(role=kwargs["role"]).model_dump(),
     }
+
+
+def own_biases(tensors: list[tuple[str, Any]], *_: Any) -> list[tuple[str, Any]]:
+    """FlattenedTensorBucket.reconstruct_tensors: biases are copies. All ranks of a server map one buffer, and SGLang's
+    loader of gpt-oss zeroes `down_proj_bias` where it finds it on every rank but the first, which may not have read
+    it yet."""
+    return [(name, tensor.clone() if name.endswith("bias") else tensor) for name, tensor in tensors]
 
 
 def listen_at_host(original: Callable[..., Any], host: str, port: int, rank: int, ranks: int, *args: Any) -> Any:

@@ -10,14 +10,16 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.engine.client import AnswerError, Sampling, SGLangClient
+from pipeline.engine.client import AnswerError, Sampling, SGLangClient, UnreachableError
 from pipeline.engine.server import ServerError
 from pipeline.rollout.sampler import sample_groups_sync
+from pipeline.rollout.session import Session
 from pipeline.types import Prompt, Rollout, Sampled
 from tests.support import reference
-from tests.support.sampling import sampling_begins
+from tests.support.sampling import answers, sampling_begins
 
 FREE = Sampling(max_new_tokens=16, temperature=1.0, ignore_eos=True)
+LONG = Sampling(max_new_tokens=900, temperature=1.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +33,7 @@ def random_prompts(count, lengths=(3, 24), seed=0):
 
 
 def generate(client, ids, n=1, sampling=FREE):
-    async def run():
-        async with client:
-            return await client.generate(ids, n, sampling)
-
-    return asyncio.run(run())
+    return asyncio.run(answers(client, ids, n, sampling))
 
 
 def score(client, ids):
@@ -101,13 +99,13 @@ def test_groups_come_back_in_the_order_of_the_prompts_and_are_announced_once(cli
 
 
 def test_samples_of_a_group_differ(client):
-    answers = {tuple(r.response_ids.tolist()) for r in generate(client, [1, 2, 3], n=8)}
-    assert len(answers) == 8
+    different = {tuple(r.response_ids.tolist()) for r in generate(client, [1, 2, 3], n=8)}
+    assert len(different) == 8
 
 
 def test_greedy_samples_are_equal(client):
-    answers = generate(client, [1, 2, 3], n=4, sampling=Sampling(8, 0.0, ignore_eos=True))
-    assert len({tuple(r.response_ids.tolist()) for r in answers}) == 1
+    greedy = generate(client, [1, 2, 3], n=4, sampling=Sampling(8, 0.0, ignore_eos=True))
+    assert len({tuple(r.response_ids.tolist()) for r in greedy}) == 1
 
 
 def test_an_answer_ends_with_its_stop_token(client):
@@ -120,33 +118,51 @@ def test_an_answer_ends_with_its_stop_token(client):
     assert greedy.finish_reason == "length"
 
 
+async def aborted(client, sampling=LONG):
+    """One request, aborted in the middle."""
+    async with client:
+        task = asyncio.create_task(client.sample([4, 5, 6], sampling))
+        await sampling_begins(client)
+        await asyncio.to_thread(client.abort)
+        return await task
+
+
 def test_an_aborted_request_returns_what_it_has(client):
+    part = asyncio.run(aborted(client))
+    assert part.finish_reason == "abort"
+    assert 0 < len(part.ids) < 900
+    assert len(part.routes) == 3 + len(part.ids) - 1
+
+
+def test_a_request_that_is_aborted_in_the_queue_brings_nothing_and_a_session_samples_it_again(client):
+    """The server runs 256 at a time; those behind them have not begun."""
+
     async def run():
         async with client:
-            task = asyncio.create_task(client.generate([4, 5, 6], 2, Sampling(900, 1.0, ignore_eos=True)))
-            await sampling_begins(client)
+            sessions = [Session(client, [4, 5, 6]) for _ in range(300)]
+            tasks = [asyncio.create_task(s.sample(Sampling(30, 1.0, ignore_eos=True))) for s in sessions]
+            while sum(load["num_waiting_reqs"] for load in await asyncio.to_thread(client.loads)) == 0:
+                await asyncio.sleep(0.005)
             await asyncio.to_thread(client.abort)
-            return await task
+            return sessions, await asyncio.gather(*tasks)
 
-    for rollout in asyncio.run(run()):
-        assert rollout.finish_reason == "abort"
-        assert 0 < len(rollout) < 900
-        assert len(rollout.routes) == 3 + len(rollout) - 1
+    sessions, rollouts = asyncio.run(run())
+    assert any(session.interruptions for session in sessions)
+    assert all(len(rollout) == 30 and rollout.finish_reason == "length" for rollout in rollouts)
 
 
 def extend(client, rollout, sampling):
     async def run():
         async with client:
-            return await client.extend(rollout, sampling)
+            return await Session(client, rollout.prompt_ids, rollout=rollout).sample(sampling)
 
     return asyncio.run(run())
 
 
 def test_a_rollout_cut_and_gone_on_with_is_the_whole_one(client):
-    greedy = Sampling(24, 0.0, ignore_eos=True)
-    (whole,) = generate(client, [11, 12, 13], sampling=greedy)
+    (whole,) = generate(client, [11, 12, 13], sampling=Sampling(24, 0.0, ignore_eos=True))
     (cut,) = generate(client, [11, 12, 13], sampling=Sampling(10, 0.0, ignore_eos=True))
-    (once,) = (extend(client, cut, Sampling(1, 0.0, ignore_eos=True)),)
+    once = extend(client, cut, Sampling(1, 0.0, ignore_eos=True))
     twice = extend(client, once, Sampling(13, 0.0, ignore_eos=True))
     assert (twice.response_ids == whole.response_ids).all()
     assert np.abs(twice.rollout_logprobs - whole.rollout_logprobs).max() < 1e-5
@@ -156,14 +172,8 @@ def test_a_rollout_cut_and_gone_on_with_is_the_whole_one(client):
 
 
 def test_what_was_sampled_before_an_abort_keeps_its_routes_under_other_weights_versions(client):
-    async def run():
-        async with client:
-            task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
-            await sampling_begins(client)
-            await asyncio.to_thread(client.abort)
-            return (await task)[0]
-
-    first = asyncio.run(run())
+    part = asyncio.run(aborted(client))
+    first = Rollout.begun(np.array([4, 5, 6], np.int32), part)
     client.set_weight_version(3)
     try:
         whole = extend(client, first, Sampling(5, 1.0, ignore_eos=True))
@@ -175,18 +185,44 @@ def test_what_was_sampled_before_an_abort_keeps_its_routes_under_other_weights_v
     assert whole.weight_versions.tolist() == [0] * len(first) + [3] * 5
 
 
+def test_a_client_whose_loop_stood_still_longer_than_sglang_keeps_connections_goes_on(client):
+    async def run():
+        async with client:
+            for _ in range(2):
+                part = await client.sample([1, 2, 3], FREE)
+                time.sleep(6)
+            return part
+
+    assert len(asyncio.run(run()).ids) == 16
+
+
+def test_the_limit_of_time_is_on_the_progress_of_the_server_not_on_the_answer(client):
+    client.timeout_s = 0.2
+    assert len(generate(client, [1, 2, 3], sampling=Sampling(800, 1.0, ignore_eos=True))[0]) == 800
+
+
+def test_a_server_that_does_not_get_on_is_given_up(client):
+    client.timeout_s = 0.5
+    client.pause("in_place")
+    try:
+        with pytest.raises(UnreachableError, match=r"did not get on for 0\.5 s.*sglang\.log"):
+            generate(client, [1, 2, 3])
+    finally:
+        client.resume()
+
+
 def test_a_layer_whose_routes_the_server_did_not_capture_is_an_error_that_names_it(client):
     """Zeros, as an engine leaves them where a kernel chose the experts itself; no backend here does."""
     routes = np.stack([np.tile([0, 1], (5, 1)), np.zeros((5, 2)), *[np.tile([2, 3], (5, 1))] * 2], 1).astype(np.int32)
     meta = {
         "finish_reason": {"type": "length"},
+        "num_retractions": 0,
         "output_token_logprobs": [[-1.0, 7, None]] * 3,
         "routed_experts": base64.b64encode(routes.tobytes()).decode(),
         "weight_versions": [{"version": "0", "start": 0, "end": 3}],
     }
-    part = client._sampled({"meta_info": meta, "output_ids": [7] * 3}, Sampling(3, 1.0), 2)
     with pytest.raises(AnswerError, match=r"layer 1 names expert 0 twice.*set replay=none or r2"):
-        client._checked(lambda: Rollout.begun(np.array([1, 2, 3], np.int32), part))
+        client._sampled({"meta_info": meta, "output_ids": [7] * 3}, Sampling(3, 1.0), 2)
 
 
 def test_a_continuation_that_does_not_follow_on_is_refused(client):
@@ -205,7 +241,7 @@ def test_a_continuation_that_does_not_follow_on_is_refused(client):
 def test_tokens_carry_the_version_of_the_weights_that_sampled_them(client):
     async def run():
         async with client:
-            task = asyncio.create_task(client.generate([4, 5, 6], 1, Sampling(900, 1.0, ignore_eos=True)))
+            task = asyncio.create_task(Session(client, [4, 5, 6]).sample(LONG))
             await sampling_begins(client)
             await asyncio.to_thread(client.pause, "in_place")
             await asyncio.to_thread(client.set_weight_version, 7)
@@ -213,7 +249,7 @@ def test_tokens_carry_the_version_of_the_weights_that_sampled_them(client):
             return await task
 
     try:
-        (rollout,) = asyncio.run(run())
+        rollout = asyncio.run(run())
         assert set(rollout.weight_versions.tolist()) == {0, 7}
         assert (np.diff(rollout.weight_versions) >= 0).all()
         assert client.weight_version() == 7
@@ -309,13 +345,8 @@ def test_kept_tokens_and_logprobs_over_them_equal_transformers(client, model):
 
 def test_a_continuation_brings_its_kept_tokens(client):
     sampling = Sampling(4, 1.0, top_k=5, top_p=0.5, return_kept=True, ignore_eos=True)
-
-    async def run():
-        async with client:
-            (begun,) = await client.generate([1, 2, 3], 1, sampling)
-            return begun, await client.extend(begun, sampling)
-
-    begun, whole = asyncio.run(run())
+    (begun,) = generate(client, [1, 2, 3], 1, sampling)
+    whole = extend(client, begun, sampling)
     assert len(whole.kept) == len(whole) == 8
     assert [set(row) - {-1} for row in whole.kept[:4]] == [set(row) - {-1} for row in begun.kept]
     assert all(token in row for token, row in zip(whole.response_ids, whole.kept, strict=True))
@@ -351,7 +382,9 @@ def test_min_p_with_a_seed_would_kill_the_scheduler_and_is_refused():
 )
 def test_kept_tokens_that_cannot_be_are_refused(client, changes, message):
     meta = {
+        "id": "r",
         "finish_reason": {"type": "length"},
+        "num_retractions": 0,
         "output_token_logprobs": [[-1.0, 5, None], [-1.0, 6, None]],
         "output_token_sampling_mask": [[5], [6]],
         "output_token_sampling_logprobs": [0.0, 0.0],
@@ -363,7 +396,7 @@ def test_kept_tokens_that_cannot_be_are_refused(client, changes, message):
 
     def decode():
         part = plain._sampled({"meta_info": meta, "output_ids": [5, 6]}, Sampling(2, 1.0, return_kept=True), 0)
-        return plain._checked(lambda: Rollout.begun(np.array([1], np.int32), part))
+        Session(plain, [1])._take(part)
 
     with pytest.raises(AnswerError, match=message):
         decode()

@@ -17,7 +17,7 @@ class Server:
     """Stands for a server's process and its client; answers wait until `release`."""
 
     def __init__(self, name):
-        self.name, self.open, self.asked, self.release = name, 0, [], asyncio.Event()
+        self.name, self.open, self.asked, self.release, self.version = name, 0, [], asyncio.Event(), 0
         self.url, self.log_path, self.living = f"http://{name}", Path(f"{name}.log"), True
         self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
 
@@ -37,13 +37,13 @@ class Server:
     async def __aexit__(self, *_):
         self.open -= 1
 
-    async def generate(self, ids, n, sampling):
+    async def sample(self, ids, sampling, *, routes_from=0):
         assert self.open > 0
-        self.asked.append((tuple(ids), n))
+        self.asked.append((ids[0], self.version))
         await self.release.wait()
         if ids == [13]:
             raise ServerError("unlucky")
-        return [f"{self.name}:{ids[0]}"] * n
+        return f"{self.name}:{ids[0]}"
 
     async def score(self, ids):
         return self.name, ids
@@ -67,26 +67,29 @@ def fleet_of(*servers):
     return fleet
 
 
-def test_groups_go_to_the_server_with_the_fewest_samples_in_flight():
+def test_a_sample_goes_to_the_server_of_its_group_else_to_the_one_with_the_fewest_in_flight():
     async def run():
         a, b = Server("a"), Server("b")
         fleet = fleet_of(a, b)
         async with fleet, fleet:
-            tasks = [asyncio.create_task(fleet.generate([i], n, None)) for i, n in enumerate([8, 2, 2, 2, 2, 4])]
+            groups = [*"xxxx", *"yy", *"zz", None, None]
+            tasks = [asyncio.create_task(fleet.sample([i], None, group=g)) for i, g in enumerate(groups)]
             await asyncio.sleep(0)
-            assert [n for _, n in a.asked] == [8, 4]
-            assert [n for _, n in b.asked] == [2, 2, 2, 2]
+            assert [i for i, _ in a.asked] == [0, 1, 2, 3, 8]
+            assert [i for i, _ in b.asked] == [4, 5, 6, 7, 9]
             b.release.set()
-            await asyncio.gather(*tasks[1:5])
+            await asyncio.gather(*tasks[4:8], tasks[9])
             assert await fleet.score([5]) == ("b", [5])
             a.release.set()
-            assert await tasks[0] == ["a:0"] * 8
+            assert await tasks[0] == "a:0"
+            await asyncio.gather(*tasks)
+            assert all(not server.groups for server in fleet.servers)
         assert a.open == b.open == 0
 
     asyncio.run(run())
 
 
-def test_a_failed_group_is_no_longer_in_flight():
+def test_a_failed_sample_is_no_longer_in_flight():
     async def run():
         a, b = Server("a"), Server("b")
         a.release.set()
@@ -94,10 +97,24 @@ def test_a_failed_group_is_no_longer_in_flight():
         fleet = fleet_of(a, b)
         async with fleet:
             with pytest.raises(ServerError, match="unlucky"):
-                await fleet.generate([13], 4, None)
-            await fleet.generate([1], 1, None)
-        assert [ids for ids, _ in a.asked] == [(13,), (1,)]
+                await fleet.sample([13], None)
+            await fleet.sample([1], None)
+        assert [i for i, _ in a.asked] == [13, 1]
         assert b.asked == []
+
+    asyncio.run(run())
+
+
+def test_requests_carry_the_version_of_the_last_transfer():
+    async def run():
+        a = Server("a")
+        a.release.set()
+        fleet = fleet_of(a)
+        async with fleet:
+            await fleet.sample([1], None)
+            fleet.transfer(Trainers())
+            await fleet.sample([2], None)
+        assert a.asked == [(1, 0), (2, 1)]
 
     asyncio.run(run())
 
@@ -150,8 +167,8 @@ def test_no_request_goes_to_a_server_before_it_is_ready_or_after_it_was_lost():
             fleet.check_alive()
         assert [server.state for server in fleet.servers] == [ServerState.LOST, ServerState.SERVING]
         async with fleet:
-            assert await fleet.generate([1], 2, None) == ["b:1"] * 2
-            assert await fleet.generate([2], 1, None) == ["b:2"]
+            assert await fleet.sample([1], None, group=1) == "b:1"
+            assert await fleet.sample([2], None) == "b:2"
 
     asyncio.run(run())
 

@@ -16,6 +16,7 @@ from pipeline.engine.control import ServerAddress, SGLangControl
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of
 from pipeline.engine.server import ServerError
+from tests.support.sampling import answers
 
 API = [
     ("POST", "/generate", {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 1}}),
@@ -80,11 +81,8 @@ def test_whether_a_server_is_there_may_be_asked_by_all(server, path):
 
 
 def test_a_client_with_the_pair_samples_pauses_aborts_and_asks_for_weights(client):
-    async def run():
-        async with client:
-            return await client.generate([1, 2, 3], 2, Sampling(4, 1.0, ignore_eos=True))
-
-    assert [len(rollout.response_ids) for rollout in asyncio.run(run())] == [4, 4]
+    rollouts = asyncio.run(answers(client, [1, 2, 3], 2, Sampling(4, 1.0, ignore_eos=True)))
+    assert [len(rollout.response_ids) for rollout in rollouts] == [4, 4]
     client.pause("in_place")
     assert not client.healthy()
     client.resume()
@@ -100,7 +98,7 @@ def test_a_client_without_keys_says_what_it_was_answered(server, client):
 
     async def run():
         async with bare:
-            await bare.generate([1], 1, Sampling(1, 1.0))
+            await bare.sample([1], Sampling(1, 1.0))
 
     with pytest.raises(ServerError, match=r"/generate answered 401: .*Unauthorized.*sglang\.log"):
         asyncio.run(run())

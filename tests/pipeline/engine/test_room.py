@@ -7,6 +7,7 @@ import pytest
 from pipeline.config.server import ServerConfig, request_tokens
 from pipeline.engine.client import AnswerError, Sampling, SGLangClient
 from pipeline.engine.server import SGLangServer
+from pipeline.rollout.session import Session
 from tests.conftest import TINY
 
 PROMPT, ANSWER = 16, 8
@@ -14,7 +15,7 @@ PROMPT, ANSWER = 16, 8
 
 async def longest_request(client):
     async with client:
-        return await client.generate(list(range(5, 5 + PROMPT)), 1, Sampling(ANSWER, 0.0))
+        return await Session(client, list(range(5, 5 + PROMPT))).sample(Sampling(ANSWER, 0.0))
 
 
 @pytest.mark.slow
@@ -44,5 +45,4 @@ def test_the_longest_request_is_served_whole_exactly_where_there_is_room(tiny_mo
             with pytest.raises(AnswerError, match=r"was cut at 7 of 8 tokens: .* raise server\.context_length"):
                 asyncio.run(longest_request(client))
         else:
-            (rollout,) = asyncio.run(longest_request(client))
-            assert len(rollout) == ANSWER
+            assert len(asyncio.run(longest_request(client))) == ANSWER

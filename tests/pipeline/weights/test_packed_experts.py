@@ -18,7 +18,10 @@ def test_a_server_holds_every_tensor_that_it_was_sent_bit_for_bit(tmp_path):
     # SGLang keeps sinks in bfloat16
     weights = {name: (2 * t).bfloat16().float() for name, t in load_file(model / "model.safetensors").items()}
     config = ServerConfig(
-        attention_backend="triton", extra_args=["--moe-runner-backend", "triton"], startup_timeout_s=240
+        tensor_parallel=2,
+        attention_backend="triton",
+        extra_args=["--moe-runner-backend", "triton"],
+        startup_timeout_s=240,
     )
     server = SGLangServer(config, model, tmp_path / "log", device="cpu", seed=0, return_routed_experts=True)
     sender = None
@@ -31,6 +34,10 @@ def test_a_server_holds_every_tensor_that_it_was_sent_bit_for_bit(tmp_path):
         assert before == weights.keys()
         sender.send([[item] for item in weights.items()], 1)
         assert sender.differences([list(weights.items())]) == []
+        # Both ranks map what is sent, and the second's loader zeroes biases in place: before or after the first reads.
+        for version in range(2, 6):
+            sender.send([list(weights.items())], version)
+            assert sender.differences([list(weights.items())]) == []
     finally:
         if sender is not None:
             sender.close()
