@@ -37,7 +37,9 @@ class RolloutConfig(Frozen):
         ge=1,
         description="rounds in which dynamic sampling may look for groups whose rewards differ; then the run ends",
     )
-    timeout_s: float = Field(600.0, gt=0, description="a server that has requests and gets no further for so long fails the run")
+    timeout_s: float = Field(
+        600.0, gt=0, description="a server that has requests and gets no further for so long fails the run"
+    )
 
 
 class TrainConfig(OptimizerConfig):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +21,10 @@ import numpy as np
 
 from megatron_ext.batch.routes import check_routes, route_dtype
 from pipeline import http
-from pipeline.engine.control import SGLangControl
+from pipeline.engine.control import SGLangControl, cache_key
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
+from pipeline.engine.stream import RequestStream
 from pipeline.types import FinishReason, Sampled
 
 _ANSWER_S = 10.0  # in which a server that runs says what it does
@@ -115,12 +117,14 @@ class SGLangClient(SGLangControl):
         self.routes = routes
         self.version = 0
         self._session: aiohttp.ClientSession | None = None
+        self._requests: RequestStream | None = None
         self._entered = 0
         self._seeds_work: bool | None = None
 
     async def __aenter__(self) -> Self:
         if self._entered == 0:
             self._session = http.session(None)
+            self._requests = RequestStream(self._chunks, self._end_request)
         self._entered += 1
         return self
 
@@ -128,9 +132,10 @@ class SGLangClient(SGLangControl):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered -= 1
-        if self._entered == 0 and self._session is not None:
+        if self._entered == 0 and self._session is not None and self._requests is not None:
+            await self._requests.close()
             await self._session.close()
-            self._session = None
+            self._session = self._requests = None
 
     async def sample(
         self, token_ids: Sequence[int] | np.ndarray, sampling: Sampling, *, routes_from: int = 0, group: object = None
@@ -152,21 +157,13 @@ class SGLangClient(SGLangControl):
             "rid": uuid.uuid4().hex,
             "input_ids": ids.tolist(),
             "sampling_params": sampling.parameters(),
-            "extra_key": self.cache_key,
+            "extra_key": cache_key(self.version),
             "return_logprob": True,
             "return_routed_experts": self.routes,
             "routed_experts_start_len": routes_from,
             "return_sampling_mask": sampling.return_kept,
         }
-        answer = await self._post_generate(body)
-        if answer["meta_info"].get("id") != body["rid"]:
-            raise AnswerError(f"request {body['rid']} got the answer of {answer['meta_info'].get('id')}")
-        return self._sampled(answer, sampling, len(ids) - 1 - routes_from)
-
-    @property
-    def cache_key(self) -> str:
-        """SGLang's `extra_key`: a prefix is found in the cache only under the key that it was computed under."""
-        return f"version {self.version}"
+        return self._sampled(await self._answer(body), sampling, len(ids) - 1 - routes_from)
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probs and routes of a given sequence, by one prefill at temperature 1; nothing is sampled.
@@ -176,14 +173,15 @@ class SGLangClient(SGLangControl):
         """
         ids = self._checked_ids(token_ids)
         body = {
+            "rid": uuid.uuid4().hex,
             "input_ids": ids.tolist(),
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": 0,  # from the first token on, and past the prefix cache
-            "extra_key": self.cache_key,
+            "extra_key": cache_key(self.version),
             "return_routed_experts": self.routes,
         }
-        meta = (await self._post_generate(body))["meta_info"]
+        meta = (await self._answer(body))["meta_info"]
         pairs = meta["input_token_logprobs"]
         # SGLang writes 0 for the last id of its vocabulary, which it takes for a picture's padding.
         written = np.where(ids == self.vocab_size - 1, 0, ids)
@@ -213,11 +211,11 @@ class SGLangClient(SGLangControl):
         if not self._seeds_work:
             raise ValueError("Sampling.seed needs a server with deterministic: true")
 
-    async def _post_generate(self, body: dict[str, Any]) -> Any:
-        """The answer's JSON. A request may take as long as the server gets on; `timeout_s` without that is too long."""
-        if self._session is None:
+    async def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """To a /generate of one sample. It may take as long as the server gets on; `timeout_s` without is too long."""
+        if self._requests is None:
             raise RuntimeError("sample inside `async with client:`")
-        call = asyncio.create_task(self._post(self._session, body))
+        call = asyncio.create_task(self._requests.ask(body))
         try:
             seen = None
             while not (await asyncio.wait({call}, timeout=self.timeout_s))[0]:
@@ -230,25 +228,50 @@ class SGLangClient(SGLangControl):
         finally:
             call.cancel()
 
-    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Any:
+    async def _chunks(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
+        """What /generate sends."""
+        assert self._session is not None
         try:
             headers = http.bearer(self._key("/generate"))
-            async with session.post(f"{self.url}/generate", json=body, headers=headers) as response:
+            async with self._session.post(f"{self.url}/generate", json=body, headers=headers) as response:
                 if response.status != 200:
-                    reason = (await response.text())[:1000]
-                    raise ServerError(f"{self.url}/generate answered {response.status}: {reason}{self._see_log()}")
-                return await response.json(content_type=None)
+                    self._content("/generate", http.Answer(response.status, await response.text(errors="replace")))
+                async for chunk in response.content.iter_any():
+                    yield chunk
         except http.HttpError as error:
             raise UnreachableError(f"{self.url}/generate was cut off: {error!r}{self._see_log()}") from error
 
+    async def _end_request(self, request_id: str) -> None:
+        with contextlib.suppress(ServerError):  # it is gone, and the request with it
+            await self.ask("POST", "/abort_request", {"rid": request_id})
+
     async def _progress(self) -> object:
         """Something that is another thing once the scheduler has got on; None where the server does not answer."""
-        control = SGLangControl(self.url, keys=self.keys, timeout_s=min(self.timeout_s, _ANSWER_S))
         try:
-            loads = await asyncio.to_thread(control.loads)
+            return [(load["timestamp"], load["num_used_tokens"]) for load in await self.current_loads()]
         except ServerError:
             return None
-        return [(load["timestamp"], load["num_used_tokens"]) for load in loads]
+
+    async def current_loads(self) -> list[dict[str, Any]]:
+        """`loads`, while other calls are in flight."""
+        return (await self.ask("GET", "/v1/loads"))["loads"]
+
+    async def ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = _ANSWER_S
+    ) -> dict[str, Any]:
+        """`get` and `post`, while other calls are in flight. Raises UnreachableError where no answer comes in time."""
+        if self._session is None:
+            raise RuntimeError("ask inside `async with client:`")
+        try:
+            limit, headers = aiohttp.ClientTimeout(total=timeout_s), http.bearer(self._key(path))
+            async with self._session.request(
+                method, self.url + path, json=body, headers=headers, timeout=limit
+            ) as answer:
+                return self._content(path, http.Answer(answer.status, await answer.text(errors="replace")))
+        except TimeoutError as error:
+            raise UnreachableError(f"{self.url}{path} did not answer in {timeout_s:g} s{self._see_log()}") from error
+        except http.HttpError as error:
+            raise UnreachableError(f"{self.url}{path} cannot be reached: {error}{self._see_log()}") from error
 
     def _sampled(self, answer: dict[str, Any], sampling: Sampling, route_rows: int) -> Sampled:
         """What one answer brings. route_rows: of its routes, but for those of the tokens that were sampled.

@@ -19,6 +19,17 @@ PauseMode = Literal["abort", "in_place", "retract"]
 HELD_WEIGHTS = "sameroute_held_weights"
 """The action of /weights_checker that `inside/hooks.py` adds to SGLang's own."""
 
+InterruptMode = Literal["abort", "in_place", "retract", "drain"]
+"""What happens to running requests while weights change; see `interruption.py`."""
+VERSION_KEY = "weights "
+"""How a key of the prefix cache begins."""
+
+
+def cache_key(version: int | str) -> str:
+    """SGLang's `extra_key` of a request under these weights: a prefix is found only under the key that it was computed
+    under."""
+    return f"{VERSION_KEY}{version}"
+
 
 @dataclass(frozen=True)
 class ServerAddress:
@@ -74,6 +85,10 @@ class SGLangControl:
             raise ServerError(f"{self.url}{path} did not answer in {self.timeout_s:g} s{self._see_log()}") from error
         except http.HttpError as error:
             raise ServerError(f"{self.url}{path} cannot be reached: {error}{self._see_log()}") from error
+        return self._content(path, answer)
+
+    def _content(self, path: str, answer: http.Answer) -> dict[str, Any]:
+        """The answer's JSON. Raises ServerError for a refusal."""
         try:
             content = answer.json()
         except ValueError:

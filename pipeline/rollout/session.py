@@ -56,7 +56,7 @@ class Session:
     def token_ids(self) -> np.ndarray:
         """[T]: all that stands there, what was appended last included."""
         start = self._prompt if self.rollout is None else self.rollout.token_ids
-        return np.concatenate([start, self._between])
+        return np.concatenate([start, self._between]) if len(self._between) else start
 
     @property
     def oldest_version(self) -> int | None:

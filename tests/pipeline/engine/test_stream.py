@@ -1,0 +1,136 @@
+"""Samples that are asked for at one moment share an HTTP request; each is answered, refused and given up by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from pipeline.engine.server import ServerError
+from pipeline.engine.stream import RequestStream
+
+
+class Server:
+    """Answers an HTTP request in pieces of seven bytes, the samples of a request in reverse order."""
+
+    def __init__(self, bad=()):
+        self.posted, self.ended, self.bad, self.gate = [], [], bad, {}
+
+    async def post(self, body):
+        self.posted.append(body["rid"])
+        if any(rid in self.bad for rid in body["rid"]):
+            text = b"data: " + json.dumps({"error": {"code": 400, "message": "too long"}}).encode() + b"\n\n"
+            yield text
+            return
+        samples = zip(body["rid"], body["input_ids"], body["sampling_params"], strict=True)
+        for rid, ids, parameters in reversed(list(samples)):
+            if rid in self.gate:
+                await self.gate[rid].wait()
+            for reason in (None, {"type": "stop"}):
+                line = {"output_ids": ids, "meta_info": {"id": rid, "finish_reason": reason, "p": parameters}}
+                text = b"data: " + json.dumps(line).encode() + b"\n\n"
+                for start in range(0, len(text), 7):
+                    yield text[start : start + 7]
+        yield b"data: [DONE]\n\n"
+
+    async def end(self, rid):
+        self.ended.append(rid)
+
+
+def body(rid, start=0):
+    return {
+        "rid": rid,
+        "input_ids": [len(rid)],
+        "sampling_params": {"seed": rid},
+        "extra_key": "k",
+        "routed_experts_start_len": start,
+    }
+
+
+def run(server, work):
+    async def inside():
+        stream = RequestStream(server.post, server.end)
+        try:
+            return await work(stream)
+        finally:
+            await stream.close()
+
+    return asyncio.run(inside())
+
+
+def test_each_sample_gets_its_own_answer_out_of_one_request():
+    async def work(stream):
+        return await asyncio.gather(*(stream.ask(body(rid)) for rid in ("a", "bb", "ccc")))
+
+    server = Server()
+    answers = run(server, work)
+    assert server.posted == [["a", "bb", "ccc"]]
+    assert [answer["output_ids"] for answer in answers] == [[1], [2], [3]]
+    assert [answer["meta_info"]["p"]["seed"] for answer in answers] == ["a", "bb", "ccc"]
+
+
+def test_samples_whose_routes_begin_elsewhere_or_that_come_later_have_their_own_request():
+    async def work(stream):
+        await asyncio.gather(stream.ask(body("a")), stream.ask(body("b", start=3)), stream.ask(body("c")))
+        await stream.ask(body("d"))
+
+    server = Server()
+    run(server, work)
+    assert server.posted == [["a", "c"], ["b"], ["d"]]
+
+
+def test_a_sample_ends_when_it_ends_not_with_the_longest_of_its_request():
+    async def work(stream):
+        server.gate["a"] = asyncio.Event()
+        first, last = asyncio.ensure_future(stream.ask(body("a"))), asyncio.ensure_future(stream.ask(body("b")))
+        assert (await asyncio.wait_for(last, 5))["meta_info"]["id"] == "b"
+        assert not first.done()
+        server.gate["a"].set()
+        await first
+
+    server = Server()
+    run(server, work)
+
+
+def test_only_the_sample_that_is_refused_fails():
+    async def work(stream):
+        return await asyncio.gather(*(stream.ask(body(rid)) for rid in "abc"), return_exceptions=True)
+
+    a, b, c = run(Server(bad="b"), work)
+    assert a["meta_info"]["id"] == "a"
+    assert c["meta_info"]["id"] == "c"
+    assert isinstance(b, ServerError)
+    assert str(b) == "/generate answered 400: too long"
+
+
+def test_a_sample_that_is_given_up_is_aborted_and_the_others_go_on():
+    async def work(stream):
+        server.gate |= {rid: asyncio.Event() for rid in "ab"}
+        a, b = (asyncio.ensure_future(stream.ask(body(rid))) for rid in "ab")
+        await asyncio.sleep(0.01)
+        b.cancel()
+        await asyncio.sleep(0.01)
+        assert server.ended == ["b"]
+        for gate in server.gate.values():
+            gate.set()
+        await a
+        with pytest.raises(asyncio.CancelledError):
+            await b
+
+    server = Server()
+    run(server, work)
+
+
+def test_a_stream_that_ends_early_fails_what_is_open():
+    async def cut(body):
+        yield b'data: {"output_ids": [1], "meta_info": {"id": "a", "finish_reason": {"type": "stop"}}}\n\ndata: {"x'
+
+    async def work(stream):
+        return await asyncio.gather(stream.ask(body("a")), stream.ask(body("b")), return_exceptions=True)
+
+    server = Server()
+    server.post = cut
+    a, b = run(server, work)
+    assert a["output_ids"] == [1]
+    assert isinstance(b, ServerError)
