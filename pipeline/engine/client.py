@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import math
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pipeline.engine.server import ServerError
 from pipeline.engine.stream import RequestStream
 from pipeline.types import FinishReason, Sampled
 
+_ROUTE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32}  # by the bytes of an expert id
 _ANSWER_S = 10.0  # in which a server that runs says what it does
 
 
@@ -89,6 +91,8 @@ class SGLangClient(SGLangControl):
     routes=False: do not ask for routes.
     keys: that open the server; None: it has none.
     timeout_s: seconds for one call that steers; for one that samples, seconds in which the server gets no further.
+    wide_routes: answers so far whose routes came as SGLang's own int32, and not in the narrowest type, as the servers
+        of this project send them (`inside/hooks.py`).
     version: of the weights that it holds, set by whoever owns it (`Fleet`); the prefix cache is kept apart by it.
 
     Sampling calls belong between `async with client:` and its end; `with` may be nested.
@@ -116,6 +120,7 @@ class SGLangClient(SGLangControl):
         self.moe_layers = list(range(num_layers)) if moe_layers is None else list(moe_layers)
         self.routes = routes
         self.version = 0
+        self.wide_routes = 0
         self._session: aiohttp.ClientSession | None = None
         self._requests: RequestStream | None = None
         self._entered = 0
@@ -348,10 +353,13 @@ class SGLangClient(SGLangControl):
             return None
         if meta.get("routed_experts") is None:
             raise AnswerError("no routes came back: was the server started with return_routed_experts?")
-        flat = np.frombuffer(base64.b64decode(meta["routed_experts"]), np.int32)
-        shape = (rows, self.num_layers, self.topk)
-        if flat.size != np.prod(shape):
-            raise AnswerError(f"{flat.size} expert ids came back for routes of shape {shape}")
+        sent, shape = base64.b64decode(meta["routed_experts"]), (rows, self.num_layers, self.topk)
+        width, more = divmod(len(sent), max(1, math.prod(shape)))
+        if more or (sent and width not in _ROUTE_TYPES):
+            raise AnswerError(f"{len(sent)} bytes of expert ids came back for routes of shape {shape}")
+        if width == 4:
+            self.wide_routes += 1
+        flat = np.frombuffer(sent, _ROUTE_TYPES.get(width, np.uint8))
         if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):  # before they are cut to fewer bits
             raise AnswerError(f"expert ids {flat.min()} .. {flat.max()} are outside [0, {self.num_experts})")
         return flat.reshape(shape).astype(route_dtype(self.num_experts))

@@ -24,6 +24,8 @@ def install() -> None:
     HookRegistry.register(f"{updater}.update_weights_from_tensor", refuse, HookType.AROUND)
     bucket = "sglang.srt.weight_sync.tensor_bucket.FlattenedTensorBucket.reconstruct_tensors"
     HookRegistry.register(bucket, own_biases, HookType.AFTER)
+    results = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+    HookRegistry.register(f"{results}._maybe_collect_routed_experts", narrow_routes, HookType.AROUND)
     HookRegistry.register("torch.distributed.rendezvous._create_c10d_store", listen_at_host, HookType.AROUND)
     # /server_info, its states of the schedulers, and the log show the first; the second is what an error shows.
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolved_dict", hide_keys, HookType.AFTER)
@@ -54,6 +56,17 @@ def own_biases(tensors: list[tuple[str, Any]], *_: Any) -> list[tuple[str, Any]]
     loader of gpt-oss zeroes `down_proj_bias` where it finds it on every rank but the first, which may not have read
     it yet."""
     return [(name, tensor.clone() if name.endswith("bias") else tensor) for name, tensor in tensors]
+
+
+def narrow_routes(original: Callable[..., None], processor: Any, request: Any) -> None:
+    """_maybe_collect_routed_experts: a request's routes leave the scheduler in the narrowest type that holds them, for
+    SGLang's int32 is four times what most models need; the client tells by the number of bytes."""
+    import torch
+
+    original(processor, request)
+    routes = request.routed_experts
+    if routes is not None and routes.numel() and routes.min() >= 0:  # else the client says what is wrong with it
+        request.routed_experts = routes.to(torch.uint8 if routes.max() < 256 else torch.int16)
 
 
 def listen_at_host(original: Callable[..., Any], host: str, port: int, rank: int, ranks: int, *args: Any) -> Any:
