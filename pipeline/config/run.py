@@ -23,6 +23,13 @@ class RunConfig(Frozen):
         "checkpoint where it has one, else refuse",
     )
     seed: int = Field(0, ge=0, description="of weights, prompts and sampling")
+    max_restarts: int = Field(
+        0,
+        ge=0,
+        description="a run whose trainer rank, server or Ray failed begins again from its newest checkpoint by itself, "
+        "so often within run.restart_window_minutes; 0: it ends",
+    )
+    restart_window_minutes: float = Field(60.0, gt=0, description="restarts that are longer ago do not count")
     rollouts_shown: int = Field(4, ge=0, description="sampled rollouts written in readable form, each step")
 
 

@@ -24,11 +24,13 @@ from pipeline.loop.inputs import check_inputs, check_prompts, dumped_steps
 from pipeline.loop.limits import raise_open_files
 from pipeline.loop.loop import Loop
 from pipeline.loop.open_loop import open_loop
+from pipeline.loop.restarts import ENGINE_FAILURES, Restarts
 from pipeline.loop.stop import Stopped, StopRequest
 from pipeline.observe.console import Console
 from pipeline.observe.facts import write_facts, written_by_this_job
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.sinks import Sinks
+from pipeline.say import to_stderr
 from pipeline.trainer.group import TrainerGroup
 from pipeline.types import StepResult
 
@@ -41,6 +43,7 @@ def train(
     from_dump: a dump, or a directory of them: train on these steps, whatever train.steps says, and start no server.
     resume: go on from the newest checkpoint, and refuse where there is none; see checkpoints.resume.choose_start.
     stop: signals that may ask for the end.
+    Where an engine fails and there is a checkpoint, it begins again from that, as often as run.max_restarts says.
     Raises what the CLI turns into a message: DataError, DumpError, ObserveError, VerifierError, ResumeError,
     CheckpointError, RunDirectoryError and ServerError (its port) before anything starts; ServerError, PlacementError,
     TrainerError, WeightTransferError, DumpError, NothingToLearnError, RewardError, DisagreementError, CheckpointError
@@ -48,15 +51,24 @@ def train(
     """
     store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep_last)
     stop = stop or StopRequest(None)
+    restarts = Restarts(config.run.max_restarts, 60 * config.run.restart_window_minutes)
     with _ended_at_once(config, store, stop):
         dumped = None if from_dump is None else dumped_steps(from_dump, config)
-        refuse_held(config.run.directory)
-        check_inputs(config)
-        raise_open_files(config)
-        with scratch_folder() as scratch:
-            source = check_prompts(config, scratch)
-            with claim(config.run.directory) as claimed:
-                return _claimed(config, claimed, source, dumped, store, resume=resume, stop=stop)
+        while True:
+            refuse_held(config.run.directory)
+            check_inputs(config)
+            raise_open_files(config)
+            try:
+                with scratch_folder() as scratch:
+                    source = check_prompts(config, scratch)
+                    with claim(config.run.directory) as claimed:
+                        return _claimed(config, claimed, source, dumped, store, restarts, resume=resume, stop=stop)
+            except ENGINE_FAILURES as failure:
+                latest = store.latest()
+                if latest is None or stop.requested:
+                    raise
+                to_stderr(f"{failure}\n{restarts.again(failure)}, from {latest}")
+                resume = True
 
 
 def _claimed(
@@ -65,6 +77,7 @@ def _claimed(
     source: PromptSource,
     dumped: DumpedSteps | None,
     store: CheckpointStore,
+    restarts: Restarts,
     *,
     resume: bool,
     stop: StopRequest,
@@ -85,7 +98,7 @@ def _claimed(
             console.say(f"all {last} steps are done; a larger train.steps goes on")
         else:
             write_facts(run.path)
-            _Run(config, store, stop, console, run, last).go(left, start, dumped, source)
+            _Run(config, store, stop, console, run, last, restarts.count).go(left, start, dumped, source)
         run.finish()
     return run.path
 
@@ -116,7 +129,7 @@ def _ended_at_once(config: Config, store: CheckpointStore, stop: StopRequest) ->
 
 
 class _Run:
-    """A run in its directory. last: number of its last step."""
+    """A run in its directory. last: number of its last step. restarts: attempts before this one."""
 
     def __init__(
         self,
@@ -126,9 +139,10 @@ class _Run:
         console: Console,
         directory: RunDirectory,
         last: int,
+        restarts: int,
     ):
         self.config, self.store, self.stop, self.console = config, store, stop, console
-        self.directory, self.last = directory, last
+        self.directory, self.last, self.restarts = directory, last, restarts
 
     def go(self, steps: Sequence[int], start: Start | None, dumped: DumpedSteps | None, source: PromptSource) -> None:
         """Both engines up, the steps, the model as a Hugging Face directory."""
@@ -164,6 +178,8 @@ class _Run:
     def _step(self, loop: Loop, dumped: DumpedSteps | None, number: int, saver: Saver, sinks: Sinks) -> None:
         """One RL step and its records."""
         result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+        if self.config.run.max_restarts:
+            result.metrics["run/restarts"] = float(self.restarts)
         self.directory.record(result.metrics)
         self.directory.write_step(result, loop.objective, loop.source.tokenizer)
         self.console.step(result.metrics)

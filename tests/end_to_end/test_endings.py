@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from pipeline.dumps.dump import DumpError
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.run import _replay, train
 from tests.support.command import QUICKSTART, SMALL
+from tests.support.processes import command_line
 from tests.support.receivers import free_port, scrape
 from tests.support.sockets import environment_has
 
@@ -39,24 +41,48 @@ def test_a_replay_from_other_weights_says_so():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("victim", "message"), [("sglang::scheduler", "sglang.log"), ("ray::TrainerRank", "trainer rank 0 died")]
-)
-def test_a_killed_process_ends_the_run_with_its_name_and_no_orphan(command, victim, message):
+def test_a_killed_scheduler_ends_the_run_with_its_log_and_no_orphan(command):
     port = free_port()
     run = command(*SMALL, "supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}")
     run.wait_for("step    2/9999")
     served = scrape(port)
     assert served["sameroute_steps_total"][0][1] >= 1
     assert served["sameroute_routing_replayed_fraction"] == [({}, 1.0)]
-    victims = [p.pid for p in environment_has(run.mark.encode()) if victim in " ".join(p.cmdline())]
+    kill(run, "sglang::scheduler")
+    assert run.end() == 1
+    assert "sglang.log" in run.text()
+    assert "Traceback" not in run.text()
+    assert run.orphans() == []
+
+
+@pytest.mark.slow
+def test_a_run_whose_trainer_is_killed_begins_again_from_its_checkpoint_so_often_and_no_oftener(command):
+    settings = ["supervised.steps=0", "train.steps=9999", "checkpoint.every_steps=1", "run.max_restarts=1"]
+    run = command(*SMALL, *settings, "run.overwrite=false")
+    run.wait_for("step    2/9999")
+    kill(run, "ray::TrainerRank")
+    run.wait_for("restart 1 of 1 within 60 minutes, from ")
+    done = len(rows(run))
+    run.wait_for(f"step {done + 2:>4}/9999")
+    kill(run, "ray::TrainerRank")
+    assert run.end() == 1
+    assert "the run was begun again 1 times within 60 minutes" in run.text()
+    assert run.text().count("trainer rank 0 died") >= 2
+    assert [row["step"] for row in rows(run)] == list(range(1, len(rows(run)) + 1))  # none twice, none left out
+    assert {row["run/restarts"] for row in rows(run)} == {0.0, 1.0}
+    assert "Traceback" not in run.text()
+    assert run.orphans() == []
+
+
+def rows(run) -> list[dict]:
+    return [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
+
+
+def kill(run, name: str) -> None:
+    victims = [p.pid for p in environment_has(run.mark.encode()) if name in command_line(p)]
     assert victims
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    assert run.end() == 1
-    assert message in run.text()
-    assert "Traceback" not in run.text()
-    assert run.orphans() == []
 
 
 @pytest.mark.slow
