@@ -31,12 +31,14 @@ class Prompt:
     text:     the same, for people.
     metadata: what the verifier needs (the answer, the numbers, ...).
     index:    position in the data stream; a prompt drawn again has a new index.
+    origin:   "source:row" or "task:entry", the same each time it is drawn; "" where it is of no source.
     """
 
     ids: np.ndarray
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
     index: int = 0
+    origin: str = ""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Progress:
     step: int
     supervised: int
     version: int
-    cursor: dict[str, int]
+    cursor: dict[str, Any]
     config: dict[str, Any]
 
     @property
@@ -129,6 +129,6 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def progress_of(config: Config, *, step: int, supervised: int, version: int, cursor: dict[str, int]) -> Progress:
+def progress_of(config: Config, *, step: int, supervised: int, version: int, cursor: dict[str, Any]) -> Progress:
     """Where a run with this configuration stands."""
     return Progress(step, supervised, version, cursor, shown(config.model_dump(mode="json")))

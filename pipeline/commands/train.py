@@ -64,7 +64,7 @@ def _check_files(config: Config, from_dump: Path | None) -> None:
         from pipeline.dumps.dump import DumpError
 
         raise DumpError(f"there is no dump {from_dump}")
-    if config.data.path is not None and not config.data.path.is_file():
+    if (missing := config.data.missing_file) is not None:
         from pipeline.data.chat import DataError
 
-        raise DataError(f"there is no data file {config.data.path}")
+        raise DataError(f"there is no data file {missing}")

@@ -3,58 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_ext.config import Frozen
-
-SyntheticTask = Literal["digit_sort", "addition"]
-"""Generators of `pipeline.data.synthetic`."""
-
+from pipeline.config.sources import (
+    ChatConfig,
+    CurriculumConfig,
+    FiltersConfig,
+    JsonlSource,
+    ParquetSource,
+    Source,
+    SyntheticSource,
+    SyntheticTaskConfig,
+    names_of,
+)
 
 OnRewardFailure = Literal["exclude", "zero", "drop_group", "stop"]
 """What becomes of an answer that the verifier failed on."""
 
 
-class SyntheticTaskConfig(Frozen):
-    """One synthetic task."""
-
-    name: str = Field("digit_sort", description="the generator, by its registered name")
-    min_digits: int = Field(4, ge=1, le=18, description="fewest digits of a question (of a number, for addition)")
-    max_digits: int = Field(6, ge=1, le=18, description="most digits of a question (of a number, for addition)")
-    question: str = Field("{question}", description="what the user says; a real model wants words around {question}")
-    supervised_error_rate: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the digits in supervised answers that are replaced by random ones: an imperfect teacher, "
-        "which leaves reinforcement learning something to improve. Verifiers never see it",
-    )
-    seed: int = Field(0, ge=0, description="of the task; the run's seed is mixed in")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.name not in get_args(SyntheticTask):
-            raise ValueError(
-                f"there is no synthetic task {self.name!r}; there are {', '.join(sorted(get_args(SyntheticTask)))}"
-            )
-        if self.min_digits > self.max_digits:
-            raise ValueError(f"min_digits={self.min_digits} is more than max_digits={self.max_digits}; swap them")
-        if self.question.count("{question}") != 1:
-            raise ValueError(f"the text {self.question!r} must hold {{question}} once, where the question goes")
-        return self
-
-
 class DataConfig(Frozen):
     """The prompts of a run and the verifier of their answers."""
 
-    task: SyntheticTaskConfig | None = Field(None, description="a synthetic task")
+    task: SyntheticTaskConfig | None = Field(None, description="a synthetic task; short for one source of that kind")
     path: Path | None = Field(
         None,
-        description='JSONL file, a line {"prompt": text or "messages": [...], "answer": text}; other keys are kept',
+        description='JSONL file, a line {"prompt": text or "messages": [...], "answer": text}; other keys are kept; '
+        "short for one source of that kind",
     )
-    shuffle: bool = Field(True, description="another order of the file's lines each epoch; false: the file's own order")
+    sources: tuple[Source, ...] = Field((), description="where prompts come from, in place of task and path")
+    chat: ChatConfig = Field(
+        default_factory=ChatConfig,  # pyright: ignore[reportArgumentType]
+        description="what the chat template gets beside the messages",
+    )
+    filters: FiltersConfig = Field(
+        default_factory=FiltersConfig,  # pyright: ignore[reportArgumentType]
+        description="which rows are left out",
+    )
+    on_bad_line: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a line that is wrong (not JSON, a column missing, of another type, refused by the chat template). "
+        "stop: it is named, and nothing starts; skip: it is counted",
+    )
+    curriculum: CurriculumConfig = Field(
+        default_factory=CurriculumConfig,  # pyright: ignore[reportArgumentType]
+        description="which prompts are asked again",
+    )
+    shuffle: bool = Field(True, description="another order of a source's rows each epoch; false: their own order")
     max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt, tokens, chat template included")
     reward: str = Field("exact_match", description="verifier: a registered name, or package.module:function")
     reward_directory: Path | None = Field(
@@ -83,6 +80,28 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.task is None) == (self.path is None):
-            raise ValueError("give exactly one of data.task (a synthetic task) and data.path (a JSONL file)")
+        if [self.task is not None, self.path is not None, bool(self.sources)].count(True) != 1:
+            raise ValueError(
+                "give exactly one of data.task (a synthetic task), data.path (a JSONL file) and data.sources (a list)"
+            )
+        names = [name for name in names_of(self.sources) if name]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two of data.sources are called {twice!r}; give one of them another `name`")
         return self
+
+    @property
+    def origins(self) -> tuple[Source, ...]:
+        """The sources, however they were written."""
+        if self.task is not None:
+            return (SyntheticSource.model_validate({"task": self.task}),)
+        return (JsonlSource.model_validate({"path": self.path}),) if self.path is not None else self.sources
+
+    @property
+    def missing_file(self) -> Path | None:
+        """The first file of a source that is not there; a pattern is missing where nothing matches it."""
+        for source in self.origins:
+            if isinstance(source, JsonlSource) and not source.path.is_file():
+                return source.path
+            if isinstance(source, ParquetSource) and not source.files:
+                return source.path
+        return None

@@ -1,31 +1,48 @@
-"""Where prompts come from: a synthetic task or a JSONL file, as a stream with a cursor that can be saved."""
+"""Where a run's prompts come from: its sources as one stream, with a cursor that can be saved."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_ext.hf.config_json import read_hf_config
 from pipeline.config.data import DataConfig
-from pipeline.data.chat import DataError, answer_ids, check_vocabulary
-from pipeline.data.jsonl import check_length, read_rows, tokenize
+from pipeline.data.chat import Asked, DataError, TooLongError
+from pipeline.data.mixture import Cursor, Mixture
+from pipeline.data.opened import open_sources
+from pipeline.data.pass_rates import pass_rate
 from pipeline.data.pretrained import load_tokenizer, read_json
-from pipeline.data.synthetic import Stream, SupervisedPair, SyntheticTask
+from pipeline.data.streams import Order, Stream
 from pipeline.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MOST_DROPPED = 10_000  # too long one after another
 
-class _Prompts(Protocol):
-    """Prompts and supervised pairs by position in an endless stream."""
 
-    def prompt(self, index: int, stream: Stream) -> Prompt: ...
-    def supervised(self, index: int) -> SupervisedPair: ...
+@dataclass(frozen=True)
+class SupervisedPair:
+    """A prompt and the answer to imitate. answer_ids: [N] int32, the end-of-sequence token last."""
+
+    prompt: Prompt
+    answer_ids: np.ndarray
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[P + N] int32, the prompt and the answer behind it."""
+        return np.concatenate([self.prompt.ids, self.answer_ids])
+
+    @property
+    def prompt_length(self) -> int:
+        """P, tokens."""
+        return len(self.prompt.ids)
 
 
 def _to_standard_error(line: str) -> None:
@@ -35,7 +52,8 @@ def _to_standard_error(line: str) -> None:
 class PromptSource:
     """A stream of prompts for one run, and what its answers stop at.
 
-    The cursors of prompts and of supervised pairs move apart. Prompt `i` depends on the data and the seed only.
+    The cursors of prompts and of supervised pairs move apart. Prompt `i` depends on the data and the seed only, and on
+    what was learned of pass rates where data.curriculum passes prompts over.
     """
 
     def __init__(
@@ -51,9 +69,9 @@ class PromptSource:
     ):
         """model_path: Hugging Face directory whose tokenizer, config.json and generation_config.json count.
 
-        stream: "held_out" gives a synthetic task's other questions; a file has one stream only.
-        supervised: pairs will be taken, so a file's answers are tokenized now as well.
-        trust_remote_code: as ModelConfig has it. say: gets a line every few seconds while a file is tokenized.
+        stream: "held_out" gives what is never trained on.
+        supervised: pairs will be taken, so answers of rows are looked at now as well.
+        trust_remote_code: as ModelConfig has it. say: gets a line every few seconds while rows are read.
         Raises DataError (data or tokenizer) before any prompt is taken.
         """
         self.config = config
@@ -61,51 +79,151 @@ class PromptSource:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
         self.vocab_size: int = read_hf_config(model_path)["vocab_size"]
         self.stop_token_ids = stop_token_ids(model_path, self.tokenizer)
-        if config.task is not None:
-            self._data: _Prompts = SyntheticTask(config.task, self.tokenizer, seed)
-        else:
-            if stream != "train":
-                raise DataError(f"{config.path} has no {stream} stream; give another file as data.path")
-            file = FilePrompts(config, self.tokenizer, self.vocab_size, seed, say)
-            if supervised:
-                file.check_answers()
-            self._data = file
-        self._next_prompt = self._next_pair = 0
+        opened = open_sources(
+            config, self.tokenizer, self.vocab_size, seed=seed, stream=stream, supervised=supervised, say=say
+        )
+        self.sources = [questions for questions, _ in opened]
+        self._by_name = {questions.name: questions for questions in self.sources}
+        self._mixture = Mixture(list(self._by_name), [weight for _, weight in opened])
+        self._cursors: dict[Order, Cursor] = {"prompts": self._mixture.start(), "supervised": self._mixture.start()}
+        self._visits: dict[str, list[float]] = {}
+        self._dropped = Counter[str]()
+
+    @property
+    def size(self) -> int | None:
+        """Prompts until each has been asked once; None where a source has no end."""
+        sizes = [source.size for source in self.sources]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts. Raises DataError for one that is longer than max_prompt_tokens, or whose tokens the model
-        does not have."""
-        prompts = self.peek(n)
-        self._next_prompt += n
+        """The next n prompts. Raises DataError for one that is longer than max_prompt_tokens, unless such are dropped,
+        for one whose tokens the model does not have, and where no source has a prompt left."""
+        prompts, self._cursors["prompts"] = self._ahead(n)
         return prompts
 
     def peek(self, n: int) -> list[Prompt]:
         """The same, and the cursor stays."""
-        prompts = [self._data.prompt(self._next_prompt + i, self.stream) for i in range(n)]
-        for prompt in prompts:
-            check_vocabulary(self.tokenizer, prompt.ids, self.vocab_size, f"prompt {prompt.index}")
-            check_length(prompt, self.config.max_prompt_tokens, f"prompt {prompt.index}")
-        return prompts
+        return self._ahead(n)[0]
 
     def take_supervised(self, n: int) -> list[SupervisedPair]:
-        """The next n prompts with an answer to imitate."""
-        pairs = [self._data.supervised(self._next_pair + i) for i in range(n)]
-        for pair in pairs:
-            name = f"supervised prompt {pair.prompt.index}"
-            check_vocabulary(self.tokenizer, pair.tokens, self.vocab_size, name)
-            check_length(pair.prompt, self.config.max_prompt_tokens, name)
-        self._next_pair += n
+        """The next n prompts with an answer to imitate. Raises DataError as `take`, and for answers."""
+        asked, which, cursor = self._questions(self._cursors["supervised"], n, "supervised")
+        pairs = []
+        first = self._cursors["supervised"].count
+        prompts = self._written(asked, which, range(first, first + n))
+        for one, source, prompt in zip(asked, which, prompts, strict=True):
+            if isinstance(prompt, DataError):
+                raise prompt
+            pairs.append(SupervisedPair(prompt, self.sources[source].writer.answer(one)))
+        self._cursors["supervised"] = cursor
         return pairs
 
-    def state(self) -> dict[str, int]:
-        """Both cursors; JSON can hold it."""
-        return {"prompts": self._next_prompt, "supervised": self._next_pair}
+    def learned(self, prompt: Prompt, rewards: Sequence[float] | np.ndarray) -> None:
+        """A group of answers to a prompt of this source was graded: pass rates are kept of it.
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises ValueError for anything that `state` does not return."""
-        if set(state) != {"prompts", "supervised"} or any(not isinstance(n, int) or n < 0 for n in state.values()):
-            raise ValueError(f"a prompt cursor holds prompts and supervised, two counts, not {state}")
-        self._next_prompt, self._next_pair = state["prompts"], state["supervised"]
+        rewards: of the answers that have one, before any group is left out for what they are.
+        """
+        name, _, row = prompt.origin.rpartition(":")
+        source = self._by_name.get(name)
+        if source is None or not len(rewards):
+            return
+        self._visits.setdefault(name, []).append(pass_rate(rewards, self.config.curriculum))
+        if source.rates is not None:
+            source.rates.learn(int(row), rewards)
+
+    def metrics(self) -> dict[str, float]:
+        """data/NAME/...: of each source its epoch, the pass rate of what was learned since the last call, and of rows
+        how many were visited and which shares of them were always, sometimes, never solved."""
+        out: dict[str, float] = {}
+        for source, position in zip(self.sources, self._cursors["prompts"].positions, strict=True):
+            numbers = {} if source.size is None else {"epoch": position / source.size}
+            if visits := self._visits.get(source.name):
+                numbers["pass_rate"] = float(np.mean(visits))
+            numbers |= {} if source.rates is None else source.rates.metrics()
+            if self._dropped[source.name]:
+                numbers["dropped_too_long"] = float(self._dropped[source.name])
+            out |= {f"data/{source.name}/{name}": value for name, value in numbers.items()}
+        self._visits.clear()
+        return out
+
+    def facts(self) -> dict[str, Any]:
+        """For facts.json: of each source what became of its rows."""
+        return {s.name: {} if s.report is None else s.report.facts() for s in self.sources}
+
+    def state(self) -> dict[str, Any]:
+        """Both cursors, and the pass rates of rows that were visited; JSON can hold it."""
+        names = list(self._by_name)
+        out: dict[str, Any] = {order: cursor.count for order, cursor in self._cursors.items()}
+        out["sources"] = {order: cursor.state(names) for order, cursor in self._cursors.items()}
+        out["pass_rates"] = {s.name: s.rates.state() for s in self.sources if s.rates and s.rates.visits.any()}
+        return out
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. Raises DataError for anything that `state` does not return."""
+        try:
+            cursors: dict[Order, Cursor] = {
+                o: self._mixture.restored(_count(state[o]), state["sources"][o]) for o in self._cursors
+            }
+            rates = {name: str(packed) for name, packed in state["pass_rates"].items()}
+            if len(state) != len(cursors) + 2:
+                raise ValueError("more keys than it has")
+            for source in self.sources:
+                if source.rates is not None:
+                    source.rates.restore(rates[source.name]) if source.name in rates else source.rates.forget()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"a prompt cursor cannot be read: {error!r}; it is of another version of sameroute"
+            ) from error
+        self._cursors = cursors
+
+    def _ahead(self, n: int) -> tuple[list[Prompt], Cursor]:
+        """The next n prompts, and where the cursor is behind them."""
+        cursor, out, dropped = self._cursors["prompts"], [], 0
+        while len(out) < n:
+            count = n - len(out)
+            asked, which, cursor = self._questions(cursor, count, "prompts")
+            first = self._cursors["prompts"].count + len(out)
+            for source, prompt in zip(which, self._written(asked, which, range(first, first + count)), strict=True):
+                if isinstance(prompt, TooLongError) and self.config.filters.too_long == "drop":
+                    dropped += 1
+                    self._dropped[self.sources[source].name] += 1
+                    if dropped > _MOST_DROPPED:
+                        raise prompt
+                elif isinstance(prompt, DataError):
+                    raise prompt
+                else:
+                    out.append(Prompt(prompt.ids, prompt.text, prompt.metadata, first, prompt.origin))
+                    first += 1
+        return out, Cursor(self._cursors["prompts"].count + n, cursor.positions, cursor.credits)
+
+    def _questions(self, cursor: Cursor, n: int, order: Order) -> tuple[list[Asked], list[int], Cursor]:
+        """The next n questions of a cursor, which source each is of, and the cursor behind them."""
+        asked, which = [], []
+        for _ in range(n):
+            chosen, credit = self._mixture.next(cursor)
+            source, positions = self.sources[chosen], list(cursor.positions)
+            position = source.due(positions[chosen], order)
+            asked.append(source.asked(position, order))
+            which.append(chosen)
+            positions[chosen] = position + 1
+            cursor = Cursor(cursor.count + 1, tuple(positions), credit)
+        return asked, which, cursor
+
+    def _written(self, asked: list[Asked], which: list[int], indices: Sequence[int]) -> list[Prompt | DataError]:
+        """A prompt for each question, tokenized together where sources share how they speak."""
+        out: list[Prompt | DataError | None] = [None] * len(asked)
+        for writer in {id(w): w for w in (self.sources[i].writer for i in which)}.values():
+            places = [p for p, i in enumerate(which) if self.sources[i].writer is writer]
+            written = writer.prompts([asked[p] for p in places], [indices[p] for p in places])
+            for place, prompt in zip(places, written, strict=True):
+                out[place] = prompt
+        return [prompt for prompt in out if prompt is not None]
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def stop_token_ids(model_path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -120,64 +238,3 @@ def stop_token_ids(model_path: str | Path, tokenizer: PreTrainedTokenizerBase) -
             f"neither generation_config.json nor the tokenizer of {model_path} names an end-of-sequence token"
         )
     return tuple(sorted(set(listed)))
-
-
-class FilePrompts:
-    """A JSONL file, read and tokenized whole at the start, so that a bad line stops a run before it begins."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        vocab_size: int,
-        seed: int,
-        say: Callable[[str], None],
-    ):
-        """vocab_size: of the model. say: hears how far it is. Raises DataError, naming the line."""
-        assert config.path is not None
-        self.path, self.shuffle, self.tokenizer = config.path, config.shuffle, tokenizer
-        self.vocab_size, self.seed = vocab_size, seed
-        rows = read_rows(config.path)
-        self.lines = [row.line for row in rows]
-        self.prompts = tokenize(
-            config.path, rows, tokenizer, limit=config.max_prompt_tokens, vocab_size=vocab_size, say=say
-        )
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}
-
-    def check_answers(self) -> None:
-        """Raise DataError, naming the line, for an answer that cannot be imitated."""
-        for place in range(len(self.prompts)):
-            self._answer(place)
-
-    def prompt(self, index: int, stream: Stream = "train") -> Prompt:
-        """The prompt at `index`; past the last line another epoch begins."""
-        return self._at(index, self._place(index, "prompts"))
-
-    def supervised(self, index: int) -> SupervisedPair:
-        """The pair at `index`, of its own order."""
-        place = self._place(index, "supervised")
-        return SupervisedPair(self._at(index, place), self._answer(place))
-
-    def _answer(self, place: int) -> np.ndarray:
-        name = f"{self.path}, line {self.lines[place]}: the answer"
-        try:
-            ids = answer_ids(self.tokenizer, self.prompts[place].metadata["answer"])
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
-        check_vocabulary(self.tokenizer, ids, self.vocab_size, name)
-        return ids
-
-    def _at(self, index: int, place: int) -> Prompt:
-        prompt = self.prompts[place]
-        return Prompt(prompt.ids, prompt.text, prompt.metadata, index)
-
-    def _place(self, index: int, order: str) -> int:
-        epoch, position = divmod(index, len(self.prompts))
-        return int(self._permutation(epoch, order)[position]) if self.shuffle else position
-
-    def _permutation(self, epoch: int, order: str) -> np.ndarray:
-        known = self._orders.get(order)
-        if known is None or known[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch, order == "supervised"])
-            known = self._orders[order] = (epoch, rng.permutation(len(self.prompts)))
-        return known[1]

@@ -7,23 +7,23 @@ a draw of the wrong kind is drawn again, and so the two can never share a questi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.config.data import SyntheticTaskConfig
-from pipeline.data.chat import answer_ids, user_prompt
-from pipeline.types import Prompt
+from pipeline.config.sources import SyntheticTaskConfig
+from pipeline.data.chat import Asked, PromptWriter
+from pipeline.data.held_out import held_out_share
+from pipeline.data.streams import Order, Stream
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from pipeline.data.pass_rates import PassRates
+    from pipeline.data.tables.screen import Report
 
-Stream = Literal["train", "held_out", "supervised"]
-_STREAMS: dict[Stream, int] = {"train": 0, "held_out": 1, "supervised": 2}
-_HELD_OUT = 10  # one question in this many
+Draws = Literal["train", "held_out", "supervised"]
+_DRAWS: dict[Draws, int] = {"train": 0, "held_out": 1, "supervised": 2}
+_HELD_OUT = 0.1
 _MAX_DRAWS = 10_000
 
 Generator = Callable[[np.random.Generator, int], tuple[str, str]]
@@ -56,69 +56,72 @@ def addition(rng: np.random.Generator, digits: int) -> tuple[str, str]:
     return f"{a}+{b}", str(a + b)
 
 
-@dataclass(frozen=True)
-class SupervisedPair:
-    """A prompt and the answer to imitate. answer_ids: [N] int32, the end-of-sequence token last."""
-
-    prompt: Prompt
-    answer_ids: np.ndarray
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """[P + N] int32, the prompt and the answer behind it."""
-        return np.concatenate([self.prompt.ids, self.answer_ids])
-
-    @property
-    def prompt_length(self) -> int:
-        """P, tokens."""
-        return len(self.prompt.ids)
-
-
 def is_held_out(question: str) -> bool:
     """Whether a question belongs to the held-out tenth."""
-    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % _HELD_OUT == 0
+    return held_out_share(question) < _HELD_OUT
 
 
 class SyntheticTask:
-    """A task's streams, tokenized for a model."""
+    """A task's questions, without end."""
 
-    def __init__(self, config: SyntheticTaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
-        """seed: the run's. Prompts go through the tokenizer's chat template."""
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+    size: int | None = None
+    rates: PassRates | None = None
+    report: Report | None = None
 
-    def problem(self, index: int, stream: Stream = "train") -> tuple[str, str]:
+    def __init__(
+        self,
+        config: SyntheticTaskConfig,
+        writer: PromptWriter,
+        seed: int = 0,
+        *,
+        stream: Stream = "train",
+        name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
+        """seed: the run's. name: in metrics and messages, the task's if left out. metadata: more of it."""
+        self.config, self.writer, self.seed = config, writer, seed
+        self.stream: Stream = stream
+        self.name, self.metadata = name or config.name, metadata or {}
+
+    def problem(self, index: int, draws: Draws = "train") -> tuple[str, str]:
         """Question and right answer at `index` of a stream.
 
         Raises ValueError where so few questions exist that the stream has none.
         """
-        rng = self._rng(index, stream)
+        rng = self._rng(index, draws)
         for _ in range(_MAX_DRAWS):
             digits = int(rng.integers(self.config.min_digits, self.config.max_digits + 1))
             question, answer = GENERATORS[self.config.name](rng, digits)
-            if is_held_out(question) == (stream == "held_out"):
+            if is_held_out(question) == (draws == "held_out"):
                 return question, answer
         raise ValueError(
             f"{self.config.name} with {self.config.min_digits} to {self.config.max_digits} digits has too few "
-            f"questions for a {stream} stream; raise max_digits"
+            f"questions for a {draws} stream; raise max_digits"
         )
 
-    def prompt(self, index: int, stream: Stream = "train") -> Prompt:
-        """The prompt at `index` of a stream; metadata: task, question, answer."""
-        question, answer = self.problem(index, stream)
-        said = self.config.question.replace("{question}", question)
-        metadata = {"task": self.config.name, "question": question, "answer": answer}
-        return user_prompt(self.tokenizer, said, metadata, index)
+    def due(self, position: int, order: Order) -> int:
+        """Every position is."""
+        return position
 
-    def supervised(self, index: int) -> SupervisedPair:
-        """The pair at `index` of the supervised stream, whose questions are of the training kind."""
-        prompt = self.prompt(index, "supervised")
-        text = list(prompt.metadata["answer"])
+    def asked(self, position: int, order: Order) -> Asked:
+        """The question at a position; metadata: task, question, answer. An answer to imitate may have wrong digits, and
+        its question is of the training kind."""
+        question, answer = self.problem(position, order if order == "supervised" else self.stream)
+        said = self.config.question.replace("{question}", question)
+        metadata = {"task": self.config.name, "question": question, "answer": answer} | self.metadata
+        if order == "supervised":
+            answer = self._imperfect(position, answer)
+        where = f"{self.name}, question {position}"
+        return Asked([{"role": "user", "content": said}], answer, metadata, None, where, f"{self.name}:{position}")
+
+    def _imperfect(self, index: int, answer: str) -> str:
+        text = list(answer)
         rng = self._rng(index, "supervised", salt=1)
         wrong = rng.random(len(text)) < self.config.supervised_error_rate
         for i in np.flatnonzero(wrong):
             if text[i].isdigit():
                 text[i] = str(rng.integers(0, 10))
-        return SupervisedPair(prompt, answer_ids(self.tokenizer, "".join(text)))
+        return "".join(text)
 
-    def _rng(self, index: int, stream: Stream, salt: int = 0) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, self.seed, _STREAMS[stream], index, salt])
+    def _rng(self, index: int, draws: Draws, salt: int = 0) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, self.seed, _DRAWS[draws], index, salt])

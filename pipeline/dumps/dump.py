@@ -3,7 +3,7 @@
 dumps/step_000012.safetensors holds flat arrays, all rollouts one behind the other in the order of training:
 
     group_sizes       [groups] int32       episodes of each prompt
-    prompts           [bytes] uint8        JSON, a list of {text, metadata, index}
+    prompts           [bytes] uint8        JSON, a list of {text, metadata, index, origin}
     episode_sizes     [episodes] int32     rollouts of each
     rewards           [episodes] float32   0 where it failed
     failures          [bytes] uint8        JSON, a list: why an episode has no reward, or null
@@ -165,7 +165,7 @@ def _flatten(groups: Sequence[Group]) -> dict[str, np.ndarray]:
 def _prompts_json(prompts: Sequence[Prompt]) -> bytes:
     rows = []
     for prompt in prompts:
-        row = {"text": prompt.text, "metadata": prompt.metadata, "index": prompt.index}
+        row = {"text": prompt.text, "metadata": prompt.metadata, "index": prompt.index, "origin": prompt.origin}
         try:
             text = json.dumps(row, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -304,9 +304,10 @@ def _prompt(row: Any, ids: np.ndarray) -> Prompt:
         and isinstance(row.get("text"), str)
         and isinstance(row.get("metadata"), dict)
         and isinstance(row.get("index"), int)
+        and isinstance(row.get("origin"), str)
     )
-    _must(well_formed, "a prompt is not {text, metadata, index}")
-    return Prompt(ids, row["text"], row["metadata"], row["index"])
+    _must(well_formed, "a prompt is not {text, metadata, index, origin}")
+    return Prompt(ids, row["text"], row["metadata"], row["index"], row["origin"])
 
 
 def _must(holds: object, otherwise: str) -> None:

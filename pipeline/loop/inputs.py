@@ -36,8 +36,8 @@ def check_inputs(config: Config) -> None:
     if config_device(config) == "cuda":
         check_gpus(config, torch.cuda.device_count())
     check_reward(config.data)
-    if config.data.path is not None and not config.data.path.is_file():
-        raise DataError(f"there is no data file {config.data.path}")
+    if (missing := config.data.missing_file) is not None:
+        raise DataError(f"there is no data file {missing}")
     reserve_port(config.server.host, config.server.port)
 
 

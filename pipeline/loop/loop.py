@@ -132,6 +132,8 @@ class Loop:
                 new = sample_groups_sync(self.fleet, prompts, rollout.samples_per_prompt, self.sampling)
             with timer("reward"):
                 new, failed = self.grade(new)
+            for group in new:
+                self.source.learned(group.prompt, group.rewards)
             failures, graded = failures + failed, graded + sum(len(g.rewards) for g in new)
             if not graded:
                 raise RewardError(f"step {number}: nothing is left to train on; {failures}")
@@ -150,7 +152,11 @@ class Loop:
             )
         if failures.first:
             self.say(f"step {number}: {failures}")
-        metrics = {"throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"]} | failures.metrics()
+        metrics = (
+            {"throughput/rollout_tokens_per_s": tokens / timer.seconds["rollout"]}
+            | failures.metrics()
+            | self.source.metrics()
+        )
         if self.objective.composition.dynamic_sampling:
             metrics["rollout/groups_replaced"] = float(drawn - len(groups))
         return groups, metrics

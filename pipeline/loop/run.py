@@ -97,7 +97,7 @@ def _claimed(
         if start is not None and not left and has_weights(run.path / "hf"):
             console.say(f"all {last} steps are done; a larger train.steps goes on")
         else:
-            write_facts(run.path)
+            write_facts(run.path, data=source.facts())
             _Run(config, store, stop, console, run, last, restarts.count).go(left, start, dumped, source)
         run.finish()
     return run.path

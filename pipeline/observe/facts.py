@@ -7,6 +7,7 @@ versions      of the packages that compute, null for one that is not installed
 git           commit of the source tree, and whether files differ from it; null where it is no clone
 environment   the variables that move placement and networks
 ray           nodes of the cluster and their resources, from the moment the trainer is up
+data          of every source: rows, prompts, and what was left out and why
 trainer       of every rank: host, Ray node, process, GPUs; from then on
 """
 
@@ -48,11 +49,14 @@ _VARIABLES = ("NCCL_", "GLOO_", "SLURM_JOB", "CUDA_VISIBLE_DEVICES", "OMP_NUM_TH
 _QUERY_S = 20.0  # nvidia-smi takes seconds where no persistence daemon runs
 
 
-def write_facts(directory: Path, trainers: TrainerGroup | None = None) -> None:
-    """Write facts.json into a run directory. trainers: once they are up; what is there is kept, theirs is added."""
+def write_facts(
+    directory: Path, trainers: TrainerGroup | None = None, *, data: Mapping[str, Any] | None = None
+) -> None:
+    """Write facts.json into a run directory. trainers: once they are up; what is there is kept, theirs is added.
+    data: what the prompts' sources say of themselves, at the start."""
     file = directory / "facts.json"
     if trainers is None:
-        found = host_facts(directory)
+        found = host_facts(directory) | {"data": data or {}}
     else:
         found = json.loads(file.read_text(encoding="utf-8")) | cluster_facts(trainers)
     partial = file.with_suffix(".partial")

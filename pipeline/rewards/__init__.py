@@ -1,6 +1,7 @@
 """Verifiers: from a prompt and a response to a number, in processes that can be killed."""
 
 from pipeline.rewards import exact_match as _exact_match  # noqa: F401  registers itself
+from pipeline.rewards import gym_score as _gym_score  # noqa: F401  registers itself
 from pipeline.rewards.grade import Failures, grade, response_text
 from pipeline.rewards.grader import Grader, check_reward, open_grader
 from pipeline.rewards.protocol import Limits, Question, Verdict

@@ -30,20 +30,30 @@ _SHOWN_BY_CATEGORY = ("Cc", "Cf", "Cs", "Zl", "Zp")
 def decode(raw: bytes) -> str:
     """The text of a file in UTF-8, without a byte-order mark. Raises ValueError, which says what the file is instead,
     or names the first line that is not UTF-8 or holds a NUL byte."""
+    return decode_lines(raw[text_start(raw) :])
+
+
+def text_start(raw: bytes) -> int:
+    """Bytes of the byte-order mark that the beginning of a file has. Raises ValueError for another kind of file."""
     for beginning, kind, instead in _KINDS:
         if raw.startswith(beginning):
             raise ValueError(f"line 1: the file is {kind}, not text in UTF-8; {instead}")
-    raw = raw.removeprefix(_BOM)
+    return len(_BOM) if raw.startswith(_BOM) else 0
+
+
+def decode_lines(raw: bytes, first: int = 1) -> str:
+    """Lines of a file, of which the first has the number `first`. Raises ValueError, which names a line that is not
+    UTF-8 or holds a NUL byte."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = raw.count(b"\n", 0, error.start) + first
         raise ValueError(
             f"line {line}: the byte 0x{raw[error.start]:02x} is not UTF-8; write the file as UTF-8, for example with "
             "iconv -f LATIN1 -t UTF-8"
         ) from error
     if (at := text.find("\0")) >= 0:
-        line = text.count("\n", 0, at) + 1
+        line = text.count("\n", 0, at) + first
         raise ValueError(f"line {line}: there is a NUL byte; the file is no text, or UTF-16 without its mark")
     return text
 

@@ -1,0 +1,111 @@
+"""The sources of a configuration, opened: every row of a table was looked at, every generator has made an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pipeline.config.data import DataConfig
+from pipeline.config.sources import (
+    HuggingFaceSource,
+    JsonlSource,
+    ParquetSource,
+    ReasoningGymSource,
+    RowsConfig,
+    Source,
+    SyntheticSource,
+)
+from pipeline.data.chat import DataError, PromptWriter, check_template
+from pipeline.data.procedural import GymQuestions
+from pipeline.data.streams import Questions, Stream, TableQuestions
+from pipeline.data.synthetic import SyntheticTask
+from pipeline.data.tables.arrow import open_huggingface, open_parquet
+from pipeline.data.tables.jsonl import JsonlTable
+from pipeline.data.tables.rows import RowReader, Table
+from pipeline.data.tables.screen import screen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_sources(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    *,
+    seed: int,
+    stream: Stream,
+    supervised: bool,
+    say: Callable[[str], None],
+) -> list[tuple[Questions, float]]:
+    """The questions of each source, of reasoning-gym those of each task, with their weights.
+
+    seed: the run's. supervised: answers will be imitated. say: hears of what was left out.
+    Raises DataError, naming the row or the task.
+    """
+    out: list[tuple[Questions, float]] = []
+    general = PromptWriter(tokenizer, vocab_size, config.max_prompt_tokens, config.chat)
+    for source in config.origins:
+        own = source.chat
+        writer = general
+        if own is not None:
+            writer = PromptWriter(tokenizer, vocab_size, config.max_prompt_tokens, own)
+        if isinstance(source, SyntheticSource):
+            name = source.name or source.default_name
+            task = SyntheticTask(source.task, writer, seed, stream=stream, name=name, metadata=source.metadata)
+            out.append((task, source.weight))
+        elif isinstance(source, ReasoningGymSource):
+            out += _tasks(source, writer, seed, stream)
+        else:
+            rows = _rows(source, writer, config, seed=seed, stream=stream, supervised=supervised, say=say)
+            out.append((rows, source.weight))
+    names = [questions.name for questions, _ in out]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"two of data.sources are called {twice!r}; give one of them another `name`")
+    return out
+
+
+def _rows(
+    source: RowsConfig,
+    writer: PromptWriter,
+    config: DataConfig,
+    *,
+    seed: int,
+    stream: Stream,
+    supervised: bool,
+    say: Callable[[str], None],
+) -> TableQuestions:
+    if source.columns.tools is not None:
+        check_template(writer.tokenizer, ["tools"])
+    table, name = _table(source)
+    reader = RowReader(source, name)
+    screened = screen(table, reader, writer, config, answers=supervised, say=say)
+    if screened.report.left_out or screened.report.duplicates:
+        say(f"{name}: {screened.report}")
+    return TableQuestions(
+        table, reader, writer, screened, config.curriculum, stream=stream, shuffle=config.shuffle, seed=seed
+    )
+
+
+def _table(source: Source | RowsConfig) -> tuple[Table, str]:
+    if isinstance(source, JsonlSource):
+        return JsonlTable(source.path), source.name or source.default_name
+    if isinstance(source, ParquetSource):
+        return open_parquet(source), source.name or source.default_name
+    assert isinstance(source, HuggingFaceSource)
+    return open_huggingface(source), source.name or source.default_name
+
+
+def _tasks(
+    source: ReasoningGymSource, writer: PromptWriter, seed: int, stream: Stream
+) -> list[tuple[Questions, float]]:
+    """Each task is called by its own name, behind the source's where that has one."""
+    weights = {task: float(parameters.get("weight", 1)) for task, parameters in source.tasks.items()}
+    total = sum(weights.values())
+    return [
+        (
+            GymQuestions(f"{source.name}.{task}" if source.name else task, task, source, writer, seed, stream),
+            source.weight * weight / total,
+        )
+        for task, weight in weights.items()
+    ]
