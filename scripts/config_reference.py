@@ -40,24 +40,28 @@ def page() -> str:
     """The whole page."""
     top, sections = [], []
     for name, field in Config.model_fields.items():
-        model = _model_of(field.annotation)
-        if model is None:
+        if not _models_of(field.annotation):
             top.append(_row(name, field))
-        else:
-            sections += _section(name, model, required=field.is_required())
-    return "\n".join([HEAD, "## At the top", "", *_table(top), *sections]) + "\n"
+        sections += _sections(name, field)
+    return "\n".join([HEAD, "## At the top", "", *_table(top), *_once(sections)]) + "\n"
 
 
-def _section(path: str, model: type[BaseModel], *, required: bool) -> list[str]:
-    """A heading, the class's own words, its fields, then the sections inside it."""
-    rows, inner = [], []
-    for name, field in model.model_fields.items():
-        below = _model_of(field.annotation)
-        rows.append(_row(name, field))
-        if below is not None:
-            inner += _section(f"{path}.{name}", below, required=field.is_required())
-    words = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " ")
-    return ["", f"## `{path}`" + (" (required)" if required else ""), "", words, "", *_table(rows), *inner]
+def _sections(path: str, field: FieldInfo) -> list[list[str]]:
+    """Of each class that a field may hold: a heading, its own words, its fields; then the sections inside it."""
+    out, models = [], _models_of(field.annotation)
+    for model in models:
+        kind = f" of kind `{model.model_fields['kind'].default}`" if len(models) > 1 else ""
+        words = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " ")
+        heading = f"## `{path}`{kind}" + (" (required)" if field.is_required() else "")
+        out.append(["", heading, "", words, "", *_table([_row(n, f) for n, f in model.model_fields.items()])])
+        for name, inner in model.model_fields.items():
+            out += _sections(f"{path}.{name}", inner)
+    return out
+
+
+def _once(sections: list[list[str]]) -> list[str]:
+    """Their lines; kinds that share a section show it once."""
+    return [line for section in dict.fromkeys(map(tuple, sections)) for line in section]
 
 
 def _table(rows: list[str]) -> list[str]:
@@ -80,14 +84,14 @@ def _default(field: FieldInfo) -> str:
         return "see below"
     if isinstance(value, dict | list | tuple):
         return f"`{value!r}`" if value else "none"
-    return f"`{json.dumps(value) if value is None or isinstance(value, bool) else value}`"
+    return f"`{json.dumps(value) if value in (None, '') or isinstance(value, bool) else value}`"
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, if it holds one (or a list of one)."""
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section that a field holds, or a list of it, if it holds one; several where it may be one of several."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_of, typing.get_args(annotation))), None)
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in _models_of(inner)]
 
 
 def _type(field: FieldInfo) -> str:
@@ -110,7 +114,7 @@ def _words(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if one is type(None) else _words(one) for one in arguments)
+        return " or ".join(dict.fromkeys("null" if one is type(None) else _words(one) for one in arguments))
     if origin in (list, tuple):
         return f"list of {_words(arguments[0])}"
     if origin is dict:

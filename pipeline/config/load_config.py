@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -177,11 +177,18 @@ def _instead_of_a_value(section: str, value: Any, fields: list[str]) -> str:
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Config
+    """Fields of the section at a place, of which a list's numbers and the kind of a source are parts too."""
+    models: list[type[BaseModel]] = [Config]
     for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        options = getattr(field.annotation, "__args__", (field.annotation,))
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return sorted(getattr(model, "model_fields", {}))
+        if isinstance(part, int):
+            continue
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        kinds = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+        models = kinds if kinds and not fields else [m for field in fields for m in _sections_in(field.annotation)]
+    return sorted(models[0].model_fields) if len(models) == 1 else []
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _sections_in(inner)]

@@ -21,7 +21,7 @@ from pipeline.data.streams import Questions, Stream, TableQuestions
 from pipeline.data.synthetic import SyntheticTask
 from pipeline.data.tables.arrow import open_huggingface, open_parquet
 from pipeline.data.tables.jsonl import JsonlTable
-from pipeline.data.tables.rows import RowReader, Table
+from pipeline.data.tables.row_reader import RowReader, Table
 from pipeline.data.tables.screen import screen
 
 if TYPE_CHECKING:

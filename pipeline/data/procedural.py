@@ -46,7 +46,7 @@ class GymQuestions:
         self.seed = seed
         self.stream: Stream = stream
         if stream == "held_out" and not source.held_out:
-            raise DataError(f"{name} has no held_out prompts; set held_out of the source")
+            raise DataError(f"{name} has no held_out prompts; set `held_out` of the source")
         self._made: dict[tuple[Order, int], dict[str, Any]] = {}
         self._entry(0, "prompts")
 

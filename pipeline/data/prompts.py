@@ -98,7 +98,8 @@ class PromptSource:
     def take(self, n: int) -> list[Prompt]:
         """The next n prompts. Raises DataError for one that is longer than max_prompt_tokens, unless such are dropped,
         for one whose tokens the model does not have, and where no source has a prompt left."""
-        prompts, self._cursors["prompts"] = self._ahead(n)
+        prompts, self._cursors["prompts"], dropped = self._ahead(n)
+        self._dropped += dropped
         return prompts
 
     def peek(self, n: int) -> list[Prompt]:
@@ -171,30 +172,27 @@ class PromptSource:
                 if source.rates is not None:
                     source.rates.restore(rates[source.name]) if source.name in rates else source.rates.forget()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"a prompt cursor cannot be read: {error!r}; it is of another version of sameroute"
-            ) from error
+            raise DataError(f"a prompt cursor is not what this version of sameroute saves: {error!r}") from error
         self._cursors = cursors
 
-    def _ahead(self, n: int) -> tuple[list[Prompt], Cursor]:
-        """The next n prompts, and where the cursor is behind them."""
-        cursor, out, dropped = self._cursors["prompts"], [], 0
+    def _ahead(self, n: int) -> tuple[list[Prompt], Cursor, Counter[str]]:
+        """The next n prompts, where the cursor is behind them, and how many of each source were dropped on the way."""
+        cursor, out, dropped = self._cursors["prompts"], list[Prompt](), Counter[str]()
         while len(out) < n:
             count = n - len(out)
             asked, which, cursor = self._questions(cursor, count, "prompts")
             first = self._cursors["prompts"].count + len(out)
             for source, prompt in zip(which, self._written(asked, which, range(first, first + count)), strict=True):
                 if isinstance(prompt, TooLongError) and self.config.filters.too_long == "drop":
-                    dropped += 1
-                    self._dropped[self.sources[source].name] += 1
-                    if dropped > _MOST_DROPPED:
+                    dropped[self.sources[source].name] += 1
+                    if dropped.total() > _MOST_DROPPED:
                         raise prompt
                 elif isinstance(prompt, DataError):
                     raise prompt
                 else:
                     out.append(Prompt(prompt.ids, prompt.text, prompt.metadata, first, prompt.origin))
                     first += 1
-        return out, Cursor(self._cursors["prompts"].count + n, cursor.positions, cursor.credits)
+        return out, Cursor(self._cursors["prompts"].count + n, cursor.positions, cursor.credits), dropped
 
     def _questions(self, cursor: Cursor, n: int, order: Order) -> tuple[list[Asked], list[int], Cursor]:
         """The next n questions of a cursor, which source each is of, and the cursor behind them."""

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.config.sources import CurriculumConfig
 from pipeline.data.chat import Asked, DataError, PromptWriter
 from pipeline.data.pass_rates import PassRates
-from pipeline.data.tables.rows import RowReader, Table
+from pipeline.data.tables.row_reader import RowReader, Table
 from pipeline.data.tables.screen import Report, Screened
 
 Order = Literal["prompts", "supervised"]
@@ -62,7 +62,7 @@ class TableQuestions:
         self.rows = screened.train if stream == "train" else screened.held_out
         self.report: Report | None = screened.report
         if not len(self.rows):
-            advice = f"; set held_out of the source {self.name}" if stream == "held_out" else ""
+            advice = "; set `held_out` of the source in data.sources" if stream == "held_out" else ""
             raise DataError(f"{self.name} has no {stream} prompts{advice}")
         self.size: int | None = len(self.rows)
         self.rates: PassRates | None = PassRates(curriculum, len(table), seed)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.sources import HuggingFaceSource, ParquetSource
 from pipeline.data.chat import DataError
-from pipeline.data.tables.rows import as_json, columns_of
+from pipeline.data.tables.row_reader import as_json, columns_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,16 +19,15 @@ _BATCH = 1024  # rows read at once
 class ArrowTable:
     """The rows of a data set."""
 
-    def __init__(self, data: Dataset, name: str):
-        """name: for messages."""
-        self.data, self.name = data, name
+    def __init__(self, data: Dataset, place: str):
+        self.data, self.place = data, place
 
     def __len__(self) -> int:
         return len(self.data)
 
     def where(self, row: int) -> str:
         """By the row's number from 0, as `datasets` counts."""
-        return f"{self.name}, row {row}"
+        return f"{self.place}, row {row}"
 
     def scan(self) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
         """Every row."""

@@ -23,7 +23,7 @@ class JsonlTable:
 
     def __init__(self, path: Path):
         """Raises DataError where there is no such file, or no text in it."""
-        self.path = path
+        self.path, self.place = path, str(path)
         try:
             self._file = open(path, "rb")  # noqa: SIM115  (as long as the run)
             head = self._file.read(8)

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.config.data import DataConfig
 from pipeline.data.chat import Asked, DataError, PromptWriter, TooLongError
 from pipeline.data.held_out import held_out_share
-from pipeline.data.tables.rows import RowReader, Table
+from pipeline.data.tables.row_reader import RowReader, Table
 
 _BATCH = 512  # texts tokenized at once
 _PROGRESS_S = 5.0
@@ -110,6 +110,8 @@ class _Screen:
             asked = self.reader(record, row, where)
             text = asked.text
             looks = self.all or self.writer.at_most(asked) > self.writer.limit
+            if self.answers and asked.answer is None:
+                raise DataError("there is no answer, and supervised steps imitate one")
         except DataError as error:
             self._bad(DataError(f"{where}: {error}"))
             return
@@ -198,5 +200,5 @@ def screen(
     screened = _Screen(table, reader, writer, config, answers=answers, say=say)()
     if not len(screened.train) + len(screened.held_out):
         report = screened.report
-        raise DataError(f"{reader.name} holds no prompts" + (f": {report}" if report.rows else ""))
+        raise DataError(f"{table.place} holds no prompts" + (f": {report}" if report.rows else ""))
     return screened

@@ -54,18 +54,21 @@ def test_a_restored_cursor_gives_what_would_have_come_next(kind, source, jsonl):
     assert texts(again.take(6)) == texts(stream.take(6))
     expected = [p.tokens.tolist() for p in stream.take_supervised(6)]
     assert [p.tokens.tolist() for p in again.take_supervised(6)] == expected
-    assert again.state() == stream.state() == {"prompts": 10, "supervised": 13}
+    assert again.state() == stream.state()
+    assert (stream.state()["prompts"], stream.state()["supervised"]) == (10, 13)
 
 
-@pytest.mark.parametrize("state", [{}, {"prompts": 1}, {"prompts": -1, "supervised": 0}])
+@pytest.mark.parametrize(
+    "state", [{}, {"prompts": 1}, {"prompts": -1, "supervised": 0}, {"prompts": 1, "supervised": 1, "sources": 3}]
+)
 def test_a_state_of_another_kind_is_refused(state, source):
-    with pytest.raises(ValueError, match="two counts"):
+    with pytest.raises(DataError, match="not what this version of sameroute saves"):
         source(task=TASK).restore(state)
 
 
 def test_a_failed_take_does_not_move_the_cursor(source):
     stream = source(task=SyntheticTaskConfig(min_digits=8, max_digits=8), max_prompt_tokens=9)
-    with pytest.raises(DataError, match=r"prompt 0 has 10 tokens, the limit is 9; raise data\.max_prompt_tokens"):
+    with pytest.raises(DataError, match=r"question 0: the prompt has 10 tokens, the limit is 9; raise data\.max_p"):
         stream.take(1)
     assert stream.state()["prompts"] == 0
 
@@ -126,7 +129,9 @@ def test_messages_go_through_the_chat_template(source, jsonl):
         ({"answer": "1"}, 'exactly one of the keys "prompt" and "messages"'),
         ({"prompt": "1", "messages": [], "answer": "1"}, "exactly one of the keys"),
         ({"prompt": "1"}, 'needs the key "answer"'),
-        ({"prompt": "1", "answer": 1}, "write a number in quotes"),
+        ({"prompt": "1", "answer": [1]}, 'needs the key "answer", a text or a number'),
+        ({"prompt": "1", "answer": True}, 'needs the key "answer", a text or a number'),
+        ({"prompt": "1", "answer": " "}, "the answer is empty"),
         ({"prompt": 1, "answer": "1"}, '"prompt" is a text'),
         ({"messages": [], "answer": "1"}, '"prompt" is a text'),
         ({"messages": [{"role": "user"}], "answer": "1"}, '"messages" a list of'),
@@ -163,7 +168,7 @@ def test_another_kind_of_file_is_named_with_its_line(raw, sentence, source, tmp_
 
 def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_mistakes(source, tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n  \n\n" + GOOD)
-    assert len(source(path=tmp_path / "data.jsonl")._data.prompts) == 2
+    assert source(path=tmp_path / "data.jsonl").size == 2
 
 
 def test_a_character_that_is_written_as_a_whole_pair_is_kept(source, jsonl):
@@ -202,7 +207,7 @@ def test_a_token_that_the_model_has_no_embedding_of_is_named_with_its_line(model
 def test_a_token_of_the_chat_template_or_of_a_task_beyond_the_vocabulary_is_found_too(model_directory, tmp_path, jsonl):
     model = widened(model_directory, tmp_path / "wider", "<go>")
     task = SyntheticTaskConfig(question="<go>{question}")
-    with pytest.raises(DataError, match="prompt 0: the token '<go>' has the id 64"):
+    with pytest.raises(DataError, match="question 0: the token '<go>' has the id 64"):
         PromptSource(DataConfig(task=task), model, seed=0).take(1)
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}<go>")
     with pytest.raises(DataError, match="line 1: the token '<go>' has the id 64"):
@@ -213,8 +218,11 @@ def test_a_prompt_of_no_tokens_is_refused(model_directory, tmp_path, jsonl):
     model = tmp_path / "bare"
     shutil.copytree(model_directory, model)
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    with pytest.raises(DataError, match="line 2 is no token at all"):
-        PromptSource(DataConfig(path=jsonl(ROWS[0], {"prompt": "", "answer": "1"})), model, seed=0)
+    path = jsonl(ROWS[0], {"prompt": "", "answer": "1"})
+    with pytest.raises(DataError, match="line 2: the prompt is empty"):
+        PromptSource(DataConfig(path=path), model, seed=0)
+    with pytest.raises(DataError, match="line 2: it is no token at all"):
+        PromptSource(DataConfig(path=path, filters={"empty": "keep"}), model, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -234,19 +242,20 @@ def test_a_generation_config_that_cannot_be_read_is_named(content, sentence, mod
         PromptSource(DataConfig(task=TASK), model, seed=0)
 
 
-def test_many_prompts_are_tokenized_in_batches_and_a_line_says_how_far_it_is(source, jsonl, monkeypatch, tokenizer):
+def test_prompts_that_need_a_look_are_tokenized_in_batches_and_a_line_says_how_far_it_is(
+    source, jsonl, monkeypatch, tokenizer
+):
     calls = []
     monkeypatch.setattr(
-        "pipeline.data.jsonl.token_ids", lambda t, texts: calls.append(len(texts)) or token_ids(t, texts)
+        "pipeline.data.chat.token_ids", lambda t, texts: calls.append(len(texts)) or token_ids(t, texts)
     )
-    monkeypatch.setattr("pipeline.data.jsonl._PROGRESS_S", -1.0)
+    monkeypatch.setattr("pipeline.data.tables.screen._PROGRESS_S", -1.0)
+    monkeypatch.setattr("pipeline.data.tables.screen._OFTEN", 500)
     lines = []
     path = jsonl(*({"prompt": f"{n}+1", "answer": str(n + 1)} for n in range(1200)))
     stream = source(path=path, shuffle=False, say=lines.append)
-    assert calls == [512, 512, 176]
-    assert [line.partition(": ")[2] for line in lines] == [
-        f"{n} of 1,200 prompts are tokenized" for n in ("512", "1,024", "1,200")
-    ]
+    assert [n for n in calls if n > 1] == [512, 512, 176]
+    assert lines == [f"data: {n} rows are read" for n in ("0", "500", "1,000")]
     alone = tokenizer.encode("<|user|>1100+1<|assistant|>", add_special_tokens=False)
     assert stream.take(1101)[-1].ids.tolist() == alone
 
@@ -259,7 +268,7 @@ def test_a_missing_and_an_empty_file_are_named(source, jsonl, tmp_path):
 
 
 def test_a_file_has_no_held_out_stream(source, jsonl):
-    with pytest.raises(DataError, match="give another file"):
+    with pytest.raises(DataError, match="has no held_out prompts; set `held_out`"):
         source(path=jsonl(*ROWS), stream="held_out")
 
 

@@ -2,12 +2,17 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.data import SyntheticTaskConfig
+from pipeline.config.sources import ChatConfig, SyntheticTaskConfig
+from pipeline.data.chat import PromptWriter
 from pipeline.data.synthetic import GENERATORS, SyntheticTask, is_held_out, register
 
 
+def of(config, tokenizer, seed=0, **given):
+    return SyntheticTask(config, PromptWriter(tokenizer, 64, 64, ChatConfig()), seed, **given)
+
+
 def make(tokenizer, seed=0, **fields):
-    return SyntheticTask(SyntheticTaskConfig(**fields), tokenizer, seed)
+    return of(SyntheticTaskConfig(**fields), tokenizer, seed)
 
 
 @pytest.mark.parametrize("name", ["digit_sort", "addition"])
@@ -48,33 +53,39 @@ def test_index_and_seed_decide_a_prompt_alone(tokenizer):
     forward = [task.problem(i) for i in range(20)]
     assert [make(tokenizer).problem(i) for i in reversed(range(20))] == forward[::-1]
     assert [make(tokenizer, seed=1).problem(i) for i in range(20)] != forward
-    assert [SyntheticTask(SyntheticTaskConfig(seed=1), tokenizer).problem(i) for i in range(20)] != forward
+    assert [of(SyntheticTaskConfig(seed=1), tokenizer).problem(i) for i in range(20)] != forward
 
 
 def test_a_prompt_is_the_question_in_the_chat_template(tokenizer):
-    prompt = make(tokenizer, question="sort {question}").prompt(3)
+    task = make(tokenizer, question="sort {question}")
+    asked = task.asked(3, "prompts")
+    (prompt,) = task.writer.prompts([asked], [7])
     assert prompt.text == f"<|user|>sort {prompt.metadata['question']}<|assistant|>"
     assert prompt.ids.dtype == np.int32
     assert tokenizer.decode(prompt.ids.tolist()) == prompt.text
-    assert (prompt.index, prompt.metadata["task"]) == (3, "digit_sort")
+    assert (prompt.index, prompt.origin, prompt.metadata["task"]) == (7, "digit_sort:3", "digit_sort")
 
 
 def test_supervised_answers_are_right_and_stop(tokenizer):
-    pair = make(tokenizer).supervised(5)
-    assert tokenizer.decode(pair.answer_ids.tolist()) == pair.prompt.metadata["answer"] + "<|eos|>"
-    assert np.array_equal(pair.tokens, np.r_[pair.prompt.ids, pair.answer_ids])
-    assert pair.prompt_length == len(pair.prompt.ids)
+    task = make(tokenizer)
+    asked = task.asked(5, "supervised")
+    assert tokenizer.decode(task.writer.answer(asked).tolist()) == asked.metadata["answer"] + "<|eos|>"
+
+
+def test_what_a_source_adds_is_in_the_metadata(tokenizer):
+    task = of(SyntheticTaskConfig(), tokenizer, name="sorting", metadata={"verifier": "exact"})
+    assert task.asked(0, "prompts").metadata["verifier"] == "exact"
+    assert task.asked(2, "prompts").origin == "sorting:2"
 
 
 def test_an_imperfect_teacher_errs_at_its_rate_and_the_verifier_does_not(tokenizer):
     task = make(tokenizer, min_digits=10, max_digits=10, supervised_error_rate=0.5)
     wrong = []
     for index in range(200):
-        pair = task.supervised(index)
-        answer = pair.prompt.metadata["answer"]
-        assert answer == "".join(sorted(pair.prompt.metadata["question"]))
-        shown = tokenizer.decode(pair.answer_ids[:-1].tolist())
-        wrong += [a != b for a, b in zip(answer, shown, strict=True)]
+        asked = task.asked(index, "supervised")
+        answer = asked.metadata["answer"]
+        assert answer == "".join(sorted(asked.metadata["question"]))
+        wrong += [a != b for a, b in zip(answer, asked.answer, strict=True)]
     # A tenth of the replacements falls on the right digit.
     assert np.mean(wrong) == pytest.approx(0.45, abs=0.05)
 

@@ -228,7 +228,10 @@ def without(arrays, name):
         (lambda a: without(a, "routes"), "there are no routes, though has_routes says so"),
         (lambda a: a | {"prompts": a["prompts"][:-1]}, "prompts is not JSON"),
         (lambda a: a | {"prompts": np.frombuffer(b"[]", np.uint8)}, "prompts is not a list of 2"),
-        (lambda a: a | {"prompts": np.frombuffer(b"[1, 2]", np.uint8)}, "a prompt is not {text, metadata, index}"),
+        (
+            lambda a: a | {"prompts": np.frombuffer(b"[1, 2]", np.uint8)},
+            "a prompt is not {text, metadata, index, origin}",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_a_step_is_refused_by_what_is_wrong_with_it(tmp_path, dump, change, message):

@@ -18,7 +18,9 @@ _EXACT = 2**53  # whole numbers up to here are what a float64 says
 
 
 class Table(Protocol):
-    """Rows by number, which do not sit in memory."""
+    """Rows by number, which do not sit in memory. place: where they lie, for messages."""
+
+    place: str
 
     def scan(self) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
         """Every row from the first, or what is wrong with it. Raises DataError where none of it can be read."""
