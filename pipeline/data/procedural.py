@@ -3,26 +3,31 @@
 Entry `i` of a task is made from its parameters, a seed and `i` alone. reasoning-gym makes sets of a fixed size, and
 seeds entry k of one with seed + k; the seeds of sets that follow each other here are therefore `SIZE` apart. What is
 needed to make an entry again stands in a prompt's metadata, so that the task's own verifier can judge an answer in
-another process, with the entry as it was: `pipeline.rewards.gym_score`.
+another process, with the entry as it was.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.sources import ReasoningGymSource
 from pipeline.data.chat import Asked, DataError, PromptWriter
 from pipeline.data.held_out import held_out_share
 from pipeline.data.streams import Order, Stream
-from pipeline.rewards.gym_score import GymError, gym_set
 
 if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
+
     from pipeline.data.pass_rates import PassRates
     from pipeline.data.tables.screen import Report
 
 SIZE = 500
 """Entries of a set."""
+_SETS = 4  # that are kept: of prompts, of supervised pairs, and those before them
 _MOST_PASSED_OVER = 10_000
 _SEEDS = 2**32  # what reasoning-gym's own wrapper takes seeds modulo
 
@@ -48,6 +53,7 @@ class GymQuestions:
         if stream == "held_out" and not source.held_out:
             raise DataError(f"{name} has no held_out prompts; set `held_out` of the source")
         self._made: dict[tuple[Order, int], dict[str, Any]] = {}
+        self._sets: OrderedDict[int, ProceduralDataset] = OrderedDict()
         self._entry(0, "prompts")
 
     def due(self, position: int, order: Order) -> int:
@@ -75,16 +81,41 @@ class GymQuestions:
 
     def _entry(self, position: int, order: Order) -> dict[str, Any]:
         if (order, position) not in self._made:
-            try:
-                made = gym_set(self.task, self._seed(position, order), SIZE, self.parameters)
-            except GymError as error:
-                raise DataError(f"data.sources, {self.name}: {error}") from error
             if len(self._made) >= 2 * SIZE:
                 self._made.clear()
-            self._made[order, position] = made[position % SIZE]
+            self._made[order, position] = self._set(self._seed(position, order))[position % SIZE]
         return self._made[order, position]
+
+    def _set(self, seed: int) -> ProceduralDataset:
+        if seed not in self._sets:
+            try:
+                self._sets[seed] = gym_set(self.task, seed, self.parameters)
+            except DataError as error:
+                raise DataError(f"data.sources, {self.name}: {error}") from error
+            if len(self._sets) > _SETS:
+                self._sets.popitem(last=False)
+        return self._sets[seed]
 
     def _seed(self, position: int, order: Order) -> int:
         words = f"{self.source.seed} {self.seed} {order}"
         first = int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big")
         return (first + position // SIZE * SIZE) % _SEEDS
+
+
+def gym_set(task: str, seed: int, parameters: Mapping[str, Any]) -> ProceduralDataset:
+    """`SIZE` entries of a task. Raises DataError: no such task, or parameters that it refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of cellpylib 2.4.0, when it is compiled
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        raise DataError(f"reasoning-gym has no task {task!r}; it has {', '.join(sorted(DATASETS))}")
+    known = DATASETS[task][1].__dataclass_fields__.keys()
+    if unknown := sorted(parameters.keys() - known):
+        there = ", ".join(sorted(known - {"seed", "size"}))
+        raise DataError(f"the task {task} has no parameter {unknown[0]!r}; it has {there}")
+    try:
+        return reasoning_gym.create_dataset(task, seed=seed, size=SIZE, **parameters)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise DataError(f"the task {task} refuses {dict(parameters)}: {error}") from error

@@ -1,0 +1,113 @@
+"""The recipes read what is published: tiny samples of the same columns, through the loaders that a run uses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from pipeline.config import load_config_and_model
+from pipeline.config.model import TinyModelConfig
+from pipeline.data.prompts import PromptSource
+from pipeline.data.tiny_model import make_tiny_model
+from pipeline.rewards import resolve_reward
+
+RECIPES = Path("configs/recipes")
+GSM8K = {
+    "question": ["Natalia sold 48 clips, then half as many. How many?", "A farm has 1,000 hens and 72 more. How many?"],
+    "answer": ["Half is 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>72.\n#### 72", "1000+72 = 1,072\n#### 1,072"],
+}
+_DAPO = "Solve the following math problem step by step. The last line is Answer: $Answer.\n\nWhat is {n}+{n}?"
+DAPO = {
+    "data_source": ["math_dapo"] * 3,
+    "prompt": [[{"content": _DAPO.format(n=n), "role": "user"}] for n in (1, 2, 1)],
+    "ability": ["MATH"] * 3,
+    "reward_model": [{"ground_truth": str(2 * n), "style": "rule-lighteval/MATH_v2"} for n in (1, 2, 1)],
+    "extra_info": [{"index": f"id-{i}"} for i in range(3)],
+}
+STREAMS = [{"type": "stdin_stdout", "fn_name": None, "input": "3\n", "output": "9\n"}]
+CALLS = {"fn_name": "square", "inputs": [[3], [4]], "outputs": [9, 16]}
+DEEPCODER = {
+    "primeintellect": {
+        "problem": ["Print the square of a number."],
+        "solutions": [["n = int(input())\nprint(n * n)"]],
+        "tests": [json.dumps(STREAMS)],
+    },
+    "taco": {
+        "problem": ["Write square(n).", "Too long for Python."],
+        "solutions": [["def square(n): return n * n"], [""]],
+        "tests": [json.dumps(CALLS), '{"inputs": ["1"], "outputs": [' + "9" * 5000 + "]}"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("bytes"), TinyModelConfig(layers=1, tokenizer="bytes"), seed=0)
+
+
+@pytest.fixture
+def recipe(model, tmp_path):
+    """The prompts of a recipe, with a local directory in place of each data set on the hub."""
+
+    def opened(name, samples=(), stream="train", **fields):
+        config, _ = load_config_and_model(RECIPES / f"{name}.yaml")
+        sources = []
+        for number, source in enumerate(config.data.sources):
+            if samples:
+                place = tmp_path / str(number)
+                Dataset.from_dict(samples[number]).save_to_disk(place)
+                source = source.model_copy(update={"path": str(place)})
+            sources.append(source)
+        data = config.data.model_copy(update={"sources": tuple(sources), "shuffle": False} | fields)
+        return PromptSource(data, model, seed=0, stream=stream, say=lambda line: None)
+
+    return opened
+
+
+def test_gsm8k_has_the_number_behind_its_last_line(recipe):
+    first, second = recipe("gsm8k", [GSM8K]).take(2)
+    assert [p.metadata for p in (first, second)] == [{"answer": "72"}, {"answer": "1,072"}]
+    assert first.text.endswith(
+        "How many?\n\nReason step by step, and put your final answer within \\boxed{}.<|assistant|>"
+    )
+
+
+def test_dapo_math_has_messages_and_the_ground_truth_and_each_prompt_once(recipe):
+    source = recipe("dapo-math-17k", [DAPO])
+    assert source.size == 2
+    assert source.facts()["dapo-math-17k"]["left_out"]["duplicate"] == 1
+    first, second = source.take(2)
+    assert first.text == f"<|user|>{_DAPO.format(n=1)}<|assistant|>"
+    assert [p.metadata["answer"] for p in (first, second)] == ["2", "4"]
+
+
+def test_deepcoder_has_tests_of_both_forms_and_leaves_out_what_python_does_not_read(recipe):
+    source = recipe("deepcoder", [DEEPCODER["primeintellect"], DEEPCODER["taco"]])
+    prompts = {prompt.origin: prompt for prompt in source.take(6)}
+    assert prompts["primeintellect:0"].metadata == {"tests": STREAMS}
+    assert prompts["taco:0"].metadata == {"tests": CALLS}
+    assert "in one ```python block.<|assistant|>" in prompts["taco:0"].text
+    left_out = source.facts()["taco"]
+    assert left_out["left_out"]["bad_line"] == 1
+    assert '"tests" is no JSON' in left_out["first"]["bad_line"]
+
+
+@pytest.mark.parametrize("name", ["reasoning-gym", "reasoning-gym-tiny"])
+def test_reasoning_gym_asks_every_task_and_its_own_verdict_on_right_answers_is_1(name, recipe):
+    source, held_out = recipe(name), recipe(name, stream="held_out")
+    tasks = {questions.name for questions in source.sources}
+    prompts = source.take(3 * len(tasks))
+    assert {prompt.metadata["task"] for prompt in prompts} == tasks
+    verdict = resolve_reward("reasoning_gym")
+    for prompt in prompts:
+        assert verdict(prompt, prompt.metadata["answer"], np.zeros(1, np.int32), "stop") == 1
+    others = {prompt.metadata["question"] for prompt in held_out.take(20)}
+    assert not others & {prompt.metadata["question"] for prompt in prompts}
+
+
+def test_every_recipe_has_its_test():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {
+        "gsm8k", "dapo-math-17k", "deepcoder", "reasoning-gym", "reasoning-gym-tiny",
+    }  # fmt: skip
