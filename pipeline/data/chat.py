@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,8 +30,7 @@ class TooLongError(DataError):
     """A prompt has more tokens than data.max_prompt_tokens."""
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """One question, before a chat template.
 
     messages: role and content of each. answer: what is right, where that is known. metadata: for the verifier, the
@@ -40,11 +38,11 @@ class Asked:
     """
 
     messages: list[dict[str, Any]]
-    answer: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    tools: list[dict[str, Any]] | None = None
-    where: str = ""
-    origin: str = ""
+    answer: str | None
+    metadata: dict[str, Any]
+    tools: list[dict[str, Any]] | None
+    where: str
+    origin: str
 
     @property
     def text(self) -> str:

@@ -111,9 +111,7 @@ def _result(line: str) -> dict[str, Any] | DataError:
 def read_object(line: str) -> dict[str, Any]:
     """The object of one line. Raises DataError for what is no JSON, or could not be written again."""
     try:
-        row = json.loads(
-            line, object_pairs_hook=_pairs, parse_int=_integer, parse_float=_real, parse_constant=_no_constant
-        )
+        row = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         if line.strip() in ("[", "{"):
             raise DataError("not JSON: the object must stand on one line, without a list around all of them") from error
@@ -166,3 +164,8 @@ def _check_values(row: dict[str, Any]) -> None:
             left += [(inner, depth + 1, key or name) for name, inner in value.items()]
         elif isinstance(value, list):
             left += [(inner, depth + 1, key) for inner in value]
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_pairs, parse_int=_integer, parse_float=_real, parse_constant=_no_constant
+)

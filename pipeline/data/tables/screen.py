@@ -105,26 +105,25 @@ class _Screen:
         return self._screened()
 
     def _row(self, row: int, record: dict[str, Any]) -> None:
-        where = self.table.where(row)
         try:
-            asked = self.reader(record, row, where)
+            asked = self.reader(record, row, "")
             text = asked.text
             looks = self.all or self.writer.at_most(asked) > self.writer.limit
             if self.answers and asked.answer is None:
                 raise DataError("there is no answer, and supervised steps imitate one")
         except DataError as error:
-            self._bad(DataError(f"{where}: {error}"))
+            self._bad(DataError(f"{self.table.where(row)}: {error}"))
             return
         if not text.strip() or (asked.answer is not None and not asked.answer.strip()):
             what = "prompt" if not text.strip() else "answer"
-            words = f"{where}: the {what} is empty; data.filters.empty says what becomes of it"
+            words = f"{self.table.where(row)}: the {what} is empty; data.filters.empty says what becomes of it"
             if self._filtered(self.config.filters.empty, "empty", DataError(words)):
                 return
         self.rows.append(row)
         self.hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big"))
         self.apart.append(bool(self.share) and held_out_share(text) < self.share)
         if looks:
-            self.waiting.append(asked)
+            self.waiting.append(asked._replace(where=self.table.where(row)))
             if len(self.waiting) == _BATCH:
                 self._tokenize()
 

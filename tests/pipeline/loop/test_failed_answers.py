@@ -57,13 +57,15 @@ def make_loop(tokenizer, grader, monkeypatch, tmp_path):
             stop_token_ids=(1,),
             tokenizer=tokenizer,
             take=lambda n: [Prompt(np.zeros(1, np.int32), "q", {"answer": "1"}, next(left)[0]) for _ in range(n)],
+            learned=lambda prompt, rewards: loop.learned.append((prompt.index, rewards.tolist())),
+            metrics=lambda: {"data/q/seen": 4.0},
         )
         config = load_config("configs/quickstart.yaml", ["rollout.prompts_per_step=4", *overrides])
         trainers = FakeTrainers([])
         model = SimpleNamespace(num_experts=8, num_layers=4)
         loop = Loop(config, model, source, Fleet(), trainers, dumps=tmp_path / "dumps", grader=grader)
         loop.load = lambda rollouts: setattr(trainers, "rollouts", list(rollouts))
-        loop.said = []
+        loop.said, loop.learned = [], []
         loop.say = loop.said.append
         return loop
 
@@ -96,6 +98,7 @@ def test_a_step_trains_on_what_could_be_graded_and_says_the_rest(make_loop, toke
     assert metrics["reward/uninformative_groups"] == 0
     assert metrics["response/length_mean"] == 2
     assert [name for name, value in metrics.items() if not np.isfinite(value)] == []
+    assert metrics["data/q/seen"] == 4
     (said,) = loop.said
     assert said.startswith("step 1: 6 of 12 answers could not be graded (5 raised, 1 exited); first: the verifier")
 
@@ -168,3 +171,10 @@ def test_a_batch_with_groups_without_rewards_is_measured_and_shown(make_loop, to
     assert len(shown) == 12
     assert [i for g, i in pick(groups[:1], 2)] == [0, 1]
     assert all(rollout_text(g, i, tokenizer) for g, i in shown)
+
+
+def test_the_source_learns_the_rewards_of_every_group_also_of_those_that_dynamic_sampling_replaces(make_loop):
+    answers = [("1", "1"), ("0", "1"), ("1", "0"), ("1", "0"), ("0", "0"), ("1", FAILS, "0")]
+    loop = make_loop(answers, "objective.dynamic_sampling=true")
+    loop.step(1)
+    assert loop.learned == [(0, [1, 1]), (1, [0, 1]), (2, [1, 0]), (3, [1, 0]), (4, [0, 0]), (5, [1, 0])]
