@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.text.characters import visible
+from pipeline.text.characters import shortened, visible
 from pipeline.types import Group, Rollout
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase
         f"versions  {_versions(rollout.weight_versions)}",
         f"log-prob  {_total(rollout)}",
     ]
-    lines += [f"{key:<9} {value}" for key, value in group.prompt.metadata.items()]
+    lines += [f"origin    {group.prompt.origin}"] if group.prompt.origin else []
+    lines += [f"{key:<9} {shortened(str(value))}" for key, value in group.prompt.metadata.items()]
     response = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=False)
     lines += ["--- prompt", group.prompt.text, "--- response", str(response), "--- tokens (log-prob, nats)"]
     return visible("\n".join(lines + _tokens(rollout, tokenizer)) + "\n")

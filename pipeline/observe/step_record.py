@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.observe.rollout_text import pick
+from pipeline.text.characters import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ def shown_rollouts(result: StepResult, tokenizer: PreTrainedTokenizerBase, count
                 "index": group.prompt.index,
                 "sample": sample,
                 "samples": len(group.episodes),
-                "metadata": {key: str(value) for key, value in group.prompt.metadata.items()},
+                "metadata": {key: shortened(str(value)) for key, value in group.prompt.metadata.items()},
                 "reward": _short(np.float32(episode.reward)),
                 "advantage": _short(np.ravel(result.advantages[i])[0]),
                 "finish_reason": rollout.finish_reason,

@@ -63,6 +63,11 @@ def has_surrogate(text: str) -> bool:
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 
+def shortened(text: str, limit: int = 1000) -> str:
+    """At most `limit` characters of a text, and how many it had: a programming problem may have megabytes of tests."""
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
 def visible(text: str) -> str:
     """The text with every character that acts in place of being seen written as `\\x1b`, `\\u202e` or `\\U000e0041`:
     control characters but newline and tab, direction marks, zero-width characters, halves of UTF-16 pairs.

@@ -23,7 +23,9 @@ def make_group(tokenizer, texts, rewards=()):
         logprobs = -np.arange(len(ids), dtype=np.float32)
         return plain_rollout(ids, logprobs, weight_versions=versions)
 
-    prompt = Prompt(np.zeros(1, np.int32), "<|user|>21<|assistant|>", {"answer": "12"}, index=5)
+    prompt = Prompt(
+        np.zeros(1, np.int32), "<|user|>21<|assistant|>", {"answer": "12", "tests": ["1" * 9000]}, index=5, origin="q:7"
+    )
     rollouts = list(map(one, texts))
     return graded_group(prompt, rollouts, rewards) if len(rewards) else Group.of_single_turns(prompt, rollouts)
 
@@ -36,7 +38,9 @@ def test_prompt_response_reward_versions_and_logprobs_can_be_read(tokenizer):
         "finish    stop after 3 tokens",
         "versions  3 (tokens 0-1), 4 (tokens 2-2)",
         "log-prob  sum -3.000, mean -1.000 nats",
+        "origin    q:7",
         "answer    12",
+        "tests     ['" + "1" * 998 + "... (9,004 characters)\n",
         "<|user|>21<|assistant|>",
         "\n12<|eos|>\n",
         "'1' 0.000  '2' -1.000  '<|eos|>' -2.000".replace("'1' 0.000", "'1' -0.000"),

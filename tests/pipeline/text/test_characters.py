@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.observe.console import Console
-from pipeline.text.characters import decode, visible
+from pipeline.text.characters import decode, shortened, visible
 
 ACTS = {
     "\x1b]0;title\x07\x1b[2J": r"\x1b]0;title\x07\x1b[2J",
@@ -89,3 +89,8 @@ def test_an_error_on_the_console_acts_on_nothing(tmp_path):
     assert b"sameroute: the verifier failed on \\x1b[2J\\u202e\n" in done.stderr
     assert b"RuntimeError: raised on \\x1b]0;x\\x07 \\ud800" in done.stderr
     assert done.stdout.endswith(b"\\u4e2d\n")
+
+
+def test_a_long_text_is_shown_in_part_with_its_length():
+    assert shortened("é" * 10, 10) == "é" * 10
+    assert shortened("é" * 11000, 10) == "é" * 10 + "... (11,000 characters)"
