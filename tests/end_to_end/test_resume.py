@@ -204,7 +204,9 @@ def test_three_steps_a_kill_and_three_more_are_six_steps_straight_bit_for_bit(ru
         assert arrays[0].keys() == arrays[1].keys()
         assert all(np.array_equal(arrays[0][key], arrays[1][key]) for key in arrays[0])
     progress = [read_progress(d / "checkpoints" / "step_6") for d in (runs.resumed, runs.straight)]
-    assert [(p.step, p.version, p.cursor) for p in progress] == [(6, 7, {"prompts": 48, "supervised": 320})] * 2
+    assert [(p.step, p.version) for p in progress] == [(6, 7)] * 2
+    assert progress[0].cursor == progress[1].cursor
+    assert (progress[0].cursor["prompts"], progress[0].cursor["supervised"]) == (48, 320)
 
 
 @pytest.mark.slow

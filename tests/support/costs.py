@@ -36,6 +36,9 @@ SECONDS = {
     "megatron_ext/hf/test_mbridge.py": 9,
     "megatron_ext/batch/test_replay_mutations.py": 9,
     "pipeline/objectives/test_properties.py": 8,
+    "pipeline/data/test_recipes.py": 7,
+    "pipeline/data/test_sources.py": 7,
+    "pipeline/data/test_procedural.py": 7,
     "megatron_ext/convert/test_failures.py": 7,
     "megatron_ext/test_precision.py": 5,
 }

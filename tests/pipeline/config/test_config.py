@@ -150,3 +150,16 @@ def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
     file = tmp_path / "resolved.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("pathh: x", r"data\.sources\.0\.jsonl\.pathh: there is no such key; there are answer_pattern, .*path"),
+        ("path: x, columns: {promt: q}", r"columns\.promt: there is no such key; there are answer, messages"),
+        ("path: x, columns: q", r"columns: this is a section of fields, not 'q'; write .*, with one of answer"),
+    ],
+)
+def test_a_mistake_in_a_source_names_what_that_kind_has(source, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(QUICKSTART, ["data.task=null", f"data.sources=[{{kind: jsonl, {source}}}]"])
