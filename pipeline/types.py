@@ -76,8 +76,8 @@ class Rollout:
                       Left out: all.
     kept:             [N, K] int32, the token ids that top-k, top-p and min-p left to the sampler, -1 behind them. None:
                       all of the vocabulary.
-    retractions:      how often the server dropped this request's KV cache and computed it again, tokens and routes of
-                      what had been sampled included; those rows are then of the second computation.
+    retractions:      how often the server dropped this request's KV cache and computed it again. Routes stay those of
+                      the passes that sampled (`engine/inside/interruptions.py`).
     mixed_kv:         [N] bool: tokens that were sampled over keys and values of older weights than their own version's,
                       after an interruption `in_place`. No forward pass of one set of weights has their log-probs.
                       None: no token.
@@ -159,6 +159,12 @@ class Rollout:
     def trained_tokens(self) -> int:
         """Tokens that the policy sampled: what every mean, exponent and length penalty counts."""
         return int(self.trained.sum())
+
+    @property
+    def comparable(self) -> np.ndarray:
+        """[N] bool: sampled tokens whose log-probs are those of one set of weights, so that a trainer that holds these
+        has the same."""
+        return self.trained if self.mixed_kv is None else self.trained & ~self.mixed_kv
 
     @property
     def token_ids(self) -> np.ndarray:

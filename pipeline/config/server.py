@@ -65,6 +65,16 @@ class ServerConfig(Frozen):
         "again, or resumed, gives the same numbers",
     )
     startup_timeout_s: float = Field(600.0, gt=0, description="seconds until the server must answer")
+    overlap_schedule: bool | None = Field(
+        None, description="prepare a batch while the last one is computed; null: on GPUs only, where that costs nothing"
+    )
+    probe_timeout_s: float = Field(
+        30.0, gt=0, description="a server whose scheduler does not answer for twice as long is killed and started again"
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="servers started again within restart_window_s; one more ends the run. 0: the first does"
+    )
+    restart_window_s: float = Field(3600.0, gt=0, description="seconds in which restarts are counted together")
     extra_args: list[str] = Field(default=[], description="further arguments of SGLang's command line, last")
 
     @field_validator("extra_args")

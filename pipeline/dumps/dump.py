@@ -18,6 +18,7 @@ dumps/step_000012.safetensors holds flat arrays, all rollouts one behind the oth
     retractions       [rollouts] int32
     has_routes        [rollouts] bool
     routes            [sum of P + N - 1 where has_routes, layers, topk] uint8 or int16; absent where no rollout has any
+    mixed_kv          [sum N] bool; absent where no token is marked
     kept              [sum N, K] int32, as Rollout says; absent where sampling was from the whole vocabulary
 
 and in its header: format, format_version, step, weight_version, temperature. Nothing in it is code, and a file appears
@@ -59,8 +60,9 @@ _ARRAYS: dict[str, tuple[str, ...]] = {
     "has_routes": ("bool",),
     "routes": ("uint8", "int16"),
     "kept": ("int32",),
+    "mixed_kv": ("bool",),
 }
-_OPTIONAL = {"routes": 3, "kept": 2}
+_OPTIONAL = {"routes": 3, "kept": 2, "mixed_kv": 1}
 """Arrays that a step may lack, and their dimensions; all others have one."""
 
 
@@ -159,7 +161,9 @@ def _flatten(groups: Sequence[Group]) -> dict[str, np.ndarray]:
     for name in ("prompt_ids", "response_ids", "rollout_logprobs", "weight_versions", "trained"):
         arrays[name] = np.concatenate([getattr(r, name) for r in rollouts])
     arrays |= {"routes": np.concatenate(routes)} if routes else {}
-    return arrays | ({"kept": stack_kept(kept)} if kept else {})
+    arrays |= {"kept": stack_kept(kept)} if kept else {}
+    marks = [np.zeros(len(r), bool) if r.mixed_kv is None else r.mixed_kv for r in rollouts]
+    return arrays | ({"mixed_kv": np.concatenate(marks)} if any(row.any() for row in marks) else {})
 
 
 def _prompts_json(prompts: Sequence[Prompt]) -> bytes:
@@ -225,7 +229,7 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
     expected |= {"has_routes": count, "prompt_ids": int(prompts.sum(dtype=np.int64))}
     tokens = int(lengths.sum(dtype=np.int64))
     expected |= dict.fromkeys(("response_ids", "rollout_logprobs", "weight_versions", "trained"), tokens)
-    expected |= {"kept": tokens} if "kept" in arrays else {}
+    expected |= {name: tokens for name in ("kept", "mixed_kv") if name in arrays}
     expected |= {"routes": int(_route_rows(arrays).sum())} if "routes" in arrays else {}
     for name, size in expected.items():
         _must(len(arrays[name]) == size, f"{name} has {len(arrays[name])} entries, not {size}")
@@ -267,6 +271,7 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> Iterator[Rollout]:
     prompts = split("prompt_ids", arrays["prompt_lengths"])
     routes = split("routes", _route_rows(arrays)) if "routes" in arrays else [None] * len(lengths)
     kept = [_narrow(k) for k in split("kept", lengths)] if "kept" in arrays else [None] * len(lengths)
+    marks = split("mixed_kv", lengths) if "mixed_kv" in arrays else [None] * len(lengths)
     names = ("response_ids", "rollout_logprobs", "weight_versions", "trained")
     by_token = zip(*(split(name, lengths) for name in names), strict=True)
     for i, (ids, logprobs, versions, trained) in enumerate(by_token):
@@ -280,6 +285,7 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> Iterator[Rollout]:
             kept=kept[i],
             retractions=int(arrays["retractions"][i]),
             trained=trained,
+            mixed_kv=None if (mixed := marks[i]) is None or not mixed.any() else mixed,
         )
 
 

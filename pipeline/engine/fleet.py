@@ -1,4 +1,4 @@
-"""All servers of a run as one: who is up, which version of the weights they hold, and who gets the next request.
+"""All servers of a run as one: which version of the weights they hold, and who gets the next request.
 
 The fleet owns the version. It is the number of transfers so far: every transfer gets the next one, and no number comes
 twice in a run, resumptions included.
@@ -6,77 +6,67 @@ twice in a run, resumptions included.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 
-from pipeline.engine.client import Sampling, SGLangClient
-from pipeline.engine.control import ServerAddress
-from pipeline.engine.keys import ServerKeys
+from pipeline.config.server import ServerConfig
+from pipeline.engine.client import AnswerError, Sampling, SGLangClient, UnreachableError
+from pipeline.engine.control import InterruptMode, ServerAddress
+from pipeline.engine.interruption import Updates, let_requests_go_on, must_be_current, stop_requests
+from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
 from pipeline.engine.server import ServerError
 from pipeline.types import Sampled
 
+__all__ = ["Fleet", "FleetServer", "ServerProcess", "ServerState", "Transfer"]
 
-class ServerProcess(Protocol):
-    """A started server, here (SGLangServer) or on another node (RemoteServer)."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def log_path(self) -> Path: ...
-    @property
-    def keys(self) -> ServerKeys: ...
-    def wait_ready(self, timeout_s: float | None = None) -> None: ...
-    def alive(self) -> bool: ...
-    def log_tail(self) -> str: ...
+_WATCH_S = 0.1
+_PROBE_S = 5.0
+_TRIES = 3  # of a request whose connection broke while its server lives
 
 
-class WeightSource(Protocol):
-    """Whoever holds the trained weights and is connected to the fleet's servers."""
+class Transfer(Protocol):
+    """Whoever owns the trained weights: from all its owners to the servers that are named."""
 
-    def send_weights(self, version: int) -> None: ...
+    def send_weights(self, version: int, servers: Sequence[ServerAddress], *, flush: bool) -> None:
+        """The current weights, under this version. flush: the servers forget their prefix cache, they run nothing.
 
+        Raises ServerError where a server does not take part, and another error for what the owners cannot do.
+        """
+        ...
 
-class ServerState(Enum):
-    """starting: it loads. serving: it gets requests. lost: its process ended."""
-
-    STARTING = "starting"
-    SERVING = "serving"
-    LOST = "lost"
-
-
-@dataclass(eq=False)
-class FleetServer:
-    """One server. client: its HTTP interface, for sampling and for control. in_flight: samples that it works on, and
-    groups: how many of each group."""
-
-    process: ServerProcess
-    client: SGLangClient
-    state: ServerState = field(default=ServerState.STARTING, init=False)
-    in_flight: int = field(default=0, init=False)
-    groups: Counter[object] = field(default_factory=Counter, init=False)
-
-    @property
-    def address(self) -> ServerAddress:
-        """What another process needs to reach it."""
-        return ServerAddress(self.process.url, self.process.log_path, self.process.keys)
+    def send_again(self, version: int, servers: Sequence[ServerAddress]) -> bool:
+        """The same weights to servers that came later; False, and nothing is sent, where the owners hold others by
+        now. From any thread."""
+        ...
 
 
 class Fleet:
     """Servers that hold the same weights, used as one client is. Without servers it only counts versions."""
 
-    def __init__(self, servers: Sequence[FleetServer] = ()):
-        """servers: started; `wait_ready` before the first request."""
-        self.servers = list(servers)
-        self._version = 0
+    def __init__(self, servers: Sequence[FleetServer] = (), config: ServerConfig | None = None):
+        """servers: started; `wait_ready` before the first request. config: how long a server may be silent, and how
+        often one is started again."""
+        self.config = config or ServerConfig()  # pyright: ignore[reportCallIssue]
+        self.members = Membership(servers, self.config)
+        self.sent_again = self.interrupted_requests = 0
+        self._version = self._begun = 0
+        self._updates = Updates()
+        self._source: Transfer | None = None
+        self._sending = threading.Lock()
+        self._interrupt: InterruptMode | None = None
+        self._open: asyncio.Event | None = None
         self._entered: list[AsyncExitStack] = []
+
+    @property
+    def servers(self) -> list[FleetServer]:
+        return self.members.servers
 
     @property
     def serves(self) -> bool:
@@ -88,49 +78,144 @@ class Fleet:
         """Of the weights that the servers hold."""
         return self._version
 
+    @property
+    def addresses(self) -> list[ServerAddress]:
+        """Of every server."""
+        return [server.address for server in self.servers]
+
     def begin_at(self, version: int) -> None:
         """A resumed run: its servers start with other weights, and the next transfer brings back this version."""
         self._version = version - 1
+        self._begun = -1  # no server is started with the weights of a version
 
     def adopt(self, version: int) -> None:
         """A dumped step is replayed: it was sampled under this version. There are no servers that could differ."""
         assert not self.serves, "servers hold what was sent to them"
         self._version = version
 
-    def transfer(self, trainers: WeightSource) -> None:
-        """The trainer's weights to every server, under the next version; without servers only the version moves.
-
-        Raises TrainerError where a rank or a server does not take part.
-        """
-        self._version += 1  # before: servers that fail half-way hold neither the old weights nor the new
-        if self.serves:
-            trainers.send_weights(self._version)
-        for server in self.servers:
-            server.client.version = self._version
-
     def wait_ready(self) -> None:
         """Block until every server answers. Raises ServerError with the end of the log of one that does not."""
-        for server in self.servers:
-            server.process.wait_ready()
-            server.state = ServerState.SERVING
+        self.members.wait_ready()
 
     def check_alive(self) -> None:
-        """Raise ServerError, with the end of its log, for a server whose process has ended."""
-        for server in self.servers:
-            if not server.process.alive():
-                server.state = ServerState.LOST
-                raise ServerError(f"the SGLang server died\n{server.process.log_tail()}")
+        """Start again what has ended. Raises ServerError, with the end of a log, where that happened too often."""
+        self.members.check()
 
-    @property
-    def addresses(self) -> list[ServerAddress]:
-        """Of every server."""
-        return [server.address for server in self.servers]
+    def close(self) -> None:
+        """Start no server again."""
+        self.members.close()
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the run began, and how many servers take requests."""
+        return {
+            "servers/serving": float(sum(s.state is ServerState.SERVING for s in self.servers)),
+            "servers/lost": float(self.members.lost),
+            "servers/restarted": float(self.members.restarted),
+            "servers/requests_sent_again": float(self.sent_again),
+            "servers/requests_interrupted": float(self.interrupted_requests),
+        }
+
+    # The weights
+
+    def transfer(self, trainers: Transfer) -> None:
+        """The trainer's weights to every server that is up, under the next version; without servers only the version
+        moves. Requests must not be running, or stand still inside `interrupted`.
+
+        A server that does not take part is lost, and so are those that were in the same transfer, for they may hold
+        anything; it is made again with the next that are up. Raises ServerError where servers are given up, and what
+        the trainer raises.
+        """
+        self._source = trainers
+        self._version += 1  # before: servers that fail half-way hold neither the old weights nor the new
+        self._updates.modes[self._version] = self._interrupt or "abort"
+        while self.serves:
+            with self._sending:
+                members = self.members.reconcile()
+                try:
+                    addresses = [server.address for server in members]
+                    trainers.send_weights(self._version, addresses, flush=self._interrupt != "in_place")
+                except ServerError as error:
+                    for server in members:
+                        self.members.lose(server, f"was in a transfer of weights that failed ({error})")
+                    continue
+                self._hold(members)
+                return
+
+    def _hold(self, servers: Sequence[FleetServer]) -> None:
+        """They hold the current weights."""
+        for server in servers:
+            server.client.version = self._version
+            if server.state is ServerState.PENDING_WEIGHTS:
+                server.state = ServerState.SERVING if self._interrupt is None else ServerState.PAUSED
+
+    def catch_up(self) -> None:
+        """The current weights to servers that came back, to them alone; where the trainer holds others by now, they
+        wait for the next transfer."""
+        with self._sending:
+            late = [s for s in self.servers if s.state is ServerState.PENDING_WEIGHTS]
+            if not late:
+                return
+            if self._version == self._begun:  # every server starts with these
+                self._hold(late)
+                return
+            try:
+                addresses = [server.address for server in late]
+                if self._source is not None and self._source.send_again(self._version, addresses):
+                    self._hold(late)
+            except ServerError as error:
+                for server in late:
+                    self.members.lose(server, f"did not take weights ({error})")
+
+    @asynccontextmanager
+    async def interrupted(self, mode: InterruptMode) -> AsyncIterator[None]:
+        """Inside, nothing is sampled: a `transfer` belongs here. New requests wait outside, running ones meet with what
+        `mode` says. Afterwards all go on. Inside `async with fleet` only, one at a time."""
+        assert self._interrupt is None, "an interruption is no place for another"
+        self._interrupt = mode
+        self._refresh()
+        stopped = [s for s in self.servers if s.state is ServerState.SERVING]
+        try:
+            self.interrupted_requests += sum(server.in_flight for server in stopped)
+            for server in stopped:
+                server.state = ServerState.PAUSED
+            await asyncio.gather(*(self._or_lose(s, stop_requests(s, mode)) for s in stopped))
+            yield
+        finally:
+            paused = [s for s in self.servers if s.state is ServerState.PAUSED]
+            await asyncio.gather(*(self._or_lose(s, let_requests_go_on(s)) for s in paused))
+            self._interrupt = None
+            for server in paused:
+                if server.state is ServerState.PAUSED:
+                    held = server.client.version == self._version
+                    server.state = ServerState.SERVING if held else ServerState.PENDING_WEIGHTS
+            self._refresh()
+
+    async def _or_lose(self, server: FleetServer, what: Awaitable[None]) -> None:
+        """A server that fails, or hangs, meanwhile is lost."""
+        task = asyncio.ensure_future(what)
+        while not task.done():
+            await asyncio.wait({task}, timeout=_PROBE_S)
+            if not task.done() and not await asyncio.to_thread(server.answers, self.config.probe_timeout_s):
+                task.cancel()
+                self.members.lose(server, "does not answer")
+        with contextlib.suppress(asyncio.CancelledError):
+            try:
+                await task
+            except ServerError as error:
+                self.members.lose(server, f"failed ({error})")
+
+    # Requests
 
     async def __aenter__(self) -> Self:
         """Sampling calls belong inside; may be nested."""
         stack = AsyncExitStack()
         for server in self.servers:
             await stack.enter_async_context(server.client)
+        if not self._entered:
+            self._open = asyncio.Event()
+            self._refresh()
+            for work in (self._watch, self._probe):
+                stack.push_async_callback(_end, asyncio.create_task(work()))
         self._entered.append(stack)
         return self
 
@@ -138,34 +223,130 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._entered.pop().aclose()
+        if not self._entered:
+            self._open = None
 
     async def sample(
         self, token_ids: Sequence[int] | np.ndarray, sampling: Sampling, *, routes_from: int = 0, group: object = None
     ) -> Sampled:
         """SGLangClient.sample of one of the servers: the one that works on samples of this group, else the one with the
-        fewest in flight. group: None belongs to none."""
-        with self._chosen(group) as client:
-            return await client.sample(token_ids, sampling, routes_from=routes_from)
+        fewest in flight. group: None belongs to none.
+
+        Waits while no server takes requests. A request whose server is lost is sampled again, by another.
+        """
+        sent_under = self._version
+
+        def ask(client: SGLangClient) -> Awaitable[Sampled]:
+            nonlocal sent_under
+            sent_under = self._version
+            return client.sample(token_ids, sampling, routes_from=routes_from)
+
+        part = await self._ask(group, ask)
+        try:
+            must_be_current(part.weight_versions, sent_under, self._version)
+        except ValueError as error:
+            raise AnswerError(str(error)) from error
+        mixed = self._updates.mixed_kv(part.weight_versions)
+        return part if mixed is None else _marked(part, mixed)
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """SGLangClient.score of one of the servers."""
-        with self._chosen(None) as client:
-            return await client.score(token_ids)
+        return await self._ask(None, lambda client: client.score(token_ids))
+
+    async def _ask[T](self, group: object, ask: Callable[[SGLangClient], Awaitable[T]]) -> T:
+        tries = 0
+        while True:
+            if self._open is not None:
+                await self._open.wait()
+            server = self._choose(group)
+            if server is None:  # it was taken meanwhile
+                continue
+            with self._working(server, group):
+                call: asyncio.Task[T] = asyncio.ensure_future(ask(server.client))  # pyright: ignore[reportAssignmentType]
+                server.calls[call] = losses = server.losses
+                try:
+                    await asyncio.wait({call})
+                    return call.result()
+                except asyncio.CancelledError:
+                    call.cancel()
+                    if server.losses == losses or not call.cancelled():
+                        raise
+                except UnreachableError:
+                    tries += 1
+                    if await asyncio.to_thread(server.answers, self.config.probe_timeout_s):
+                        if tries == _TRIES:
+                            raise
+                    else:
+                        self.members.lose(server, "died" if not server.process.alive() else "does not answer")
+                finally:
+                    del server.calls[call]
+            self.sent_again += 1
+
+    def _choose(self, group: object) -> FleetServer | None:
+        """Who gets the next request; None: nobody now. Raises ServerError where nobody ever will."""
+        if self.members.failure is not None:
+            raise self.members.failure
+        serving = [server for server in self.servers if server.state is ServerState.SERVING]
+        if serving and self._interrupt is None:
+            return min(serving, key=lambda server: (not server.groups[group], server.in_flight))
+        if self._open is None or not self.members.hopeful:
+            raise ServerError(self.members.none_serves())
+        self._refresh()
+        return None
 
     @contextmanager
-    def _chosen(self, group: object) -> Iterator[SGLangClient]:
-        """Raises ServerError where no server is serving."""
-        serving = [server for server in self.servers if server.state is ServerState.SERVING]
-        if not serving:
-            states = ", ".join(server.state.value for server in self.servers) or "there are none"
-            raise ServerError(f"no server takes requests: {states}")
-        chosen = min(serving, key=lambda server: (not server.groups[group], server.in_flight))
-        chosen.groups[group] += group is not None
-        chosen.in_flight += 1
+    def _working(self, server: FleetServer, group: object) -> Iterator[None]:
+        server.groups[group] += group is not None
+        server.in_flight += 1
         try:
-            yield chosen.client
+            yield
         finally:
-            chosen.in_flight -= 1
-            chosen.groups[group] -= group is not None
-            if not chosen.groups[group]:
-                del chosen.groups[group]
+            server.in_flight -= 1
+            server.groups[group] -= group is not None
+            if not server.groups[group]:
+                del server.groups[group]
+
+    def _refresh(self) -> None:
+        """Let requests through where some server takes them, or none ever will."""
+        if self._open is None:
+            return
+        serving = self._interrupt is None and any(s.state is ServerState.SERVING for s in self.servers)
+        if serving or self.members.failure is not None or not self.members.hopeful:
+            self._open.set()
+        else:
+            self._open.clear()
+
+    async def _watch(self) -> None:
+        """Give up the requests of lost servers, and bring those that came back up to date."""
+        while True:
+            for server in self.servers:
+                for call, losses in server.calls.items():
+                    if losses != server.losses:
+                        call.cancel()
+                if server.state is ServerState.PENDING_WEIGHTS and self._interrupt is None:
+                    await asyncio.to_thread(self.catch_up)
+            self._refresh()
+            await asyncio.sleep(_WATCH_S)
+
+    async def _probe(self) -> None:
+        """Lose servers that have ended or hang."""
+        while True:
+            await asyncio.sleep(min(_PROBE_S, self.config.probe_timeout_s))
+            asked = [s for s in self.servers if s.state is ServerState.SERVING]
+            limit = self.config.probe_timeout_s
+            found = await asyncio.gather(*(asyncio.to_thread(s.answers, limit) for s in asked))
+            for server, answers in zip(asked, found, strict=True):
+                if not answers and server.state is ServerState.SERVING:
+                    self.members.lose(server, "died" if not server.process.alive() else "does not answer")
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _marked(part: Sampled, mixed: np.ndarray) -> Sampled:
+    import dataclasses
+
+    return dataclasses.replace(part, mixed_kv=mixed)

@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.cluster.placement import on_node
 from pipeline.engine.keys import ServerKeys
-from pipeline.engine.server import ServerError, SGLangServer
+from pipeline.engine.server import NodeGoneError, ServerError, SGLangServer
 
 _ANSWER_S = 60.0  # of a call that only looks; a node that needs longer is gone
 
@@ -26,6 +26,10 @@ class _Host:
 
     def start(self) -> str:
         self.server.start()
+        return self.server.url
+
+    def restart(self) -> str:
+        self.server.restart()
         return self.server.url
 
     def wait_ready(self, timeout_s: float | None) -> None:
@@ -73,6 +77,10 @@ class RemoteServer:
         """Start the server's processes; raises ServerError when they could never work."""
         self._url = self._ask(lambda: self._actor.start.remote(), None)
 
+    def restart(self) -> None:
+        """As SGLangServer.restart, on the same node. Raises NodeGoneError where that is gone."""
+        self._url = self._ask(lambda: self._actor.restart.remote(), None)
+
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Block until the server answers; as SGLangServer.wait_ready."""
         self._ask(lambda: self._actor.wait_ready.remote(timeout_s), None)
@@ -103,4 +111,4 @@ class RemoteServer:
         except RayTaskError as error:
             raise ServerError(str(error.cause)) from error
         except RayActorError as error:
-            raise ServerError(f"the node of the server {self._url} is gone; its log: {self.log_path}") from error
+            raise NodeGoneError(f"the node of the server {self._url} is gone; its log: {self.log_path}") from error

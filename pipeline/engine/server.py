@@ -48,6 +48,10 @@ class ServerError(SamerouteError):
     """The rollout engine could not be started, died, or cannot be reached."""
 
 
+class NodeGoneError(ServerError):
+    """The machine of a server is gone, so it cannot be started again."""
+
+
 _FULL = PrecisionConfig()  # pyright: ignore[reportCallIssue]
 
 
@@ -92,6 +96,7 @@ class SGLangServer:
         self._token = secrets.token_hex(6)
         self._scratch: Path | None = None
         self._shared_memory: set[Path] = set()
+        self._log_start = 0
 
     @property
     def url(self) -> str:
@@ -121,7 +126,7 @@ class SGLangServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # -P: what lies in the working directory is no part of the path.
         command = [sys.executable, "-P", "-m", "pipeline.engine.inside.serve", str(os.getpid()), *self.arguments()]
-        with self.log_path.open("wb") as log:
+        with self.log_path.open("ab" if self._log_start else "wb") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -136,6 +141,14 @@ class SGLangServer:
                 pipe.write(self.keys.to_bytes())
         except BrokenPipeError:  # it has ended already; `wait_ready` says how
             return
+
+    def restart(self) -> None:
+        """End whatever is left of the server and start it again, in the same log; `wait_ready` follows. It has another
+        port where none is configured. Raises ServerError as `start` and `stop` do."""
+        self.stop()
+        self._process, self._token, self._shared_memory = None, secrets.token_hex(6), set()
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self.start()
 
     def arguments(self) -> list[str]:
         """SGLang's command line. Raises ServerError before start(), which settles the port."""
@@ -168,6 +181,8 @@ class SGLangServer:
             flags.append("--enable-deterministic-inference")
         if not (self.device == "cuda" if config.prefix_cache is None else config.prefix_cache):
             flags.append("--disable-radix-cache")
+        if not (self.device == "cuda" if config.overlap_schedule is None else config.overlap_schedule):
+            flags.append("--disable-overlap-schedule")
         if self.device == "cpu":
             plain = self.precision.weights == "float32" and self.precision.kv_cache == "same"
             batched = CPU_ATTENTION_BACKEND if plain else "torch_native"
@@ -176,8 +191,8 @@ class SGLangServer:
                 _CPU_TOTAL_TOKENS, config.context_length or 0
             )
             arguments["--sampling-backend"] = "pytorch"
-            # Nothing is compiled on the CPU, so there is nothing to warm up; overlap helps only a GPU.
-            flags += ["--disable-overlap-schedule", "--skip-server-warmup", "--sleep-on-idle"]
+            # Nothing is compiled on the CPU, so there is nothing to warm up.
+            flags += ["--skip-server-warmup", "--sleep-on-idle"]
             flags += ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
         pairs = [text for name, value in arguments.items() if value is not None for text in (name, str(value))]
         return pairs + flags + self.precision.server_arguments() + config.extra_args
@@ -258,7 +273,12 @@ class SGLangServer:
         return "\n".join([f"{self.log_path}:", *self._log_text().splitlines()[-lines:]])
 
     def _log_text(self) -> str:
-        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        """Since the last start."""
+        if not self.log_path.exists():
+            return ""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
 
     def stop(self) -> None:
         """End every process of the server and remove what it left in /dev/shm and in the temporary folder.

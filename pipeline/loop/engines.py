@@ -64,7 +64,9 @@ def start_engines(
     local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
     with contextlib.ExitStack() as stack:
         processes, nodes = stack.enter_context(_processes(config, local, gpus))
-        fleet = Fleet([FleetServer(process, _client(config, shape, process, routes)) for process in processes])
+        servers = [FleetServer(process, _client(config, shape, process, routes)) for process in processes]
+        fleet = Fleet(servers, config.server)
+        stack.callback(fleet.close)
         trainers = TrainerGroup(
             config.parallel,
             gpus=gpus > 0,

@@ -54,6 +54,16 @@ def routing_metrics(routing: np.ndarray) -> dict[str, float]:
 
 
 def mismatch_of(rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str, float]:
-    """mismatch_metrics of the tokens that the policy sampled, under both engines."""
-    mu = [r.rollout_logprobs for r in rollouts]
-    return mismatch_metrics(padded(proximal.logprobs), padded(mu), padded([r.trained for r in rollouts]))
+    """mismatch_metrics of the tokens that the policy sampled, under both engines.
+
+    Tokens that were sampled over keys and values of older weights have numbers of their own, mixed_kv/fraction,
+    mixed_kv/abs_logprob and mixed_kv/max_abs_logprob: no trainer has their log-probs.
+    """
+    pi, mu = padded(proximal.logprobs), padded([r.rollout_logprobs for r in rollouts])
+    metrics = mismatch_metrics(pi, mu, padded([r.comparable for r in rollouts]))
+    mixed = padded([r.trained & ~r.comparable for r in rollouts])
+    if mixed.any():
+        gaps = np.abs(pi - mu)[mixed]
+        metrics["mixed_kv/fraction"] = float(mixed.sum() / sum(r.trained_tokens for r in rollouts))
+        metrics["mixed_kv/abs_logprob"], metrics["mixed_kv/max_abs_logprob"] = float(gaps.mean()), float(gaps.max())
+    return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +20,14 @@ from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tok
 from pipeline.cluster.placement import on_node
 from pipeline.cluster.ray_processes import ended, what_died
 from pipeline.config.precision import RolloutWeights
+from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, ObjectiveConfig
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
 from pipeline.types import PolicyTokens, Rollout
 from pipeline.waiting import START_S, Waiting
+from pipeline.weights.servers import WeightTransferError
 
 if TYPE_CHECKING:
     from megatron_ext.exchange import Exchange
@@ -34,11 +37,16 @@ if TYPE_CHECKING:
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 _STARTING = ("meeting_point", "build")
+_CHANGING = ("build", "resume", "update_policy", "update_supervised")  # the weights
 ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
 
 
 class TrainerError(SamerouteError):
     """A trainer rank failed or died; the message names it and its log."""
+
+
+class ServersFailedError(TrainerError, ServerError):
+    """A server did not take the weights; no trainer rank is to blame."""
 
 
 class TrainerGroup:
@@ -63,6 +71,9 @@ class TrainerGroup:
         """
         self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
         self.weights_timeout_s = timeout_s
+        self._connected: list[ServerAddress] | None = None
+        self._held: int | None = None  # version of the weights, while they are those that were sent last
+        self._sending = threading.RLock()
         self.waiting = Waiting()
         resources: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
         if environment:  # none: a runtime environment of its own would start other workers
@@ -173,21 +184,58 @@ class TrainerGroup:
         return self._wait(self._ask(ranks, method, *args), method, watched=False)
 
     def connect(
-        self, servers: list[ServerAddress], config: WeightsConfig, device: str, rounding: RolloutWeights = "same"
+        self, servers: Sequence[ServerAddress], config: WeightsConfig, device: str, rounding: RolloutWeights = "same"
     ) -> None:
         """From now on weights go to these servers, see TrainerRank.connect."""
         self.weights_timeout_s = config.timeout_s
-        self._call("connect", servers, config, device, rounding)
+        self._way = (config, device, rounding)
+        self._connect(servers)
 
-    def send_weights(self, version: int) -> None:
-        """The current weights to every connected server, under this version.
+    def _connect(self, servers: Sequence[ServerAddress]) -> None:
+        self._connected = None
+        self._of_servers(lambda: self._call("connect", list(servers), *self._way))
+        self._connected = list(servers)
 
-        Raises TrainerError where a rank gets no further for `weights.timeout_s`, naming it; where a server does not, it
-        is named instead.
+    def send_weights(self, version: int, servers: Sequence[ServerAddress] | None = None, *, flush: bool = True) -> None:
+        """The current weights to these servers, or to those that are connected, under this version. flush: they empty
+        their prefix caches.
+
+        Raises TrainerError where a rank gets no further for `weights.timeout_s`, naming it, and ServersFailedError
+        where a server does not.
         """
-        answers = self._ask(self.ranks, "send_weights", version)
+        with self._sending:
+            self._held = None
+            if servers is not None and list(servers) != self._connected:
+                self._connect(servers)
+            answers = self._ask(self.ranks, "send_weights", version, flush)
         # rank 0 times its servers; the ranks are looked at once it has had time to say so
-        self._wait(answers, "send_weights", 1.2 * self.weights_timeout_s + POLL_S, restart=True)
+        limit = 1.2 * self.weights_timeout_s + POLL_S
+        try:
+            self._of_servers(lambda: self._wait(answers, "send_weights", limit, restart=True))
+        except ServersFailedError:
+            self._connected = None
+            raise
+        with self._sending:
+            self._held = version
+
+    def send_again(self, version: int, servers: Sequence[ServerAddress]) -> bool:
+        """The weights that were sent last to other servers, under the same version; False where the ranks hold others
+        by now. From any thread: no update begins meanwhile."""
+        with self._sending:
+            if self._held != version:
+                return False
+            self.send_weights(version, servers)
+            return True
+
+    @staticmethod
+    def _of_servers(call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except TrainerError as error:
+            cause = error.__cause__
+            if isinstance(cause, RayTaskError) and isinstance(cause.cause, WeightTransferError):
+                raise ServersFailedError(str(error)) from error
+            raise
 
     def weight_differences(self) -> list[WeightDifference]:
         """Every tensor that a connected server holds otherwise than the trainer does, bit for bit, by its Hugging Face
@@ -200,7 +248,11 @@ class TrainerGroup:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """`method` on every rank, together. Answers in rank order."""
-        return self._wait(self._ask(self.ranks, method, *args, **kwargs), method)
+        with self._sending if method in _CHANGING else contextlib.nullcontext():
+            if method in _CHANGING:
+                self._held = None
+            answers = self._ask(self.ranks, method, *args, **kwargs)
+        return self._wait(answers, method)
 
     @staticmethod
     def _check_ray() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -143,17 +144,21 @@ class TrainerRank:
         self.trainer.exporter.bucket_bytes = config.bucket_bytes
         self.rollout_weights: RolloutWeights = rounding
         if self.rank == 0:
-            from pipeline.weights import WeightSender
+            from pipeline.weights import WeightSender, WeightTransferError
 
+            with contextlib.suppress(WeightTransferError):  # one that hangs is left all the same
+                self.close()
             self.sender = WeightSender(servers, config, device=device)
             self.sender.connect()
 
-    def send_weights(self, version: int) -> None:
+    def send_weights(self, version: int, flush: bool) -> None:
         """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
-        if self.sender is not None:
-            self.sender.send(self._sent(), version)
-        else:
-            _walk(self._sent())
+        buckets = self._sent()
+        try:
+            if self.sender is not None:
+                self.sender.send(buckets, version, flush=flush)
+        finally:
+            _walk(buckets)  # whatever a server does, no rank waits for this one
 
     def begin_save(self, directory: str) -> None:
         """Begin to write a training checkpoint into an empty directory that every rank sees."""
@@ -218,9 +223,10 @@ class TrainerRank:
             _walk(buckets)
 
     def close(self) -> None:
-        """Leave the groups."""
-        if self.sender is not None:
-            self.sender.close()
+        """Leave the servers."""
+        sender, self.sender = self.sender, None
+        if sender is not None:
+            sender.close()
 
 
 def _walk(buckets: Iterator[Bucket]) -> None:

@@ -34,11 +34,12 @@ class WeightSender:
         """Make what the transport needs. Raises WeightTransferError where a server does not join in time."""
         self.transport.connect()
 
-    def send(self, buckets: Iterable[Bucket], version: int) -> None:
-        """Replace the weights of every server and name them. No request may be running.
+    def send(self, buckets: Iterable[Bucket], version: int, *, flush: bool = True) -> None:
+        """Replace the weights of every server and name them. No request may get on meanwhile.
 
-        buckets: (Hugging Face name, tensor) lists. Raises WeightTransferError with the server and its reason; the
-        servers must not be used after that.
+        buckets: (Hugging Face name, tensor) lists. flush: empty the prefix cache, of which no request may hold a part;
+        else its entries are found no more, for they have the keys of older weights. Raises WeightTransferError with the
+        server and its reason; the servers must not be used after that.
         """
         sums: list[list[TensorSum]] = []
         self.servers.call("/begin_weight_update")
@@ -51,7 +52,8 @@ class WeightSender:
         finally:
             self.transport.release()
         self.servers.call("/end_weight_update")
-        self.servers.call("/flush_cache")
+        if flush:
+            self.servers.call("/flush_cache")
         self.servers.call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         if sums:
             self._check(sums, version)

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import io
 import logging
+import secrets
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -77,8 +78,10 @@ class Distributed(Transport):
 
     def __init__(self, servers: Servers, device: str):
         super().__init__(servers)
-        self.backend, self.group = "nccl" if device == "cuda" else "gloo", "sameroute_weights"
+        self.backend = "nccl" if device == "cuda" else "gloo"
+        self.group = f"sameroute_weights_{secrets.token_hex(4)}"  # a server may still be in one that has failed
         self.process_group: Any = None
+        self.broken = False
 
     def connect(self) -> None:
         controls, timeout_s = self.servers.controls, self.servers.timeout_s
@@ -148,8 +151,10 @@ class Distributed(Transport):
                 time.sleep(_POLL_S)
             work.wait()
         except WeightTransferError:
+            self.broken = True
             raise
         except RuntimeError as error:
+            self.broken = True
             self.servers.answers(announced)  # a server's own words say more
             raise WeightTransferError(f"the broadcast failed: {error}") from error
 
@@ -165,7 +170,10 @@ class Distributed(Transport):
                 if control.healthy():
                     self.servers.guard(control, lambda c=control: c.post(_LEAVE, {"group_name": self.group}))
         finally:
-            dist.destroy_process_group(group)
+            if self.broken and self.backend == "nccl":  # to destroy it would wait for those that are gone
+                c10d._abort_process_group(group)
+            else:
+                dist.destroy_process_group(group)
 
 
 class SharedMemory(Transport):

@@ -62,11 +62,20 @@ def test_the_tokens_that_were_sampled_are_what_counts():
         ({"weight_versions": np.array([3, 3, 4], np.int32)}, "was not sampled has a weight version"),
         ({"weight_versions": np.array([-1, -1, 4], np.int32)}, "a sampled token has no weight version"),
         ({"trained": np.ones(2, bool)}, "trained has 2 rows for 3 tokens"),
+        ({"mixed_kv": np.ones(2, bool)}, "mixed_kv has 2 rows for 3 tokens"),
+        ({"mixed_kv": np.ones(3, bool)}, "was not sampled is marked mixed_kv"),
     ],
 )
 def test_a_rollout_that_cannot_be_is_refused_where_it_is_made(changes, message):
     with pytest.raises(ValueError, match=message):
         make_rollout(**changes)
+
+
+def test_tokens_over_old_keys_and_values_are_sampled_and_not_comparable():
+    assert make_rollout().comparable.tolist() == [True, False, True]
+    marked = make_rollout(mixed_kv=np.array([False, False, True]))
+    assert marked.trained_tokens == 2
+    assert marked.comparable.tolist() == [True, False, False]
 
 
 def with_route(value) -> Rollout:

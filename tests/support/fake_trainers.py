@@ -26,8 +26,11 @@ class FakeTrainers:
     def load(self, samples) -> None:
         self.loaded = list(samples)
 
-    def send_weights(self, version: int) -> None:
+    def send_weights(self, version: int, servers=(), *, flush: bool = True) -> None:
         self.sent.append(version)
+
+    def send_again(self, version: int, servers=()) -> bool:
+        return False
 
     def logprobs(self, routing=None, indices=None) -> PolicyTokens:
         self.calls.append(f"logprobs {routing}")

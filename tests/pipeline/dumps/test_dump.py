@@ -54,6 +54,7 @@ def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, m
                 finish_reason=FINISH_REASONS[int(rng.integers(3))],
                 kept=make_kept(rng, ids_of_response) if kept else None,
                 retractions=int(rng.integers(3)),
+                mixed_kv=marks if (marks := rng.random(n) < 0.3).any() else None,
             )
         )
     prompt = Prompt(ids, f"prompt {index} <|é\u2028", metadata if metadata is not None else {"answer": "1"}, index)

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline.config.server import ServerConfig
+from pipeline.engine.client import AnswerError, UnreachableError
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.fleet import Fleet, FleetServer, ServerState
+from pipeline.engine.interruption import Updates
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
+from pipeline.types import Sampled
 
 
 class Server:
-    """Stands for a server's process and its client; answers wait until `release`."""
+    """Stands for a server's process and its client; answers wait until `release`. steered: the calls that steer it."""
 
     def __init__(self, name):
-        self.name, self.open, self.asked, self.release, self.version = name, 0, [], asyncio.Event(), 0
-        self.url, self.log_path, self.living = f"http://{name}", Path(f"{name}.log"), True
+        self.name, self.open, self.asked, self.steered, self.version = name, 0, [], [], 0
+        self.url, self.log_path, self.living, self.starts = f"http://{name}", Path(f"{name}.log"), True, 1
         self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
+        self.release, self.answers_as, self.loading = asyncio.Event(), 0, threading.Event()
+        self.loading.set()
 
     def wait_ready(self):
+        assert self.loading.wait(10)
         assert self.living
 
     def alive(self):
         return self.living
+
+    def restart(self):
+        self.starts += 1
+        self.living = True
 
     def log_tail(self):
         return f"{self.log_path}:\nthe last words"
@@ -43,28 +57,62 @@ class Server:
         await self.release.wait()
         if ids == [13]:
             raise ServerError("unlucky")
-        return f"{self.name}:{ids[0]}"
+        if ids == [14] and self.starts == 1:
+            self.living = False
+            raise UnreachableError("cut off")
+        versions = np.array([self.version, self.version], np.int32)
+        empty = np.zeros(2, np.float32)
+        return Sampled(np.array([ids[0], len(self.name)], np.int32), empty, None, versions, "stop")
 
     async def score(self, ids):
         return self.name, ids
 
+    async def ask(self, method, path, body=None):
+        self.steered.append(path)
+        if path == "/abort_request":
+            self.release.set()
+        return {}
+
+    async def current_loads(self):
+        return [{"num_running_reqs": 0, "num_waiting_reqs": 0}]
+
+
+class Member(FleetServer):
+    """Asks no process."""
+
+    def answers(self, timeout_s):
+        return self.process.living
+
 
 class Trainers:
-    """Stands for the trainer ranks; keeps the versions that were sent."""
+    """Stands for the trainer ranks; keeps what was sent. bad: versions that a server does not take, once each."""
 
-    def __init__(self):
-        self.sent = []
+    def __init__(self, *bad):
+        self.sent, self.bad, self.current = [], list(bad), True
 
-    def send_weights(self, version):
-        self.sent.append(version)
-        if version == 13:
+    def send_weights(self, version, servers, *, flush):
+        self.sent.append((version, [server.url for server in servers], flush))
+        if version in self.bad:
+            self.bad.remove(version)
             raise ServerError("unlucky")
 
+    def send_again(self, version, servers):
+        if self.current:
+            self.send_weights(version, servers, flush=True)
+        return self.current
 
-def fleet_of(*servers):
-    fleet = Fleet([FleetServer(server, server) for server in servers])
+
+def fleet_of(*servers, **settings):
+    fleet = Fleet([Member(server, server) for server in servers], ServerConfig(probe_timeout_s=0.05, **settings))
+    fleet.members.say = lambda _: None
     fleet.wait_ready()
     return fleet
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def test_a_sample_goes_to_the_server_of_its_group_else_to_the_one_with_the_fewest_in_flight():
@@ -74,14 +122,14 @@ def test_a_sample_goes_to_the_server_of_its_group_else_to_the_one_with_the_fewes
         async with fleet, fleet:
             groups = [*"xxxx", *"yy", *"zz", None, None]
             tasks = [asyncio.create_task(fleet.sample([i], None, group=g)) for i, g in enumerate(groups)]
-            await asyncio.sleep(0)
+            await until(lambda: len(a.asked) + len(b.asked) == len(groups))
             assert [i for i, _ in a.asked] == [0, 1, 2, 3, 8]
             assert [i for i, _ in b.asked] == [4, 5, 6, 7, 9]
             b.release.set()
             await asyncio.gather(*tasks[4:8], tasks[9])
             assert await fleet.score([5]) == ("b", [5])
             a.release.set()
-            assert await tasks[0] == "a:0"
+            assert (await tasks[0]).ids.tolist() == [0, 1]
             await asyncio.gather(*tasks)
             assert all(not server.groups for server in fleet.servers)
         assert a.open == b.open == 0
@@ -119,23 +167,44 @@ def test_requests_carry_the_version_of_the_last_transfer():
     asyncio.run(run())
 
 
-def test_the_fleet_counts_its_transfers_and_a_failed_one_gives_its_number_to_no_other():
+def test_the_fleet_counts_its_transfers():
     fleet, trainers = fleet_of(Server("a")), Trainers()
     assert fleet.version == 0
     fleet.transfer(trainers)
-    assert (fleet.version, trainers.sent) == (1, [1])
     fleet.begin_at(13)
-    with pytest.raises(ServerError, match="unlucky"):
-        fleet.transfer(trainers)
     fleet.transfer(trainers)
-    assert (fleet.version, trainers.sent) == (14, [1, 13, 14])
+    assert fleet.version == 13
+    assert trainers.sent == [(1, ["http://a"], True), (13, ["http://a"], True)]
+
+
+def test_a_transfer_that_fails_loses_all_servers_in_it_and_is_made_again_with_those_that_come_back():
+    a, b = Server("a"), Server("b")
+    fleet, trainers = fleet_of(a, b), Trainers(1)
+    b.loading.clear()
+    fleet.transfer(trainers)
+    assert (a.starts, b.starts) == (2, 2)
+    assert trainers.sent == [(1, ["http://a", "http://b"], True), (1, ["http://a"], True)]
+    assert [server.state for server in fleet.servers] == [ServerState.SERVING, ServerState.STARTING]
+    assert (a.version, fleet.version) == (1, 1)
+    b.loading.set()
+    fleet.close()
+
+
+def test_a_server_that_does_not_answer_is_no_part_of_a_transfer():
+    a, b = Server("a"), Server("b")
+    fleet, trainers = fleet_of(a, b), Trainers()
+    b.living = False
+    b.loading.clear()
+    fleet.transfer(trainers)
+    assert trainers.sent == [(1, ["http://a"], True)]
+    b.loading.set()
 
 
 def test_a_resumed_fleet_gets_the_version_that_it_had():
     fleet, trainers = fleet_of(Server("a")), Trainers()
     fleet.begin_at(7)
     fleet.transfer(trainers)
-    assert (fleet.version, trainers.sent) == (7, [7])
+    assert (fleet.version, trainers.sent) == (7, [(7, ["http://a"], True)])
 
 
 def test_a_fleet_without_servers_counts_and_sends_nothing():
@@ -153,22 +222,168 @@ def test_a_fleet_with_servers_adopts_no_version_that_they_do_not_hold():
         fleet_of(Server("a")).adopt(5)
 
 
-def test_no_request_goes_to_a_server_before_it_is_ready_or_after_it_was_lost():
+def test_no_request_goes_to_a_server_before_it_is_ready():
+    with pytest.raises(ServerError, match="no server takes requests: starting, starting"):
+        asyncio.run(Fleet([Member(s, s) for s in (Server("a"), Server("b"))]).score([1]))
+
+
+def test_the_restart_after_the_last_that_is_allowed_ends_the_run_with_the_log():
+    async def run():
+        a = Server("a")
+        fleet = fleet_of(a, max_restarts=1)
+        async with fleet:
+            for _ in range(2):
+                a.living = False
+                with contextlib.suppress(ServerError):
+                    fleet.check_alive()
+                await until(lambda: fleet.members.failure or fleet.servers[0].state is ServerState.SERVING)
+            for ask in (fleet.check_alive, lambda: fleet.transfer(Trainers())):
+                with pytest.raises(ServerError, match=r"died; server\.max_restarts=1 in 3600 s(.|\n)*the last words"):
+                    ask()
+            with pytest.raises(ServerError, match="the last words"):
+                await fleet.sample([1], None)
+        assert a.starts == 2
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_server_dies_is_sampled_again_by_another():
+    async def run():
+        a, b = Server("a"), Server("bb")
+        for server in (a, b):
+            server.release.set()
+        fleet = fleet_of(a, b)
+        b.starts = 2
+        a.loading.clear()
+        async with fleet:
+            part = await fleet.sample([14], None)
+            assert part.ids.tolist() == [14, 2]
+            assert fleet.metrics()["servers/requests_sent_again"] == 1
+            assert fleet.metrics()["servers/lost"] == 1
+            assert fleet.servers[0].state in (ServerState.LOST, ServerState.STARTING)
+            a.loading.set()
+            await until(lambda: fleet.servers[0].state is ServerState.SERVING)  # it starts with the first weights
+
+    asyncio.run(run())
+
+
+def test_requests_of_a_server_that_hangs_go_to_another():
+    async def run():
+        a, b = Server("a"), Server("bb")
+        b.release.set()
+        fleet = fleet_of(a, b)
+        async with fleet:
+            asked = asyncio.create_task(fleet.sample([5], None))
+            await until(lambda: a.asked)
+            a.loading.clear()
+            a.living = False  # the probe finds it
+            assert (await asked).ids.tolist() == [5, 2]
+            a.loading.set()
+
+    asyncio.run(run())
+
+
+def test_a_caller_that_gives_up_is_not_served_again():
+    async def run():
+        a = Server("a")
+        fleet = fleet_of(a)
+        async with fleet:
+            asked = asyncio.create_task(fleet.sample([5], None))
+            await until(lambda: a.asked)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+            assert len(a.asked) == 1
+            assert fleet.servers[0].in_flight == 0
+
+    asyncio.run(run())
+
+
+def test_a_server_that_comes_back_gets_the_weights_alone_before_it_gets_requests():
     async def run():
         a, b = Server("a"), Server("b")
-        b.release.set()
-        fleet = Fleet([FleetServer(a, a), FleetServer(b, b)])
-        with pytest.raises(ServerError, match="no server takes requests: starting, starting"):
-            await fleet.score([1])
-        fleet.wait_ready()
-        fleet.check_alive()
-        a.living = False
-        with pytest.raises(ServerError, match=r"died\na\.log:\nthe last words"):
-            fleet.check_alive()
-        assert [server.state for server in fleet.servers] == [ServerState.LOST, ServerState.SERVING]
+        fleet, trainers = fleet_of(a, b), Trainers()
+        fleet.transfer(trainers)
+        trainers.current = False
+        b.living = False
         async with fleet:
-            assert await fleet.sample([1], None, group=1) == "b:1"
-            assert await fleet.sample([2], None) == "b:2"
+            fleet.check_alive()
+            await until(lambda: fleet.servers[1].state is ServerState.PENDING_WEIGHTS)
+            a.release.set()
+            for number in range(4):
+                await fleet.sample([number], None)
+            assert b.asked == []
+            assert trainers.sent == [(1, ["http://a", "http://b"], True)]
+            trainers.current = True
+            await until(lambda: fleet.servers[1].state is ServerState.SERVING)
+            assert trainers.sent[1:] == [(1, ["http://b"], True)]
+            assert b.version == 1
+
+    asyncio.run(run())
+
+
+def test_an_interruption_lets_nothing_through_and_a_transfer_inside_is_of_the_next_version():
+    async def run():
+        a = Server("a")
+        a.release.set()
+        fleet, trainers = fleet_of(a), Trainers()
+        async with fleet:
+            for mode, flush in (("abort", True), ("in_place", False), ("retract", True), ("drain", True)):
+                async with fleet.interrupted(mode):
+                    asked = asyncio.create_task(fleet.sample([1], None))
+                    await asyncio.sleep(0.01)
+                    assert len(a.asked) == fleet.version
+                    assert fleet.servers[0].state is ServerState.PAUSED
+                    fleet.transfer(trainers)
+                await asked
+                assert a.asked[-1] == (1, fleet.version)
+                assert trainers.sent[-1] == (fleet.version, ["http://a"], flush)
+        halts = ["/pause_generation", "/continue_generation"]
+        assert a.steered == ["/abort_request", *halts, *halts]
+
+    asyncio.run(run())
+
+
+def test_aborts_are_repeated_until_nothing_is_left():
+    async def run():
+        a = Server("a")
+        fleet = fleet_of(a)
+        busy = [3, 1, 0, 0]
+
+        async def current_loads():
+            return [{"num_running_reqs": 0, "num_waiting_reqs": busy.pop(0)}]
+
+        a.current_loads = current_loads
+        async with fleet, fleet.interrupted("abort"):
+            assert a.steered == ["/abort_request"] * 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("modes", "mixed"),
+    [
+        (("in_place", "in_place"), [0, 1, 1]),
+        (("in_place", "retract"), [0, 1, 0]),
+        (("retract", "in_place"), [0, 0, 1]),
+        (("retract", "retract"), [0, 0, 0]),
+    ],
+)
+def test_tokens_over_older_keys_and_values_are_marked(modes, mixed):
+    updates = Updates({4: modes[0], 5: modes[1]})
+    assert updates.mixed_kv(np.array([3, 4, 5])).tolist() == [bool(m) for m in mixed]
+    assert updates.mixed_kv(np.array([4, 4])) is None
+
+
+def test_tokens_of_weights_that_the_fleet_never_held_are_refused():
+    async def run():
+        a = Server("a")
+        a.release.set()
+        fleet = fleet_of(a)
+        async with fleet:
+            a.version = 1
+            with pytest.raises(AnswerError, match=r"from weights \[1\], the fleet held 0 to 0"):
+                await fleet.sample([1], None)
 
     asyncio.run(run())
 

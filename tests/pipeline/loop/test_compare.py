@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +33,18 @@ def test_the_gap_is_over_sampled_tokens_only():
     policy.entropy[0][1] = 99
     assert mismatch_of([rollout], policy)["mismatch/max_abs_logprob"] == 0
     assert compare([rollout], policy, version=3, bound=1e-3)["policy/entropy"] == 0.5
+
+
+def test_tokens_over_old_keys_and_values_are_in_no_bound_and_have_numbers_of_their_own():
+    rollout = dataclasses.replace(ROLLOUTS[0], mixed_kv=np.array([False, False, True, True]))
+    policy = policy_of([rollout, ROLLOUTS[1]])
+    policy.logprobs[0][2:] -= np.array([1, 3], np.float32)
+    metrics = compare([rollout, ROLLOUTS[1]], policy, version=3, bound=1e-3)
+    assert metrics["mismatch/max_abs_logprob"] == 0
+    assert metrics["mixed_kv/fraction"] == pytest.approx(2 / 6)
+    assert metrics["mixed_kv/abs_logprob"] == pytest.approx(2)
+    assert metrics["mixed_kv/max_abs_logprob"] == pytest.approx(3)
+    assert not any(name.startswith("mixed_kv") for name in compare(ROLLOUTS, policy_of(ROLLOUTS), version=3, bound=1))
 
 
 def test_engines_within_the_bound_are_measured_and_beyond_it_stopped():

@@ -1,0 +1,206 @@
+"""Which servers of a run are up: who is lost, what brings it back, and when that is given up.
+
+A server that ends, hangs or fails in a transfer is lost: all its processes are killed and it is started again, in the
+background. It then holds the weights that the run began with, and gets no request before it holds the current ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.config.server import ServerConfig
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.control import ServerAddress, SGLangControl
+from pipeline.engine.keys import ServerKeys
+from pipeline.engine.server import NodeGoneError, ServerError
+from pipeline.say import to_stderr
+
+
+class ServerProcess(Protocol):
+    """A started server, here (SGLangServer) or on another node (RemoteServer)."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def log_path(self) -> Path: ...
+    @property
+    def keys(self) -> ServerKeys: ...
+    def wait_ready(self, timeout_s: float | None = None) -> None: ...
+    def alive(self) -> bool: ...
+    def log_tail(self) -> str: ...
+    def restart(self) -> None: ...
+
+
+class ServerState(Enum):
+    """starting: it loads. pending_weights: it is up, with weights that are not the current ones. serving: it gets
+    requests. paused: it holds the current weights, or is about to, and gets no requests. lost: it ended, or hangs."""
+
+    STARTING = "starting"
+    PENDING_WEIGHTS = "pending_weights"
+    SERVING = "serving"
+    PAUSED = "paused"
+    LOST = "lost"
+
+
+UP = (ServerState.PENDING_WEIGHTS, ServerState.SERVING, ServerState.PAUSED)
+
+
+@dataclass(eq=False)
+class FleetServer:
+    """One server.
+
+    client: its HTTP interface, for sampling and for control. in_flight: requests that it works on, and groups: how many
+    of each group. losses: how often it was lost. calls: tasks of its requests, and `losses` when they began: those of
+    before are given up. halted: its schedulers stand still.
+    """
+
+    process: ServerProcess
+    client: SGLangClient
+    state: ServerState = field(default=ServerState.STARTING, init=False)
+    in_flight: int = field(default=0, init=False)
+    groups: Counter[object] = field(default_factory=Counter, init=False)
+    losses: int = field(default=0, init=False)
+    calls: dict[asyncio.Task[Any], int] = field(default_factory=dict, init=False)
+    halted: bool = field(default=False, init=False)
+
+    @property
+    def address(self) -> ServerAddress:
+        """What another process needs to reach it."""
+        return ServerAddress(self.process.url, self.process.log_path, self.process.keys)
+
+    def answers(self, timeout_s: float) -> bool:
+        """Whether its process runs and its scheduler answers: the process for HTTP alone does so for a wedged one."""
+        control = SGLangControl(self.process.url, keys=self.process.keys, timeout_s=timeout_s)
+        for _ in range(2):  # a machine that stood still for the first is no fault of the server
+            try:
+                if self.process.alive():
+                    control.server_info()
+                    return True
+            except ServerError:
+                continue
+        return False
+
+
+class Membership:
+    """All servers of a run. May be called from any thread.
+
+    lost, restarted: how often. failure: why the run is to end, once it is. say: hears of what is lost.
+    """
+
+    def __init__(self, servers: Sequence[FleetServer], config: ServerConfig, say: Callable[[str], None] = to_stderr):
+        self.servers, self.say = list(servers), say
+        self.lost = self.restarted = 0
+        self._config = config
+        self._lock = threading.RLock()
+        self._losses: deque[float] = deque()
+        self.failure: ServerError | None = None
+        self._closed = False
+        self._coming: set[FleetServer] = set()
+
+    def wait_ready(self) -> None:
+        """Block until every server answers. Raises ServerError with the end of the log of one that does not."""
+        for server in self.servers:
+            server.process.wait_ready()
+            server.state = ServerState.SERVING
+
+    def check(self) -> None:
+        """Look for processes that have ended; raise ServerError where servers are given up."""
+        for server in self.servers:
+            if server.state in UP and not server.process.alive():
+                self.lose(server, "died")
+        if self.failure is not None:
+            raise self.failure
+
+    def reconcile(self) -> list[FleetServer]:
+        """Those that answer now, to take part in a transfer; one that does not is lost. Waits while there is none.
+
+        Raises ServerError where servers are given up, or none will come.
+        """
+        while True:
+            self.check()
+            members = [s for s in self.servers if s.state in UP]
+            for server in members:
+                if not server.answers(self._config.probe_timeout_s):
+                    self.lose(server, "does not answer")
+            members = [s for s in members if s.state in UP]
+            if members:
+                return members
+            self.check()
+            if not self._coming:
+                raise ServerError(self.none_serves())
+            time.sleep(0.1)
+
+    def none_serves(self) -> str:
+        """Why no request can be made."""
+        states = ", ".join(server.state.value for server in self.servers) or "there are none"
+        return f"no server takes requests: {states}"
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether a server will come, or wait for weights."""
+        return bool(self._coming) or any(s.state is not ServerState.LOST for s in self.servers)
+
+    def lose(self, server: FleetServer, why: str) -> None:
+        """Kill what is left of a server and start it again, in the background; after `max_restarts` of all servers in
+        `restart_window_s`, give the run up."""
+        with self._lock:
+            if server.state is ServerState.LOST or self._closed:
+                return
+            server.state, server.halted = ServerState.LOST, False
+            server.losses += 1
+            self.lost += 1
+            now, config = time.monotonic(), self._config
+            self._losses.append(now)
+            while now - self._losses[0] > config.restart_window_s:
+                self._losses.popleft()
+            if len(self._losses) > config.max_restarts:
+                limit = f"server.max_restarts={config.max_restarts} in {config.restart_window_s:g} s are used up"
+                self.failure = ServerError(f"the SGLang server {why}; {limit}\n{server.process.log_tail()}")
+                return
+            self.say(f"the SGLang server {why} and is started again (log: {server.process.log_path})")
+            self._coming.add(server)
+        threading.Thread(target=self._restart, args=(server,), name="sameroute restart", daemon=True).start()
+
+    def _restart(self, server: FleetServer) -> None:
+        try:
+            with self._lock:
+                if self._closed:
+                    return
+                server.process.restart()
+                server.state = ServerState.STARTING
+            server.process.wait_ready()
+            with self._lock:
+                server.client.url = server.process.url
+                server.state = ServerState.PENDING_WEIGHTS
+                self.restarted += 1
+        except NodeGoneError as error:
+            self._leave(server, error)
+        except ServerError as error:
+            if not self._closed:
+                self.lose(server, f"did not start again: {error}")
+        finally:
+            with self._lock:
+                if server.state is not ServerState.LOST:
+                    self._coming.discard(server)
+
+    def _leave(self, server: FleetServer, error: ServerError) -> None:
+        """Its node is gone: the others go on without it."""
+        with self._lock:
+            server.state = ServerState.LOST
+            self._coming.discard(server)
+            self.say(f"the run goes on without a server: {error}")
+            if all(s.state is ServerState.LOST for s in self.servers) and not self._coming:
+                self.failure = error
+
+    def close(self) -> None:
+        """No server is started any more; whoever started the servers stops them."""
+        with self._lock:
+            self._closed = True
