@@ -29,11 +29,15 @@ from pipeline.engine.stream import RequestStream
 from pipeline.types import FinishReason, Sampled
 
 _ROUTE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32}  # by the bytes of an expert id
-_ANSWER_S = 10.0  # in which a server that runs says what it does
+_ANSWER_S = 30.0  # in which a server that runs says what it does
 
 
 class UnreachableError(ServerError):
     """The server was gone before it had answered, or did not get on."""
+
+
+class AbortedError(ServerError):
+    """A request that brings nothing unless it is whole was aborted."""
 
 
 class AnswerError(ServerError):
@@ -174,7 +178,8 @@ class SGLangClient(SGLangControl):
         """Log-probs and routes of a given sequence, by one prefill at temperature 1; nothing is sampled.
 
         token_ids: [T]. Returns log p(token t | tokens < t) for t = 1 .. T-1, [T-1] float32, and the routes of the
-        tokens 0 .. T-2, [T-1, layers, topk] (None where the client asks for none). Errors as in `generate`.
+        tokens 0 .. T-2, [T-1, layers, topk] (None where the client asks for none). Errors as in `sample`, and
+        AbortedError.
         """
         ids = self._checked_ids(token_ids)
         body = {
@@ -187,6 +192,8 @@ class SGLangClient(SGLangControl):
             "return_routed_experts": self.routes,
         }
         meta = (await self._answer(body))["meta_info"]
+        if meta["finish_reason"]["type"] == "abort":
+            raise AbortedError(f"{self.url}/generate: a score was aborted{self._see_log()}")
         pairs = meta["input_token_logprobs"]
         # SGLang writes 0 for the last id of its vocabulary, which it takes for a picture's padding.
         written = np.where(ids == self.vocab_size - 1, 0, ids)

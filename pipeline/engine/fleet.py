@@ -11,13 +11,14 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import AnswerError, Sampling, SGLangClient, UnreachableError
+from pipeline.engine.client import AbortedError, AnswerError, Sampling, SGLangClient, UnreachableError
 from pipeline.engine.control import InterruptMode, ServerAddress
 from pipeline.engine.interruption import Updates, let_requests_go_on, must_be_current, stop_requests
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
@@ -125,9 +126,10 @@ class Fleet:
         anything; it is made again with the next that are up. Raises ServerError where servers are given up, and what
         the trainer raises.
         """
-        self._source = trainers
-        self._version += 1  # before: servers that fail half-way hold neither the old weights nor the new
-        self._updates.modes[self._version] = self._interrupt or "abort"
+        with self._sending:
+            self._source = trainers
+            self._version += 1  # before: servers that fail half-way hold neither the old weights nor the new
+            self._updates.modes[self._version] = self._interrupt or "abort"
         while self.serves:
             with self._sending:
                 members = self.members.reconcile()
@@ -247,11 +249,13 @@ class Fleet:
         except ValueError as error:
             raise AnswerError(str(error)) from error
         mixed = self._updates.mixed_kv(part.weight_versions)
-        return part if mixed is None else _marked(part, mixed)
+        return part if mixed is None else replace(part, mixed_kv=mixed)
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """SGLangClient.score of one of the servers."""
-        return await self._ask(None, lambda client: client.score(token_ids))
+        """SGLangClient.score of one of the servers; asked again where an interruption aborts it."""
+        while True:
+            with contextlib.suppress(AbortedError):
+                return await self._ask(None, lambda client: client.score(token_ids))
 
     async def _ask[T](self, group: object, ask: Callable[[SGLangClient], Awaitable[T]]) -> T:
         tries = 0
@@ -344,9 +348,3 @@ async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-
-
-def _marked(part: Sampled, mixed: np.ndarray) -> Sampled:
-    import dataclasses
-
-    return dataclasses.replace(part, mixed_kv=mixed)

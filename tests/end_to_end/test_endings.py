@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from types import SimpleNamespace
@@ -41,15 +42,21 @@ def test_a_replay_from_other_weights_says_so():
 
 
 @pytest.mark.slow
-def test_a_killed_scheduler_ends_the_run_with_its_log_and_no_orphan(command):
+def test_a_killed_server_is_started_again_and_the_one_too_many_ends_the_run_with_its_log_and_no_orphan(command):
     port = free_port()
-    run = command(*SMALL, "supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}")
+    settings = ["supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}"]
+    run = command(*SMALL, *settings, "server.max_restarts=1")
     run.wait_for("step    2/9999")
     served = scrape(port)
     assert served["sameroute_steps_total"][0][1] >= 1
     assert served["sameroute_routing_replayed_fraction"] == [({}, 1.0)]
     kill(run, "sglang::scheduler")
+    run.wait_for("is started again")
+    done = max(int(number) for number in re.findall(r"step +(\d+)/9999", run.text()))
+    run.wait_for(f"step {done + 2:>4}/9999")
+    kill(run, "sglang::scheduler")
     assert run.end() == 1
+    assert "server.max_restarts=1 in 3600 s are used up" in run.text()
     assert "sglang.log" in run.text()
     assert "Traceback" not in run.text()
     assert run.orphans() == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import AnswerError, UnreachableError
+from pipeline.engine.client import AbortedError, AnswerError, UnreachableError
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.fleet import Fleet, FleetServer, ServerState
 from pipeline.engine.interruption import Updates
@@ -27,7 +27,7 @@ class Server:
         self.name, self.open, self.asked, self.steered, self.version = name, 0, [], [], 0
         self.url, self.log_path, self.living, self.starts = f"http://{name}", Path(f"{name}.log"), True, 1
         self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
-        self.release, self.answers_as, self.loading = asyncio.Event(), 0, threading.Event()
+        self.release, self.aborts, self.loading = asyncio.Event(), 0, threading.Event()
         self.loading.set()
 
     def wait_ready(self):
@@ -65,6 +65,9 @@ class Server:
         return Sampled(np.array([ids[0], len(self.name)], np.int32), empty, None, versions, "stop")
 
     async def score(self, ids):
+        if self.aborts:
+            self.aborts -= 1
+            raise AbortedError("aborted")
         return self.name, ids
 
     async def ask(self, method, path, body=None):
@@ -356,6 +359,16 @@ def test_aborts_are_repeated_until_nothing_is_left():
         a.current_loads = current_loads
         async with fleet, fleet.interrupted("abort"):
             assert a.steered == ["/abort_request"] * 3
+
+    asyncio.run(run())
+
+
+def test_a_score_that_an_interruption_aborts_is_asked_again():
+    async def run():
+        a = Server("a")
+        a.aborts = 2
+        async with (fleet := fleet_of(a)):
+            assert await fleet.score([5]) == ("a", [5])
 
     asyncio.run(run())
 

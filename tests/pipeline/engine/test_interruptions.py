@@ -78,7 +78,7 @@ async def tokens_more(fleet, count):
 
 
 async def interrupted_three_times(fleet, trainers, mode, prompt):
-    queued = 0 if mode == "abort" else QUEUED  # after an abort all take turns
+    queued = QUEUED if mode == "in_place" else 0  # after the others, all take turns
     sessions = [Session(fleet, prompt, group=1) for _ in range(RUNNING + queued)]
     async with fleet:
         tasks = [asyncio.create_task(session.sample(LONG)) for session in sessions]
