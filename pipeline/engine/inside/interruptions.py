@@ -29,7 +29,7 @@ def install() -> None:
     HookRegistry.register(f"{scheduler}.pause_generation", send_back_half_read, HookType.AROUND)
     HookRegistry.register(f"{managers}.schedule_batch.release_req", keep_routes, HookType.AROUND)
     collect = f"{results}.SchedulerBatchResultProcessor._maybe_collect_routed_experts"
-    HookRegistry.register(collect, put_routes_back, HookType.AROUND)
+    HookRegistry.register(collect, put_routes_back, HookType.AFTER)
 
 
 def change_version(original: Callable[..., Any], scheduler: Any, new_version: str | None) -> Any:
@@ -93,9 +93,8 @@ def keep_routes(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-def put_routes_back(original: Callable[..., Any], processor: Any, request: Any) -> Any:
+def put_routes_back(result: Any, processor: Any, request: Any) -> Any:
     """_maybe_collect_routed_experts: the routes of a request that has ended."""
-    result = original(processor, request)
     if request.routed_experts is not None:
         _put_back(request, request.routed_experts)
     return result
