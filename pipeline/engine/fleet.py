@@ -194,17 +194,18 @@ class Fleet:
 
     async def _or_lose(self, server: FleetServer, what: Awaitable[None]) -> None:
         """A server that fails, or hangs, meanwhile is lost."""
+        losses = server.losses
         task = asyncio.ensure_future(what)
         while not task.done():
             await asyncio.wait({task}, timeout=_PROBE_S)
             if not task.done() and not await asyncio.to_thread(server.answers, self.config.probe_timeout_s):
                 task.cancel()
-                self.members.lose(server, "does not answer")
+                self.members.lose(server, "does not answer", losses)
         with contextlib.suppress(asyncio.CancelledError):
             try:
                 await task
             except ServerError as error:
-                self.members.lose(server, f"failed ({error})")
+                self.members.lose(server, f"failed ({error})", losses)
 
     # Requests
 
@@ -277,11 +278,14 @@ class Fleet:
                         raise
                 except UnreachableError:
                     tries += 1
-                    if await asyncio.to_thread(server.answers, self.config.probe_timeout_s):
-                        if tries == _TRIES:
+                    if server.losses != losses:
+                        pass  # another request has found out
+                    elif await asyncio.to_thread(server.answers, self.config.probe_timeout_s):
+                        if tries >= _TRIES:
                             raise
                     else:
-                        self.members.lose(server, "died" if not server.process.alive() else "does not answer")
+                        why = "does not answer" if server.process.alive() else "died"
+                        self.members.lose(server, why, losses)
                 finally:
                     del server.calls[call]
             self.sent_again += 1
@@ -337,11 +341,12 @@ class Fleet:
         while True:
             await asyncio.sleep(min(_PROBE_S, self.config.probe_timeout_s))
             asked = [s for s in self.servers if s.state is ServerState.SERVING]
-            limit = self.config.probe_timeout_s
+            limit, seen = self.config.probe_timeout_s, [s.losses for s in asked]
             found = await asyncio.gather(*(asyncio.to_thread(s.answers, limit) for s in asked))
-            for server, answers in zip(asked, found, strict=True):
+            for server, losses, answers in zip(asked, seen, found, strict=True):
                 if not answers and server.state is ServerState.SERVING:
-                    self.members.lose(server, "died" if not server.process.alive() else "does not answer")
+                    why = "does not answer" if server.process.alive() else "died"
+                    self.members.lose(server, why, losses)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -148,11 +148,12 @@ class Membership:
         """Whether a server will come, or wait for weights."""
         return bool(self._coming) or any(s.state is not ServerState.LOST for s in self.servers)
 
-    def lose(self, server: FleetServer, why: str) -> None:
+    def lose(self, server: FleetServer, why: str, losses: int | None = None) -> None:
         """Kill what is left of a server and start it again, in the background; after `max_restarts` of all servers in
-        `restart_window_s`, give the run up."""
+        `restart_window_s`, give the run up. losses: its own when the fault began; one of before is known already."""
         with self._lock:
-            if server.state is ServerState.LOST or self._closed:
+            known = server.state is ServerState.LOST or (losses is not None and losses != server.losses)
+            if known or self._closed:
                 return
             server.state, server.halted = ServerState.LOST, False
             server.losses += 1

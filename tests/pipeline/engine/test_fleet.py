@@ -270,6 +270,23 @@ def test_a_request_whose_server_dies_is_sampled_again_by_another():
     asyncio.run(run())
 
 
+def test_many_requests_of_one_death_count_as_one_loss():
+    async def run():
+        a, b = Server("a"), Server("bb")
+        b.starts = 2
+        a.release.set()
+        b.release.set()
+        fleet = fleet_of(a, b, max_restarts=1)
+        a.loading.clear()
+        async with fleet:
+            parts = await asyncio.gather(*(fleet.sample([14], None, group=1) for _ in range(20)))
+            assert [part.ids.tolist() for part in parts] == [[14, 2]] * 20
+            assert fleet.members.lost == 1
+            a.loading.set()
+
+    asyncio.run(run())
+
+
 def test_requests_of_a_server_that_hangs_go_to_another():
     async def run():
         a, b = Server("a"), Server("bb")
