@@ -99,7 +99,7 @@ class Membership:
         self.servers, self.say = list(servers), say
         self.lost = self.restarted = 0
         self._config = config
-        self._lock = threading.RLock()
+        self._lock, self._starting = threading.RLock(), threading.Lock()
         self._losses: deque[float] = deque()
         self.failure: ServerError | None = None
         self._closed = False
@@ -172,7 +172,7 @@ class Membership:
 
     def _restart(self, server: FleetServer) -> None:
         try:
-            with self._lock:
+            with self._starting:
                 if self._closed:
                     return
                 server.process.restart()
@@ -203,5 +203,5 @@ class Membership:
 
     def close(self) -> None:
         """No server is started any more; whoever started the servers stops them."""
-        with self._lock:
+        with self._starting:  # one that is being started is stopped like the others
             self._closed = True
