@@ -8,10 +8,15 @@ from collections.abc import Callable
 from pipeline.cluster.placement import PlacementError
 from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
-from pipeline.trainer.group import TrainerError
+from pipeline.trainer.group import RankDiedError, TrainerError
 
-ENGINE_FAILURES = (TrainerError, ServerError, PlacementError)
-"""What another attempt may not meet again: a process that died or hung, a node that was lost."""
+_ENGINE_FAILURES = (TrainerError, ServerError, PlacementError)
+
+
+def engine_failed(error: SamerouteError) -> bool:
+    """Whether another attempt may not meet it again: a process that died or hung, a node that was lost, also where that
+    is why something else, a checkpoint, could not be had."""
+    return isinstance(error, _ENGINE_FAILURES) or isinstance(error.__cause__, RankDiedError)
 
 
 class RestartLimitError(SamerouteError):

@@ -18,13 +18,14 @@ from pipeline.disk.claim import Claim, claim
 from pipeline.disk.lock import refuse_held
 from pipeline.disk.scratch import scratch_folder
 from pipeline.dumps.steps import DumpedSteps
+from pipeline.errors import SamerouteError
 from pipeline.loop.check_engines import check_first_rollouts
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.inputs import check_inputs, check_prompts, dumped_steps
 from pipeline.loop.limits import raise_open_files
 from pipeline.loop.loop import Loop
 from pipeline.loop.open_loop import open_loop
-from pipeline.loop.restarts import ENGINE_FAILURES, Restarts
+from pipeline.loop.restarts import Restarts, engine_failed
 from pipeline.loop.stop import Stopped, StopRequest
 from pipeline.observe.console import Console
 from pipeline.observe.facts import write_facts, written_by_this_job
@@ -63,9 +64,9 @@ def train(
                     source = check_prompts(config, scratch)
                     with claim(config.run.directory) as claimed:
                         return _claimed(config, claimed, source, dumped, store, restarts, resume=resume, stop=stop)
-            except ENGINE_FAILURES as failure:
+            except SamerouteError as failure:
                 latest = store.latest()
-                if latest is None or stop.requested:
+                if not engine_failed(failure) or latest is None or stop.requested:
                     raise
                 to_stderr(f"{failure}\n{restarts.again(failure)}, from {latest}")
                 resume = True

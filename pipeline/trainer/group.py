@@ -45,6 +45,10 @@ class TrainerError(SamerouteError):
     """A trainer rank failed or died; the message names it and its log."""
 
 
+class RankDiedError(TrainerError):
+    """A trainer rank, or Ray with all ranks, died."""
+
+
 class ServersFailedError(TrainerError, ServerError):
     """A server did not take the weights; no trainer rank is to blame."""
 
@@ -257,7 +261,7 @@ class TrainerGroup:
     @staticmethod
     def _check_ray() -> None:
         if words := ended():
-            raise TrainerError(words)
+            raise RankDiedError(words)
 
     def _put(self, value: Any) -> ray.ObjectRef:
         """A value for all ranks, in the object store once."""
@@ -296,7 +300,8 @@ class TrainerGroup:
                     words = self._explain(answers.index(answer), method, error)
                     # a collective that timed out fails on those who waited, not on who kept them waiting
                     silent = self._silent(self._positions([answers.index(p) for p in pending]))
-                    raise TrainerError("; ".join([words, *silent])) from error
+                    kind = RankDiedError if isinstance(error, RayActorError) else TrainerError
+                    raise kind("; ".join([words, *silent])) from error
             if watched:
                 self.watch()
             if watched and pending:

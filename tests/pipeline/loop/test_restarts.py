@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoints.store import CheckpointStore
+from pipeline.checkpoints.store import CheckpointError, CheckpointStore
 from pipeline.config import load_config
 from pipeline.engine.server import ServerError
 from pipeline.loop import run as loop_run
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.restarts import RestartLimitError, Restarts
 from pipeline.loop.stop import StopRequest
-from pipeline.trainer.group import TrainerError
+from pipeline.trainer.group import RankDiedError, TrainerError
 
 DIED = TrainerError("trainer rank 0 died")
 
@@ -67,6 +68,15 @@ def test_a_run_whose_engine_failed_is_resumed(attempts, capsys, tmp_path):
     said = capsys.readouterr().err
     assert f"trainer rank 0 died\nrestart 1 of 3 within 60 minutes, from {tmp_path / 'step_4'}" in said
     assert "the SGLang server died\nrestart 2 of 3" in said
+
+
+@pytest.mark.parametrize(("cause", "resumed"), [(RankDiedError("rank 0 died"), True), (OSError("disk full"), False)])
+def test_a_checkpoint_that_a_dead_rank_did_not_write_is_no_end(attempts, cause, resumed):
+    failure = CheckpointError("checkpoint step_6 was not written")
+    failure.__cause__ = cause
+    with contextlib.nullcontext() if resumed else pytest.raises(CheckpointError):
+        attempts.run(failure)
+    assert attempts.resumed == ([False, True] if resumed else [False])
 
 
 @pytest.mark.parametrize(
