@@ -79,6 +79,10 @@ class GymQuestions:
         messages = [{"role": "user", "content": self.source.question.replace("{question}", question)}]
         return Asked(messages, answer, metadata, None, f"{self.name}, entry {position}", f"{self.name}:{position}")
 
+    def again(self, place: int) -> Asked:
+        """The entry at a position."""
+        return self.asked(place, "prompts")
+
     def _entry(self, position: int, order: Order) -> dict[str, Any]:
         if (order, position) not in self._made:
             if len(self._made) >= 2 * SIZE:

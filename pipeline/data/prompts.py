@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import sys
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MOST_DROPPED = 10_000  # too long one after another
+_REMEMBERED = 16_384
+"""Prompts behind the cursor that `PromptSource.at` knows; more than any run has open at a time."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class PromptSource:
         self._cursors: dict[Order, Cursor] = {"prompts": self._mixture.start(), "supervised": self._mixture.start()}
         self._visits: dict[str, list[float]] = {}
         self._dropped = Counter[str]()
+        self._recent: deque[str] = deque(maxlen=_REMEMBERED)
 
     @property
     def size(self) -> int | None:
@@ -100,7 +105,22 @@ class PromptSource:
         for one whose tokens the model does not have, and where no source has a prompt left."""
         prompts, self._cursors["prompts"], dropped = self._ahead(n)
         self._dropped += dropped
+        self._recent.extend(prompt.origin for prompt in prompts)
         return prompts
+
+    def at(self, index: int) -> Prompt:
+        """A prompt that was taken not long ago, as it was then: a resumed run asks those again that were open. Raises
+        DataError where it was taken too long ago, or its source is no longer there."""
+        behind = self._cursors["prompts"].count - index
+        if not 0 < behind <= len(self._recent):
+            raise DataError(f"prompt {index} is not one of the last {len(self._recent):,} that were taken")
+        name, _, place = self._recent[-behind].rpartition(":")
+        if (source := self._by_name.get(name)) is None:
+            raise DataError(f"prompt {index} is of the source {name!r}, which is not in data.sources any more")
+        (prompt,) = source.writer.prompts([source.again(int(place))], [index])
+        if isinstance(prompt, DataError):
+            raise prompt
+        return prompt
 
     def peek(self, n: int) -> list[Prompt]:
         """The same, and the cursor stays."""
@@ -152,11 +172,12 @@ class PromptSource:
         return {s.name: {} if s.report is None else s.report.facts() for s in self.sources}
 
     def state(self) -> dict[str, Any]:
-        """Both cursors, and the pass rates of rows that were visited; JSON can hold it."""
+        """Both cursors, the pass rates of rows that were visited, and which prompts were taken last; JSON holds it."""
         names = list(self._by_name)
         out: dict[str, Any] = {order: cursor.count for order, cursor in self._cursors.items()}
         out["sources"] = {order: cursor.state(names) for order, cursor in self._cursors.items()}
         out["pass_rates"] = {s.name: s.rates.state() for s in self.sources if s.rates and s.rates.visits.any()}
+        out["recent"] = base64.b64encode(zlib.compress("\n".join(self._recent).encode())).decode("ascii")
         return out
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -166,14 +187,16 @@ class PromptSource:
                 o: self._mixture.restored(_count(state[o]), state["sources"][o]) for o in self._cursors
             }
             rates = {name: str(packed) for name, packed in state["pass_rates"].items()}
-            if len(state) != len(cursors) + 2:
+            recent = zlib.decompress(base64.b64decode(state["recent"])).decode().split("\n")
+            if len(state) != len(cursors) + 3:
                 raise ValueError("more keys than it has")
             for source in self.sources:
                 if source.rates is not None:
                     source.rates.restore(rates[source.name]) if source.name in rates else source.rates.forget()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             raise DataError(f"a prompt cursor is not what this version of sameroute saves: {error!r}") from error
         self._cursors = cursors
+        self._recent = deque((origin for origin in recent if origin), maxlen=_REMEMBERED)
 
     def _ahead(self, n: int) -> tuple[list[Prompt], Cursor, Counter[str]]:
         """The next n prompts, where the cursor is behind them, and how many of each source were dropped on the way."""

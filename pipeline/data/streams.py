@@ -41,6 +41,10 @@ class Questions(Protocol):
         """Raises DataError, naming the row, for what cannot be read any more."""
         ...
 
+    def again(self, place: int) -> Asked:
+        """The question whose origin is "name:place"."""
+        ...
+
 
 class TableQuestions:
     """The rows of a table that passed the screen: each once an epoch, in another order each."""
@@ -84,10 +88,15 @@ class TableQuestions:
 
     def asked(self, position: int, order: Order) -> Asked:
         """The row at a position; past the last one another epoch begins."""
-        row = self._row(position, order)
-        where = self.table.where(row)
+        return self.again(self._row(position, order))
+
+    def again(self, place: int) -> Asked:
+        """The row of a number. Raises DataError where the table has no such row any more."""
+        if place >= len(self.table):
+            raise DataError(f"{self.table.place} has no row {place} any more")
+        where = self.table.where(place)
         try:
-            return self.reader(self.table.record(row), row, where)
+            return self.reader(self.table.record(place), place, where)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
 

@@ -114,6 +114,10 @@ class SyntheticTask:
         where = f"{self.name}, question {position}"
         return Asked([{"role": "user", "content": said}], answer, metadata, None, where, f"{self.name}:{position}")
 
+    def again(self, place: int) -> Asked:
+        """The question at a position."""
+        return self.asked(place, "prompts")
+
     def _imperfect(self, index: int, answer: str) -> str:
         text = list(answer)
         rng = self._rng(index, "supervised", salt=1)

@@ -285,3 +285,36 @@ def test_epochs_of_a_shuffled_file_differ_and_each_row_comes_once(open_source, r
     epochs = [tuple(texts(source.take(9))) for _ in range(4)]
     assert all(sorted(one) == sorted(other) for one, other in pairwise(epochs))
     assert len(set(epochs)) == 4
+
+
+def test_a_prompt_that_was_taken_comes_again_as_it_was_also_after_a_resumption(open_source, rows):
+    file, gym = rows("a", 7), {"kind": "reasoning_gym", "tasks": {"chain_sum": {}}}
+    source, again = (open_source(file, SYNTHETIC, gym, curriculum={"drop_solved_after": 1}) for _ in range(2))
+    taken = source.take(30)
+    for prompt in taken[:9]:
+        source.learned(prompt, [1.0])
+    taken += source.take(10)
+    again.restore(json.loads(json.dumps(source.state())))
+    for prompt in taken:
+        for opened in (source, again):
+            same = opened.at(prompt.index)
+            assert np.array_equal(same.ids, prompt.ids)
+            assert (same.text, same.metadata, same.index, same.origin) == (
+                prompt.text, prompt.metadata, prompt.index, prompt.origin,
+            )  # fmt: skip
+    for index in (-1, 40):
+        with pytest.raises(DataError, match=f"prompt {index} is not one of the last 40 that were taken"):
+            again.at(index)
+    other = open_source(gym)
+    other.restore(source.state())
+    with pytest.raises(DataError, match=r"is of the source 'a', which is not in data.sources any more"):
+        other.at(next(prompt.index for prompt in taken if prompt.origin.startswith("a:")))
+
+
+def test_only_the_last_prompts_are_remembered(open_source, rows, monkeypatch):
+    monkeypatch.setattr("pipeline.data.prompts._REMEMBERED", 5)
+    source = open_source(rows("a"))
+    prompts = source.take(8)
+    assert source.at(3).text == prompts[3].text
+    with pytest.raises(DataError, match="prompt 2 is not one of the last 5"):
+        source.at(2)
