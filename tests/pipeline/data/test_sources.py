@@ -236,6 +236,14 @@ def test_the_curriculum_asks_unseen_prompts_and_those_in_the_band_and_goes_on_th
     assert [prompt.index for prompt in second] == list(range(40, 66))
 
 
+def test_other_prompts_outside_the_band_are_asked_in_each_epoch(open_source, rows):
+    source = open_source(rows("a", 40), curriculum={"band": [0.2, 0.8], "outside": 0.5})
+    for prompt in source.take(40):
+        source.learned(prompt, [0.0, 0.0])
+    prompts = source.take(60)
+    assert len({prompt.origin for prompt in prompts}) > 28  # of 40, about 20 an epoch
+
+
 def test_without_a_curriculum_nothing_is_passed_over(open_source, rows):
     file = rows("a", 10)
     source, plain = open_source(file), open_source(file)
