@@ -11,7 +11,9 @@ import time
 import numpy as np
 
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
-from pipeline.rewards import Grader, grade, resolve_reward, response_text
+from pipeline.rewards import Component, Grader, grade
+from pipeline.rewards.grade import questions_of
+from pipeline.rewards.registry import load
 from pipeline.types import Group, Prompt, Rollout
 
 PROMPTS, SAMPLES, ROUNDS = 32, 8, 60
@@ -25,15 +27,14 @@ def main() -> None:
     rollout = Rollout(np.zeros(8, np.int32), ids, none, None, np.zeros(len(ids), np.int32), "stop")
     prompts = [Prompt(rollout.prompt_ids, "<|user|>312<|assistant|>", {"answer": "123456"}, i) for i in range(PROMPTS)]
     groups = [Group.of_single_turns(prompt, [rollout] * SAMPLES) for prompt in prompts]
-    verifier = resolve_reward("exact_match")
+    verifier = load(Component.named("exact_match"))
     called, graded = [], []
     with Grader("exact_match") as grader:
         grader.wait_ready()
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            for group in groups:
-                for r in group.rollouts:
-                    verifier(group.prompt, response_text(r, tokenizer), r.response_ids, r.finish_reason)
+            for question in questions_of(groups, tokenizer):
+                verifier(question)
             called.append(time.perf_counter() - start)
             start = time.perf_counter()
             grade(groups, tokenizer, grader)

@@ -1,4 +1,4 @@
-"""Where prompts come from, and what grades their answers."""
+"""Where prompts come from."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from pipeline.config.sources import (
     names_of,
 )
 
-OnRewardFailure = Literal["exclude", "zero", "drop_group", "stop"]
-"""What becomes of an answer that the verifier failed on."""
 
 
 class DataConfig(Frozen):
-    """The prompts of a run and the verifier of their answers."""
+    """The prompts of a run."""
 
     task: SyntheticTaskConfig | None = Field(None, description="a synthetic task; short for one source of that kind")
     path: Path | None = Field(
@@ -53,30 +51,6 @@ class DataConfig(Frozen):
     )
     shuffle: bool = Field(True, description="another order of a source's rows each epoch; false: their own order")
     max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt, tokens, chat template included")
-    reward: str = Field("exact_match", description="verifier: a registered name, or package.module:function")
-    reward_directory: Path | None = Field(
-        None,
-        description="folder that the verifier's module is looked for in first; null: that of the YAML file, or of its "
-        "nearest base, where the module lies there",
-    )
-    reward_workers: int = Field(
-        8,
-        ge=1,
-        description="processes of a verifier, so many answers at a time; exact_match has one",
-    )
-    reward_timeout_s: float = Field(30.0, gt=0, description="a verifier that takes longer on one answer is killed")
-    reward_memory_gb: float = Field(
-        4.0, gt=0, description="resident memory of a verifier and what it starts, 1e9 bytes; with more it is killed"
-    )
-    reward_environment: tuple[str, ...] = Field(
-        (), description="variables that verifiers get though their names look like secrets, as that of a judge's key"
-    )
-    on_reward_failure: OnRewardFailure = Field(
-        "exclude",
-        description="an answer that the verifier hangs on, crashes on or has no number for. exclude: it is in no "
-        "baseline and no loss, and its group stays if two are left; zero: it has reward 0; drop_group: nor are the "
-        "others of its group; stop: the run ends",
-    )
 
     @model_validator(mode="after")
     def _one(self) -> Self:

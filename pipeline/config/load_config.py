@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_ext.hf.description import ModelDescription, describe, read_description
 from megatron_ext.hf.tied import check_tied_head
+from pipeline.config import rewards
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
 from pipeline.config.secrets import is_hidden
@@ -66,20 +68,22 @@ def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[P
     _check_extra(tree)
     _check_hidden(tree)
     try:
-        return _with_reward_directory(Config.model_validate(tree), files), files
+        return _with_reward_directories(Config.model_validate(tree), files), files
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
 
 
-def _with_reward_directory(config: Config, files: list[Path]) -> Config:
-    """The configuration with the folder of a verifier that lies beside one of its files."""
-    module, colon, _ = config.data.reward.partition(":")
-    if not colon or config.data.reward_directory is not None:
-        return config
-    name = module.partition(".")[0]
-    folders = (file.resolve().parent for file in files)
-    found = next((f for f in folders if (f / f"{name}.py").is_file() or (f / name).is_dir()), None)
-    return config.model_copy(update={"data": config.data.model_copy(update={"reward_directory": found})})
+def _with_reward_directories(config: Config, files: list[Path]) -> Config:
+    """The configuration with the folder of each function that lies beside one of its files."""
+    found_all = []
+    for reward in config.rewards:
+        if isinstance(reward, rewards.FunctionReward) and reward.directory is None:
+            name = re.split("[.:]", reward.function)[0]
+            folders = (file.resolve().parent for file in files)
+            found = next((f for f in folders if (f / f"{name}.py").is_file() or (f / name).is_dir()), None)
+            reward = reward.model_copy(update={"directory": found})
+        found_all.append(reward)
+    return config.model_copy(update={"rewards": tuple(found_all)})
 
 
 def _check_model(config: Config, directory: Path, served: bool) -> ModelDescription:
@@ -155,6 +159,8 @@ def _explain(error: ValidationError) -> str:
             instead = f"; there are {', '.join(known)}" if known else ""
             if where in MOVED:
                 instead = f"; set precision.{MOVED[where]}, which sets both engines"
+            elif where in rewards.MOVED:
+                instead = f"; it is {rewards.MOVED[where]} now"
             lines.append(f"{where}: there is no such key{instead}")
         else:
             words = mistake["msg"].removeprefix("Value error, ")

@@ -15,6 +15,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.observe import ObserveConfig
 from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.config.replay import Replay
+from pipeline.config.rewards import ExactMatchReward, GradingConfig, Rewards
 from pipeline.config.run import (
     ChecksConfig,
     ClusterConfig,
@@ -40,6 +41,11 @@ class Config(Frozen):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     model: ModelConfig
     data: DataConfig
+    rewards: Rewards = Field(
+        (ExactMatchReward(),),  # pyright: ignore[reportCallIssue]
+        description="verifiers, each a mapping with a kind, or in short a kind or package.module:function",
+    )
+    grading: GradingConfig = Field(default_factory=GradingConfig)  # pyright: ignore[reportArgumentType]
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)  # pyright: ignore[reportArgumentType]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
     server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]

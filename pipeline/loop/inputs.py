@@ -17,7 +17,7 @@ from pipeline.dumps.dump import DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.server import reserve_port
 from pipeline.observe.sinks.sinks import check_sinks
-from pipeline.rewards import check_reward
+from pipeline.rewards import check_rewards
 
 
 def config_device(config: Config) -> Literal["cpu", "cuda"]:
@@ -35,7 +35,7 @@ def check_inputs(config: Config) -> None:
     check_precision(config, config_device(config))
     if config_device(config) == "cuda":
         check_gpus(config, torch.cuda.device_count())
-    check_reward(config.data)
+    check_rewards(config.rewards, config.grading)
     if (missing := config.data.missing_file) is not None:
         raise DataError(f"there is no data file {missing}")
     reserve_port(config.server.host, config.server.port)

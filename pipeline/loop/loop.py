@@ -165,7 +165,7 @@ class Loop:
         """With rewards, or why there are none. A baseline over a group needs two of it."""
         assert self.grader is not None
         least = 2 if self.objective.needs_group else 1
-        on_failure = self.config.data.on_reward_failure
+        on_failure = self.config.grading.on_failure
         return grade(groups, self.source.tokenizer, self.grader, on_failure=on_failure, least=least)
 
     def probe_replay(self, batch: Batch) -> dict[str, float]:

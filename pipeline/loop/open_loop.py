@@ -52,7 +52,7 @@ def open_loop(
     seed = config.run.seed + (0 if start is None else start.progress.step)
     with (
         scratch_folder(),
-        open_grader(config.data) if serve else contextlib.nullcontext() as grader,
+        open_grader(config.rewards, config.grading) if serve else contextlib.nullcontext() as grader,
         start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines,
     ):
         trainers, fleet = engines.trainers, engines.fleet

@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.rewards.protocol import KINDS, Question, Verdict
-from pipeline.rewards.registry import RewardError
+from pipeline.rewards.registry import Component, RewardError
 from pipeline.types import Episode, Group, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.config.data import OnRewardFailure
+    from pipeline.config.rewards import OnFailure
 
 
 class Asks(Protocol):
     """What of a Grader is needed here."""
 
-    verifier: str
+    @property
+    def components(self) -> Sequence[Component]: ...
 
     def ask(self, questions: Iterable[Question]) -> list[Verdict]: ...
 
 
 @dataclass(frozen=True)
 class Failures:
-    """Answers of a step that the verifier failed on.
+    """Answers of a step that a verifier failed on, and what the others came to by component.
 
     answers:  how many were asked about.
-    by_kind:  failures by their kind; verdict.py has the kinds.
+    by_kind:  failures by their kind; protocol.py has the kinds.
     groups:   with failures, of which nothing is trained on.
     first:    what happened at the first of them.
+    sums:     of each component's own rewards, before its weight, over the answers that it could grade.
+    counts:   of those answers.
     """
 
     answers: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
     groups: int = 0
     first: str = ""
+    sums: Mapping[str, float] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: Failures) -> Failures:
         return Failures(
@@ -47,12 +53,16 @@ class Failures:
             self.by_kind + other.by_kind,
             self.groups + other.groups,
             self.first or other.first,
+            {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in {**self.sums, **other.sums}},
+            self.counts + other.counts,
         )
 
     def metrics(self) -> dict[str, float]:
-        """Counts, of every kind."""
+        """Counts, of every kind, and the mean of every component."""
         counts = {f"reward/failures_{kind}": float(self.by_kind[kind]) for kind in KINDS}
-        return {"reward/failed": float(self.by_kind.total()), "reward/groups_dropped": float(self.groups)} | counts
+        means = {f"reward/{name}": self.sums[name] / count for name, count in self.counts.items() if count}
+        failed = {"reward/failed": float(self.by_kind.total()), "reward/groups_dropped": float(self.groups)}
+        return failed | counts | means
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.by_kind.most_common())
@@ -64,7 +74,7 @@ def grade(
     tokenizer: PreTrainedTokenizerBase,
     grader: Asks,
     *,
-    on_failure: OnRewardFailure = "exclude",
+    on_failure: OnFailure = "exclude",
     least: int = 1,
 ) -> tuple[list[Group], Failures]:
     """The same groups, every episode with its reward or with why it has none; and how many have none.
@@ -74,7 +84,8 @@ def grade(
     failed episode has reward 0.
     Raises RewardError at the first failure where on_failure is "stop".
     """
-    verdicts = iter(grader.ask(_questions(groups, tokenizer)))
+    spoken = grader.ask(questions_of(groups, tokenizer))
+    verdicts = iter(spoken)
     out: list[Group] = []
     kinds: Counter[str] = Counter()
     lost, answers, first = 0, 0, ""
@@ -85,7 +96,7 @@ def grade(
             verdict, reason = next(verdicts), ""
             answers += 1
             if verdict.kind is not None:
-                reason = _reason(grader.verifier, verdict, group, response_text(episode.last, tokenizer))
+                reason = _reason(verdict, group, response_text(episode.last, tokenizer))
                 if on_failure == "stop":
                     raise RewardError(reason)
                 kinds[verdict.kind] += 1
@@ -97,7 +108,20 @@ def grade(
             if len(own.rewards) < max(1, enough):
                 own, lost = _without_rewards(own, failed_here), lost + 1
         out.append(own)
-    return out, Failures(answers, kinds, lost, first)
+    return out, Failures(answers, kinds, lost, first, *_by_component(grader.components, spoken))
+
+
+def _by_component(
+    components: Sequence[Component], verdicts: Sequence[Verdict]
+) -> tuple[dict[str, float], Counter[str]]:
+    """Sums and counts of what each component gave."""
+    sums: dict[str, float] = {}
+    counts: Counter[str] = Counter()
+    for place, component in enumerate(components):
+        given = [v.parts[place].reward for v in verdicts]
+        rewards = [reward for reward in given if reward is not None]
+        sums[component.name], counts[component.name] = math.fsum(rewards), len(rewards)
+    return sums, counts
 
 
 def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -111,11 +135,13 @@ def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def _questions(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Iterator[Question]:
+def questions_of(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Iterator[Question]:
+    """What a grader is asked, in the order of the episodes."""
     for group in groups:
         for episode in group.episodes:
             last = episode.last
-            yield Question(group.prompt, response_text(last, tokenizer), last.response_ids, last.finish_reason)
+            trained = sum(rollout.trained_tokens for rollout in episode.rollouts)
+            yield Question(group.prompt, response_text(last, tokenizer), last.response_ids, last.finish_reason, trained)
 
 
 def _graded(episode: Episode, verdict: Verdict, reason: str, *, zero: bool) -> Episode:
@@ -133,9 +159,9 @@ def _without_rewards(group: Group, why: str) -> Group:
     return dataclasses.replace(group, episodes=tuple(episodes))
 
 
-def _reason(verifier: str, verdict: Verdict, group: Group, response: str) -> str:
+def _reason(verdict: Verdict, group: Group, response: str) -> str:
     prompt = group.prompt
     return (
-        f"the verifier {verifier!r} {verdict.what}, on prompt {prompt.index} ({prompt.text[:200]!r}), "
+        f"the verifier {verdict.verifier!r} {verdict.what}, on prompt {prompt.index} ({prompt.text[:200]!r}), "
         f"response {response[:200]!r}"
     )

@@ -1,12 +1,14 @@
 """The grader as a run holds it: questions go in, a verdict for each comes out, whatever the verifier does.
 
-No verifier is imported or called in this process, and no thread waits for one. The processes are those of
-`supervisor`; they are warm from one step to the next.
+Each question goes to every component, side by side; the reward is their weighted sum. No verifier is imported or called
+in this process, and no thread waits for one. The processes are those of `supervisor`; they are warm from one step to
+the next.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import selectors
@@ -14,26 +16,27 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.rewards.environment import without_secrets
 from pipeline.rewards.processes import MARK, kill_marked
 from pipeline.rewards.protocol import (
+    LARGEST,
     READY,
     REFUSED,
     Limits,
     Question,
     Verdict,
-    as_verdict,
+    address,
+    messages_in,
     pack_question,
-    packed_in,
 )
-from pipeline.rewards.registry import RewardError, VerifierError, is_users_own
+from pipeline.rewards.registry import Component, RewardError, VerifierError, is_quick, title
 
 if TYPE_CHECKING:
-    from pipeline.config.data import DataConfig
+    from pipeline.config.rewards import GradingConfig, RewardConfig
 
 RESTARTS = 2
 """So often the supervisor may be killed, by a verifier or by the system, during one call of `ask`."""
@@ -50,26 +53,23 @@ class _Gone(Exception):
 
 
 class Grader:
-    """A context. It starts at once, and does not wait: the verifier is loaded while engines start."""
+    """A context. It starts at once, and does not wait: verifiers are loaded while engines start."""
 
     def __init__(
         self,
-        verifier: str,
+        components: str | Sequence[Component],
         *,
-        directory: Path | None = None,
         workers: int = 8,
         limits: Limits | None = None,
         environment: Sequence[str] = (),
     ):
-        """verifier: a registered name, or package.module:function, found as this process would find it.
+        """components: the verifiers; a text is the short form of one, found as this process would find it.
 
-        directory: where its module is looked for first. workers: processes. environment: variables that verifiers
-        get though their names look like secrets.
-        Raises VerifierError for a name that is neither registered nor a dotted path.
+        workers: processes. environment: variables that verifiers get though their names look like secrets.
+        Raises VerifierError for a text that names none.
         """
-        is_users_own(verifier)
-        self.verifier, self.workers, self.limits = verifier, workers, limits or Limits()
-        self.directory = directory
+        self.components = (Component.named(components),) if isinstance(components, str) else tuple(components)
+        self.workers, self.limits = workers, limits or Limits()
         self.environment = tuple(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._next = 1
@@ -82,7 +82,7 @@ class Grader:
         self.close()
 
     def wait_ready(self) -> None:
-        """Return when the verifier is loaded. Raises VerifierError where it cannot be."""
+        """Return when the verifiers are loaded. Raises VerifierError where one cannot be."""
         while not self._ready:
             try:
                 self._exchange(bytearray())
@@ -90,12 +90,12 @@ class Grader:
                 raise RewardError(self._how_it_ended()) from error
 
     def ask(self, questions: Iterable[Question]) -> list[Verdict]:
-        """A verdict for each, in order; answers are graded while later ones are still being made.
+        """A verdict for each, in order, of all components together; answers are graded while later ones are being made.
 
         Raises VerifierError where the verifier cannot be loaded at all, RewardError where the supervisor is killed
         again and again.
         """
-        numbers: list[int] = []
+        first, count = self._next, 0
         open_: dict[int, bytes] = {}
         verdicts: dict[int, Verdict] = {}
         outbox = bytearray()
@@ -104,10 +104,8 @@ class Grader:
         more = True
         while more or open_:
             if more and (question := next(source, None)) is not None:
-                number, self._next = self._next, self._next + 1
-                numbers.append(number)
-                open_[number] = pack_question(number, question)
-                outbox += open_[number]
+                count += 1
+                outbox += self._addressed(question, open_)
                 if len(outbox) < 1 << 13:
                     continue
             else:
@@ -125,7 +123,33 @@ class Grader:
                 self.close()
                 self._start()
                 outbox = bytearray(b"".join(open_.values()))
-        return [verdicts[number] for number in numbers]
+        width = len(self.components)
+        return [self._together([verdicts[first + place * width + k] for k in range(width)]) for place in range(count)]
+
+    def _addressed(self, question: Question, open_: dict[int, bytes]) -> bytes:
+        """A question to every component, each under the next number, as they are kept in `open_`."""
+        packed = pack_question(question)
+        parts = []
+        for component in range(len(self.components)):
+            open_[self._next] = address(self._next, component, packed)
+            parts.append(open_[self._next])
+            self._next += 1
+        return b"".join(parts)
+
+    def _together(self, parts: list[Verdict]) -> Verdict:
+        """The weighted sum, or the first failure."""
+        named = tuple(replace(part, verifier=c.title) for part, c in zip(parts, self.components, strict=True))
+        seconds = max(part.seconds for part in parts)
+        for part in named:
+            if part.kind is not None:
+                return replace(part, seconds=seconds, parts=named)
+        reward = math.fsum(
+            c.weight * part.reward for part, c in zip(parts, self.components, strict=True) if part.reward is not None
+        )
+        if abs(reward) <= LARGEST:
+            return Verdict(reward, seconds=seconds, verifier=named[0].verifier, parts=named)
+        what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
+        return Verdict(kind="not_a_number", what=what, seconds=seconds, verifier=named[0].verifier, parts=named)
 
     def close(self) -> None:
         """End it, and all that it and its verifiers started. May be called twice."""
@@ -156,8 +180,7 @@ class Grader:
                 start_new_session=True,  # Ctrl-C is the driver's
             )
         setting = {
-            "verifier": self.verifier,
-            "directory": None if self.directory is None else str(self.directory),
+            "components": [asdict(component) for component in self.components],
             "workers": self.workers,
             "limits": asdict(self.limits),
             "driver": os.getpid(),
@@ -173,7 +196,7 @@ class Grader:
     def _exchange(self, outbox: bytearray, *, wait: bool = True) -> list[tuple[int, Verdict]]:
         """Send what the socket takes of the outbox, and take what has come. wait: until either can be done.
 
-        Raises _Gone where the supervisor has ended, VerifierError where it could not load the verifier.
+        Raises _Gone where the supervisor has ended, VerifierError where it could not load a verifier.
         """
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if outbox else 0)
         self._selector.modify(self._socket, wanted)
@@ -189,13 +212,13 @@ class Grader:
         except ConnectionError as error:
             raise _Gone from error
         taken = []
-        for number, code, reward, text in packed_in(self._inbox):
-            if code == REFUSED:
-                raise VerifierError(text)
-            if code == READY:
+        for message in messages_in(self._inbox):
+            if message.code == REFUSED:
+                raise VerifierError(message.text)
+            if message.code == READY:
                 self._ready = True
             else:
-                taken.append((number, as_verdict(code, reward, text)))
+                taken.append((message.number, message.verdict))
         return taken
 
     def _how_it_ended(self) -> str:
@@ -203,31 +226,36 @@ class Grader:
         try:
             code = self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
-            return f"the supervisor of the verifier {self.verifier!r} does not answer"
-        return f"the supervisor of the verifier {self.verifier!r} ended with code {code}"
+            return f"the supervisor of {title(self.components)} does not answer"
+        return f"the supervisor of {title(self.components)} ended with code {code}"
 
 
-def open_grader(data: DataConfig) -> Grader:
-    """The grader of a configuration. Raises VerifierError as Grader does."""
-    return _grader(data, data.reward_workers)
+def open_grader(rewards: Sequence[RewardConfig], grading: GradingConfig) -> Grader:
+    """The grader of a configuration."""
+    return _grader(rewards, grading, grading.workers)
 
 
-def check_reward(data: DataConfig) -> None:
-    """Load a configuration's verifier in a process of its own, and end that.
+def check_rewards(rewards: Sequence[RewardConfig], grading: GradingConfig) -> None:
+    """Load a configuration's verifiers in a process of their own, and end that; a sandbox is tried.
 
-    Raises VerifierError, saying what is wrong with it: there is no such function, or importing its module raises,
-    exits, crashes or hangs.
+    Raises VerifierError, saying what is wrong with one: there is no such function, importing its module raises, exits,
+    crashes or hangs, or its sandbox cannot be had.
     """
-    if is_users_own(data.reward):
-        with _grader(data, 1) as grader:
+    grader = _grader(rewards, grading, 1)
+    if not all(map(is_quick, grader.components)):
+        with grader:
             grader.wait_ready()
 
 
-def _grader(data: DataConfig, workers: int) -> Grader:
+def _grader(rewards: Sequence[RewardConfig], grading: GradingConfig, workers: int) -> Grader:
     return Grader(
-        data.reward,
-        directory=data.reward_directory,
+        [_component(reward, grading) for reward in rewards],
         workers=workers,
-        limits=Limits(timeout_s=data.reward_timeout_s, memory_gb=data.reward_memory_gb),
-        environment=data.reward_environment,
+        limits=Limits(timeout_s=grading.timeout_s, memory_gb=grading.memory_gb),
+        environment=(*grading.environment, *(name for reward in rewards for name in reward.variables)),
     )
+
+
+def _component(reward: RewardConfig, grading: GradingConfig) -> Component:
+    settings = reward.model_dump(mode="json", exclude={"name", "weight", "timeout_s"})
+    return Component(reward.metric, settings, reward.weight, reward.limit_s(grading.timeout_s))

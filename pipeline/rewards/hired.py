@@ -9,11 +9,12 @@ import socket
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.rewards import worker
 from pipeline.rewards.protocol import Limits
+from pipeline.rewards.registry import Component
 
 KEPT_WORDS = 2000
 """Bytes of what it printed last that are kept."""
@@ -78,8 +79,8 @@ class Hired:
         os.close(self.output)
 
 
-def fork_worker(verifier: str, directory: Path | None, limits: Limits) -> Hired:
-    """A new process that loads the verifier and waits for answers."""
+def fork_worker(components: Sequence[Component], limits: Limits) -> Hired:
+    """A new process that loads the verifiers and waits for answers."""
     ours, theirs = socket.socketpair()
     read, write = os.pipe()
     own = os.getpid()
@@ -87,7 +88,7 @@ def fork_worker(verifier: str, directory: Path | None, limits: Limits) -> Hired:
     if process == 0:
         try:
             _close_all_but(theirs.fileno(), write)
-            worker.serve(theirs, write, own, verifier, directory, limits)
+            worker.serve(theirs, write, own, components, limits)
         except BaseException:  # whatever it is, this process must not go on as a supervisor
             traceback.print_exc()
         finally:

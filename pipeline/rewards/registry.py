@@ -1,19 +1,24 @@
-"""Verifiers by name, or by the dotted path of a user's own function."""
+"""Which kinds of verifiers there are, and how one is loaded.
+
+A kind is a file of `kinds/` with a function `load(settings) -> Verifier`; its settings are the class of that kind in
+`pipeline.config.rewards`, as plain values. Only a grader's worker loads one: a user's own module may do anything.
+"""
 
 from __future__ import annotations
 
 import importlib
-import sys
+import importlib.util
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol, cast
-
-import numpy as np
+from typing import Any
 
 from pipeline.errors import NOT_STARTED, SamerouteError
-from pipeline.types import FinishReason, Prompt
+from pipeline.rewards.protocol import Question
+
+Verifier = Callable[[Question], float | Awaitable[float]]
+"""From an answer to its reward, a finite number of float32; it may be an `async def`."""
 
 
 class RewardError(SamerouteError, ValueError):
@@ -26,97 +31,110 @@ class VerifierError(RewardError):
     exit_code = NOT_STARTED
 
 
-class RewardFunction(Protocol):
-    """A verifier, a plain function or an `async def`; docs/verifiers.md has the whole contract.
+@dataclass(frozen=True)
+class Kind:
+    """A kind of verifier.
 
-    prompt:        its metadata holds what there is to check against.
-    response_text: the answer without its stop token; any other special token stands in the text.
-    response_ids:  [N] int32, the stop token included.
-    finish_reason: "stop", "length" or "abort".
-    Returns the reward, a finite number of float32.
+    quick:   it takes microseconds, starts nothing and cannot hang or crash, so that one worker is enough, and verdicts
+             on many answers travel together.
+    imports: libraries that workers share, because their supervisor imports them before it forks.
     """
 
-    def __call__(
-        self, prompt: Prompt, response_text: str, response_ids: np.ndarray, finish_reason: FinishReason
-    ) -> float | Awaitable[float]: ...
+    quick: bool = False
+    imports: tuple[str, ...] = ()
 
 
-_REWARDS: dict[str, RewardFunction] = {}
-_QUICK: set[str] = set()
+KINDS = {
+    "exact_match": Kind(quick=True),
+    "number": Kind(quick=True),
+    "multiple_choice": Kind(quick=True),
+    "length": Kind(quick=True),
+    "regex": Kind(),
+    "math_verify": Kind(imports=("math_verify",)),
+    "reasoning_gym": Kind(),
+    "code": Kind(),
+    "reward_model": Kind(imports=("aiohttp",)),
+    "judge": Kind(imports=("aiohttp",)),
+    "function": Kind(),
+}
 
 
-def register_reward(name: str, *, quick: bool = False) -> Callable[[RewardFunction], RewardFunction]:
-    """Add a verifier under a name. Raises RewardError for a name that is taken.
+@dataclass(frozen=True)
+class Component:
+    """One verifier of a run, a part of the reward.
 
-    quick: it takes microseconds, starts nothing and cannot hang or crash, so that one worker is enough, and verdicts on
-    many answers travel together.
+    name: of its metric. settings: its kind and what that needs, plain values. weight: in the reward. timeout_s: of one
+    answer; None: the grader's.
     """
 
-    def add(function: RewardFunction) -> RewardFunction:
-        if name in _REWARDS:
-            raise RewardError(f"there is already a verifier {name!r}")
-        _REWARDS[name] = function
-        if quick:
-            _QUICK.add(name)
-        return function
+    name: str
+    settings: Mapping[str, Any]
+    weight: float = 1.0
+    timeout_s: float | None = None
 
-    return add
+    @classmethod
+    def named(cls, text: str) -> Component:
+        """Of the short form: the name of a kind that needs no settings, or package.module:function.
+
+        Raises VerifierError for a text that is neither.
+        """
+        if ":" in text:
+            return cls(text.rpartition(":")[2], {"kind": "function", "function": text})
+        if text not in KINDS:
+            raise VerifierError(unknown(text))
+        return cls(text, {"kind": text})
+
+    @property
+    def title(self) -> str:
+        """What messages call it: its function, or its name."""
+        return str(self.settings.get("function", self.name))
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.settings["kind"]]
 
 
-def is_quick(name: str) -> bool:
-    """Whether a verifier was registered as quick."""
-    return name in _QUICK
+def unknown(kind: str) -> str:
+    """What to say where there is no such kind."""
+    return (
+        f"there is no verifier {kind!r}; there are {', '.join(sorted(KINDS))}, "
+        "or write your own as package.module:function"
+    )
 
 
-def is_users_own(name: str) -> bool:
-    """Whether a name is a dotted path. Raises VerifierError for one that is neither that nor registered."""
-    if ":" in name:
-        return True
-    if name not in _REWARDS:
-        raise VerifierError(
-            f"there is no verifier {name!r}; there are {', '.join(sorted(_REWARDS))}, "
-            "or write your own as package.module:function"
-        )
-    return False
+def is_quick(component: Component) -> bool:
+    """Whether its kind is."""
+    return component.kind.quick
 
 
-def resolve_reward(name: str, directory: Path | None = None) -> RewardFunction:
-    """The verifier of a registered name or of "package.module:function".
+def title(components: Sequence[Component]) -> str:
+    """How a message calls them, where it cannot say which it was."""
+    names = ", ".join(repr(component.title) for component in components)
+    return f"the verifier {names}" if len(components) == 1 else f"one of the verifiers {names}"
 
-    directory: where the module is looked for first. A user's own module is imported here, and may do anything: only a
-    grader's worker calls this for one. Raises VerifierError, saying what there is, or what is wrong with the module.
-    """
-    if not is_users_own(name):
-        return _REWARDS[name]
-    module_name, _, attribute = name.partition(":")
+
+def preload(components: Sequence[Component]) -> None:
+    """Import what workers are to share. A library that is not there is no error here: `load` says which it is."""
+    for component in components:
+        for library in component.kind.imports:
+            if importlib.util.find_spec(library) is not None:
+                importlib.import_module(library)
+
+
+def load(component: Component) -> Verifier:
+    """The verifier of a component. Raises VerifierError, saying what there is, or what is wrong with it."""
+    module = importlib.import_module(f"pipeline.rewards.kinds.{component.settings['kind']}")
     try:
-        module = _import(module_name, directory)
+        return module.load(component.settings)
     except SystemExit as error:
         raise VerifierError(
-            f"the verifier {name!r} cannot be imported: its module calls sys.exit({error.code!r}) when it is imported"
+            f"the verifier {component.title!r} cannot be imported: its module calls sys.exit({error.code!r}) when it "
+            "is imported"
         ) from error
     except VerifierError:
         raise
     except Exception as error:  # a user's module may raise anything
-        raise VerifierError(f"the verifier {name!r} cannot be imported: {describe(error)}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        where = getattr(module, "__file__", None) or module_name
-        raise VerifierError(f"the verifier {name!r} cannot be imported: {where} has no function {attribute!r}")
-    return cast(RewardFunction, function)
-
-
-def _import(name: str, directory: Path | None) -> ModuleType:
-    if directory is None:
-        return importlib.import_module(name)
-    if str(directory) not in sys.path:
-        sys.path.insert(0, str(directory))
-    module = importlib.import_module(name)
-    place = getattr(module, "__file__", None)
-    if place is None or not Path(place).resolve().is_relative_to(directory.resolve()):
-        hidden = f"the module {name} of {directory} is hidden by {place or 'one of Python'}; rename the file"
-        raise VerifierError(hidden)
-    return module
+        raise VerifierError(f"the verifier {component.title!r} cannot be imported: {describe(error)}") from error
 
 
 def describe(error: BaseException, limit: int = 500) -> str:

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections import deque
-from pathlib import Path
+from dataclasses import replace
 
 from pipeline.rewards.hired import Hired, fork_worker
 from pipeline.rewards.processes import become_subreaper, below, kill, own_memory, parents
@@ -28,15 +28,16 @@ from pipeline.rewards.protocol import (
     REFUSED,
     FailureKind,
     Limits,
+    Message,
     ProtocolError,
     Verdict,
-    as_verdict,
+    component_of,
+    messages_in,
     pack,
     pack_verdict,
-    packed_in,
     questions_in,
 )
-from pipeline.rewards.registry import is_quick
+from pipeline.rewards.registry import Component, is_quick, preload, title
 from pipeline.rewards.worker import MUTE
 
 TICK_S, IDLE_S = 0.05, 1.0
@@ -78,18 +79,20 @@ def main(descriptor: int) -> None:
     sys.path[:] = setting["path"]
     become_subreaper()
     gc.disable()
+    components = [Component(**fields) for fields in setting["components"]]
+    preload(components)
     gc.freeze()  # pages that the collector does not touch stay shared with the workers
-    directory = setting["directory"] and Path(setting["directory"])
-    limits = Limits(**setting["limits"])
-    Supervisor(driver, setting["verifier"], directory, setting["workers"], limits).run(setting["driver"])
+    Supervisor(driver, components, setting["workers"], Limits(**setting["limits"])).run(setting["driver"])
 
 
 class Supervisor:
-    """One verifier's workers."""
+    """The workers of all components: each can grade for any of them."""
 
-    def __init__(self, driver: socket.socket, verifier: str, directory: Path | None, count: int, limits: Limits):
-        self.quick, self.directory = is_quick(verifier), directory
-        self.driver, self.verifier, self.count, self.limits = driver, verifier, 1 if self.quick else count, limits
+    def __init__(self, driver: socket.socket, components: list[Component], count: int, limits: Limits):
+        self.quick = all(map(is_quick, components))
+        self.driver, self.components, self.limits = driver, components, limits
+        self.count = 1 if self.quick else count
+        self.timeouts = [limits.timeout_s if c.timeout_s is None else c.timeout_s for c in components]
         self.driver.setblocking(False)
         self.inbox, self.outbox = bytearray(), bytearray()
         self.waiting: deque[tuple[int, bytes]] = deque()
@@ -171,7 +174,7 @@ class Supervisor:
     def hire(self) -> None:
         """Fork what is missing of the workers."""
         while len(self.workers) < self.count and self.refusals < LOAD_ATTEMPTS:
-            hired = fork_worker(self.verifier, self.directory, self.limits)
+            hired = fork_worker(self.components, self.limits)
             self.workers[hired.process] = hired
             self.selector.register(hired.channel, selectors.EVENT_READ, hired.process)
             self.selector.register(hired.output, selectors.EVENT_READ, hired.process)
@@ -232,14 +235,15 @@ class Supervisor:
             return
         hired.inbox += data
         try:
-            for number, code, reward, text in packed_in(hired.inbox):
-                self.take(hired, number, code, reward, text)
+            for message in messages_in(hired.inbox):
+                self.take(hired, message)
                 if hired.process not in self.workers:
                     return
         except ProtocolError:
             self.dismiss(hired, "crashed", "wrote into what its worker says to the run")
 
-    def take(self, hired: Hired, number: int, code: int, reward: float, text: str) -> None:
+    def take(self, hired: Hired, message: Message) -> None:
+        code = message.code
         if not hired.ready:
             if code == READY:
                 hired.ready, self.refusals = True, 0
@@ -247,17 +251,18 @@ class Supervisor:
                     self.said_ready = True
                     self.outbox += pack(0, READY)
             elif code == REFUSED:
-                self.refuse(hired, text)
+                self.refuse(hired, message.text)
             else:
                 raise ProtocolError("a verdict before the verifier was loaded")
             return
-        if code in (READY, REFUSED) or not hired.given or hired.given[0][0] != number:
+        if code in (READY, REFUSED) or not hired.given or hired.given[0][0] != message.number:
             raise ProtocolError("a verdict on what it was not asked")
-        self.took(time.monotonic() - hired.since)
+        seconds = time.monotonic() - hired.since
+        self.took(seconds)
         hired.given.popleft()
         hired.next_answer()
-        verdict = as_verdict(code, reward, text)
-        self.say(number, verdict)
+        verdict = replace(message.verdict, seconds=seconds)
+        self.say(message.number, verdict)
         if verdict.kind == "left_behind":  # a thread ends with its process only
             self.dismiss(hired, None, "")
 
@@ -278,8 +283,9 @@ class Supervisor:
         null where it is at none. Its other answers wait for another. ended: it has, and its number may be another's."""
         if kind is not None and hired.given:
             number, _ = hired.given.popleft()
-            self.took(time.monotonic() - hired.since)
-            self.say(number, Verdict(kind=kind, what=what + hired.said()))
+            seconds = time.monotonic() - hired.since
+            self.took(seconds)
+            self.say(number, Verdict(kind=kind, what=what + hired.said(), seconds=seconds))
         self.waiting.extendleft(reversed(hired.given))
         hired.given.clear()
         del self.workers[hired.process]
@@ -333,7 +339,7 @@ class Supervisor:
         if code == MUTE:
             kind, what = "crashed", _MUTE
         if not hired.ready:
-            why = f"the verifier {self.verifier!r} cannot be imported: it {what} while it was imported"
+            why = f"{title(self.components)} cannot be imported: it {what} while it was imported"
             self.refuse(hired, why + hired.said(), ended=True)
             return
         if -code in FROM_OUTSIDE and hired.given and hired.given[0][0] not in self.again:
@@ -356,8 +362,8 @@ class Supervisor:
                 self.dismiss_or_refuse(hired, "crashed", _MUTE)
             elif not hired.ready and took > self.limits.start_s:
                 self.dismiss_or_refuse(hired, "timeout", f"took more than {self.limits.start_s:g} s")
-            elif hired.given and took > self.limits.timeout_s:
-                self.dismiss(hired, "timeout", f"took more than {self.limits.timeout_s:g} s")
+            elif hired.given and took > (allowed := self.timeouts[component_of(hired.given[0][1])]):
+                self.dismiss(hired, "timeout", f"took more than {allowed:g} s")
             elif hired.given and took > TICK_S:
                 self.weigh(hired, [] if tree is None else below(hired.process, tree))
 
@@ -365,7 +371,7 @@ class Supervisor:
         if hired.ready:
             self.dismiss(hired, kind, what)
         else:
-            self.refuse(hired, f"the verifier {self.verifier!r} cannot be imported: it {what} while it was imported")
+            self.refuse(hired, f"{title(self.components)} cannot be imported: it {what} while it was imported")
 
     def weigh(self, hired: Hired, started: list[int]) -> None:
         """Dismiss a worker that, with all that it started, takes more memory or processes than it may."""

@@ -1,6 +1,6 @@
-"""A worker: a process that does nothing but ask one verifier, answer after answer, on its main thread.
+"""A worker: a process that does nothing but ask verifiers, answer after answer, on its main thread.
 
-It trusts the verifier with its own life only. What it cannot notice itself (time, memory, output, its own death) the
+It trusts a verifier with its own life only. What it cannot notice itself (time, memory, output, its own death) the
 supervisor does.
 """
 
@@ -19,32 +19,32 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline.rewards.processes import become_subreaper, die_with, parents
 from pipeline.rewards.protocol import (
+    LARGEST,
     READY,
     REFUSED,
     Limits,
     Verdict,
+    component_of,
     pack,
     pack_verdict,
     questions_in,
     unpack_question,
 )
-from pipeline.rewards.registry import RewardFunction, VerifierError, describe, is_quick, resolve_reward
+from pipeline.rewards.registry import Component, Verifier, VerifierError, describe, is_quick, load
 
 MUTE = 70
 """The exit code of a worker that can no longer speak to the supervisor."""
 
-LARGEST = float(np.finfo(np.float32).max)
-
 
 def serve(
-    channel: socket.socket, output: int, supervisor: int, verifier: str, directory: Path | None, limits: Limits
+    channel: socket.socket, output: int, supervisor: int, components: Sequence[Component], limits: Limits
 ) -> None:
     """Grade what comes through the channel until it closes; never returns.
 
@@ -53,21 +53,21 @@ def serve(
     _settle(output, supervisor)
     own = os.getpid()
     try:
-        function = resolve_reward(verifier, directory)
+        verifiers = [load(component) for component in components]
         message = pack(0, READY)
     except VerifierError as error:
-        function, message = None, pack(0, REFUSED, text=str(error))
+        verifiers, message = [], pack(0, REFUSED, text=str(error))
     _must_be(own)
     _say(channel, message)
-    if function is None:
+    if not verifiers:
         os._exit(1)
-    started = None if is_quick(verifier) else _Started()
+    started = None if all(map(is_quick, components)) else _Started()
     buffer = bytearray()
     while data := channel.recv(1 << 18):
         buffer += data
         verdicts = bytearray()
         for number, packed in questions_in(buffer):
-            verdict = _ask(function, packed)
+            verdict = _ask(verifiers[component_of(packed)], packed)
             if started is None:
                 verdicts += pack_verdict(number, verdict)
                 continue
@@ -117,11 +117,10 @@ def _must_be(process: int) -> None:
         os._exit(0)
 
 
-def _ask(function: RewardFunction, packed: bytes) -> Verdict:
-    """What the verifier says of one answer."""
+def _ask(verifier: Verifier, packed: bytes) -> Verdict:
+    """What a verifier says of one answer."""
     try:
-        question = unpack_question(packed)
-        value: Any = function(question.prompt, question.response_text, question.response_ids, question.finish_reason)
+        value: Any = verifier(unpack_question(packed))
         if inspect.isawaitable(value):
             value = asyncio.run(_awaited(value))
         return _checked(value)

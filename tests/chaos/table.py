@@ -200,7 +200,7 @@ def run_goes_to_its_end(place: Place) -> Iterator[Outcome]:
 @fault
 def unruly_verifier(place: Place) -> Iterator[Outcome]:
     """One that exits, hangs, forks and prints, by the answer. Its failures are counted, and nothing of it stays."""
-    run = place.start("train.steps=3", "data.reward=tests.support.verifiers:unruly", "data.reward_timeout_s=2")
+    run = place.start("train.steps=3", "rewards=tests.support.verifiers:unruly", "grading.timeout_s=2")
     found = outcome("a verifier that exits, hangs, forks", run, 0, "run directory: ", within_s=START_S)
     rows = [json.loads(line) for line in (place.directory / "metrics.jsonl").read_text().splitlines()]
     if not sum(row.get("reward/failed", 0) for row in rows):

@@ -116,7 +116,7 @@ def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp
             ([f"observe.prometheus_port={port}"], "observe.prometheus_port: cannot listen on"),
             (["model.tiny=null", "model.path=/nowhere"], "/nowhere is no Hugging Face model directory"),
             (["parallel={ranks: 3, tensor: 2, sequence: true}"], "set parallel.ranks to a multiple of 2"),
-            (["data.reward=none.such"], "none.such"),
+            (["rewards=none.such"], "none.such"),
             (["data.task=null", "data.path=/nowhere.jsonl"], "there is no data file /nowhere.jsonl"),
             (["--from-dump", "/nowhere"], "there is no dump /nowhere"),
         ]

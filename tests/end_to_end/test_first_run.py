@@ -63,4 +63,4 @@ def test_a_verifier_beside_the_yaml_file_is_found_by_the_command_as_written(fold
     rewards = [float(reward) for reward in re.findall(r"^step +\d/5 +reward (\S+)", said, re.MULTILINE)]
     assert len(rewards) == 5
     assert all(0 <= reward <= 1 for reward in rewards)
-    assert f"reward_directory: {folder.resolve()}\n" in (folder / "runs" / "verified" / "config.yaml").read_text()
+    assert f"directory: {folder.resolve()}\n" in (folder / "runs" / "verified" / "config.yaml").read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
          "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4"]  # fmt: skip
-DUMPED = ["train.steps=3", "parallel={ranks: 2, expert: 2}", "data.reward=tests.support.verifiers:length"]
+DUMPED = ["train.steps=3", "parallel={ranks: 2, expert: 2}", "rewards=tests.support.verifiers:length"]
 KEYS = {
     "step", "reward/mean", "mismatch/k3", "mismatch/abs_logprob", "routing/replayed_fraction", "routing/agreement",
     "loss/clip_fraction", "response/length_mean", "weights/version", "time/rollout_s", "time/train_s", "time/sync_s",

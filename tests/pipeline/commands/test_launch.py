@@ -39,7 +39,7 @@ def test_a_dry_run_of_every_config_prints_a_script_that_bash_reads(launch, confi
 
 
 def test_the_script_passes_overrides_as_they_were_given(launch, tmp_path):
-    odd = ["""data.reward=a:b""", "parallel={ranks: 2, expert: 2}", "run.directory=/a b/$HOME'x"]
+    odd = ["""rewards=a:b""", "parallel={ranks: 2, expert: 2}", "run.directory=/a b/$HOME'x"]
     code, script = launch(QUICKSTART, "--dry-run", *odd, "--nodes", "2", "train.steps=3")
     assert code == 0
     library = tmp_path / "scripts" / "slurm"

@@ -150,7 +150,7 @@ def test_dynamic_sampling_replaces_what_has_failures_and_teaches_nothing(make_lo
     ],
 )
 def test_other_policies_reach_the_step(make_loop, policy, rewards):
-    loop = make_loop(MIXED, f"data.on_reward_failure={policy}", "objective={preset: dr_grpo}")
+    loop = make_loop(MIXED, f"grading.on_failure={policy}", "objective={preset: dr_grpo}")
     result = loop.step(1)
     assert rewards_of(result.batch.groups) == rewards
     assert result.metrics["reward/failed"] == 6
@@ -158,7 +158,7 @@ def test_other_policies_reach_the_step(make_loop, policy, rewards):
 
 def test_a_run_that_is_to_stop_stops_at_the_first(make_loop):
     with pytest.raises(RewardError, match=r"raised ValueError.* on prompt 0 ") as caught:
-        make_loop(MIXED, "data.on_reward_failure=stop").step(1)
+        make_loop(MIXED, "grading.on_failure=stop").step(1)
     assert caught.value.exit_code == 1
 
 

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from pipeline.commands.main import main
-from pipeline.config.data import DataConfig
-from pipeline.rewards import VerifierError, check_reward
+from pipeline.config.rewards import FunctionReward, GradingConfig
+from pipeline.rewards import VerifierError, check_rewards
 from pipeline.rewards.grader import Grader
 from pipeline.rewards.protocol import Limits
 from tests.support.hostile import question
@@ -43,7 +43,7 @@ def test_a_module_that_cannot_be_imported_is_named_with_what_is_wrong(broken, ca
     text, message = CASES[case]
     name = broken(case, text)
     with pytest.raises(VerifierError, match=rf"the verifier '{name}' cannot be imported: .*{message}") as caught:
-        check_reward(DataConfig(path="x.jsonl", reward=name))
+        check_rewards([FunctionReward(function=name)], GradingConfig())
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -93,10 +93,10 @@ def test_the_command_says_it_with_2_and_an_earlier_run_stays(broken, tmp_path, c
     run.mkdir()
     (run / "config.yaml").write_text("of an earlier run")
     name = broken("command", "import sys\nsys.exit(0)\n")
-    assert main(["train", "configs/quickstart.yaml", f"run.directory={run}", f"data.reward={name}"]) == 2
+    assert main(["train", "configs/quickstart.yaml", f"run.directory={run}", f"rewards={name}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"sameroute: the verifier '{name}' cannot be imported")
     assert "Traceback" not in said
-    assert main(["train", "configs/quickstart.yaml", f"run.directory={run}", "data.reward=exact"]) == 2
+    assert main(["train", "configs/quickstart.yaml", f"run.directory={run}", "rewards=exact"]) == 2
     assert "there is no verifier 'exact'" in capsys.readouterr().err
     assert (run / "config.yaml").read_text() == "of an earlier run"

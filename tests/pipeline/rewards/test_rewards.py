@@ -1,4 +1,6 @@
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +9,17 @@ import pytest
 from pipeline.config import load_config
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.rewards import (
+    Component,
     Failures,
     Grader,
     RewardError,
     Verdict,
     VerifierError,
     grade,
-    register_reward,
-    resolve_reward,
     response_text,
 )
+from pipeline.rewards.kinds.function import find
+from pipeline.rewards.registry import load
 from pipeline.types import Group, Prompt, Rollout
 
 
@@ -45,10 +48,11 @@ def group(tokenizer, *responses, answer="123"):
 class Said:
     """A grader that knows its verdicts, and keeps what it was asked."""
 
-    verifier = "some:verifier"
+    components = (Component("some", {"kind": "function", "function": "some:verifier"}),)
 
     def __init__(self, *verdicts):
-        self.verdicts = [v if isinstance(v, Verdict) else Verdict(reward=v) for v in verdicts]
+        given = [v if isinstance(v, Verdict) else Verdict(reward=v) for v in verdicts]
+        self.verdicts = [replace(v, verifier="some:verifier", parts=(v,)) for v in given]
 
     def ask(self, questions):
         self.asked = list(questions)
@@ -76,8 +80,8 @@ def test_exact_match_takes_the_answer_and_nothing_else(tokenizer):
         groups, failures = grade([group(tokenizer, *responses)], tokenizer, grader)
     assert groups[0].rewards.dtype == np.float32
     assert groups[0].rewards.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
-    assert failures == Failures(answers=9)
-    assert set(failures.metrics().values()) == {0.0}
+    assert failures == Failures(answers=9, sums={"exact_match": 2.0}, counts=Counter(exact_match=9))
+    assert failures.metrics() == Failures().metrics() | {"reward/exact_match": 2 / 9}
 
 
 def test_a_prompt_without_an_answer_is_a_failure_of_exact_match(tokenizer):
@@ -121,7 +125,11 @@ def test_an_answer_that_cannot_be_graded_is_left_out_with_its_reason(tokenizer):
     assert groups[0].episodes[1].failure == (
         "the verifier 'some:verifier' took more than 5 s, on prompt 7 ('<|user|>312<|assistant|>'), response '2'"
     )
-    assert failures.metrics() == Failures().metrics() | {"reward/failed": 1.0, "reward/failures_timeout": 1.0}
+    assert failures.metrics() == Failures().metrics() | {
+        "reward/failed": 1.0,
+        "reward/failures_timeout": 1.0,
+        "reward/some": 0.6,
+    }
     assert str(failures).startswith("1 of 6 answers could not be graded (1 timeout); first: the verifier 'some:ver")
 
 
@@ -165,25 +173,20 @@ def test_failures_of_several_rounds_add_up(tokenizer):
 def test_a_users_function_is_found_by_its_dotted_path(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("half = lambda *_: 0.5\nnumber = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert resolve_reward("my_rewards:half")(None, "", None, "stop") == 0.5
+    assert find("my_rewards:half")(None, "", None, "stop") == 0.5
     with pytest.raises(VerifierError, match=r"my_rewards\.py has no function 'number'"):
-        resolve_reward("my_rewards:number")
+        find("my_rewards:number")
     with pytest.raises(VerifierError, match="has no function 'whole'"):
-        resolve_reward("my_rewards:whole")
+        find("my_rewards:whole")
     with pytest.raises(VerifierError, match="cannot be imported: ModuleNotFoundError: No module named 'nowhere"):
-        resolve_reward("nowhere_at_all:half")
+        load(Component.named("nowhere_at_all:half"))
 
 
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(VerifierError, match=r"no verifier 'exact'; there are .*exact_match.*package\.module:function"):
-        resolve_reward("exact")
+        Component.named("exact")
     with pytest.raises(VerifierError, match="no verifier 'exact'"):
         Grader("exact")
-
-
-def test_a_name_is_taken_once():
-    with pytest.raises(RewardError, match="already a verifier 'exact_match'"):
-        register_reward("exact_match")(lambda prompt, response_text, response_ids, finish_reason: 0.0)
 
 
 def test_a_verifier_beside_the_yaml_file_is_found_before_one_on_the_path(tmp_path, monkeypatch):
@@ -193,18 +196,19 @@ def test_a_verifier_beside_the_yaml_file_is_found_before_one_on_the_path(tmp_pat
         (folder / "grade_beside.py").write_text(f"def grade(*_):\n    return {value}\n")
     monkeypatch.setattr(sys, "path", [str(elsewhere), *sys.path])
     (beside / "run.yaml").write_text(f"base: {Path('configs/quickstart.yaml').resolve()}\n")
-    config = load_config(beside / "run.yaml", ["data.reward=grade_beside:grade"])
-    assert config.data.reward_directory == beside.resolve()
-    assert resolve_reward(config.data.reward, config.data.reward_directory)(None, "", None, "stop") == 0.25
+    config = load_config(beside / "run.yaml", ["rewards=grade_beside:grade"])
+    (reward,) = config.rewards
+    assert reward.directory == beside.resolve()
+    assert find(reward.function, reward.directory)(None, "", None, "stop") == 0.25
     (beside / "above").mkdir()
     (beside / "above" / "run.yaml").write_text("base: ../run.yaml\n")
-    again = load_config(beside / "above" / "run.yaml", ["data.reward=grade_beside:grade"])
-    assert again.data.reward_directory == beside.resolve()
-    assert load_config(beside / "run.yaml").data.reward_directory is None
+    again = load_config(beside / "above" / "run.yaml", ["rewards=grade_beside:grade"])
+    assert again.rewards[0].directory == beside.resolve()
+    assert load_config(beside / "run.yaml", ["rewards=elsewhere:grade"]).rewards[0].directory is None
 
 
 def test_a_verifier_whose_module_another_one_hides_is_refused(tmp_path):
     for name in ("math", "json"):  # built in, and a file of Python's own
         (tmp_path / f"{name}.py").write_text("def grade(*_):\n    return 1.0\n")
         with pytest.raises(RewardError, match=f"the module {name} of .* is hidden by .*; rename the file"):
-            resolve_reward(f"{name}:grade", tmp_path)
+            find(f"{name}:grade", tmp_path)

@@ -142,7 +142,7 @@ def test_a_byte_order_mark_anchors_and_merge_keys_are_read(tmp_path):
         (" train.lr=1", "names between the dots"),
         (".lr=1", "names between the dots"),
         ("train=", "train: the section holds nothing; give it fields, or leave it out"),
-        ("data.reward=7", r"data\.reward: .*valid string, not 7; write it in quotes"),
+        ("model.path=7", r"model\.path: .*not 7; write it in quotes"),
         ("trainer.extra.moe_layer_recompute=no", r"trainer\.extra\.moe_layer_recompute: 'no' .*true or false"),
     ],
 )

@@ -1,0 +1,329 @@
+"""What grades the answers of a run: verifiers with weights, and what becomes of answers that one fails on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from megatron_ext.config import Frozen
+
+OnFailure = Literal["exclude", "zero", "drop_group", "stop"]
+"""What becomes of an answer that a verifier failed on."""
+
+_TAKEN = {"mean", "std", "failed", "groups_dropped", "uninformative_groups"}
+"""Metrics that a component would hide."""
+
+_AFTER_S = 10.0
+"""Seconds that the code verifier has beyond those of its programs."""
+
+
+class GradingConfig(Frozen):
+    """How verifiers are run, and what becomes of answers that one fails on."""
+
+    workers: int = Field(
+        8, ge=1, description="processes that grade, so many answers at a time; one where all verifiers are quick"
+    )
+    timeout_s: float = Field(30.0, gt=0, description="a verifier that takes longer on one answer is killed")
+    memory_gb: float = Field(
+        4.0, gt=0, description="resident memory of a verifier and what it starts, 1e9 bytes; with more it is killed"
+    )
+    on_failure: OnFailure = Field(
+        "exclude",
+        description="an answer that a verifier hangs on, crashes on or has no number for. exclude: it is in no "
+        "baseline and no loss, and its group stays if two are left; zero: it has reward 0; drop_group: nor are the "
+        "others of its group; stop: the run ends",
+    )
+    environment: tuple[str, ...] = Field(
+        (), description="variables that verifiers get though their names look like secrets"
+    )
+
+
+class Reward(Frozen):
+    """What every verifier has."""
+
+    weight: float = Field(1.0, allow_inf_nan=False, description="of its number in the reward, which is their sum")
+    name: str | None = Field(
+        None, pattern=r"^[a-z][a-z0-9_]*$", description="of its metric, reward/NAME; null: its kind, or its function's"
+    )
+    timeout_s: float | None = Field(None, gt=0, description="of one answer; null: grading.timeout_s")
+
+    @property
+    def metric(self) -> str:
+        """The part of its metric behind the /."""
+        return self.name or getattr(self, "kind")  # noqa: B009  which every kind has
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Variables of the environment that it needs."""
+        return ()
+
+    def limit_s(self, default: float) -> float:
+        """Seconds that it may take on one answer. default: of grading.timeout_s."""
+        return default if self.timeout_s is None else self.timeout_s
+
+
+class Checked(Reward):
+    """What a verifier has that compares with an answer."""
+
+    answer: str = Field("answer", description="key of the prompt's metadata that holds what is right")
+
+
+class ExactMatchReward(Checked):
+    """1 for exactly the answer, but for white space around it."""
+
+    kind: Literal["exact_match"] = "exact_match"
+
+
+class NumberReward(Checked):
+    """1 where the last number of the response is the answer's."""
+
+    kind: Literal["number"] = "number"
+    after: str | None = Field(
+        None, min_length=1, description="text that announces the number: the first one behind its last place counts"
+    )
+    tolerance: float = Field(0.0, ge=0, description="relative difference that still counts as equal")
+
+
+class MultipleChoiceReward(Checked):
+    """1 where the response chooses the answer's letter."""
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    choices: str = Field(
+        "ABCD", pattern=r"^[A-Z]{2,26}$", description="the letters there are; an answer 0 is the first"
+    )
+
+
+class RegexReward(Checked):
+    """1 where a pattern is found; where it has a group named answer, that must be the answer too."""
+
+    kind: Literal["regex"] = "regex"
+    pattern: str = Field(description="of Python's re, searched in the response; \\A and \\Z bind it to its ends")
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"the pattern {self.pattern!r} is none of Python's re: {error}") from error
+        return self
+
+
+class MathVerifyReward(Checked):
+    """1 where the response's last expression equals the answer's, by the library math-verify."""
+
+    kind: Literal["math_verify"] = "math_verify"
+    boxed: bool = Field(False, description="only what stands in \\boxed{} counts")
+    digits: int = Field(6, ge=1, le=30, description="decimal places that numbers are compared to")
+    timeout_s: float | None = Field(5.0, gt=0, description="of one answer; null: grading.timeout_s")
+
+
+class ReasoningGymReward(Reward):
+    """What the data set of reasoning-gym that made the prompt says of the response."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    tag: str | None = Field(
+        "answer", pattern=r"^\w+$", description="the answer stands in the last <TAG>...</TAG>; null: it is all of it"
+    )
+
+
+class SandboxConfig(Frozen):
+    """Where programs of a model run, and what one may take."""
+
+    mode: Literal["bubblewrap", "remote", "unsafe"] = Field(
+        "bubblewrap",
+        description="bubblewrap: in namespaces of this machine; remote: a SandboxFusion service; unsafe: with this "
+        "user's files and network",
+    )
+    url: str | None = Field(None, pattern=r"^https?://", description="of the service, for remote")
+    python: Path | None = Field(
+        None, description="interpreter of programs, which sees its own folder; null: this run's, without its packages"
+    )
+    cpu_s: int = Field(5, ge=1, description="processor time of one test, seconds")
+    wall_s: float = Field(10.0, gt=0, description="time of one test, seconds")
+    total_s: float = Field(60.0, gt=0, description="time of all tests of an answer, seconds")
+    memory_mb: int = Field(512, ge=64, description="of all its processes, 1e6 bytes")
+    processes: int = Field(16, ge=1, description="at a time, threads included")
+    files_mb: int = Field(32, ge=1, description="of all files that it writes, 1e6 bytes; they are gone with it")
+    output_kb: int = Field(1024, ge=1, description="that it prints, 1e3 bytes")
+
+    @model_validator(mode="after")
+    def _url(self) -> Self:
+        if (self.mode == "remote") != (self.url is not None):
+            raise ValueError("mode: remote and url go together: give both, or neither")
+        return self
+
+
+class CodeReward(Reward):
+    """1 where the response's program passes all tests."""
+
+    kind: Literal["code"] = "code"
+    tests: str = Field("tests", description="key of the prompt's metadata that holds them")
+    share: bool = Field(False, description="the share of tests that it passes, not 1 for all and 0 for less")
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig)  # pyright: ignore[reportArgumentType]
+
+    def limit_s(self, default: float) -> float:
+        """Beyond the time of its programs: one that takes too long is wrong, and no failure of the verifier."""
+        return self.timeout_s or self.sandbox.total_s + self.sandbox.wall_s + _AFTER_S
+
+
+class Remote(Reward):
+    """What a verifier has that asks a server."""
+
+    url: str = Field(pattern=r"^https?://", description="that is asked with POST")
+    key_variable: str | None = Field(
+        None, pattern=r"^\w+$", description="variable of the environment with the key that it is asked with"
+    )
+    proxies: bool = Field(False, description="the proxies of the environment count")
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        return () if self.key_variable is None else (self.key_variable,)
+
+
+class RewardModelReward(Remote):
+    """The number that a server gives."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    body: dict[str, Any] = Field(
+        default_factory=lambda: {"prompt": "{prompt}", "response": "{response}"},
+        description="JSON that is sent; {prompt}, {response} and {KEY} of the prompt's metadata are filled in",
+    )
+    reward_at: str = Field(
+        "reward", description="where the number stands in what comes back: keys and places with dots"
+    )
+
+
+class JudgeReward(Remote):
+    """The score that a language model gives, over an OpenAI-compatible endpoint."""
+
+    kind: Literal["judge"] = "judge"
+    model: str = Field(description="its name there")
+    template: str = Field(
+        description="what it is told; {prompt}, {response} and {KEY} of the prompt's metadata are filled in"
+    )
+    pattern: str = Field(
+        r"(?i)score\W{1,4}(-?\d+(?:\.\d+)?)", description="finds the score, its one group; the last place counts"
+    )
+    scale: tuple[float, float] = Field((0.0, 10.0), description="scores that are reward 0 and reward 1")
+    max_tokens: int = Field(1024, ge=1, description="of what it says")
+    temperature: float = Field(0.0, ge=0, description="that it samples with")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"the pattern {self.pattern!r} is none of Python's re: {error}") from error
+        if groups != 1:
+            raise ValueError(f"the pattern {self.pattern!r} has {groups} groups; the score is the one that it needs")
+        if self.scale[0] == self.scale[1]:
+            raise ValueError("scale is two different scores: of reward 0 and of reward 1")
+        if "{response}" not in self.template:
+            raise ValueError("the template needs {response}, or the judge would not see the answer")
+        return self
+
+
+class LengthReward(Reward):
+    """From 0 for short answers down to -1 for long ones: DAPO's soft punishment of overlong answers."""
+
+    kind: Literal["length"] = "length"
+    free_tokens: int = Field(ge=0, description="sampled tokens up to which it is 0")
+    full_tokens: int = Field(ge=1, description="sampled tokens from which on it is -1; in between it falls evenly")
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.free_tokens >= self.full_tokens:
+            raise ValueError(f"free_tokens={self.free_tokens} is not less than full_tokens={self.full_tokens}")
+        return self
+
+
+class FunctionReward(Reward):
+    """What a Python function of your own returns."""
+
+    kind: Literal["function"] = "function"
+    function: str = Field(pattern=r"^[^:]+:[^:]+$", description="package.module:function")
+    directory: Path | None = Field(
+        None,
+        description="folder that its module is looked for in first; null: that of the YAML file, or of its nearest "
+        "base, where the module lies there",
+    )
+
+    @property
+    def metric(self) -> str:
+        return self.name or self.function.rpartition(":")[2].lower()
+
+
+RewardConfig = Annotated[
+    ExactMatchReward
+    | NumberReward
+    | MultipleChoiceReward
+    | RegexReward
+    | MathVerifyReward
+    | ReasoningGymReward
+    | CodeReward
+    | RewardModelReward
+    | JudgeReward
+    | LengthReward
+    | FunctionReward,
+    Field(discriminator="kind"),
+]
+KINDS: dict[str, type[Reward]] = {
+    get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(get_args(RewardConfig)[0])
+}
+"""Kind of verifier -> what it is told."""
+
+
+def _long_form(value: Any) -> Any:
+    """A list of mappings with a kind: a text is a kind, or a function; one that is alone needs no list."""
+    if isinstance(value, str | dict | Reward):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"a list of verifiers, not {value!r}; write rewards=[exact_match]")
+    return [_item(item) for item in value]
+
+
+def _item(item: Any) -> Any:
+    if isinstance(item, str):
+        item = {"kind": "function", "function": item} if ":" in item else {"kind": item}
+    if isinstance(item, Reward):
+        return item
+    if not isinstance(item, dict):
+        raise ValueError(f"a verifier is a kind, package.module:function, or a mapping with a kind, not {item!r}")
+    if "kind" not in item and "function" in item:
+        item = {"kind": "function", **item}
+    if (kind := item.get("kind")) not in KINDS:
+        there = ", ".join(sorted(KINDS))
+        raise ValueError(
+            f"there is no verifier {kind!r}; there are {there}, or write your own as package.module:function"
+        )
+    return item
+
+
+def _check(rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
+    if not rewards:
+        raise ValueError("a run needs one verifier at least; write rewards=[exact_match]")
+    names = [reward.metric for reward in rewards]
+    for name in names:
+        if name in _TAKEN or name.startswith("failures_"):
+            raise ValueError(f"the metric reward/{name} is another one; give this verifier another name")
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} verifiers have the name {name!r}; give each a name of its own")
+    return rewards
+
+
+MOVED = {
+    "data.reward": "rewards",
+    "data.reward_workers": "grading.workers",
+    "data.reward_timeout_s": "grading.timeout_s",
+    "data.reward_memory_gb": "grading.memory_gb",
+    "data.reward_environment": "grading.environment",
+    "data.reward_directory": "rewards=[{function: MODULE:NAME, directory: FOLDER}]",
+    "data.on_reward_failure": "grading.on_failure",
+}
+"""Fields of an earlier version -> what is written now."""
+
+Rewards = Annotated[tuple[RewardConfig, ...], BeforeValidator(_long_form), AfterValidator(_check)]
+"""The verifiers of a run."""
