@@ -15,16 +15,17 @@ ARG DEVICE=gpu
 
 FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04@sha256:ae7f650405a3964972dacfa889273bf8e3fbe9709899afd187da01c4cdff3105 AS base-gpu
 # Python 3.12 is Ubuntu 24.04's own. libibverbs and librdmacm: RDMA for NCCL and DeepEP. iproute2: scripts/slurm.
+# bubblewrap: the sandbox of programs that models write.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3.12 python3.12-dev python3.12-venv build-essential cmake git \
-        ibverbs-providers iproute2 libibverbs1 libnuma1 librdmacm1 tini \
+    && apt-get install -y --no-install-recommends python3.12 python3.12-dev python3.12-venv bubblewrap build-essential cmake \
+        git ibverbs-providers iproute2 libibverbs1 libnuma1 librdmacm1 tini \
     && rm -rf /var/lib/apt/lists/*
 
 FROM python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c AS base-cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends build-essential iproute2 libnuma1 tini \
+    && apt-get install -y --no-install-recommends bubblewrap build-essential iproute2 libnuma1 tini \
     && rm -rf /var/lib/apt/lists/*
 
 # What both images have before their packages: uv, and an empty virtual environment.

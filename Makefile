@@ -3,6 +3,7 @@
 # make test-gpu:   kernels, and the trainer without Transformer Engine, on one GPU beside the CPU; ten minutes.
 # make test-slurm: the jobs of scripts/slurm/ on a real Slurm, started and stopped here; needs root, and installs Debian's.
 # make test-image: the steps of the Dockerfile's CPU image, run here without Docker; needs root.
+# make hostile:  1,000 hostile programs among 1,000 right ones in the sandbox of code; six minutes at most.
 # make chaos:      faults (kills, stops, full disks, ...) tried on the quickstart; ten minutes at most. Root tries disks too.
 # make pins:       whether every pinned package can be had.
 # Each sets up .venv on its first call (Python 3.12; uv is fetched into .tools when it is not on PATH).
@@ -13,7 +14,7 @@ READY := .venv/.ready
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart test test-gpu test-slurm test-image chaos pins slurm browser lint format lock clean
+.PHONY: setup quickstart test test-gpu test-slurm test-image hostile chaos pins slurm browser sandbox lint format lock clean
 
 setup: $(READY)
 
@@ -22,7 +23,7 @@ quickstart: $(READY)
 
 # Two workers, a file's tests on one of them: half of a test of real engines is waiting for one of them to start.
 # Files come in the order of tests/conftest.py; xdist would begin with those of the most tests, which are fast.
-test: $(READY) browser
+test: $(READY) browser sandbox
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
@@ -37,6 +38,12 @@ test-gpu: $(if $(PYTHON),,$(READY))
 	@$(GPU_PYTHON) tests/gpu/needs.py
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
+# Programs that models write are tested in the sandbox of the system.
+sandbox:
+	@command -v bwrap >/dev/null \
+	    || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y --no-install-recommends bubblewrap >/dev/null; } \
+	    || echo "bubblewrap was not found and not installed"
+
 test-slurm: $(READY) slurm
 	$(BIN)/pytest -m slurm tests/slurm
 
@@ -50,6 +57,9 @@ slurm:
 # All modules would be compiled for the image, 100 s on two cores; here only those that the short run imports are.
 test-image: $(READY)
 	$(BIN)/python scripts/image_steps.py --env UV_COMPILE_BYTECODE=0 --env PYTHONPYCACHEPREFIX=/tmp/pycache
+
+hostile: $(READY) sandbox
+	timeout 360 $(BIN)/python -m tests.hostile
 
 chaos: $(READY)
 	timeout 600 $(BIN)/python -m tests.chaos

@@ -125,7 +125,10 @@ class ReasoningGymReward(Reward):
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     tag: str | None = Field(
-        "answer", pattern=r"^\w+$", description="the answer stands in the last <TAG>...</TAG>; null: it is all of it"
+        "answer",
+        pattern=r"^\w+$",
+        description="the answer stands in the last <TAG>...</TAG> where there is one; "
+        "null: all of the response is the answer",
     )
 
 

@@ -30,9 +30,13 @@ class Streams:
 
 @dataclass(frozen=True)
 class Call:
-    """A function of the program by its name with arguments, or an expression; and the value that it should have."""
+    """A function of the program by its name with arguments, or an expression; and the value that it should have.
+
+    truth: whether only that counts: a value of True is then anything that is true.
+    """
 
     value: Any
+    truth: bool = False
     name: str = ""
     arguments: Sequence[Any] = ()
     expression: str = ""
@@ -80,9 +84,13 @@ def same_output(printed: str, right: str) -> bool:
     return len(words) == len(others) and all(map(_same_word, words, others))
 
 
-def same_value(value: Any, right: Any) -> bool:
+def same_value(value: Any, call: Call) -> bool:
     """Equal as `plain` values, decimals nearly; data sets also write what is right in a list of its own."""
-    expected = plain(right)
+    if value is NotImplemented:
+        return False
+    if call.truth:
+        return bool(value) is call.value
+    right, expected = call.value, plain(call.value)
     if _equal(value, expected):
         return True
     return isinstance(right, list) and len(right) == 1 and _equal(value, expected[0])
@@ -105,13 +113,17 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, float) or isinstance(other, float):
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in (one, other)):
-            return False
-        try:
-            return one == other or math.isclose(one, other, rel_tol=_NEAR, abs_tol=_NEAR)
-        except OverflowError:  # an integer beyond float64
-            return False
+        return _near(one, other)
     return type(one) is type(other) and one == other
+
+
+def _near(one: Any, other: Any) -> bool:
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in (one, other)):
+        return False
+    try:
+        return one == other or math.isclose(one, other, rel_tol=_NEAR, abs_tol=_NEAR)
+    except OverflowError:  # an integer beyond float64
+        return False
 
 
 def _same_word(one: str, other: str) -> bool:
@@ -161,5 +173,5 @@ def _asserted(text: str) -> Call:
         except ValueError as error:
             raise ValueError(wrong) from error
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return Call(False, expression=ast.unparse(test.operand))
-    return Call(True, expression=ast.unparse(test))
+        return Call(False, truth=True, expression=ast.unparse(test.operand))
+    return Call(True, truth=True, expression=ast.unparse(test))

@@ -76,7 +76,7 @@ def _calls_passed(sandbox: Sandbox, source: str, tests: Calls, wall_s: float) ->
     """How many give what they should; all of them are made in one process."""
     outcome = sandbox.run(Program(calling(source, [_told(call) for call in tests.calls])), wall_s)
     values = values_of(outcome.stdout)
-    return sum(same_value(value, call.value) for value, call in zip(values, tests.calls, strict=False))
+    return sum(same_value(value, call) for value, call in zip(values, tests.calls, strict=False))
 
 
 def _told(call: Call) -> dict[str, Any]:
