@@ -11,8 +11,7 @@ import time
 import numpy as np
 
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
-from pipeline.rewards import Component, Grader, grade
-from pipeline.rewards.grade import questions_of
+from pipeline.rewards import Component, Grader, grade, question
 from pipeline.rewards.registry import load
 from pipeline.types import Group, Prompt, Rollout
 
@@ -33,8 +32,9 @@ def main() -> None:
         grader.wait_ready()
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            for question in questions_of(groups, tokenizer):
-                verifier(question)
+            for group in groups:
+                for episode in group.episodes:
+                    verifier(question(group.prompt, episode, tokenizer))
             called.append(time.perf_counter() - start)
             start = time.perf_counter()
             grade(groups, tokenizer, grader)

@@ -1,6 +1,6 @@
 """Verifiers: from a prompt and a response to a number, in processes that can be killed."""
 
-from pipeline.rewards.grade import Failures, grade, response_text
+from pipeline.rewards.grade import Failures, grade, question, response_text, settle
 from pipeline.rewards.grader import Grader, check_rewards, open_grader
 from pipeline.rewards.protocol import Limits, Question, Verdict
 from pipeline.rewards.registry import Component, RewardError, Verifier, VerifierError
@@ -18,5 +18,7 @@ __all__ = [
     "check_rewards",
     "grade",
     "open_grader",
+    "question",
     "response_text",
+    "settle",
 ]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.rewards.protocol import KINDS, Question, Verdict
-from pipeline.rewards.registry import Component, RewardError
-from pipeline.types import Episode, Group, Rollout
+from pipeline.rewards.registry import RewardError
+from pipeline.types import Episode, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
 class Asks(Protocol):
     """What of a Grader is needed here."""
-
-    @property
-    def components(self) -> Sequence[Component]: ...
 
     def ask(self, questions: Iterable[Question]) -> list[Verdict]: ...
 
@@ -84,43 +80,63 @@ def grade(
     failed episode has reward 0.
     Raises RewardError at the first failure where on_failure is "stop".
     """
-    spoken = grader.ask(questions_of(groups, tokenizer))
-    verdicts = iter(spoken)
+    questions = (question(group.prompt, episode, tokenizer) for group in groups for episode in group.episodes)
+    verdicts = iter(grader.ask(questions))
     out: list[Group] = []
-    kinds: Counter[str] = Counter()
-    lost, answers, first = 0, 0, ""
+    failures = Failures()
     for group in groups:
-        episodes = []
-        failed_here = ""
-        for episode in group.episodes:
-            verdict, reason = next(verdicts), ""
-            answers += 1
-            if verdict.kind is not None:
-                reason = _reason(verdict, group, response_text(episode.last, tokenizer))
-                if on_failure == "stop":
-                    raise RewardError(reason)
-                kinds[verdict.kind] += 1
-                first, failed_here = first or reason, failed_here or reason
-            episodes.append(_graded(episode, verdict, reason, zero=on_failure == "zero"))
-        own = dataclasses.replace(group, episodes=tuple(episodes))
-        if failed_here and on_failure != "zero":
-            enough = min(least, len(episodes)) if on_failure == "exclude" else len(episodes)
-            if len(own.rewards) < max(1, enough):
-                own, lost = _without_rewards(own, failed_here), lost + 1
-        out.append(own)
-    return out, Failures(answers, kinds, lost, first, *_by_component(grader.components, spoken))
+        own = [next(verdicts) for _ in group.episodes]
+        graded, failed = settle(group, own, tokenizer, on_failure=on_failure, least=least)
+        out.append(graded)
+        failures += failed
+    return out, failures
 
 
-def _by_component(
-    components: Sequence[Component], verdicts: Sequence[Verdict]
-) -> tuple[dict[str, float], Counter[str]]:
+def settle(
+    group: Group,
+    verdicts: Sequence[Verdict],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    on_failure: OnFailure = "exclude",
+    least: int = 1,
+) -> tuple[Group, Failures]:
+    """One group with its verdicts, one for each episode; else as `grade`."""
+    episodes = []
+    kinds: Counter[str] = Counter()
+    first = ""
+    for episode, verdict in zip(group.episodes, verdicts, strict=True):
+        reason = ""
+        if verdict.kind is not None:
+            reason = _reason(verdict, group, response_text(episode.last, tokenizer))
+            if on_failure == "stop":
+                raise RewardError(reason)
+            kinds[verdict.kind] += 1
+            first = first or reason
+        episodes.append(_graded(episode, verdict, reason, zero=on_failure == "zero"))
+    graded, lost = dataclasses.replace(group, episodes=tuple(episodes)), 0
+    if first and on_failure != "zero":
+        enough = min(least, len(episodes)) if on_failure == "exclude" else len(episodes)
+        if len(graded.rewards) < max(1, enough):
+            graded, lost = _without_rewards(graded, first), 1
+    return graded, Failures(len(episodes), kinds, lost, first, *_by_component(verdicts))
+
+
+def question(prompt: Prompt, episode: Episode, tokenizer: PreTrainedTokenizerBase) -> Question:
+    """What the verifiers are asked of an episode of a prompt."""
+    last = episode.last
+    trained = sum(rollout.trained_tokens for rollout in episode.rollouts)
+    return Question(prompt, response_text(last, tokenizer), last.response_ids, last.finish_reason, trained)
+
+
+def _by_component(verdicts: Sequence[Verdict]) -> tuple[Counter[str], Counter[str]]:
     """Sums and counts of what each component gave."""
-    sums: dict[str, float] = {}
+    sums: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for place, component in enumerate(components):
-        given = [v.parts[place].reward for v in verdicts]
-        rewards = [reward for reward in given if reward is not None]
-        sums[component.name], counts[component.name] = math.fsum(rewards), len(rewards)
+    for verdict in verdicts:
+        for name, part in verdict.parts.items():
+            if part.reward is not None:
+                sums[name] += part.reward  # pyright: ignore[reportArgumentType]  a Counter holds any numbers
+                counts[name] += 1
     return sums, counts
 
 
@@ -133,15 +149,6 @@ def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert isinstance(text, str)
     return text
-
-
-def questions_of(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Iterator[Question]:
-    """What a grader is asked, in the order of the episodes."""
-    for group in groups:
-        for episode in group.episodes:
-            last = episode.last
-            trained = sum(rollout.trained_tokens for rollout in episode.rollouts)
-            yield Question(group.prompt, response_text(last, tokenizer), last.response_ids, last.finish_reason, trained)
 
 
 def _graded(episode: Episode, verdict: Verdict, reason: str, *, zero: bool) -> Episode:

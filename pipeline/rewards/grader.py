@@ -95,7 +95,7 @@ class Grader:
         Raises VerifierError where the verifier cannot be loaded at all, RewardError where the supervisor is killed
         again and again.
         """
-        first, count = self._next, 0
+        asked: list[list[int]] = []
         open_: dict[int, bytes] = {}
         verdicts: dict[int, Verdict] = {}
         outbox = bytearray()
@@ -104,8 +104,10 @@ class Grader:
         more = True
         while more or open_:
             if more and (question := next(source, None)) is not None:
-                count += 1
-                outbox += self._addressed(question, open_)
+                parts = self.parts(question)
+                asked.append(list(parts))
+                open_ |= parts
+                outbox += b"".join(parts.values())
                 if len(outbox) < 1 << 13:
                     continue
             else:
@@ -123,33 +125,29 @@ class Grader:
                 self.close()
                 self._start()
                 outbox = bytearray(b"".join(open_.values()))
-        width = len(self.components)
-        return [self._together([verdicts[first + place * width + k] for k in range(width)]) for place in range(count)]
+        return [self.together([verdicts[number] for number in numbers]) for numbers in asked]
 
-    def _addressed(self, question: Question, open_: dict[int, bytes]) -> bytes:
-        """A question to every component, each under the next number, as they are kept in `open_`."""
-        packed = pack_question(question)
-        parts = []
+    def parts(self, question: Question) -> dict[int, bytes]:
+        """A question to every component, as it is sent: number -> bytes, in the order of the components."""
+        packed, parts = pack_question(question), {}
         for component in range(len(self.components)):
-            open_[self._next] = address(self._next, component, packed)
-            parts.append(open_[self._next])
+            parts[self._next] = address(self._next, component, packed)
             self._next += 1
-        return b"".join(parts)
+        return parts
 
-    def _together(self, parts: list[Verdict]) -> Verdict:
-        """The weighted sum, or the first failure."""
-        named = tuple(replace(part, verifier=c.title) for part, c in zip(parts, self.components, strict=True))
-        seconds = max(part.seconds for part in parts)
-        for part in named:
-            if part.kind is not None:
-                return replace(part, seconds=seconds, parts=named)
-        reward = math.fsum(
-            c.weight * part.reward for part, c in zip(parts, self.components, strict=True) if part.reward is not None
-        )
+    def together(self, verdicts: Sequence[Verdict]) -> Verdict:
+        """Of the components' verdicts, in their order: the weighted sum of rewards, or the first failure."""
+        pairs = list(zip(self.components, verdicts, strict=True))
+        named = [replace(verdict, verifier=component.title) for component, verdict in pairs]
+        seconds = max(verdict.seconds for verdict in verdicts)
+        parts = {component.name: verdict for (component, _), verdict in zip(pairs, named, strict=True)}
+        if (failed := next((v for v in named if v.kind is not None), None)) is not None:
+            return replace(failed, seconds=seconds, parts=parts)
+        reward = math.fsum(c.weight * v.reward for c, v in pairs if v.reward is not None)
         if abs(reward) <= LARGEST:
-            return Verdict(reward, seconds=seconds, verifier=named[0].verifier, parts=named)
+            return Verdict(reward, seconds=seconds, parts=parts)
         what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
-        return Verdict(kind="not_a_number", what=what, seconds=seconds, verifier=named[0].verifier, parts=named)
+        return Verdict(kind="not_a_number", what=what, seconds=seconds, verifier=named[0].verifier, parts=parts)
 
     def close(self) -> None:
         """End it, and all that it and its verifiers started. May be called twice."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import pickle
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -73,7 +73,7 @@ class Verdict:
     """A reward, or a kind of failure and what happened ("took more than 30 s"), which goes on from "the verifier".
 
     seconds: that grading took, from when a worker had the answer. verifier: which one spoke, or failed; empty where
-    that is known. parts: of the components, in their order, where this is of all of them together.
+    that is known. parts: of each component by its name, where this is of all of them together.
     """
 
     reward: float | None = None
@@ -81,7 +81,7 @@ class Verdict:
     what: str = ""
     seconds: float = 0.0
     verifier: str = ""
-    parts: tuple[Verdict, ...] = ()
+    parts: Mapping[str, Verdict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import socket
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,15 +195,16 @@ def post(url: str, body: str, timeout_s: float) -> None:
         raise DeliveryError(f"webhook at {host} answered {answer.status}")
 
 
-def wrong_alerts(config: AlertsConfig) -> str | None:
-    """What can be known to be wrong before a run starts."""
+def wrong_alerts(config: AlertsConfig, of_verifiers: Collection[str] = ()) -> str | None:
+    """What can be known to be wrong before a run starts. of_verifiers: the metrics of this run's verifiers."""
     if config.command and shutil.which(config.command[0]) is None:
         return f"alerts.command: there is no program {config.command[0]!r}"
     families = known_metrics()
     for rule in config.rules:
         known = families.get(rule.metric.partition("/")[0])
-        if known is not None and rule.metric not in known:
-            return f"alerts.rules: there is no metric {rule.metric!r}; there are {', '.join(sorted(known))}"
+        if known is not None and rule.metric not in known and rule.metric not in of_verifiers:
+            there = sorted({*known, *of_verifiers} if rule.metric.startswith("reward/") else known)
+            return f"alerts.rules: there is no metric {rule.metric!r}; there are {', '.join(there)}"
     return None
 
 

@@ -79,7 +79,9 @@ def wrong_sinks(config: ObserveConfig) -> str | None:
 
 def check_sinks(config: Config) -> None:
     """Raises ObserveError for what can be known to be wrong before anything starts."""
-    if why := wrong_sinks(config.observe) or wrong_alerts(config.alerts):
+    if why := wrong_sinks(config.observe) or wrong_alerts(
+        config.alerts, {f"reward/{reward.metric}" for reward in config.rewards}
+    ):
         raise ObserveError(why)
 
 

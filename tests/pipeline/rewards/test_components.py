@@ -24,7 +24,7 @@ def test_the_reward_is_the_weighted_sum_and_each_part_is_told():
     with Grader(components, workers=2) as grader:
         right, half = grader.ask([question("right"), question("half")])
     assert (right.reward, half.reward) == (2.0 - 0.25, 1.0 - 0.25)
-    assert [part.reward for part in half.parts] == [0.5, -0.5]
+    assert [part.reward for part in half.parts.values()] == [0.5, -0.5]
 
 
 def test_one_that_fails_fails_the_answer_and_is_named_and_the_others_are_told():
@@ -32,7 +32,7 @@ def test_one_that_fails_fails_the_answer_and_is_named_and_the_others_are_told():
     with Grader(components, workers=2) as grader:
         raised, right = grader.ask([question("raise"), question("right")])
     assert (raised.reward, raised.kind, raised.verifier) == (None, "raised", "tests.support.hostile:verify")
-    assert [part.reward for part in raised.parts] == [-0.5, None]
+    assert [part.reward for part in raised.parts.values()] == [-0.5, None]
     assert right.reward == 0.5
 
 
@@ -41,7 +41,7 @@ def test_each_has_a_time_limit_of_its_own():
     with Grader(components, workers=4) as grader:
         grader.wait_ready()
         (slow,) = grader.ask([question("slow")])
-    assert [(part.kind, part.reward) for part in slow.parts] == [("timeout", None), (None, 1.0)]
+    assert [(part.kind, part.reward) for part in slow.parts.values()] == [("timeout", None), (None, 1.0)]
     assert slow.what == "took more than 0.3 s"
 
 

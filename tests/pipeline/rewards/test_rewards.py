@@ -48,11 +48,9 @@ def group(tokenizer, *responses, answer="123"):
 class Said:
     """A grader that knows its verdicts, and keeps what it was asked."""
 
-    components = (Component("some", {"kind": "function", "function": "some:verifier"}),)
-
     def __init__(self, *verdicts):
         given = [v if isinstance(v, Verdict) else Verdict(reward=v) for v in verdicts]
-        self.verdicts = [replace(v, verifier="some:verifier", parts=(v,)) for v in given]
+        self.verdicts = [replace(v, verifier="some:verifier", parts={"some": v}) for v in given]
 
     def ask(self, questions):
         self.asked = list(questions)
