@@ -21,7 +21,6 @@ from pipeline.config.sources import (
 )
 
 
-
 class DataConfig(Frozen):
     """The prompts of a run."""
 

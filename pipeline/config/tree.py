@@ -15,7 +15,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.observe import ObserveConfig
 from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.config.replay import Replay
-from pipeline.config.rewards import ExactMatchReward, GradingConfig, Rewards
+from pipeline.config.rewards import ExactMatchReward, GradingConfig, Rewards, check_memory
 from pipeline.config.run import (
     ChecksConfig,
     ClusterConfig,
@@ -104,6 +104,7 @@ class Config(Frozen):
                 f"{self.rollout_gpus} for a server of server.tensor_parallel={server}; set cluster.nodes higher or "
                 "parallel.ranks lower"
             )
+        check_memory(self.rewards, self.grading)
         longest = request_tokens(self.data.max_prompt_tokens, self.rollout.max_new_tokens)
         for name in ("context_length", "max_total_tokens"):
             room = getattr(self.server, name)

@@ -33,8 +33,10 @@ SECONDS = {
     "pipeline/plan/test_against_models.py": 16,
     "megatron_ext/checkpoint/test_shards.py": 16,
     "pipeline/checkpoints/test_checkpoints.py": 16,
+    "pipeline/rewards/sandbox/test_hostile.py": 14,
     "pipeline/diagnose/test_page.py": 10,
     "pipeline/weights/test_packed_experts.py": 14,
+    "pipeline/rewards/kinds/test_servers.py": 9,
     "megatron_ext/hf/test_mbridge.py": 9,
     "megatron_ext/batch/test_replay_mutations.py": 9,
     "pipeline/objectives/test_properties.py": 8,
@@ -42,6 +44,8 @@ SECONDS = {
     "pipeline/data/test_sources.py": 7,
     "pipeline/data/test_procedural.py": 7,
     "megatron_ext/convert/test_failures.py": 7,
+    "pipeline/rewards/kinds/test_math_verify.py": 7,
+    "pipeline/rewards/sandbox/test_choice.py": 6,
     "megatron_ext/test_precision.py": 5,
 }
 """Of a processor, children included, on an EPYC of 2.4 GHz; files of less than five are left out."""

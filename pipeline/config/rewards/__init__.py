@@ -1,6 +1,14 @@
 """What grades the answers of a run: verifiers with weights, and what becomes of answers that one fails on."""
 
-from pipeline.config.rewards.listed import KINDS, MOVED, GradingConfig, OnFailure, RewardConfig, Rewards
+from pipeline.config.rewards.listed import (
+    KINDS,
+    MOVED,
+    GradingConfig,
+    OnFailure,
+    RewardConfig,
+    Rewards,
+    check_memory,
+)
 from pipeline.config.rewards.verifiers import (
     CodeReward,
     ExactMatchReward,
@@ -25,4 +33,5 @@ __all__ = [
     "RewardModelReward",
     "Rewards",
     "SandboxConfig",
+    "check_memory",
 ]

@@ -25,6 +25,9 @@ from pipeline.config.rewards.verifiers import (
 OnFailure = Literal["exclude", "zero", "drop_group", "stop"]
 """What becomes of an answer that a verifier failed on."""
 
+_OF_WORKER_GB = 0.5
+"""Of the process that watches a program."""
+
 _TAKEN = {"mean", "std", "failed", "groups_dropped", "uninformative_groups"}
 """Metrics that a component would hide."""
 
@@ -106,6 +109,17 @@ def _check(rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
         if names.count(name) > 1:
             raise ValueError(f"{names.count(name)} verifiers have the name {name!r}; give each a name of its own")
     return rewards
+
+
+def check_memory(rewards: tuple[Reward, ...], grading: GradingConfig) -> None:
+    """Raise ValueError where a program may take more memory than its verifier, which would be killed in its place."""
+    for reward in rewards:
+        if isinstance(reward, CodeReward) and reward.sandbox.memory_mb / 1000 + _OF_WORKER_GB > grading.memory_gb:
+            least = reward.sandbox.memory_mb / 1000 + _OF_WORKER_GB
+            raise ValueError(
+                f"a program's sandbox.memory_mb={reward.sandbox.memory_mb} does not fit grading.memory_gb="
+                f"{grading.memory_gb:g} of its verifier; set that to {least:g} or more"
+            )
 
 
 MOVED = {

@@ -123,7 +123,7 @@ class SandboxConfig(Frozen):
     wall_s: float = Field(10.0, gt=0, description="time of one test, seconds")
     total_s: float = Field(60.0, gt=0, description="time of all tests of an answer, seconds")
     memory_mb: int = Field(512, ge=64, description="of all its processes, 1e6 bytes")
-    processes: int = Field(16, ge=1, description="at a time, threads included")
+    processes: int = Field(16, ge=1, le=200, description="at a time, threads included")
     files_mb: int = Field(32, ge=1, description="of all files that it writes, 1e6 bytes; they are gone with it")
     output_kb: int = Field(1024, ge=1, description="that it prints, 1e3 bytes")
 

@@ -65,6 +65,10 @@ def test_what_a_run_writes_down_reads_back_as_it_is():
         ("rewards={kind: judge, url: 'http://x', model: m, template: x}", r"the template needs \{response\}"),
         ("rewards={kind: judge, url: 'http://x', model: m, template: '{response}', pattern: x}", "has 0 groups"),
         ("rewards={kind: judge, url: 'http://x', model: m, template: '{response}', scale: [1, 1]}", "two different"),
+        (
+            "rewards={kind: code, sandbox: {memory_mb: 4000}}",
+            "memory_mb=4000 does not fit grading.memory_gb=4 ",
+        ),
         ("data.reward=exact_match", r"data\.reward: there is no such key; it is rewards now"),
         ("data.on_reward_failure=zero", r"it is grading\.on_failure now"),
     ],
