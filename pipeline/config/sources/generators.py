@@ -42,7 +42,7 @@ class SyntheticTaskConfig(Frozen):
 
 
 class ReasoningGymSource(SourceConfig):
-    """Tasks of reasoning-gym: endless generators that come with verifiers; data.reward=reasoning_gym asks those."""
+    """Tasks of reasoning-gym: endless generators that come with verifiers; rewards=reasoning_gym asks those."""
 
     kind: Literal["reasoning_gym"] = Field("reasoning_gym", description="this kind")
     tasks: dict[str, dict[str, Any]] = Field(

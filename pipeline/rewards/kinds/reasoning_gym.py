@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def load(settings: Mapping[str, Any]) -> Verifier:
     now. Raises VerifierError where the library is missing.
     """
     try:
-        library = importlib.import_module("reasoning_gym")
+        library = _library()
     except ImportError as error:
         raise VerifierError(f"reasoning_gym needs its library: pip install reasoning-gym ({error})") from error
     tag = settings.get("tag", "answer")
@@ -54,5 +55,10 @@ def tagged(text: str, tag: str | None) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _set(task: str, seed: int, size: int, parameters: str) -> Any:
-    library = importlib.import_module("reasoning_gym")
-    return library.create_dataset(task, seed=seed, size=size, **json.loads(parameters))
+    return _library().create_dataset(task, seed=seed, size=size, **json.loads(parameters))
+
+
+def _library() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of cellpylib 2.4.0, when it is compiled
+        return importlib.import_module("reasoning_gym")

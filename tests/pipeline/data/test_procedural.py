@@ -11,8 +11,8 @@ from pipeline.data.chat import DataError
 from pipeline.data.procedural import SIZE
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
-from pipeline.rewards import Limits, Question, resolve_reward
-from pipeline.rewards.grader import Grader
+from pipeline.rewards import Component, Grader, Limits, Question
+from pipeline.rewards.registry import load
 
 EASY = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
 MIXTURE = EASY | {"spell_backward": {"min_word_len": 3, "max_word_len": 4, "weight": 3}}
@@ -34,7 +34,7 @@ def open_tasks(model):
 
 
 def grade(prompt, answer, finish_reason="stop"):
-    return resolve_reward("reasoning_gym")(prompt, answer, np.zeros(1, np.int32), finish_reason)
+    return load(Component.named("reasoning_gym"))(Question(prompt, answer, np.zeros(1, np.int32), finish_reason))
 
 
 def test_tasks_are_mixed_by_their_weights_and_questions_depend_on_the_seeds_alone(open_tasks):

@@ -11,7 +11,8 @@ from pipeline.config import load_config_and_model
 from pipeline.config.model import TinyModelConfig
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
-from pipeline.rewards import resolve_reward
+from pipeline.rewards import Component, Question, open_grader
+from pipeline.rewards.registry import load
 
 RECIPES = Path("configs/recipes")
 GSM8K = {
@@ -100,9 +101,30 @@ def test_reasoning_gym_asks_every_task_and_its_own_verdict_on_right_answers_is_1
     tasks = {questions.name for questions in source.sources}
     prompts = source.take(2 * len(tasks))
     assert {prompt.metadata["task"] for prompt in prompts} == tasks
-    verdict = resolve_reward("reasoning_gym")
+    verdict = load(Component.named("reasoning_gym"))
     for prompt in prompts:
-        assert verdict(prompt, prompt.metadata["answer"], np.zeros(1, np.int32), "stop") == 1
+        assert verdict(Question(prompt, prompt.metadata["answer"], np.zeros(1, np.int32), "stop")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "right", "wrong"),
+    [
+        ("gsm8k", [GSM8K], "24 and 48 are \\boxed{72}", "72, or so: \\boxed{48}"),
+        ("dapo-math-17k", [DAPO], "1 + 1 = 2\nAnswer: $2$", "2\nAnswer: 3"),
+        (
+            "deepcoder",
+            [DEEPCODER["primeintellect"]] * 2,
+            "```python\nprint(int(input()) ** 2)\n```",
+            "```python\n9\n```",
+        ),
+    ],
+)
+def test_the_verifiers_of_a_recipe_grade_its_answers(name, samples, right, wrong, recipe):
+    config, _ = load_config_and_model(RECIPES / f"{name}.yaml")
+    prompt = recipe(name, samples).take(1)[0]
+    with open_grader(config.rewards, config.grading.model_copy(update={"workers": 1})) as grader:
+        verdicts = grader.ask([Question(prompt, text, np.zeros(1, np.int32), "stop") for text in (right, wrong)])
+    assert [verdict.reward for verdict in verdicts] == [1.0, 0.0]
 
 
 def test_the_tiny_mixture_has_a_held_out_part_that_is_never_trained_on(recipe):
