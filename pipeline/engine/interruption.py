@@ -59,7 +59,7 @@ class Updates:
 
     def mixed_kv(self, weight_versions: np.ndarray) -> np.ndarray | None:
         """Which tokens of one request were sampled over keys and values of older weights than their own: [M] bool; None
-        where it lived through no update. weight_versions: [M] int32, never falling.
+        where none was. weight_versions: [M] int32, never falling.
 
         Its first token's version is that of its prompt's keys and values. Any update but `in_place` makes all of them
         anew.
@@ -71,7 +71,8 @@ class Updates:
         for version in range(first + 1, last + 1):
             oldest = oldest if self.modes.get(version) == "in_place" else version
             of[version] = oldest
-        return np.array([of[int(v)] < v for v in weight_versions])
+        marks = np.array([of[int(v)] < v for v in weight_versions])
+        return marks if marks.any() else None
 
 
 def must_be_current(weight_versions: np.ndarray, sent_under: int, now: int) -> None:

@@ -18,7 +18,7 @@ SECONDS = {
     "megatron_ext/hf/test_families.py": 44,
     "megatron_ext/batch/test_replay.py": 42,
     "pipeline/engine/test_server_faults.py": 60,
-    "pipeline/engine/test_interruptions.py": 50,
+    "pipeline/engine/test_interruptions.py": 70,
     "pipeline/engine/test_client.py": 37,
     "end_to_end/test_run.py": 35,
     "megatron_ext/test_trainer.py": 32,

@@ -396,13 +396,13 @@ def test_a_score_that_an_interruption_aborts_is_asked_again():
         (("in_place", "in_place"), [0, 1, 1]),
         (("in_place", "retract"), [0, 1, 0]),
         (("retract", "in_place"), [0, 0, 1]),
-        (("retract", "retract"), [0, 0, 0]),
     ],
 )
 def test_tokens_over_older_keys_and_values_are_marked(modes, mixed):
     updates = Updates({4: modes[0], 5: modes[1]})
     assert updates.mixed_kv(np.array([3, 4, 5])).tolist() == [bool(m) for m in mixed]
     assert updates.mixed_kv(np.array([4, 4])) is None
+    assert Updates({4: "retract", 5: "retract"}).mixed_kv(np.array([3, 4, 5])) is None
 
 
 def test_tokens_of_weights_that_the_fleet_never_held_are_refused():
