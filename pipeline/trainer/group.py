@@ -27,7 +27,7 @@ from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
 from pipeline.types import PolicyTokens, Rollout
 from pipeline.waiting import START_S, Waiting
-from pipeline.weights.servers import WeightTransferError
+from pipeline.weights.servers import WeightCheckError, WeightTransferError
 
 if TYPE_CHECKING:
     from megatron_ext.exchange import Exchange
@@ -236,8 +236,8 @@ class TrainerGroup:
         try:
             call()
         except TrainerError as error:
-            cause = error.__cause__
-            if isinstance(cause, RayTaskError) and isinstance(cause.cause, WeightTransferError):
+            cause = error.__cause__.cause if isinstance(error.__cause__, RayTaskError) else None
+            if isinstance(cause, WeightTransferError) and not isinstance(cause, WeightCheckError):
                 raise ServersFailedError(str(error)) from error
             raise
 

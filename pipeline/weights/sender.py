@@ -15,7 +15,7 @@ from pipeline.config.weights import WeightsConfig
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.server import ServerError
 from pipeline.weights.differences import TensorSum, WeightDifference, compare_sums, tensor_sums
-from pipeline.weights.servers import Servers, WeightTransferError
+from pipeline.weights.servers import Servers, WeightCheckError
 from pipeline.weights.transports import make_transport
 
 _NAMED = 10  # differing tensors named in an error
@@ -66,7 +66,7 @@ class WeightSender:
         wrong = self._compared(sums)
         if wrong:
             more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-            raise WeightTransferError(
+            raise WeightCheckError(
                 f"after the transfer of version {version} the servers do not hold what was sent: "
                 + ", ".join(map(str, wrong[:_NAMED]))
                 + more
@@ -80,7 +80,7 @@ class WeightSender:
         try:
             return compare_sums(sums, self.servers.controls)
         except ServerError as error:
-            raise WeightTransferError(
+            raise WeightCheckError(
                 f"a server cannot say what weights it holds (weights.checksum_every=0 does not ask): {error}"
             ) from error
 

@@ -15,6 +15,10 @@ class WeightTransferError(SamerouteError):
     """A server did not take the weights, or holds others; the message names it."""
 
 
+class WeightCheckError(WeightTransferError):
+    """Every server took the weights, and then did not hold them, or could not say. To send them again mends nothing."""
+
+
 class Servers:
     """The servers that get the weights. timeout_s: of one call."""
 
