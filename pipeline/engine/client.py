@@ -25,7 +25,7 @@ from pipeline import http
 from pipeline.engine.control import SGLangControl, cache_key
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
-from pipeline.engine.stream import RequestStream
+from pipeline.engine.stream import STREAM_END, RequestStream
 from pipeline.types import FinishReason, Sampled
 
 _ROUTE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32}  # by the bytes of an expert id
@@ -248,8 +248,12 @@ class SGLangClient(SGLangControl):
             async with self._session.post(f"{self.url}/generate", json=body, headers=headers) as response:
                 if response.status != 200:
                     self._content("/generate", http.Answer(response.status, await response.text(errors="replace")))
+                end = b""
                 async for chunk in response.content.iter_any():
+                    end = (end + chunk)[-len(STREAM_END) :]
                     yield chunk
+            if end != STREAM_END:  # a server that is killed may still close its connections
+                raise UnreachableError(f"{self.url}/generate was cut off{self._see_log()}")
         except http.HttpError as error:
             raise UnreachableError(f"{self.url}/generate was cut off: {error!r}{self._see_log()}") from error
 

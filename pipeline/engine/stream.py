@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.engine.server import ServerError
 
+STREAM_END = b"data: [DONE]\n\n"
 _EACH = ("rid", "input_ids", "sampling_params", "extra_key")
 _NO_CHUNKS = 1 << 30  # tokens between two: after its first token an answer comes whole
 

@@ -124,7 +124,7 @@ def test_a_killed_scheduler_fails_its_requests_in_time_and_leaves_nothing(tiny_m
 
         async def generate_and_kill():
             async with client:
-                task = asyncio.create_task(client.generate([1, 2, 3], 2, Sampling(900, 1.0, ignore_eos=True)))
+                task = asyncio.create_task(client.sample([1, 2, 3], Sampling(900, 1.0, ignore_eos=True)))
                 await sampling_begins(server)
                 scheduler.kill()
                 return await task

@@ -17,6 +17,7 @@ from pipeline.engine.control import ServerAddress
 from pipeline.weights import WeightsConfig, WeightSender, WeightTransferError
 from tests.conftest import save_tiny_model
 from tests.support import reference
+from tests.support.sampling import answers
 
 SEQUENCE = np.random.default_rng(0).integers(0, 500, 60)
 
@@ -70,11 +71,8 @@ def test_a_transfer_gives_the_new_model_and_its_version_to_every_token(
     assert client.checksums() != checksums
     assert client.weight_version() == 3
 
-    async def sample():
-        async with client:
-            return await client.generate([1, 2, 3], 2, Sampling(4, 1.0, ignore_eos=True))
-
-    assert all((rollout.weight_versions == 3).all() for rollout in asyncio.run(sample()))
+    rollouts = asyncio.run(answers(client, [1, 2, 3], 2, Sampling(4, 1.0, ignore_eos=True)))
+    assert all((rollout.weight_versions == 3).all() for rollout in rollouts)
 
     sender.send(buckets(original), 4)
     assert client.checksums() == checksums
