@@ -27,7 +27,8 @@ pipeline.objectives
 pipeline.config
 pipeline.rewards pipeline.cluster pipeline.dumps pipeline.disk pipeline.waiting
 pipeline.data pipeline.engine pipeline.observe
-pipeline.weights pipeline.rollout pipeline.plan
+pipeline.weights pipeline.rollout
+pipeline.plan
 pipeline.trainer
 pipeline.checkpoints pipeline.diagnose
 pipeline.loop

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from megatron_ext.config import Frozen, OptimizerConfig
 
@@ -33,8 +33,15 @@ class RunConfig(Frozen):
     rollouts_shown: int = Field(4, ge=0, description="sampled rollouts written in readable form, each step")
 
 
+Order = Literal["finish", "admission"]
+"""In which finished groups are trained on."""
+
+Interrupt = Literal["abort", "in_place", "retract", "drain"]
+"""What becomes of the answers in flight when new weights come."""
+
+
 class RolloutConfig(Frozen):
-    """What is sampled each step."""
+    """What is sampled each step, and how far sampling may run ahead of training."""
 
     prompts_per_step: int = Field(32, ge=1, description="prompts, each a group")
     samples_per_prompt: int = Field(8, ge=1, description="rollouts in a group (G)")
@@ -42,11 +49,57 @@ class RolloutConfig(Frozen):
     max_sampling_rounds: int = Field(
         10,
         ge=1,
-        description="rounds in which dynamic sampling may look for groups whose rewards differ; then the run ends",
+        description="rounds in which dynamic sampling may look for groups whose rewards differ; then the run ends; "
+        "with max_staleness: after so many times prompts_per_step groups in a row without one",
     )
     timeout_s: float = Field(
         600.0, gt=0, description="a server that has requests and gets no further for so long fails the run"
     )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="versions of the weights by which a token may be older than the step that trains on it; 0: sample, "
+        "then train, in turn; from 1 on servers sample while the trainer works",
+    )
+    ahead: int | None = Field(
+        None,
+        ge=0,
+        description="steps' worth of prompts in flight beyond the step in progress, at most max_staleness; null: 0, 1 "
+        "and max_staleness - 1 for max_staleness 0, 1 and more",
+    )
+    order: Order = Field(
+        "finish",
+        description="finish: a step takes what has finished, and waits for long answers only when they are due; "
+        "admission: strictly in the order of the prompts, without a bias by length, and behind the longest answer",
+    )
+    group_limit_s: float = Field(
+        600.0,
+        gt=0,
+        description="seconds in which no group that a step waits for gets any further, after which their answers are "
+        'cut and graded as they are (finish_reason "time")',
+    )
+    interrupt: Interrupt = Field(
+        "drain",
+        description="answers in flight when new weights come. drain: the transfer waits until they have ended; abort: "
+        "they are interrupted and go on under the new weights; in_place: they go on over the old keys and values; "
+        "retract: those are computed again",
+    )
+
+    @model_validator(mode="after")
+    def _ahead_within_staleness(self) -> Self:
+        if self.ahead is not None and self.ahead > self.max_staleness:
+            raise ValueError(
+                f"ahead={self.ahead} steps of prompts would grow older than max_staleness={self.max_staleness}; set "
+                f"rollout.max_staleness={self.ahead} or more, or rollout.ahead lower"
+            )
+        return self
+
+    @property
+    def steps_ahead(self) -> int:
+        """`ahead`, or its default."""
+        if self.ahead is not None:
+            return self.ahead
+        return self.max_staleness if self.max_staleness < 2 else self.max_staleness - 1
 
 
 class TrainConfig(OptimizerConfig):

@@ -105,6 +105,13 @@ class Config(Frozen):
                 "parallel.ranks lower"
             )
         check_memory(self.rewards, self.grading)
+        if self.rollout.max_staleness and not self.objective.guards_staleness:
+            raise ValueError(
+                f"rollout.max_staleness={self.rollout.max_staleness} trains on tokens of older weights, and "
+                f"objective.preset={self.objective.preset} has no correction for that; set objective.correction="
+                "'{kind: token_tis}' (geometric_tis where the ratio is of sequences), or objective.correction=none to "
+                "train without one"
+            )
         longest = request_tokens(self.data.max_prompt_tokens, self.rollout.max_new_tokens)
         for name in ("context_length", "max_total_tokens"):
             room = getattr(self.server, name)

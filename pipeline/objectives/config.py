@@ -46,7 +46,8 @@ class ObjectiveConfig(BaseModel):
     tau_positive: float | None = Field(default=None, gt=0, description="soft gate's temperature where A > 0")
     tau_negative: float | None = Field(default=None, gt=0, description="soft gate's temperature where A <= 0")
     correction: tuple[CorrectionConfig, ...] | None = Field(
-        default=None, description="for the discrepancy between engines: one, several (multiplied), or [] for none"
+        default=None,
+        description="for the discrepancy between engines, and for stale rollouts: one, several (multiplied), or none",
     )
     kl: KLConfig | None = Field(
         default=None, description="penalty on the distance from a reference model; beta: 0 removes it"
@@ -82,6 +83,8 @@ class ObjectiveConfig(BaseModel):
     @field_validator("correction", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
+        if value == "none":
+            return ()
         return (value,) if isinstance(value, dict | CorrectionConfig) else value
 
     @model_validator(mode="after")
@@ -102,6 +105,16 @@ class ObjectiveConfig(BaseModel):
             written["value_clip"] = None
         _check_clip(self, cells)
         return dataclasses.replace(cells, **written)
+
+    @property
+    def guards_staleness(self) -> bool:
+        """Whether the objective weighs a token by what mu was when it was sampled, or is told by name not to.
+
+        With one mini-batch pi/pi_o is 1 and its clip does nothing, so only a correction, or a ratio to mu, knows that
+        rollouts are stale.
+        """
+        cells = self.composition()
+        return bool(cells.corrections) or cells.ratio_to == "rollout" or self.correction == ()
 
     @property
     def name(self) -> str:

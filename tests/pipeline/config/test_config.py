@@ -33,6 +33,9 @@ def test_every_step_is_dumped_or_none_or_those_that_are_listed(override, dumped)
         ("train.lr=fast", r"train\.lr: .*number"),
         ("train.lr", r"section\.field=value"),
         ("train.lr.x=1", "lr is a value, not a section"),
+        ("rollout.ahead=1", r"ahead=1 steps of prompts would grow older.*set rollout\.max_staleness=1 or more"),
+        ("rollout.order=random", r"rollout\.order: .*'finish' or 'admission'"),
+        ("rollout.interrupt=wait", r"rollout\.interrupt: .*'abort', 'in_place', 'retract' or 'drain'"),
         ("train.mini_batches=5", "32 prompts do not divide into 5 mini-batches"),
         ("trainer.router_fusion=true", "set trainer.router_fusion=false, or set replay=none"),
         ("trainer.extra={moe_router_fusion: true}", "set trainer.router_fusion=false"),
@@ -98,6 +101,32 @@ def test_a_section_that_a_file_gives_as_a_text_is_answered_with_what_to_write(tm
         load_config(file)
     file.write_text("objective: {preset: grpo}\nmodel: {tiny: {}}\ndata: {task: {}}\n")
     assert load_config(file).objective.preset == "grpo"
+
+
+@pytest.mark.parametrize(("staleness", "ahead"), [(0, 0), (1, 1), (2, 1), (5, 4)])
+def test_how_far_sampling_runs_ahead_follows_from_the_staleness(staleness, ahead):
+    config = load_config(QUICKSTART, [f"rollout.max_staleness={staleness}", "objective.correction=none"])
+    assert config.rollout.steps_ahead == ahead
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "objective={preset: gspo, correction: none}",
+        "objective={preset: gspo, correction: []}",
+        "objective={preset: gspo, correction: {kind: geometric_tis}}",
+        "objective={preset: grpo, correction: {kind: token_tis}}",
+        "objective={preset: grpo, ratio_to: rollout}",
+    ],
+)
+def test_stale_rollouts_are_trained_on_with_a_correction_or_without_one_by_name(named):
+    load_config(QUICKSTART, ["rollout.max_staleness=1", named])
+
+
+def test_stale_rollouts_without_a_correction_are_refused():
+    for preset in ("gspo", "grpo"):
+        with pytest.raises(ConfigError, match=r"set objective\.correction='\{kind: token_tis\}'.*correction=none"):
+            load_config(QUICKSTART, ["rollout.max_staleness=1", f"objective={{preset: {preset}}}"])
 
 
 def test_min_p_with_seeds_is_refused():
