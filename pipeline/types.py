@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_ext.batch.routes import Routed, check_routes
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "time"]
 
 LARGEST_LOGPROB = 1e-3
 """A log-prob may exceed 0 by rounding, and not by more."""
@@ -70,7 +70,8 @@ class Rollout:
     routes:           [P + N - 1, layers, topk] uint8 or int16: row t holds the experts chosen where token t was the
                       input. The last token was never an input, so it has no row. None: not asked for.
     weight_versions:  [N] int32, the version of the weights that sampled each token.
-    finish_reason:    "stop" (a stop token), "length" (the limit), "abort" (interrupted; what is there is valid).
+    finish_reason:    "stop" (a stop token), "length" (the limit), "abort" (interrupted; what is there is valid),
+                      "time" (cut, because it got no further).
     trained:          [N] bool: which tokens the policy sampled, and so are trained on. The others (what a tool said)
                       have log-prob 0, version -1 and no kept set; they have routes, because the trainer reads them too.
                       Left out: all.

@@ -13,7 +13,10 @@ from megatron_ext.hf.config_json import read_hf_config
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress, read_progress
 from pipeline.config import Config
 from pipeline.config.secrets import shown
+from pipeline.dumps.groups import DumpError
 from pipeline.errors import NOT_STARTED, SamerouteError
+from pipeline.rollout.admission import Admission
+from pipeline.rollout.saved import Saved, read_saved
 
 # Where files lie, and what is kept: no part of what a run computes. Models are compared by themselves.
 _INCIDENTAL = (
@@ -38,11 +41,13 @@ class ResumeError(SamerouteError):
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run goes on from, and what to tell the user, a sentence each."""
+    """The checkpoint that a run goes on from, what to tell the user, a sentence each, and the rollouts that were made
+    ahead; None where there were none, or are not wanted."""
 
     path: Path
     progress: Progress
     notes: list[str]
+    saved: Saved | None = None
 
 
 def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Start | None:
@@ -71,7 +76,33 @@ def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Star
         notes.append(f"changed since {latest.name} was saved: {', '.join(changed)}")
         if any(change.startswith("data.") for change in changed):
             notes.append(f"prompts go on at {progress.cursor['prompts']} of the new data")
-    return Start(latest, progress, notes)
+    saved = _rollouts(config, latest, progress)
+    if saved is not None and not config.rollout.max_staleness:
+        notes.append(f"{len(saved.admission['open'])} groups that were sampled ahead are left out: max_staleness is 0")
+        saved = None
+    return Start(latest, progress, notes, saved)
+
+
+def _rollouts(config: Config, path: Path, progress: Progress) -> Saved | None:
+    """What a checkpoint has of asynchronous rollouts. Raises ResumeError where it is damaged, or cannot be trained on
+    with this configuration."""
+    rollout = config.rollout
+    try:
+        saved = read_saved(path, progress.cursor)
+    except DumpError as error:
+        raise ResumeError(f"{error}; remove {path} to resume from an older one") from error
+    if saved is not None and rollout.max_staleness:
+        rule = Admission(rollout.prompts_per_step, rollout.max_staleness, rollout.steps_ahead, order=rollout.order)
+        try:
+            rule.restore(saved.admission)
+        except ValueError as error:
+            was = progress.config["rollout"]
+            raise ResumeError(
+                f"{path} cannot be resumed: {error}. Set rollout.max_staleness={was['max_staleness']} and "
+                f"rollout.prompts_per_step={was['prompts_per_step']} as they were, or rollout.max_staleness=0, which "
+                "leaves these groups out"
+            ) from error
+    return saved
 
 
 def _refuse(config: Config, path: Path, progress: Progress) -> None:

@@ -53,8 +53,9 @@ class Saver:
         self._given_up = threading.Event()
         self._error: BaseException | None = None
 
-    def save(self, progress: Progress) -> None:
-        """Begin; waits for the one before. Raises CheckpointError, as all of these do."""
+    def save(self, progress: Progress, write: Callable[[Path], object] = lambda _: None) -> None:
+        """Begin; waits for the one before. write: what else belongs into its directory, from the thread. Raises
+        CheckpointError, as all of these do."""
         self.wait()
         partial = None
         try:
@@ -65,7 +66,7 @@ class Saver:
         self._partial = partial
         self._given_up.clear()
         self._thread = threading.Thread(
-            target=self._complete, args=(partial, progress), name="sameroute checkpoint", daemon=True
+            target=self._complete, args=(partial, progress, write), name="sameroute checkpoint", daemon=True
         )
         self._thread.start()
         if not self.config.asynchronous:
@@ -103,9 +104,10 @@ class Saver:
             if isinstance(self._error, CheckpointError):
                 self.said(str(self._error))
 
-    def _complete(self, partial: Path, progress: Progress) -> None:
+    def _complete(self, partial: Path, progress: Progress, write: Callable[[Path], object]) -> None:
         pause_s = _FIRST_POLL_S
         try:
+            write(partial)
             while not self.trainers.save_written():
                 pause_s = min(2 * pause_s, _POLL_S)
                 if self._given_up.wait(pause_s):

@@ -61,7 +61,7 @@ def _check_files(config: Config, from_dump: Path | None) -> None:
     `train` looks again, and into them. Raises DataError and DumpError.
     """
     if from_dump is not None and not from_dump.exists():
-        from pipeline.dumps.dump import DumpError
+        from pipeline.dumps.groups import DumpError
 
         raise DumpError(f"there is no dump {from_dump}")
     if (missing := config.data.missing_file) is not None:

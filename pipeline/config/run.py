@@ -138,6 +138,12 @@ class ChecksConfig(Frozen):
         description="rollouts on which trainer and server are compared before the first step, 64 tokens each at most; "
         "0: none",
     )
+    scored_rollouts: int = Field(
+        2,
+        ge=1,
+        description="rollouts of a step that each server scores under the newest weights, for the comparison with the "
+        "trainer, where rollout.max_staleness is more than 0",
+    )
     probe_every: int = Field(
         10, ge=0, description="under R3, steps between two measurements of the mismatch without replay; 0: none"
     )

@@ -1,75 +1,18 @@
-"""What a step trained on, as one file that can be read again without a server.
+"""What a step trained on, as one file that can be read again without a server: dumps/step_000012.safetensors.
 
-dumps/step_000012.safetensors holds flat arrays, all rollouts one behind the other in the order of training:
-
-    group_sizes       [groups] int32       episodes of each prompt
-    prompts           [bytes] uint8        JSON, a list of {text, metadata, index, origin}
-    episode_sizes     [episodes] int32     rollouts of each
-    rewards           [episodes] float32   0 where it failed
-    failures          [bytes] uint8        JSON, a list: why an episode has no reward, or null
-    prompt_lengths    [rollouts] int32     P
-    prompt_ids        [sum P] int32        a group's prompt is that of its first rollout
-    response_lengths  [rollouts] int32     N
-    response_ids      [sum N] int32
-    rollout_logprobs  [sum N] float32      nats, at the sampling temperature, over the kept tokens if any
-    weight_versions   [sum N] int32
-    trained           [sum N] bool
-    finish_reasons    [rollouts] uint8     position in FINISH_REASONS
-    retractions       [rollouts] int32
-    has_routes        [rollouts] bool
-    routes            [sum of P + N - 1 where has_routes, layers, topk] uint8 or int16; absent where no rollout has any
-    mixed_kv          [sum N] bool; absent where no token is marked
-    kept              [sum N, K] int32, as Rollout says; absent where sampling was from the whole vocabulary
-
-and in its header: format, format_version, step, weight_version, temperature. Nothing in it is code, and a file appears
-whole or not at all. What a rollout may hold, `Rollout` checks when it is read.
+It holds the arrays of `pipeline.dumps.groups`, and in its header: format, format_version, step, weight_version,
+temperature.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from pipeline.errors import NOT_STARTED, SamerouteError
-from pipeline.types import Batch, Episode, FinishReason, Group, Prompt, Rollout, stack_kept
-
-FORMAT, FORMAT_VERSION = "sameroute.rollouts", 2
-FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
-_ARRAYS: dict[str, tuple[str, ...]] = {
-    "group_sizes": ("int32",),
-    "prompts": ("uint8",),
-    "episode_sizes": ("int32",),
-    "rewards": ("float32",),
-    "failures": ("uint8",),
-    "prompt_lengths": ("int32",),
-    "prompt_ids": ("int32",),
-    "response_lengths": ("int32",),
-    "response_ids": ("int32",),
-    "rollout_logprobs": ("float32",),
-    "weight_versions": ("int32",),
-    "trained": ("bool",),
-    "finish_reasons": ("uint8",),
-    "retractions": ("int32",),
-    "has_routes": ("bool",),
-    "routes": ("uint8", "int16"),
-    "kept": ("int32",),
-    "mixed_kv": ("bool",),
-}
-_OPTIONAL = {"routes": 3, "kept": 2, "mixed_kv": 1}
-"""Arrays that a step may lack, and their dimensions; all others have one."""
-
-
-class DumpError(SamerouteError, ValueError):
-    """A dump cannot be written, read or used; the message says which and why."""
-
-    exit_code = NOT_STARTED
+from pipeline.dumps.groups import DumpError, groups_of, open_groups, write_groups
+from pipeline.types import Batch
 
 
 @dataclass(frozen=True)
@@ -88,119 +31,41 @@ def dump_path(directory: Path, step: int) -> Path:
 def write_dump(directory: Path, dump: Dump) -> Path:
     """Write a step into a directory, which is made where there is none; returns the file.
 
-    Raises DumpError for what could not be read back as it is: an ungraded episode, a group whose first rollout has
-    another prompt, routes of two shapes, a reward that is not finite, or metadata that JSON does not hold.
+    Raises DumpError for an ungraded episode, and as `write_groups` does.
     """
-    from safetensors.numpy import save_file
-
-    arrays = _flatten(dump.batch.groups)
-    _check(arrays)
+    for group in dump.batch.groups:
+        if not group.graded:
+            raise DumpError(f"prompt {group.prompt.index} has an episode without a reward")
     header = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
         "step": str(dump.batch.step),
         "weight_version": str(dump.batch.version),
         "temperature": repr(float(dump.temperature)),
     }
     directory.mkdir(parents=True, exist_ok=True)
     target = dump_path(directory, dump.batch.step)
-    partial = target.with_name(f".{target.name}.partial")
-    save_file(arrays, partial, header)
-    partial.chmod(0o644)  # safetensors 0.8 writes for its owner only
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, target)
+    write_groups(target, dump.batch.groups, header)
     return target
 
 
 def read_dump(path: str | Path) -> Dump:
     """Read a file that `write_dump` wrote. Raises DumpError for any other, naming what is wrong with it."""
     path = Path(path)
-    header, arrays = _open(path, header_only=False)
-    try:
-        _check(arrays)
-        groups = _restore(arrays)
-    except ValueError as error:  # of ours, or of a rollout that cannot be
-        raise DumpError(f"{path}: {error}") from error
-    return Dump(Batch(int(header["step"]), int(header["weight_version"]), groups), float(header["temperature"]))
+    header, arrays = open_groups(path)
+    _check_numbers(path, header)
+    batch = Batch(int(header["step"]), int(header["weight_version"]), groups_of(path, arrays))
+    return Dump(batch, float(header["temperature"]))
 
 
 def read_step(path: str | Path) -> int:
     """The step of a dump, from its header alone. Raises DumpError for a file that is no dump, or not a whole one."""
-    return int(_open(Path(path), header_only=True)[0]["step"])
+    header, _ = open_groups(Path(path), header_only=True)
+    _check_numbers(Path(path), header)
+    return int(header["step"])
 
 
-def _flatten(groups: Sequence[Group]) -> dict[str, np.ndarray]:
-    """Arrays of all groups. Raises DumpError for what would be lost in them."""
-    episodes = [e for g in groups for e in g.episodes]
-    rollouts = [r for e in episodes for r in e.rollouts]
-    _must(rollouts, "a step without rollouts cannot be dumped")
-    for group in groups:
-        where = f"prompt {group.prompt.index}"
-        _must(group.graded, f"{where} has an episode without a reward")
-        first = group.rollouts[0].prompt_ids
-        _must(np.array_equal(first, group.prompt.ids), f"{where} has a rollout of another prompt")
-    routes = [r.routes for r in rollouts if r.routes is not None]
-    kinds = {f"{rows.shape[1:]} {rows.dtype}" for rows in routes}
-    _must(len(kinds) < 2, f"routes of one step have one shape and dtype, not {' and '.join(sorted(kinds))}")
-    kept = [r.kept for r in rollouts if r.kept is not None]
-    some = f"{len(kept)} of {len(rollouts)} rollouts have kept tokens; a step has them for all or none"
-    _must(not kept or len(kept) == len(rollouts), some)
-    arrays = {
-        "group_sizes": np.array([len(g.episodes) for g in groups], np.int32),
-        "prompts": np.frombuffer(_prompts_json([g.prompt for g in groups]), np.uint8),
-        "episode_sizes": np.array([len(e.rollouts) for e in episodes], np.int32),
-        "rewards": np.array([0.0 if e.reward is None else e.reward for e in episodes], np.float32),
-        "failures": np.frombuffer(json.dumps([e.failure for e in episodes]).encode(), np.uint8),
-        "prompt_lengths": np.array([len(r.prompt_ids) for r in rollouts], np.int32),
-        "response_lengths": np.array([len(r) for r in rollouts], np.int32),
-        "finish_reasons": np.array([FINISH_REASONS.index(r.finish_reason) for r in rollouts], np.uint8),
-        "retractions": np.array([r.retractions for r in rollouts], np.int32),
-        "has_routes": np.array([r.routes is not None for r in rollouts]),
-    }
-    for name in ("prompt_ids", "response_ids", "rollout_logprobs", "weight_versions", "trained"):
-        arrays[name] = np.concatenate([getattr(r, name) for r in rollouts])
-    arrays |= {"routes": np.concatenate(routes)} if routes else {}
-    arrays |= {"kept": stack_kept(kept)} if kept else {}
-    marks = [np.zeros(len(r), bool) if r.mixed_kv is None else r.mixed_kv for r in rollouts]
-    return arrays | ({"mixed_kv": np.concatenate(marks)} if any(row.any() for row in marks) else {})
-
-
-def _prompts_json(prompts: Sequence[Prompt]) -> bytes:
-    rows = []
-    for prompt in prompts:
-        row = {"text": prompt.text, "metadata": prompt.metadata, "index": prompt.index, "origin": prompt.origin}
-        try:
-            text = json.dumps(row, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise DumpError(f"the metadata of prompt {prompt.index} is not JSON: {error}") from error
-        if json.loads(text) != row:  # a tuple, a key that is no text
-            raise DumpError(f"the metadata of prompt {prompt.index} changes in JSON: {prompt.metadata}")
-        rows.append(text)
-    return f"[{','.join(rows)}]".encode()
-
-
-def _open(path: Path, *, header_only: bool) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Header and arrays of a file; what the header says, and the arrays' names, are checked."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            names = set(file.keys())
-            arrays = {} if header_only else {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise DumpError(f"{path} is no safetensors file, or not a whole one: {error}") from error
-    if header.get("format") != FORMAT:
-        raise DumpError(f"{path} is no dump of rollouts: its header says format {header.get('format')!r}")
-    if header.get("format_version") != str(FORMAT_VERSION):
-        raise DumpError(f"{path} has format version {header.get('format_version')}; this code reads {FORMAT_VERSION}")
+def _check_numbers(path: Path, header: dict[str, str]) -> None:
     for name, read in (("step", int), ("weight_version", int), ("temperature", float)):
         _number(path, header, name, read)
-    if names - _OPTIONAL.keys() != _ARRAYS.keys() - _OPTIONAL.keys():
-        odd = sorted((names ^ _ARRAYS.keys()) - _OPTIONAL.keys())
-        raise DumpError(f"{path} lacks or has more than it should: {', '.join(odd)}")
-    return header, arrays
 
 
 def _number(path: Path, header: dict[str, str], name: str, read: Callable[[str], float]) -> None:
@@ -210,112 +75,3 @@ def _number(path: Path, header: dict[str, str], name: str, read: Callable[[str],
         raise DumpError(f"{path}: its header has no number {name}, but {header.get(name)!r}") from error
     if not (math.isfinite(value) and value >= 0):
         raise DumpError(f"{path}: its header has {name} {value}")
-
-
-def _check(arrays: dict[str, np.ndarray]) -> None:
-    """Raise DumpError where arrays are not of the dtypes and lengths that a file has, or a reward is not finite."""
-    for name, array in arrays.items():
-        _must(array.dtype.name in _ARRAYS[name], f"{name} is {array.dtype}, not {' or '.join(_ARRAYS[name])}")
-        _must(array.ndim == _OPTIONAL.get(name, 1), f"{name} has shape {list(array.shape)}")
-    groups, episodes = arrays["group_sizes"], arrays["episode_sizes"]
-    prompts, lengths = arrays["prompt_lengths"], arrays["response_lengths"]
-    _must(len(groups) and groups.min() > 0, "a group has no episodes")
-    _must(len(episodes) and episodes.min() > 0, "an episode has no rollouts")
-    _must(lengths.min(initial=0) >= 0, "a response has a negative length")
-    _must(prompts.min(initial=1) > 0, "a prompt has no tokens")
-    count = int(episodes.sum(dtype=np.int64))
-    expected = dict.fromkeys(("episode_sizes", "rewards"), int(groups.sum(dtype=np.int64)))
-    expected |= dict.fromkeys(("prompt_lengths", "response_lengths", "finish_reasons", "retractions"), count)
-    expected |= {"has_routes": count, "prompt_ids": int(prompts.sum(dtype=np.int64))}
-    tokens = int(lengths.sum(dtype=np.int64))
-    expected |= dict.fromkeys(("response_ids", "rollout_logprobs", "weight_versions", "trained"), tokens)
-    expected |= {name: tokens for name in ("kept", "mixed_kv") if name in arrays}
-    expected |= {"routes": int(_route_rows(arrays).sum())} if "routes" in arrays else {}
-    for name, size in expected.items():
-        _must(len(arrays[name]) == size, f"{name} has {len(arrays[name])} entries, not {size}")
-    _must(np.isfinite(arrays["rewards"]).all(), "rewards holds a number that is not finite")
-    _must(arrays["finish_reasons"].max(initial=0) < len(FINISH_REASONS), "finish_reasons holds an unknown one")
-    _must("routes" in arrays or not arrays["has_routes"].any(), "there are no routes, though has_routes says so")
-
-
-def _route_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """[rollouts] int64: rows that each rollout has in `routes`."""
-    rows = arrays["prompt_lengths"].astype(np.int64) + arrays["response_lengths"] - 1
-    return np.where(arrays["has_routes"], rows, 0)
-
-
-def _restore(arrays: dict[str, np.ndarray]) -> tuple[Group, ...]:
-    """The groups of checked arrays. Raises ValueError for prompts or rollouts that cannot be."""
-    failures = _read_json(arrays["failures"], "failures", len(arrays["episode_sizes"]))
-    _must(all(why is None or isinstance(why, str) for why in failures), "a failure is a text, or null")
-    rollouts, rewards = _rollouts(arrays), iter(arrays["rewards"].tolist())
-    episodes = iter(
-        [
-            Episode(tuple(next(rollouts) for _ in range(size)), *((reward, None) if why is None else (None, why)))
-            for size, reward, why in zip(arrays["episode_sizes"], rewards, failures, strict=True)
-        ]
-    )
-    prompts = _read_json(arrays["prompts"], "prompts", len(arrays["group_sizes"]))
-    groups = []
-    for row, size in zip(prompts, arrays["group_sizes"], strict=True):
-        own = tuple(next(episodes) for _ in range(size))
-        groups.append(Group(_prompt(row, own[0].rollouts[0].prompt_ids), own))
-    return tuple(groups)
-
-
-def _rollouts(arrays: dict[str, np.ndarray]) -> Iterator[Rollout]:
-    def split(name: str, lengths: np.ndarray) -> list[np.ndarray]:
-        return np.split(arrays[name], np.cumsum(lengths, dtype=np.int64)[:-1])
-
-    lengths, has_routes = arrays["response_lengths"], arrays["has_routes"]
-    prompts = split("prompt_ids", arrays["prompt_lengths"])
-    routes = split("routes", _route_rows(arrays)) if "routes" in arrays else [None] * len(lengths)
-    kept = [_narrow(k) for k in split("kept", lengths)] if "kept" in arrays else [None] * len(lengths)
-    marks = split("mixed_kv", lengths) if "mixed_kv" in arrays else [None] * len(lengths)
-    names = ("response_ids", "rollout_logprobs", "weight_versions", "trained")
-    by_token = zip(*(split(name, lengths) for name in names), strict=True)
-    for i, (ids, logprobs, versions, trained) in enumerate(by_token):
-        yield Rollout(
-            prompt_ids=prompts[i],
-            response_ids=ids,
-            rollout_logprobs=logprobs,
-            routes=routes[i] if has_routes[i] else None,
-            weight_versions=versions,
-            finish_reason=FINISH_REASONS[arrays["finish_reasons"][i]],
-            kept=kept[i],
-            retractions=int(arrays["retractions"][i]),
-            trained=trained,
-            mixed_kv=None if (mixed := marks[i]) is None or not mixed.any() else mixed,
-        )
-
-
-def _narrow(kept: np.ndarray) -> np.ndarray:
-    """Without the columns that only rows of other rollouts fill."""
-    return kept[:, : max(1, int((kept >= 0).sum(1).max(initial=0)))]
-
-
-def _read_json(encoded: np.ndarray, name: str, count: int) -> list[Any]:
-    """A list of `count` entries. Raises DumpError for anything else."""
-    try:
-        rows: Any = json.loads(encoded.tobytes().decode())
-    except ValueError as error:
-        raise DumpError(f"{name} is not JSON: {error}") from error
-    _must(isinstance(rows, list) and len(rows) == count, f"{name} is not a list of {count}")
-    return rows
-
-
-def _prompt(row: Any, ids: np.ndarray) -> Prompt:
-    well_formed = (
-        isinstance(row, dict)
-        and isinstance(row.get("text"), str)
-        and isinstance(row.get("metadata"), dict)
-        and isinstance(row.get("index"), int)
-        and isinstance(row.get("origin"), str)
-    )
-    _must(well_formed, "a prompt is not {text, metadata, index, origin}")
-    return Prompt(ids, row["text"], row["metadata"], row["index"], row["origin"])
-
-
-def _must(holds: object, otherwise: str) -> None:
-    if not holds:
-        raise DumpError(otherwise)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.dumps.dump import Dump, DumpError, read_dump, read_step
+from pipeline.dumps.dump import Dump, read_dump, read_step
+from pipeline.dumps.groups import DumpError
 
 if TYPE_CHECKING:
     from megatron_ext.hf.description import ModelDescription

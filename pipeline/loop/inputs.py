@@ -13,7 +13,7 @@ from pipeline.config.load_config import check_precision
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
-from pipeline.dumps.dump import DumpError
+from pipeline.dumps.groups import DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.server import reserve_port
 from pipeline.observe.sinks.sinks import check_sinks

@@ -20,8 +20,9 @@ class LimitError(SamerouteError):
 
 
 def files_needed(config: Config) -> int:
-    """Open files of the process that has most: the controller, with a connection for each answer of a step."""
-    answers = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    """Open files of the process that has most: the controller, with a connection for each answer in flight."""
+    steps = config.rollout.steps_ahead + 1
+    answers = steps * config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     return _EACH_PROCESS + answers + _A_RANK * config.parallel.ranks
 
 

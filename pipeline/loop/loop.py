@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_ext.batch.layout import Sample
+from megatron_ext.exchange import Exchange
 from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
 from pipeline.config.replay import Replay
@@ -17,20 +18,17 @@ from pipeline.data.prompts import PromptSource
 from pipeline.dumps.dump import Dump, write_dump
 from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet
-from pipeline.errors import SamerouteError
-from pipeline.loop.compare import compare, replay_probe
+from pipeline.loop.compare import compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.update import Update
 from pipeline.objectives import is_informative, resolve
-from pipeline.observe.metrics import Timer, batch_metrics
+from pipeline.observe.metrics import Timer, batch_metrics, lag_metrics
 from pipeline.rewards import Failures, Grader, RewardError, grade
+from pipeline.rollout.maker import NothingToLearnError, Scored
+from pipeline.rollout.producer import Producer
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.types import Batch, Group, Rollout, StepResult
 from pipeline.waiting import Waiting
-
-
-class NothingToLearnError(SamerouteError):
-    """Dynamic sampling found too few groups whose rewards differ."""
 
 
 def _to_standard_error(line: str) -> None:
@@ -42,6 +40,7 @@ class Loop:
     """What a step needs.
 
     fleet, grader: the servers and what grades their answers; without any, every step is a dumped one.
+    producer: makes groups beside the training, where rollout.max_staleness is more than 0; see `asynchronous`.
     dumps: where steps are written that debug.dump_rollouts names.
     say: hears of answers that could not be graded.
     """
@@ -53,6 +52,7 @@ class Loop:
     trainers: TrainerGroup
     dumps: Path | None = None
     grader: Grader | None = None
+    producer: Producer | None = None
     say: Callable[[str], None] = _to_standard_error
 
     def __post_init__(self):
@@ -74,11 +74,13 @@ class Loop:
         """One RL step. dumped: a step's rollouts, not to be sampled and graded."""
         timer = Timer()
         with timer("step"):
-            if dumped is None:
-                groups, metrics = self.sample(timer, number)
-            else:
+            if dumped is not None:
                 groups, metrics = list(dumped.batch.groups), {}
                 self.fleet.adopt(dumped.batch.version)
+            elif self.producer is not None:
+                groups, metrics = self.collect(self.producer, timer, number)
+            else:
+                groups, metrics = self.sample(timer, number)
             batch = Batch(number, self.fleet.version, tuple(groups))
             if self.dumps is not None and self.config.debug.dumps(number):
                 with timer("dump"):
@@ -87,11 +89,13 @@ class Loop:
                 self.load(batch.rollouts)
                 metrics |= self.probe_replay(batch)
                 result = self.update(batch, timer)
-            with timer("sync"):
-                self.sync()
+            self.transfer(timer)
         read = sum(len(r.prompt_ids) + len(r) for r in batch.rollouts)
         metrics |= result.metrics | batch_metrics(batch)
         metrics |= {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
+        if self.config.rollout.max_staleness:
+            metrics |= lag_metrics(batch)
+            metrics["idle/trainer"] = sum(timer.seconds.get(p, 0.0) for p in ("wait", "drain")) / timer.seconds["step"]
         metrics |= {
             "step": number,
             "weights/version": batch.version,
@@ -116,6 +120,36 @@ class Loop:
     def sync(self) -> None:
         """The trainer's weights to the servers, where there are any, under the next version."""
         self.fleet.transfer(self.trainers)
+
+    def transfer(self, timer: Timer) -> None:
+        """`sync`, with nothing in flight on the servers."""
+        if self.producer is not None:
+            with timer("drain"):
+                self.producer.pause()
+        with timer("sync"):
+            self.sync()
+        if self.producer is not None:
+            self.producer.resume(self.fleet.version)
+
+    def collect(self, producer: Producer, timer: Timer, number: int) -> tuple[list[Group], dict[str, float]]:
+        """The groups of step `number` that were made while earlier ones trained, and what was made since."""
+        with timer("wait"), self.waiting.during("sampling", lambda: "answers of the servers (logs/sglang*.log)"):
+            taken = producer.take()
+        if taken.failures.first:
+            self.say(f"step {number}: {taken.failures}")
+        with timer("check"):
+            metrics = taken.metrics | self.check_servers(taken.scored)
+        return taken.groups, metrics
+
+    def check_servers(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Hold the trainer against what the servers scored under its weights: the rollouts of a step may all be of
+        older ones. Raises DisagreementError."""
+        version = self.fleet.version
+        rollouts = scored_rollouts(scored, version)
+        self.load(rollouts)
+        exchange = None if self.sampling.temperature == 1 else Exchange(temperature=1.0)
+        policy = self.trainers.logprobs("replay" if self.replay.from_server else "native", exchange=exchange)
+        return compare_scored(rollouts, policy, version=version, bound=self.config.logprob_bound)
 
     def sample(self, timer: Timer, number: int) -> tuple[list[Group], dict[str, float]]:
         """The graded groups of step `number`, and what sampling them took.
@@ -162,11 +196,15 @@ class Loop:
         return groups, metrics
 
     def grade(self, groups: Sequence[Group]) -> tuple[list[Group], Failures]:
-        """With rewards, or why there are none. A baseline over a group needs two of it."""
+        """With rewards, or why there are none."""
         assert self.grader is not None
-        least = 2 if self.objective.needs_group else 1
         on_failure = self.config.grading.on_failure
-        return grade(groups, self.source.tokenizer, self.grader, on_failure=on_failure, least=least)
+        return grade(groups, self.source.tokenizer, self.grader, on_failure=on_failure, least=self.least_graded)
+
+    @property
+    def least_graded(self) -> int:
+        """Graded episodes that a group needs: a baseline over a group needs two."""
+        return 2 if self.objective.needs_group else 1
 
     def probe_replay(self, batch: Batch) -> dict[str, float]:
         """At the steps that checks.probe_every names, what the mismatch is with and without replay; else nothing."""

@@ -19,6 +19,7 @@ from pipeline.disk.lock import refuse_held
 from pipeline.disk.scratch import scratch_folder
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.errors import SamerouteError
+from pipeline.loop.asynchronous import asynchronous
 from pipeline.loop.check_engines import check_first_rollouts
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.inputs import check_inputs, check_prompts, dumped_steps
@@ -32,6 +33,7 @@ from pipeline.observe.facts import write_facts, written_by_this_job
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.sinks import Sinks
 from pipeline.say import to_stderr
+from pipeline.rollout.saved import Saved
 from pipeline.trainer.group import TrainerGroup
 from pipeline.types import StepResult
 
@@ -169,8 +171,9 @@ class _Run:
             if serve and config.checks.first_rollouts:
                 check_first_rollouts(loop, model_path, directory, self.console)
             self.stop.arm()
-            for number in steps:
-                self._step(loop, dumped, number, saver, sinks)
+            with asynchronous(loop, len(steps), None if start is None else start.saved):
+                for number in steps:
+                    self._step(loop, dumped, number, saver, sinks)
             saver.wait()  # whatever the last check finds, the last checkpoint is there
             if loop.fleet.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
@@ -211,19 +214,27 @@ class _Run:
         if not (due or self.stop.requested):
             return
         self.directory.to_disk()
+        saved = None if loop.producer is None else loop.producer.snapshot()
         progress = progress_of(
             self.config,
             step=number,
             supervised=self.config.supervised.steps,
             version=loop.fleet.version,
-            cursor=loop.source.state(),
+            cursor=loop.source.state() if saved is None else saved.cursor,
         )
         if self.stop.requested and number < self.last:
-            self._end(saver, progress)
-        saver.save(progress)
+            self._end(saver, progress, saved)
+        self._save(saver, progress, saved)
 
-    def _end(self, saver: Saver, progress: Progress) -> None:
-        saver.save(progress)
+    @staticmethod
+    def _save(saver: Saver, progress: Progress, saved: Saved | None) -> None:
+        if saved is None:
+            saver.save(progress)
+        else:
+            saver.save(progress, saved.write)
+
+    def _end(self, saver: Saver, progress: Progress, saved: Saved | None = None) -> None:
+        self._save(saver, progress, saved)
         saver.wait()
         raise Stopped(
             f"ended by {self.stop.signal_name} after {progress.name.replace('_', ' ')}; the same command with --resume "

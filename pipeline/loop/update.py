@@ -114,7 +114,13 @@ class Update:
 
     def compare(self, batch: Batch, proximal: PolicyTokens) -> dict[str, float]:
         """`compare` with this run's bound, under the weights that the batch began with."""
-        return compare(batch.rollouts, proximal, version=batch.version, bound=self.config.logprob_bound)
+        return compare(
+            batch.rollouts,
+            proximal,
+            version=batch.version,
+            bound=self.config.logprob_bound,
+            staleness=self.config.rollout.max_staleness,
+        )
 
     def step(self, batch: Batch, rows: dict[int, LossRow]) -> tuple[dict[str, float], PolicyTokens]:
         """One optimizer step of the policy, and of the critic where there is one."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipeline.objectives import mismatch_metrics
+from pipeline.objectives import mismatch_by, mismatch_metrics
 from pipeline.types import Batch, PolicyTokens, Rollout, padded
 
 
@@ -41,6 +41,28 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
         "rollout/retractions": float(sum(rollout.retractions for rollout in batch.rollouts)),
         "response/truncated_fraction": float(np.mean([reason == "length" for reason in ends])),
     }
+
+
+def lag_metrics(batch: Batch) -> dict[str, float]:
+    """How many versions the sampled tokens of a step are behind its weights: shares by lag, mean, largest, and the
+    share of the answers whose tokens are of several versions."""
+    versions = [rollout.weight_versions[rollout.trained] for rollout in batch.rollouts]
+    lags = batch.version - np.concatenate(versions)
+    shares = np.bincount(lags) / len(lags)
+    return {f"rollout/lag_{lag}": float(share) for lag, share in enumerate(shares)} | {
+        "rollout/lag_mean": float(lags.mean()),
+        "rollout/lag_max": float(lags.max()),
+        "rollout/spanning_versions": float(np.mean([len(np.unique(own)) > 1 for own in versions])),
+    }
+
+
+def mismatch_by_lag(batch_version: int, rollouts: Sequence[Rollout], proximal: PolicyTokens) -> dict[str, float]:
+    """k3 and mean |l| of the tokens of each lag: at 0 the engines alone, beyond it what training moved as well."""
+    mu, lags = ([getattr(r, name) for r in rollouts] for name in ("rollout_logprobs", "weight_versions"))
+    by_lag = mismatch_by(
+        padded(proximal.logprobs), padded(mu), padded([r.trained for r in rollouts]), batch_version - padded(lags)
+    )
+    return {f"mismatch/{key}_lag_{lag}": found[key] for lag, found in by_lag.items() for key in ("k3", "abs_logprob")}
 
 
 def routing_metrics(routing: np.ndarray) -> dict[str, float]:

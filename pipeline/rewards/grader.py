@@ -149,6 +149,30 @@ class Grader:
         what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
         return Verdict(kind="not_a_number", what=what, seconds=seconds, verifier=named[0].verifier, parts=parts)
 
+    def number(self) -> int:
+        """Of the next question, for a caller that packs and exchanges by itself, as `Asking` does."""
+        number, self._next = self._next, self._next + 1
+        return number
+
+    def exchange(self, outbox: bytearray) -> list[tuple[int, Verdict]] | None:
+        """Without waiting: send what the socket takes of the outbox, and take what has come. None where the supervisor
+        has ended, until `restart`. Raises VerifierError where it could not load the verifier."""
+        try:
+            return self._exchange(outbox, wait=False)
+        except _Gone:
+            return None
+
+    def restart(self, times: int) -> None:
+        """A new supervisor in the place of one that has ended for the n-th time. Raises RewardError for too many."""
+        if times > RESTARTS:
+            raise RewardError(f"{self._how_it_ended()}, {times} times for the same answers")
+        self.close()
+        self._start()
+
+    def fileno(self) -> int:
+        """Of the socket to the supervisor; another after a restart."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """End it, and all that it and its verifiers started. May be called twice."""
         if self._process is None:

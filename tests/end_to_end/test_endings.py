@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.commands.main import main
 from pipeline.config import load_config
-from pipeline.dumps.dump import DumpError
+from pipeline.dumps.groups import DumpError
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.run import _replay, train
 from tests.support.command import QUICKSTART, SMALL

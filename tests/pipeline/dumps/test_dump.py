@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from megatron_ext.hf.description import describe
 from pipeline.config.model import TinyModelConfig
 from pipeline.config.replay import Replay
-from pipeline.dumps.dump import FINISH_REASONS, Dump, DumpError, dump_path, read_dump, write_dump
+from pipeline.dumps.dump import Dump, dump_path, read_dump, write_dump
+from pipeline.dumps.groups import FINISH_REASONS, DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.types import Batch, Episode, Group, Prompt, Rollout
 from tests.support.episodes import graded_group

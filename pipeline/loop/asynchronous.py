@@ -1,0 +1,71 @@
+"""Rollouts beside the training of a loop, from its first asynchronous step to its last."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from pipeline.loop.loop import Loop
+from pipeline.objectives import is_informative
+from pipeline.rewards import Asking
+from pipeline.rollout.admission import Admission
+from pipeline.rollout.answers import DrainedFleet
+from pipeline.rollout.maker import Maker, Recipe
+from pipeline.rollout.producer import Producer
+from pipeline.rollout.saved import Saved
+
+
+@contextlib.contextmanager
+def asynchronous(loop: Loop, steps: int, saved: Saved | None) -> Iterator[None]:
+    """The loop's steps take groups that are made meanwhile, where rollout.max_staleness is more than 0; nothing of that
+    is left when the block ends.
+
+    steps: that follow. saved: what the checkpoint that the run goes on from has of them.
+    """
+    if not (loop.config.rollout.max_staleness and steps and loop.grader is not None):
+        yield
+        return
+    others = loop.trainers.watch
+    with Producer(lambda: _maker(loop, steps, saved), watch=loop.fleet.check_alive) as producer:
+
+        def watch() -> None:
+            others()
+            producer.check()
+
+        loop.producer, loop.trainers.watch = producer, watch
+        try:
+            yield
+        finally:
+            loop.producer, loop.trainers.watch = None, others
+
+
+def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
+    rollout, version = loop.config.rollout, loop.fleet.version
+    assert loop.grader is not None
+    recipe = Recipe(
+        samples=rollout.samples_per_prompt,
+        sampling=loop.sampling,
+        tokenizer=loop.source.tokenizer,
+        informative=(lambda rewards: is_informative(torch.from_numpy(rewards)))
+        if loop.objective.composition.dynamic_sampling
+        else None,
+        on_failure=loop.config.data.on_reward_failure,
+        least=loop.least_graded,
+        most_dropped=rollout.max_sampling_rounds * rollout.prompts_per_step,
+        scored=loop.config.checks.scored_rollouts,
+        limit_s=rollout.group_limit_s,
+    )
+    admission = Admission(
+        rollout.prompts_per_step,
+        rollout.max_staleness,
+        rollout.steps_ahead,
+        order=rollout.order,
+        version=version,
+        last=version + steps - 1,
+    )
+    maker = Maker(admission, loop.source, DrainedFleet(loop.fleet), Asking(loop.grader), recipe, rollout.interrupt)
+    if saved is not None:
+        maker.restore(saved)
+    return maker

@@ -1,0 +1,366 @@
+"""Groups, from the admission of a prompt to the end of the group, on one event loop.
+
+    admit -> sample (a task an answer) -> grade (as each answer ends) -> finished groups -> a step
+
+Everything here runs on that loop's thread, one thing at a time; `producer` is how another thread uses it. Any error of
+a sample or a verifier is kept and raised to whoever waits for groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, Self
+
+import numpy as np
+
+from pipeline.config.data import OnRewardFailure
+from pipeline.config.run import Interrupt
+from pipeline.engine.client import AnswerError, Sampling
+from pipeline.errors import SamerouteError
+from pipeline.rewards import Failures, Question, RewardError, Verdict, question, settle
+from pipeline.rollout.admission import Admission
+from pipeline.rollout.answers import Answer, Answers
+from pipeline.rollout.sampler import of_prompt
+from pipeline.rollout.saved import Saved
+from pipeline.rollout.tally import Tally
+from pipeline.types import Episode, Group, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Scored = tuple[Rollout, np.ndarray, np.ndarray | None]
+"""A rollout, and of all its tokens log-probs [T - 1] and routes under the servers' weights, see SGLangClient.score."""
+
+
+class NothingToLearnError(SamerouteError):
+    """Dynamic sampling found too few groups whose rewards differ."""
+
+
+class Judge(Protocol):
+    """What of `Asking` is needed here."""
+
+    verifier: str
+
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *_: object) -> None: ...
+    async def ask(self, question: Question) -> Verdict: ...
+
+
+class Prompts(Protocol):
+    """What of a PromptSource is needed here."""
+
+    def take(self, n: int) -> list[Prompt]: ...
+    def at(self, index: int) -> Prompt: ...
+    def state(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a group is made of, and whether it counts.
+
+    samples:      answers of a prompt.  sampling: how they are drawn.
+    informative:  whether rewards [n] float32 have something to teach; None: all do.
+    on_failure, least: of answers that cannot be graded, see `grade`.
+    most_dropped: groups in a row that may end without being trained on.
+    scored:       rollouts that each server scores after a transfer.
+    limit_s:      seconds without any progress of what a step waits for, after which it is cut.
+    """
+
+    samples: int
+    sampling: Sampling
+    tokenizer: PreTrainedTokenizerBase
+    informative: Callable[[np.ndarray], bool] | None
+    on_failure: OnRewardFailure
+    least: int
+    most_dropped: int
+    scored: int
+    limit_s: float
+
+    def settle(self, group: Group, verdicts: Sequence[Verdict], verifier: str) -> tuple[Group, Failures]:
+        """See `rewards.settle`."""
+        return settle(
+            group, verdicts, self.tokenizer, verifier=verifier, on_failure=self.on_failure, least=self.least
+        )  # fmt: skip
+
+
+@dataclass
+class Making:
+    """A group on its way. rollouts, verdicts: by sample; None: not there yet. lost: samples that were cut before their
+    first token. moved: when it last got further, seconds of time.monotonic()."""
+
+    prompt: Prompt
+    rollouts: list[Rollout | None]
+    verdicts: list[Verdict | None]
+    moved: float
+    lost: set[int] = field(default_factory=set)
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+    @property
+    def sampled(self) -> dict[int, Rollout]:
+        """Whole answers."""
+        return {number: rollout for number, rollout in enumerate(self.rollouts) if rollout is not None}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of its answers so far."""
+        parts = [answer.rollout for answer in self.answers.values()]
+        return [0 if r is None else r.trained_tokens for r in (*self.sampled.values(), *parts)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every answer is graded, or lost."""
+        return all(v is not None or number in self.lost for number, v in enumerate(self.verdicts))
+
+
+class Maker:
+    """Makes groups as the admission allows. An async context: it begins on entering, and on leaving every task and
+    request of it has ended."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        prompts: Prompts,
+        answers: Answers,
+        judge: Judge,
+        recipe: Recipe,
+        interrupt: Interrupt,
+    ):
+        self.admission, self.prompts, self.answers, self.judge = admission, prompts, answers, judge
+        self.recipe = recipe
+        self.interrupt: Interrupt = interrupt
+        self.making: dict[int, Making] = {}
+        self.finished: dict[int, Group] = {}
+        self.error: BaseException | None = None
+        self.tally = Tally(time.monotonic())
+        self._dropped: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._inside = contextlib.AsyncExitStack()
+        self._paused = contextlib.AsyncExitStack()
+        self._scoring: asyncio.Task[list[Scored]] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._inside.enter_async_context(self.answers)
+        await self._inside.enter_async_context(self.judge)
+        for making in self.making.values():
+            self._begin(making)
+        self._fill()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks = [*self._tasks, *([] if self._scoring is None else [self._scoring])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._paused.aclose()
+        await self._inside.aclose()
+
+    # What a trainer asks for
+
+    async def take(self) -> tuple[list[Group], list[Scored]]:
+        """The groups of the next step, when they are there, and sequences that the servers scored under the weights of
+        that step. Raises the first error of any sample or verifier."""
+        since = time.monotonic()
+        while self._raise() or self.admission.ready() is None:
+            self._changed.clear()
+            due = self._last_move(since) + self.recipe.limit_s
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), max(0.0, due - time.monotonic()))
+            if time.monotonic() >= self._last_move(since) + self.recipe.limit_s:
+                self._cut()
+                since = time.monotonic()
+        groups = [self.finished.pop(index) for index in self.admission.take()]
+        scoring = self._scoring or self._score([r for group in groups for r in _trained(group)])
+        self._scoring = None
+        return groups, await scoring
+
+    async def pause(self) -> None:
+        """Nothing runs on the servers until `resume`."""
+        await self._paused.enter_async_context(self.answers.interrupted(self.interrupt))
+        self._look()
+
+    async def resume(self, version: int) -> None:
+        """The servers hold `version`, and the step in progress is trained."""
+        held = self.admission.transferred()
+        assert held == version, f"the servers hold version {version}, and step {held - 1} was trained"
+        for index, making in self.making.items():
+            if not making.sampled and not any(answer.begun for answer in making.answers.values()):
+                self.admission.renew(index, version)
+        ahead = [r for group in self.finished.values() for r in _trained(group)]
+        if ahead:  # before anything new is sampled, in front of which it would have to queue
+            self._scoring = asyncio.create_task(self._score(ahead))
+            await asyncio.sleep(0)
+        await self._paused.aclose()
+        self._fill()
+
+    async def snapshot(self) -> Saved:
+        """What a checkpoint needs, between two steps."""
+        open_ = {index: (making.prompt, making.sampled) for index, making in self.making.items()}
+        return Saved(self.admission.state(), self.prompts.state(), dict(self.finished), open_)
+
+    def restore(self, saved: Saved) -> None:
+        """Go on where a checkpoint was saved; before it begins. Raises ValueError as `Admission.restore`."""
+        self.admission.restore(saved.admission)
+        self.finished = dict(saved.finished)
+        for index in self.admission.unfinished:
+            prompt, sampled = saved.open.get(index) or (self.prompts.at(index), {})
+            making = self._new(prompt)
+            for number, rollout in sampled.items():
+                making.rollouts[number] = rollout
+            self.making[index] = making
+            self.admission.renew(index, _oldest(sampled.values(), self.admission.version))
+
+    def metrics(self) -> tuple[dict[str, float], Failures]:
+        """Of what happened since the last call, and of what is open now."""
+        metrics, failures = self.tally.read(time.monotonic())
+        lengths = [length for making in self.making.values() for length in making.lengths]
+        metrics |= {"rollout/open_groups": float(len(self.making)), "rollout/buffer": float(len(self.finished))}
+        if lengths:
+            metrics["rollout/open_length_mean"] = float(np.mean(lengths))
+        return metrics, failures
+
+    async def _score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """Some sequences, spread over these, on each server as many."""
+        serving, _ = self.answers.servers
+        count = self.recipe.scored * serving
+        spread = rollouts[:: -(-len(rollouts) // count)]
+        chosen = [spread[i % len(spread)] for i in range(count)]
+        scores = await self.answers.score([rollout.token_ids for rollout in chosen])
+        return [(rollout, *score) for rollout, score in zip(chosen, scores, strict=True)]
+
+    # Groups
+
+    def _new(self, prompt: Prompt) -> Making:
+        n = self.recipe.samples
+        return Making(prompt, [None] * n, [None] * n, time.monotonic())
+
+    def _fill(self) -> None:
+        """Admit what there is room for."""
+        while self.admission.room:
+            (prompt,) = self.prompts.take(1)
+            self.admission.admit(prompt.index)
+            making = self.making[prompt.index] = self._new(prompt)
+            self._begin(making)
+        self._changed.set()
+
+    def _begin(self, making: Making) -> None:
+        for number in range(self.recipe.samples):
+            task = asyncio.create_task(self._answer(making, number))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.error = self.error or error
+            self._changed.set()
+
+    async def _answer(self, making: Making, number: int) -> None:
+        """One answer from its first token to its verdict."""
+        rollout = making.rollouts[number]
+        if rollout is None:
+            rollout = await self._sampled(making, number)
+        making.moved = time.monotonic()
+        if rollout is None:
+            making.lost.add(number)
+        else:
+            verdict = await self._verdict(making.prompt, Episode((rollout,)))
+            making.verdicts[number], making.moved = verdict, time.monotonic()
+        if making.complete:
+            self._end(making)
+
+    async def _sampled(self, making: Making, number: int) -> Rollout | None:
+        sampling = of_prompt(self.recipe.sampling, making.prompt)
+        answer = making.answers[number] = self.answers.begin(making.prompt.ids, number, sampling)
+        asyncio.get_running_loop().call_soon(self._look)
+        rollout = making.rollouts[number] = await answer.result()
+        del making.answers[number]
+        self.tally.answer(rollout)
+        self._look()
+        return rollout
+
+    async def _verdict(self, prompt: Prompt, episode: Episode) -> Verdict:
+        verdict = await self.judge.ask(question(prompt, episode, self.recipe.tokenizer))
+        if self.recipe.on_failure == "stop":  # at once, not when the group is complete
+            self.recipe.settle(Group(prompt, (episode,)), [verdict], self.judge.verifier)
+        return verdict
+
+    def _end(self, making: Making) -> None:
+        """Every answer of a group is graded: it is finished, or it ends here and another takes its place."""
+        recipe, index = self.recipe, making.prompt.index
+        group = Group.of_single_turns(making.prompt, list(making.sampled.values()))
+        verdicts = [verdict for verdict in making.verdicts if verdict is not None]
+        graded, failures = recipe.settle(group, verdicts, self.judge.verifier)
+        del self.making[index]
+        if not len(graded.rewards):
+            self._drop(index, "failed", failures)
+        elif recipe.informative is not None and not recipe.informative(graded.rewards):
+            self._drop(index, "uninformative", failures)
+        else:
+            self._finish(index, graded, failures)
+        self._fill()
+
+    def _finish(self, index: int, group: Group, failures: Failures) -> None:
+        oldest = _oldest(_trained(group), self.admission.version)
+        newest = max((int(r.weight_versions.max(initial=0)) for r in _trained(group)), default=0)
+        first, held = self.admission.open[index].oldest, self.admission.version
+        if oldest < first or newest > held:
+            raise AnswerError(
+                f"an answer to prompt {index} has tokens of weights {oldest} to {newest}, and it was sampled while the "
+                f"servers held {first} to {held}"
+            )
+        self.admission.finish(index, oldest)
+        self.finished[index] = group
+        self.tally.group("finished", failures)
+        self._dropped.clear()
+
+    def _drop(self, index: int, end: Literal["uninformative", "failed"], failures: Failures) -> None:
+        """A group ends untrained. Raises NothingToLearnError or RewardError where too many in a row do."""
+        self.admission.drop(index, end)
+        self.tally.group(end, failures)
+        self._dropped[end] += 1
+        if self.admission.dropped_in_a_row < self.recipe.most_dropped:
+            return
+        why = f". Besides, {self.tally.failures}" if self.tally.failures.first else ""
+        if not self._dropped["uninformative"]:
+            raise RewardError(f"of {self._dropped['failed']} groups in a row nothing is left to train on{why}")
+        raise NothingToLearnError(
+            f"{self._dropped.total()} groups in a row had no rewards that differ: the task is too easy or too hard for "
+            "the model; take other data, raise rollout.max_sampling_rounds, or set objective.dynamic_sampling=false"
+            + why
+        )
+
+    # Waiting
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _last_move(self, since: float) -> float:
+        """When what the step waits for last got further, or since when it waits."""
+        waited = [self.making[index].moved for index in self.admission.waits_for()]
+        return max([since, *waited])
+
+    def _cut(self) -> None:
+        """The answers that a step waits for end with what they have."""
+        for index in self.admission.waits_for():
+            for answer in list(self.making[index].answers.values()):
+                answer.cut()
+
+    def _look(self) -> None:
+        self.tally.servers(*self.answers.servers, time.monotonic())
+
+
+def _trained(group: Group) -> list[Rollout]:
+    return [rollout for episode in group.episodes if episode.reward is not None for rollout in episode.rollouts]
+
+
+def _oldest(rollouts: Iterable[Rollout], version: int) -> int:
+    """The oldest version of any sampled token, `version` where there is none."""
+    return min([version, *(int(v) for r in rollouts for v in r.weight_versions[r.trained])])
