@@ -161,6 +161,10 @@ class Rollout:
         """Tokens that the policy sampled: what every mean, exponent and length penalty counts."""
         return int(self.trained.sum())
 
+    def is_of(self, version: int) -> bool:
+        """Whether every sampled token, and there is one, is of these weights."""
+        return self.trained_tokens > 0 and bool((self.weight_versions[self.trained] == version).all())
+
     @property
     def comparable(self) -> np.ndarray:
         """[N] bool: sampled tokens whose log-probs are those of one set of weights, so that a trainer that holds these

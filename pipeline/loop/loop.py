@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +24,8 @@ from pipeline.loop.update import Update
 from pipeline.objectives import is_informative, resolve
 from pipeline.observe.metrics import Timer, batch_metrics, lag_metrics
 from pipeline.rewards import Failures, Grader, RewardError, grade
-from pipeline.rollout.maker import NothingToLearnError, Scored
-from pipeline.rollout.producer import Producer
+from pipeline.rollout.maker import NothingToLearnError
+from pipeline.rollout.producer import Producer, Taken
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.types import Batch, Group, Rollout, StepResult
@@ -138,16 +139,20 @@ class Loop:
         if taken.failures.first:
             self.say(f"step {number}: {taken.failures}")
         with timer("check"):
-            metrics = taken.metrics | self.check_servers(taken.scored)
+            metrics = taken.metrics | self.check_servers(taken)
         return taken.groups, metrics
 
-    def check_servers(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """Hold the trainer against what the servers scored under its weights: the rollouts of a step may all be of
-        older ones. Raises DisagreementError."""
-        version = self.fleet.version
-        rollouts = scored_rollouts(scored, version)
+    def check_servers(self, taken: Taken) -> dict[str, float]:
+        """Hold the trainer against what the servers scored under its weights, or sampled under them alone: the rollouts
+        of a step may all be of older ones. Raises DisagreementError."""
+        version, exchange = self.fleet.version, None
+        if taken.scored:
+            rollouts = scored_rollouts(taken.scored, version)
+            exchange = None if self.sampling.temperature == 1 else Exchange(temperature=1.0)
+        else:
+            own = (rollout for group in taken.groups for rollout in group.rollouts if rollout.is_of(version))
+            rollouts = list(itertools.islice(own, self.config.checks.scored_rollouts * len(self.fleet.servers)))
         self.load(rollouts)
-        exchange = None if self.sampling.temperature == 1 else Exchange(temperature=1.0)
         policy = self.trainers.logprobs("replay" if self.replay.from_server else "native", exchange=exchange)
         return compare_scored(rollouts, policy, version=version, bound=self.config.logprob_bound)
 

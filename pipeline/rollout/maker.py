@@ -165,7 +165,8 @@ class Maker:
 
     async def take(self) -> tuple[list[Group], list[Scored]]:
         """The groups of the next step, when they are there, and sequences that the servers scored under the weights of
-        that step. Raises the first error of any sample or verifier."""
+        that step; none where some of its own rollouts are of these weights alone. Raises the first error of any sample
+        or verifier."""
         since = time.monotonic()
         while self._raise() or self.admission.ready() is None:
             self._changed.clear()
@@ -176,9 +177,11 @@ class Maker:
                 self._cut()
                 since = time.monotonic()
         groups = [self.finished.pop(index) for index in self.admission.take()]
-        scoring = self._scoring or self._score([r for group in groups for r in _trained(group)])
+        rollouts, scoring = [r for group in groups for r in _trained(group)], self._scoring
         self._scoring = None
-        return groups, await scoring
+        if scoring is None and any(r.is_of(self.admission.version) for r in rollouts):
+            return groups, []
+        return groups, await (scoring or self._score(rollouts))
 
     async def pause(self) -> None:
         """Nothing runs on the servers until `resume`."""
@@ -229,6 +232,8 @@ class Maker:
         """Some sequences, spread over these, on each server as many."""
         serving, _ = self.answers.servers
         count = self.recipe.scored * serving
+        if not count or not rollouts:
+            return []
         spread = rollouts[:: -(-len(rollouts) // count)]
         chosen = [spread[i % len(spread)] for i in range(count)]
         scores = await self.answers.score([rollout.token_ids for rollout in chosen])

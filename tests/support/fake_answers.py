@@ -49,6 +49,8 @@ class FakeAnswer:
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.is_cut.wait(), answers.seconds(self.prompt, self.number))
+            while not answers.drain and not answers.gate.is_set():  # it stands still
+                await answers.gate.wait()
             if answers.error is not None and self.prompt == answers.error_at:
                 raise answers.error
             if self.is_cut.is_set() and answers.mute:

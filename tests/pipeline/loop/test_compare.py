@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.engine.fleet import Fleet
-from pipeline.loop.compare import DisagreementError, compare, replay_probe
+from pipeline.loop.compare import DisagreementError, compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.loop import Loop
-from pipeline.observe.metrics import mismatch_of
+from pipeline.observe.metrics import lag_metrics, mismatch_of
 from pipeline.types import Batch, PolicyTokens, Prompt
 from tests.support.episodes import graded_group, plain_rollout
 from tests.support.fake_trainers import FakeTrainers
@@ -59,6 +59,65 @@ def test_engines_within_the_bound_are_measured_and_beyond_it_stopped():
 def test_another_version_is_named():
     with pytest.raises(DisagreementError, match=r"sampled under weights \[3\], the trainer holds 4"):
         compare(ROLLOUTS, policy_of(ROLLOUTS), version=4, bound=1e-3)
+
+
+STALE = [
+    plain_rollout(range(4), -np.arange(1, 5) / 4, weight_versions=np.array([1, 1, 2, 3], np.int32)),
+    plain_rollout(range(2), -np.arange(1, 3) / 4, version=3),
+]
+
+
+def test_stale_tokens_are_measured_apart_by_lag_and_are_no_proof_of_a_transfer():
+    policy = policy_of(STALE)
+    policy.logprobs[0] += np.array([0.5, 0.5, 0.25, 0], np.float32)
+    metrics = compare(STALE, policy, version=3, bound=1e-3, staleness=2)
+    by_lag = [metrics[f"mismatch/abs_logprob_lag_{lag}"] for lag in range(3)]
+    assert by_lag == pytest.approx([0, 0.25, 0.5])
+    assert metrics["staleness/abs_logprob"] == pytest.approx(1.25 / 6)
+    assert "mismatch/abs_logprob" not in metrics
+
+
+def test_a_token_beyond_the_bound_of_staleness_stops_the_run():
+    with pytest.raises(
+        DisagreementError, match=r"weights \[1, 2, 3\], the trainer holds 3, and rollout.max_staleness is 1"
+    ):
+        compare(STALE, policy_of(STALE), version=3, bound=1e-3, staleness=1)
+    with pytest.raises(DisagreementError, match=r"the trainer holds 2"):
+        compare(STALE, policy_of(STALE), version=2, bound=1e-3, staleness=2)
+
+
+def scores(gap=0.0):
+    """Log-probs of all tokens but the first, as a server gives them."""
+    return [(r, np.full(len(r.token_ids) - 1, -0.5 + gap, np.float32), None) for r in STALE]
+
+
+def test_what_servers_score_is_compared_as_if_it_had_been_sampled_under_these_weights():
+    scored = scored_rollouts(scores(), version=7)
+    assert [r.weight_versions.tolist() for r in scored] == [[7] * 4, [7] * 2]
+    metrics = compare_scored(scored, policy_of(scored, 1e-4), version=7, bound=1e-3)
+    assert metrics["mismatch/abs_logprob"] == pytest.approx(1e-4, rel=1e-2)
+    assert metrics["mismatch/scored_tokens"] == 6
+    with pytest.raises(DisagreementError, match=r"under weights 7 .* the bound is 1e-03"):
+        compare_scored(scored, policy_of(scored, 1e-2), version=7, bound=1e-3)
+
+
+def test_to_compare_nothing_is_an_error():
+    with pytest.raises(DisagreementError, match="no token was scored under weights 7"):
+        compare_scored([], policy_of([]), version=7, bound=1e-3)
+
+
+def test_shares_of_lags_are_of_sampled_tokens():
+    holes = plain_rollout(
+        range(3),
+        np.array([-1, 0, -1]),
+        trained=HOLES,
+        weight_versions=np.where(HOLES, 3, -1).astype(np.int32),
+    )
+    groups = (graded_group(Prompt(np.zeros(1, np.int32), ""), [*STALE, holes], [1.0, 0.0, 1.0]),)
+    metrics = lag_metrics(Batch(1, 3, groups))
+    assert [metrics[f"rollout/lag_{lag}"] for lag in range(3)] == pytest.approx([5 / 8, 1 / 8, 2 / 8])
+    assert (metrics["rollout/lag_mean"], metrics["rollout/lag_max"]) == (5 / 8, 2)
+    assert metrics["rollout/spanning_versions"] == pytest.approx(1 / 3)
 
 
 def test_the_replay_probe_measures_both_kinds_of_routing_on_the_first_rollouts():

@@ -30,6 +30,8 @@ def test_what_is_needed_grows_with_answers_and_ranks():
     assert quick == 512 + 32 * 8 + 32
     assert files_needed(load_config("configs/quickstart.yaml", ["rollout.samples_per_prompt=64"])) == quick + 32 * 56
     assert files_needed(load_config("configs/quickstart.yaml", ["parallel.ranks=3"])) == quick + 64
+    ahead = ["rollout.max_staleness=4", "objective.correction=none"]
+    assert files_needed(load_config("configs/quickstart.yaml", ahead)) == quick + 32 * 8 * 3
 
 
 @pytest.mark.parametrize("hard", [128, 799])

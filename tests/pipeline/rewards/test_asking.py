@@ -1,0 +1,99 @@
+"""A real grader that is asked one question at a time while others are being graded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from pipeline.rewards import Asking, Grader, Limits, RewardError, VerifierError
+from tests.support.hostile import question
+
+LIMITS = Limits(timeout_s=1.0, grace_s=0.2)
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader("tests.support.hostile:verify", workers=2, limits=LIMITS) as made:
+        made.wait_ready()
+        yield made
+
+
+def test_a_quick_answer_does_not_wait_for_a_slow_one(grader):
+    async def both():
+        async with Asking(grader) as asking:
+            slow = asyncio.create_task(asking.ask(question("hang")))
+            await asyncio.sleep(0.05)
+            began = time.monotonic()
+            quick = await asking.ask(question())
+            took = time.monotonic() - began
+            return quick, took, await slow
+
+    quick, took, slow = asyncio.run(both())
+    assert quick.reward == 1.0
+    assert took < 0.5
+    assert slow.kind == "timeout"
+
+
+def test_many_at_once_each_get_their_own_verdict(grader):
+    async def many():
+        async with Asking(grader) as asking:
+            kinds = ["right", "raise"] * 100
+            return await asyncio.gather(*(asking.ask(question(do)) for do in kinds))
+
+    verdicts = asyncio.run(many())
+    assert [v.kind for v in verdicts] == [None, "raised"] * 100
+
+
+def test_a_supervisor_that_dies_is_replaced_and_asked_again(grader):
+    async def killed():
+        async with Asking(grader) as asking:
+            asked = [asyncio.create_task(asking.ask(question(do))) for do in ("slow", "hang")]
+            await asyncio.sleep(0.05)
+            os.kill(grader._process.pid, signal.SIGKILL)
+            return await asyncio.gather(*asked)
+
+    slow, hangs = asyncio.run(killed())
+    assert (slow.reward, hangs.kind) == (1.0, "timeout")
+
+
+def test_one_that_dies_again_and_again_is_an_error_for_all_that_are_open(grader):
+    async def killed():
+        async with Asking(grader) as asking:
+            asked = [asyncio.create_task(asking.ask(question("hang"))) for _ in range(2)]
+            for _ in range(3):
+                await asyncio.sleep(0.2)
+                os.kill(grader._process.pid, signal.SIGKILL)
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    errors = asyncio.run(killed())
+    assert [type(error) for error in errors] == [RewardError, RewardError]
+    assert "killed" in str(errors[0]) or "ended" in str(errors[0])
+    grader.close()
+    grader._start()
+
+
+def test_a_verifier_that_cannot_be_loaded_is_an_error():
+    async def ask():
+        with Grader("tests.support.hostile:absent") as grader:
+            async with Asking(grader) as asking:
+                await asking.ask(question())
+
+    with pytest.raises(VerifierError, match="has no function 'absent'"):
+        asyncio.run(ask())
+
+
+def test_who_gives_up_leaves_the_others_their_verdicts(grader):
+    async def give_up():
+        async with Asking(grader) as asking:
+            gone = asyncio.create_task(asking.ask(question("hang")))
+            stays = asyncio.create_task(asking.ask(question("hang")))
+            await asyncio.sleep(0.02)
+            gone.cancel()
+            return await stays, await asking.ask(question())
+
+    slow, quick = asyncio.run(give_up())
+    assert (slow.kind, quick.reward) == ("timeout", 1.0)
