@@ -11,7 +11,7 @@ from pipeline.loop.loop import Loop
 from pipeline.objectives import is_informative
 from pipeline.rewards import Asking
 from pipeline.rollout.admission import Admission
-from pipeline.rollout.answers import DrainedFleet
+from pipeline.rollout.answers import FleetAnswers
 from pipeline.rollout.maker import Maker, Recipe
 from pipeline.rollout.producer import Producer
 from pipeline.rollout.saved import Saved
@@ -65,7 +65,7 @@ def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
         version=version,
         last=version + steps - 1,
     )
-    maker = Maker(admission, loop.source, DrainedFleet(loop.fleet), Asking(loop.grader), recipe, rollout.interrupt)
+    maker = Maker(admission, loop.source, FleetAnswers(loop.fleet), Asking(loop.grader), recipe, rollout.interrupt)
     if saved is not None:
         maker.restore(saved)
     return maker

@@ -8,6 +8,7 @@ servers stand still; what they were at goes on afterwards. Graders take no time,
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class _Place:
     starts: float = 0.0
     running: list[tuple[float, float, int]] = field(default_factory=list)
     queue: deque[tuple[float, int]] = field(default_factory=deque)
+    next_end: float = math.inf
+    pace: float = 1.0
 
     @property
     def load(self) -> int:
@@ -56,18 +59,19 @@ class _Place:
         batch = len(self.running)
         return self.one.step_s(batch, self.prompt + (self.step + self.running[0][0]) / 2 - self.starts / batch)
 
-    @property
-    def next_end(self) -> float:
-        if not self.running:
-            return float("inf")
-        return self.now + (self.running[0][0] - self.step) * self.step_s
+    def look_ahead(self) -> None:
+        """After any change: when the next answer ends."""
+        self.next_end = math.inf
+        if self.running:
+            self.pace = self.step_s
+            self.next_end = self.now + (self.running[0][0] - self.step) * self.pace
 
     def advance(self, to: float) -> None:
         """Decode until `to`, which is no later than the next end."""
         if to <= self.now:
             return
         if self.running:
-            self.step = min(self.running[0][0], self.step + (to - self.now) / self.step_s)
+            self.step = min(self.running[0][0], self.step + (to - self.now) / self.pace)
             self.held += (to - self.now) * len(self.running)
         self.now = to
 
@@ -78,6 +82,7 @@ class _Place:
             heapq.heappush(self.running, (self.step + length, self.step, index))
             self.starts += self.step
             self.now += self.one.prefill_s(self.prompt)
+        self.look_ahead()
 
     def end(self) -> list[int]:
         """Groups whose answers end now."""
@@ -118,21 +123,27 @@ class _Beside:
         self.now = time
         for place in self.places:
             place.advance(time)
+            place.look_ahead()
 
     def until_ready(self) -> list[int]:
         """Decode until the rule has a step ready."""
         while self.rule.ready() is None:
-            self._end(min(self.places, key=lambda p: p.next_end))
+            while not self._end(min(self.places, key=lambda p: p.next_end)):
+                pass
         return self.rule.take()
 
-    def _end(self, place: _Place) -> None:
+    def _end(self, place: _Place) -> bool:
+        """The next end of an answer on a server. Whether a group is finished by it."""
+        finished = False
         self.now = place.next_end
         place.advance(self.now)
         for index in place.end():
             self.left[index] -= 1
             if not self.left[index]:
                 self.rule.finish(index)
+                finished = True
         place.start()
+        return finished
 
 
 def follow(
@@ -161,6 +172,7 @@ def follow(
         beside.now += sync_s
         for place in beside.places:
             place.now = max(place.now, beside.now)
+            place.look_ahead()
         rule.transferred()
     seconds = (beside.now - began) / steps
     most = min(one.sequences, (rule.ahead + 1) * rule.groups * beside.lengths.shape[1] / servers)

@@ -97,12 +97,12 @@ def server(
     head = model.vocab_size * model.hidden
     peak = gpu.bf16
 
+    of_experts = len(model.moe_layers) * expert(model)
     each, square = flops.forward(model, 1.0, 0.0), flops.forward(model, 0.0, 1.0)
 
     def step_s(batch: float, context: float) -> float:
         met = model.num_experts * (1 - (1 - model.topk / model.num_experts) ** batch) if model.moe_layers else 0.0
-        met_experts = len(model.moe_layers) * met * expert(model)
-        read = weight_bytes * (head + dense + met_experts) / tp + batch * context * per_token
+        read = weight_bytes * (head + dense + met * of_experts) / tp + batch * context * per_token
         work = batch * (each + 2 * context * square) / tp
         busy = max(read / (gpu.bandwidth * efficiency.decode), work / (peak * efficiency.prefill))
         return busy + model.num_layers * efficiency.launch_s

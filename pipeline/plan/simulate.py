@@ -1,15 +1,17 @@
 """Steps a second and idle GPUs of three ways to run the loop, from 8 to 16,384 GPUs, on the formulas of a plan.
 
-Some GPUs train and the others sample, and
+Some GPUs train and the others sample, and a mode is how far sampling may run ahead (`rollout.max_staleness` and
+`rollout.ahead` of a run):
 
-    synchronous      one waits for the other: step = rollout + train + sync
-    one step off     the trainer works on the answers of the step before: step = max(rollout, train) + sync
-    asynchronous     a place in a server that is free takes the next prompt, across the ends of steps, so the longest
-                     answer delays nobody: step = max(steady, train) + sync
+    synchronous      (0, 0)  one waits for the other: step = rollout + train + sync
+    one step off     (1, 1)  the next step's groups are sampled while the trainer works, and are due right after it
+    asynchronous     (4, 3)  groups that take long have four steps until they are due
 
-`rollout` and `steady` are those of `rollout.Sampling`: with the tail of the longest answers, and without. No mode is
-faster than `bound`, where the servers are always full. A GPU is idle while it waits for the other task or for weights,
-and in a server by the share of the places it began with that hold no sequence any more.
+The first is a formula; the other two follow `beside.follow`, which asks the rule of a run itself
+(`rollout.admission.Admission`). Formulas choose the divisions of the GPUs that are followed: max(rollout, train) + sync
+and max(steady, train) + sync, where `rollout` and `steady` are those of `Sampling`: with the tail of the longest
+answers, and without. No mode is faster than `bound`, where the servers are always full. A GPU is idle while it waits
+for the other task or for weights, and in a server by the share of its places that hold no sequence.
 
 What staleness costs in reward is not simulated, nor are failures.
 """
@@ -25,16 +27,22 @@ import numpy as np
 
 from megatron_ext.hf.description import ModelDescription
 from pipeline.plan import flops
+from pipeline.plan.beside import follow
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
 from pipeline.plan.parameters import total
 from pipeline.plan.sampling import Lengths, Sampling, Server, sample
+from pipeline.rollout.admission import Admission
 
 Mode = Literal["synchronous", "one step off", "asynchronous"]
 MODES: tuple[Mode, ...] = ("synchronous", "one step off", "asynchronous")
-STALENESS = 2
-"""Steps by which an asynchronous sampler may run ahead."""
+AHEAD: dict[Mode, tuple[int, int]] = {"synchronous": (0, 0), "one step off": (1, 1), "asynchronous": (4, 3)}
+"""max_staleness and ahead of each."""
 
 _SPLITS = 32  # divisions of the GPUs that are looked at
+_FOLLOWED = 5  # of these divisions, those that the formulas like among them
+_STEPS = 4  # that are followed
+_SERVERS = 12  # that are followed; more of them are like these
+_ANSWERS = 2048  # of a step that are followed, at most
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Outcome:
 
 
 def outcome(mode: Mode, phases: Phases, trainer_gpus: int, rollout_gpus: int) -> Outcome:
-    """A mode with so many GPUs for each task."""
+    """A mode with so many GPUs for each task, by its formula."""
     s, train = phases.sampling, phases.train
     sampled = s.steady if mode == "asynchronous" else s.rollout * s.busy
     seconds = (
@@ -87,7 +95,7 @@ class Workload:
     """A model and what a step does with it.
 
     server: one of `server.gpus` GPUs. samples: answers of a step. quantum: GPUs of one replica of the trainer, so that
-    its GPUs are a multiple. mini_batches: optimizer steps of a step.
+    its GPUs are a multiple. mini_batches: optimizer steps of a step. group: answers of a prompt.
     """
 
     model: ModelDescription
@@ -98,6 +106,7 @@ class Workload:
     samples: int
     quantum: int
     mini_batches: int = 4
+    group: int = 16
     recompute: str = "full"
     efficiency: Efficiency = EFFICIENCY
     seed: int = 0
@@ -108,9 +117,24 @@ class Workload:
         if servers < 1:
             raise ValueError(f"a server takes {self.server.gpus} GPUs; {rollout_gpus} are too few")
         answers = self.lengths.sample(self.samples, self.seed)
-        sampling = sample(answers, servers, self.server, self.prompt, ahead=STALENESS)
+        sampling = sample(answers, servers, self.server, self.prompt, ahead=AHEAD["asynchronous"][1])
         weights = 2.0 * total(self.model) / (self.gpu.network * self.efficiency.network)
         return Phases(sampling, self._train_s(answers, trainer_gpus), weights)
+
+    def followed(self, mode: Mode, phases: Phases, trainer_gpus: int, rollout_gpus: int) -> Outcome:
+        """A mode under the rule of a run, event by event. Many servers and answers are stood for by some of both."""
+        if mode == "synchronous":
+            return outcome(mode, phases, trainer_gpus, rollout_gpus)
+        servers = rollout_gpus // self.server.gpus
+        share = min(1.0, _SERVERS / servers, _ANSWERS / self.samples)
+        some, groups = max(1, round(servers * share)), self.samples // self.group
+        own = max(1, round(groups * some / servers))
+        lengths = self.lengths.sample(own * self.group * _STEPS, self.seed).reshape(-1, self.group)
+        rule = Admission(own, *AHEAD[mode])
+        times = {"train_s": phases.train, "sync_s": phases.sync}
+        pace = follow(lengths, rule, some, self.server, self.prompt, steps=_STEPS, **times)
+        used = trainer_gpus * pace.trainer + rollout_gpus * pace.servers
+        return Outcome(mode, trainer_gpus, rollout_gpus, pace.seconds, 1 - used / (trainer_gpus + rollout_gpus))
 
     def _train_s(self, answers: np.ndarray, gpus: int) -> float:
         """Log-probs and update. A replica has whole sequences: with fewer of them than replicas, some have none."""
@@ -137,10 +161,13 @@ def best(workload: Workload, gpus: int) -> dict[Mode, Outcome]:
         )
     looked_at = sorted({trained[round(i)] for i in np.linspace(0, len(trained) - 1, min(_SPLITS, len(trained)))})
     phases = {t: workload.phases(t, gpus - t) for t in looked_at}
-    return {
-        mode: min((outcome(mode, p, t, gpus - t) for t, p in phases.items()), key=lambda o: (o.seconds, o.idle))
-        for mode in MODES
-    }
+    found = {}
+    for mode in MODES:
+        ranked = sorted((outcome(mode, p, t, gpus - t) for t, p in phases.items()), key=lambda o: (o.seconds, o.idle))
+        some = ranked[:1] if mode == "synchronous" else [*ranked[:1], *ranked[1 :: max(1, len(ranked) // _FOLLOWED)]]
+        followed = [workload.followed(mode, phases[o.trainer_gpus], o.trainer_gpus, o.rollout_gpus) for o in some]
+        found[mode] = min(followed, key=lambda o: (o.seconds, o.idle))
+    return found
 
 
 def scaling(workload: Workload, sizes: Sequence[int], *, weak: bool) -> dict[int, dict[Mode, Outcome]]:

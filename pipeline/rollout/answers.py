@@ -17,7 +17,9 @@ import numpy as np
 from pipeline.config.run import Interrupt
 from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet, ServerState
-from pipeline.types import Rollout
+from pipeline.rollout.sampler import of_sample
+from pipeline.rollout.session import Session
+from pipeline.types import Prompt, Rollout
 
 
 class Answer(Protocol):
@@ -48,8 +50,8 @@ class Answers(Protocol):
     async def __aenter__(self) -> Self: ...
     async def __aexit__(self, *_: object) -> None: ...
 
-    def begin(self, prompt_ids: np.ndarray, number: int, sampling: Sampling) -> Answer:
-        """Sample `number` of a prompt [P]. sampling.seed: of the prompt's first sample."""
+    def begin(self, prompt: Prompt, number: int, sampling: Sampling, so_far: Rollout | None = None) -> Answer:
+        """Sample `number` of a prompt. sampling: of the run. so_far: what is to be gone on with."""
         ...
 
     def interrupted(self, how: Interrupt) -> AbstractAsyncContextManager[None]:
@@ -67,8 +69,8 @@ class Answers(Protocol):
         ...
 
 
-class DrainedFleet:
-    """Answers of a fleet, one request each. A transfer waits until those in flight have ended; new ones wait for it."""
+class FleetAnswers:
+    """Answers of a fleet, a session each. A transfer waits until those in flight have ended; new ones wait for it."""
 
     def __init__(self, fleet: Fleet):
         self.fleet = fleet
@@ -82,12 +84,11 @@ class DrainedFleet:
         await self.fleet.__aenter__()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *details: object) -> None:
         await self.fleet.__aexit__(None, None, None)
 
-    def begin(self, prompt_ids: np.ndarray, number: int, sampling: Sampling) -> Answer:
-        seed = None if sampling.seed is None else sampling.seed + number
-        return _WholeAnswer(self, prompt_ids, replace(sampling, seed=seed))
+    def begin(self, prompt: Prompt, number: int, sampling: Sampling, so_far: Rollout | None = None) -> Answer:
+        return _SessionAnswer(self, prompt, of_sample(sampling, prompt, number), so_far)
 
     @contextlib.asynccontextmanager
     async def interrupted(self, how: Interrupt) -> AsyncIterator[None]:
@@ -110,7 +111,7 @@ class DrainedFleet:
 
     @contextlib.asynccontextmanager
     async def request(self) -> AsyncIterator[None]:
-        """Around a request; waits while a transfer is due."""
+        """Around an answer; waits while a transfer is due."""
         while not self._open.is_set():
             await self._open.wait()
         self._in_flight += 1
@@ -123,29 +124,39 @@ class DrainedFleet:
                 self._quiet.set()
 
 
-class _WholeAnswer:
-    """One that comes as a whole or not at all."""
+class _SessionAnswer:
+    """One answer, from its first token or from what was saved of it."""
 
-    def __init__(self, answers: DrainedFleet, prompt_ids: np.ndarray, sampling: Sampling):
-        self._answers, self._prompt_ids, self._sampling = answers, prompt_ids, sampling
-        self._task: asyncio.Task[list[Rollout]] | None = None
-        self._cut = self.begun = False
-        self.rollout: Rollout | None = None
+    def __init__(self, answers: FleetAnswers, prompt: Prompt, sampling: Sampling, so_far: Rollout | None):
+        self._answers = answers
+        self._session = Session(answers.fleet, prompt.ids, group=prompt.index, rollout=so_far)
+        left = sampling.max_new_tokens - (0 if so_far is None else so_far.trained_tokens)
+        self._sampling = replace(sampling, max_new_tokens=left)
+        self._task: asyncio.Task[Rollout] | None = None
+        self._cut = False
+        self.begun = so_far is not None
+
+    @property
+    def rollout(self) -> Rollout | None:
+        return self._session.rollout
 
     async def result(self) -> Rollout | None:
         self._task = asyncio.ensure_future(self._sample())
         try:
-            (self.rollout,) = await self._task
+            return await self._task
         except asyncio.CancelledError:
             self._task.cancel()
             if not self._cut:
                 raise
-        return self.rollout
+        return None if self.rollout is None else replace(self.rollout, finish_reason="time")
 
-    async def _sample(self) -> list[Rollout]:
+    async def _sample(self) -> Rollout:
+        if not self._sampling.max_new_tokens:  # what was saved of it is all that it may have
+            assert self.rollout is not None
+            return replace(self.rollout, finish_reason="length")
         async with self._answers.request():
             self.begun = True
-            return await self._answers.fleet.generate(self._prompt_ids, 1, self._sampling)
+            return await self._session.sample(self._sampling)
 
     def cut(self) -> None:
         self._cut = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,6 @@ from pipeline.errors import SamerouteError
 from pipeline.rewards import Failures, Question, RewardError, Verdict, question, settle
 from pipeline.rollout.admission import Admission
 from pipeline.rollout.answers import Answer, Answers
-from pipeline.rollout.sampler import of_prompt
 from pipeline.rollout.saved import Saved
 from pipeline.rollout.tally import Tally
 from pipeline.types import Episode, Group, Prompt, Rollout
@@ -91,14 +91,19 @@ class Recipe:
 
 @dataclass
 class Making:
-    """A group on its way. rollouts, verdicts: by sample; None: not there yet. lost: samples that were cut before their
-    first token. moved: when it last got further, seconds of time.monotonic()."""
+    """A group on its way.
+
+    rollouts, verdicts: by sample; None: not there yet.  lost: samples that were cut before their first token.
+    begun: of answers that a checkpoint had a part of, that part.
+    moved: when it last got further, seconds of time.monotonic().
+    """
 
     prompt: Prompt
     rollouts: list[Rollout | None]
     verdicts: list[Verdict | None]
     moved: float
     lost: set[int] = field(default_factory=set)
+    begun: dict[int, Rollout] = field(default_factory=dict)
     answers: dict[int, Answer] = field(default_factory=dict)
 
     @property
@@ -107,10 +112,11 @@ class Making:
         return {number: rollout for number, rollout in enumerate(self.rollouts) if rollout is not None}
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of its answers so far."""
-        parts = [answer.rollout for answer in self.answers.values()]
-        return [0 if r is None else r.trained_tokens for r in (*self.sampled.values(), *parts)]
+    def so_far(self) -> dict[int, Rollout]:
+        """Whole answers, and the parts that are known of others, which have finish_reason "abort"."""
+        parts = {number: a.rollout for number, a in self.answers.items() if a.rollout is not None}
+        aborted = {number: dataclasses.replace(r, finish_reason="abort") for number, r in parts.items()}
+        return self.begun | aborted | self.sampled
 
     @property
     def complete(self) -> bool:
@@ -204,7 +210,7 @@ class Maker:
 
     async def snapshot(self) -> Saved:
         """What a checkpoint needs, between two steps."""
-        open_ = {index: (making.prompt, making.sampled) for index, making in self.making.items()}
+        open_ = {index: (making.prompt, making.so_far) for index, making in self.making.items()}
         return Saved(self.admission.state(), self.prompts.state(), dict(self.finished), open_)
 
     def restore(self, saved: Saved) -> None:
@@ -212,17 +218,19 @@ class Maker:
         self.admission.restore(saved.admission)
         self.finished = dict(saved.finished)
         for index in self.admission.unfinished:
-            prompt, sampled = saved.open.get(index) or (self.prompts.at(index), {})
-            making = self._new(prompt)
-            for number, rollout in sampled.items():
-                making.rollouts[number] = rollout
-            self.making[index] = making
-            self.admission.renew(index, _oldest(sampled.values(), self.admission.version))
+            prompt, so_far = saved.open.get(index) or (self.prompts.at(index), {})
+            making = self.making[index] = self._new(prompt)
+            for number, rollout in so_far.items():
+                if rollout.finish_reason == "abort":
+                    making.begun[number] = rollout
+                else:
+                    making.rollouts[number] = rollout
+            self.admission.renew(index, _oldest(so_far.values(), self.admission.version))
 
     def metrics(self) -> tuple[dict[str, float], Failures]:
         """Of what happened since the last call, and of what is open now."""
         metrics, failures = self.tally.read(time.monotonic())
-        lengths = [length for making in self.making.values() for length in making.lengths]
+        lengths = [rollout.trained_tokens for making in self.making.values() for rollout in making.so_far.values()]
         metrics |= {"rollout/open_groups": float(len(self.making)), "rollout/buffer": float(len(self.finished))}
         if lengths:
             metrics["rollout/open_length_mean"] = float(np.mean(lengths))
@@ -281,8 +289,9 @@ class Maker:
             self._end(making)
 
     async def _sampled(self, making: Making, number: int) -> Rollout | None:
-        sampling = of_prompt(self.recipe.sampling, making.prompt)
-        answer = making.answers[number] = self.answers.begin(making.prompt.ids, number, sampling)
+        begun = making.begun.pop(number, None)
+        answer = self.answers.begin(making.prompt, number, self.recipe.sampling, begun)
+        making.answers[number] = answer
         asyncio.get_running_loop().call_soon(self._look)
         rollout = making.rollouts[number] = await answer.result()
         del making.answers[number]

@@ -1,8 +1,8 @@
-"""What a checkpoint has of asynchronous rollouts: finished groups, open ones with their whole answers, and the rule.
+"""What a checkpoint has of asynchronous rollouts: finished groups, open ones with what there is of them, and the rule.
 
 rollouts/admission.json         the state of the rule, the cursor, and which samples of open groups are there
 rollouts/finished.safetensors   groups that no step has taken, as a dump has them
-rollouts/open.safetensors       open groups of which there are answers, not graded
+rollouts/open.safetensors       open groups of which there are answers or parts of some, not graded
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _STATE, _FINISHED, _OPEN = "admission.json", "finished.safetensors", "open.safet
 
 @dataclass(frozen=True)
 class Saved:
-    """admission: see Admission.state. cursor: of the prompts. finished: by prompt. open: the prompt and its whole
-    answers by sample, by prompt; a group that is not here begins anew."""
+    """admission: see Admission.state. cursor: of the prompts. finished: by prompt. open: by prompt, itself and its
+    answers by sample, parts with finish_reason "abort" among them; a group that is not here begins anew."""
 
     admission: dict[str, Any]
     cursor: dict[str, int]

@@ -81,7 +81,7 @@ class FakeAnswers:
         self.seconds, self.version, self.drain = seconds, version, drain
         self.error, self.error_at, self.mute = None, None, False
         self.in_flight = 0
-        self.asked = Counter()
+        self.asked, self.begun_with = Counter(), {}
         self.scored = []
 
     async def __aenter__(self):
@@ -92,8 +92,9 @@ class FakeAnswers:
     async def __aexit__(self, *_):
         assert not self.in_flight, "requests are left"
 
-    def begin(self, prompt_ids, number, sampling):
-        return FakeAnswer(self, int(prompt_ids[0]), number)
+    def begin(self, prompt, number, sampling, so_far=None):
+        self.begun_with[prompt.index, number] = so_far
+        return FakeAnswer(self, prompt.index, number)
 
     @contextlib.asynccontextmanager
     async def interrupted(self, how):
