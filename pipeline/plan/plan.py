@@ -1,13 +1,14 @@
 """The plan of a configuration: everything `sameroute plan` says, as one object.
 
 A step of the loop is: sample, read the log-probs of the proximal policy (and of the reference, and values) where
-they are needed, update, send the weights. Phases follow one another, so their times add up.
+they are needed, update, send the weights. Phases follow one another, so their times add up. Where rollout.max_staleness
+lets servers sample beside the training, steps are followed under the rule of a run instead: see `beside`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,22 +17,27 @@ from megatron_ext.config import ParallelConfig
 from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
 from pipeline.plan import flops
+from pipeline.plan.beside import Pace, follow
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
 from pipeline.plan.parameters import active, total
 from pipeline.plan.sampling import Lengths, Sampling, Server, sample, server
+from pipeline.rollout.admission import Admission
 
 SEED = 0
+_FOLLOWED = 8  # servers, where rollouts are made beside the training
+_STEPS = 6  # steps
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of the phases of a step."""
+    """Of the phases of a step. pace: of steps whose rollouts are made beside the training; None: one after another."""
 
     rollout: float
     logprobs: float
     update: float
     sync: float
+    pace: Pace | None = None
 
     @property
     def train(self) -> float:
@@ -39,7 +45,7 @@ class Seconds:
 
     @property
     def step(self) -> float:
-        return self.rollout + self.train + self.sync
+        return self.rollout + self.train + self.sync if self.pace is None else self.pace.seconds
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ def make_plan(
         + _offloaded_s(memory, card, config, efficiency),
         sync=sent / (card.network * efficiency.network),
     )
+    if config.rollout.max_staleness and one.fits and not quick:
+        seconds = replace(seconds, pace=pace_of(config, lengths, servers, one, prompt, seconds))
     replay = config.replay.of_model(model.num_experts)
     routes = work.tokens * model.num_layers * model.topk if replay.any else 0.0
     return Plan(
@@ -168,6 +176,24 @@ def make_plan(
         route_wire_bytes=routes * 4 * 4 / 3 if replay.from_server else 0.0,  # int32 in base64
         seconds=seconds,
         reasons=tuple(_reasons(config, card, memory, one)),
+    )
+
+
+def pace_of(config: Config, lengths: Lengths, servers: int, one: Server, prompt: float, seconds: Seconds) -> Pace:
+    """Of a run whose rollouts are made beside the training, which takes so long. Many servers are stood for by some."""
+    rollout = config.rollout
+    some = min(servers, _FOLLOWED)
+    groups = max(1, round(rollout.prompts_per_step * some / servers))
+    answers = lengths.sample(groups * rollout.samples_per_prompt * _STEPS, SEED)
+    return follow(
+        answers.reshape(-1, rollout.samples_per_prompt),
+        Admission(groups, rollout.max_staleness, rollout.steps_ahead, order=rollout.order),
+        some,
+        one,
+        prompt,
+        train_s=seconds.train,
+        sync_s=seconds.sync,
+        steps=_STEPS,
     )
 
 

@@ -74,6 +74,14 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
         out["seconds"] = {
             "rollout": s.rollout, "logprobs": s.logprobs, "update": s.update, "sync": s.sync, "step": s.step,
         }  # fmt: skip
+        if s.pace is not None:
+            lag = s.pace.lag
+            out["asynchronous"] = {
+                "trainer_busy": s.pace.trainer,
+                "server_places_busy": s.pace.servers,
+                "lag": lag,
+                "optimizer_steps_behind": [lag * plan.config.train.mini_batches + k for k in (0, _last(plan))],
+            }
     if proposal is not None:
         out["proposal"] = {"overrides": list(proposal.overrides), "plan": as_json(proposal.plan, None)}
     return out
@@ -141,13 +149,28 @@ def _step_rows(plan: Plan) -> list[Row]:
 
 def _seconds_rows(plan: Plan) -> list[Row]:
     s = plan.seconds
-    return [
+    rows = [
         ("rollout", f"{s.rollout:.1f}", f"places of a server busy {plan.sampling.busy:.0%} of it"),
         ("log-probs", f"{s.logprobs:.1f}", ""),
         ("update", f"{s.update:.1f}", ""),
         ("sync", f"{s.sync:.1f}", ""),
-        ("[bold]step[/]", f"[bold]{s.step:.1f}[/]", ""),
     ]
+    if s.pace is None:
+        return [*rows, ("[bold]step[/]", f"[bold]{s.step:.1f}[/]", "one phase after the other")]
+    busy = f"trainer busy {s.pace.trainer:.0%}, places of the servers {s.pace.servers:.0%}"
+    first = s.pace.lag * plan.config.train.mini_batches
+    rollout = plan.config.rollout
+    return [
+        *rows,
+        ("[bold]step[/]", f"[bold]{s.step:.1f}[/]", f"rollouts beside the training: {busy}"),
+        ("versions behind", f"{s.pace.lag:.1f}", f"on average, {rollout.max_staleness} at most"),
+        ("optimizer steps behind", f"{first:.0f} to {first + _last(plan):.0f}", "on average: lag x mini-batches + k"),
+    ]
+
+
+def _last(plan: Plan) -> int:
+    """The last optimizer step of a step, from 0."""
+    return plan.config.train.mini_batches - 1
 
 
 def gib(value: float) -> str:
