@@ -82,7 +82,7 @@ def compare_scored(
     if not tokens:
         raise DisagreementError(f"no token was scored under weights {version}, so that nothing was compared")
     found = compare(rollouts, policy, version=version, bound=bound)
-    return {k: v for k, v in found.items() if k.startswith("mismatch/")} | {"mismatch/scored_tokens": float(tokens)}
+    return {k: v for k, v in found.items() if k.startswith("mismatch/")} | {"staleness/scored_tokens": float(tokens)}
 
 
 def _as_staleness(metrics: dict[str, float]) -> dict[str, float]:

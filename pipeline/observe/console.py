@@ -20,10 +20,13 @@ _COLUMNS = (
     ("clipped", "loss/clip_fraction", "{:.1%}"),
     ("replayed", "routing/replayed_fraction", "{:.1%}"),
     ("length", "response/length_mean", "{:.1f}"),
+    ("lag", "rollout/lag_mean", "{:.1f}"),
+    ("idle trainer", "idle/trainer", "{:.0%}"),
+    ("servers", "idle/servers", "{:.0%}"),
     ("rollout", "throughput/rollout_tokens_per_s", "{:,.0f} tok/s"),
     ("train", "throughput/train_tokens_per_s", "{:,.0f} tok/s"),
 )
-_PHASES = ("rollout", "reward", "train", "sync", "step")
+_PHASES = ("rollout", "reward", "wait", "train", "drain", "sync", "step")
 
 
 def step_line(metrics: Mapping[str, float], steps: int) -> str:

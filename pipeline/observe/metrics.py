@@ -62,7 +62,7 @@ def mismatch_by_lag(batch_version: int, rollouts: Sequence[Rollout], proximal: P
     by_lag = mismatch_by(
         padded(proximal.logprobs), padded(mu), padded([r.trained for r in rollouts]), batch_version - padded(lags)
     )
-    return {f"mismatch/{key}_lag_{lag}": found[key] for lag, found in by_lag.items() for key in ("k3", "abs_logprob")}
+    return {f"staleness/{key}_lag_{lag}": found[key] for lag, found in by_lag.items() for key in ("k3", "abs_logprob")}
 
 
 def routing_metrics(routing: np.ndarray) -> dict[str, float]:

@@ -14,9 +14,12 @@ from pipeline.observe.report.theme import blank
 _PHASES = {
     "rollout": "sampling",
     "reward": "grading",
+    "wait": "waiting for rollouts",
+    "check": "comparing the engines",
     "dump": "dump",
     "logprob": "proximal log-probs",
     "train": "update",
+    "drain": "waiting for answers in flight",
     "sync": "weights to the server",
 }
 _BARS = 300  # more cannot be told apart

@@ -71,7 +71,7 @@ def test_stale_tokens_are_measured_apart_by_lag_and_are_no_proof_of_a_transfer()
     policy = policy_of(STALE)
     policy.logprobs[0] += np.array([0.5, 0.5, 0.25, 0], np.float32)
     metrics = compare(STALE, policy, version=3, bound=1e-3, staleness=2)
-    by_lag = [metrics[f"mismatch/abs_logprob_lag_{lag}"] for lag in range(3)]
+    by_lag = [metrics[f"staleness/abs_logprob_lag_{lag}"] for lag in range(3)]
     assert by_lag == pytest.approx([0, 0.25, 0.5])
     assert metrics["staleness/abs_logprob"] == pytest.approx(1.25 / 6)
     assert "mismatch/abs_logprob" not in metrics
@@ -96,7 +96,7 @@ def test_what_servers_score_is_compared_as_if_it_had_been_sampled_under_these_we
     assert [r.weight_versions.tolist() for r in scored] == [[7] * 4, [7] * 2]
     metrics = compare_scored(scored, policy_of(scored, 1e-4), version=7, bound=1e-3)
     assert metrics["mismatch/abs_logprob"] == pytest.approx(1e-4, rel=1e-2)
-    assert metrics["mismatch/scored_tokens"] == 6
+    assert metrics["staleness/scored_tokens"] == 6
     with pytest.raises(DisagreementError, match=r"under weights 7 .* the bound is 1e-03"):
         compare_scored(scored, policy_of(scored, 1e-2), version=7, bound=1e-3)
 
