@@ -32,8 +32,8 @@ from pipeline.observe.console import Console
 from pipeline.observe.facts import write_facts, written_by_this_job
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.sinks import Sinks
-from pipeline.say import to_stderr
 from pipeline.rollout.saved import Saved
+from pipeline.say import to_stderr
 from pipeline.trainer.group import TrainerGroup
 from pipeline.types import StepResult
 

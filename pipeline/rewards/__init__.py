@@ -2,7 +2,7 @@
 
 from pipeline.rewards.grade import Failures, grade, question, response_text, settle
 from pipeline.rewards.grader import Grader, check_rewards, open_grader
-from pipeline.rewards.asking import Asking
+from pipeline.rewards.open_questions import Asking
 from pipeline.rewards.protocol import Limits, Question, Verdict
 from pipeline.rewards.registry import Component, RewardError, Verifier, VerifierError
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 
@@ -56,8 +56,9 @@ class Prompts(Protocol):
     """What of a PromptSource is needed here."""
 
     def take(self, n: int) -> list[Prompt]: ...
-    def at(self, index: int) -> Prompt: ...
-    def state(self) -> dict[str, int]: ...
+    def learned(self, prompt: Prompt, rewards: np.ndarray) -> None: ...
+    def metrics(self) -> dict[str, float]: ...
+    def state(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class Maker:
         self.admission.restore(saved.admission)
         self.finished = dict(saved.finished)
         for index in self.admission.unfinished:
-            prompt, so_far = saved.open.get(index) or (self.prompts.at(index), {})
+            prompt, so_far = saved.open[index]
             making = self.making[index] = self._new(prompt)
             for number, rollout in so_far.items():
                 if rollout.finish_reason == "abort":
@@ -231,6 +232,7 @@ class Maker:
         """Of what happened since the last call, and of what is open now."""
         metrics, failures = self.tally.read(time.monotonic())
         lengths = [rollout.trained_tokens for making in self.making.values() for rollout in making.so_far.values()]
+        metrics |= self.prompts.metrics()
         metrics |= {"rollout/open_groups": float(len(self.making)), "rollout/buffer": float(len(self.finished))}
         if lengths:
             metrics["rollout/open_length_mean"] = float(np.mean(lengths))
@@ -312,6 +314,7 @@ class Maker:
         verdicts = [verdict for verdict in making.verdicts if verdict is not None]
         graded, failures = recipe.settle(group, verdicts, self.judge.verifier)
         del self.making[index]
+        self.prompts.learned(graded.prompt, graded.rewards)
         if not len(graded.rewards):
             self._drop(index, "failed", failures)
         elif recipe.informative is not None and not recipe.informative(graded.rewards):

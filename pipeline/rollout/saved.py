@@ -1,18 +1,21 @@
 """What a checkpoint has of asynchronous rollouts: finished groups, open ones with what there is of them, and the rule.
 
-rollouts/admission.json         the state of the rule, the cursor, and which samples of open groups are there
+rollouts/admission.json         the state of the rule, and the prompts and sample numbers of open groups
 rollouts/finished.safetensors   groups that no step has taken, as a dump has them
-rollouts/open.safetensors       open groups of which there are answers or parts of some, not graded
+rollouts/open.safetensors       answers of open groups and parts of some, not graded
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.dumps.groups import DumpError, read_groups, write_groups
 from pipeline.types import Group, Prompt, Rollout
@@ -24,10 +27,10 @@ _STATE, _FINISHED, _OPEN = "admission.json", "finished.safetensors", "open.safet
 @dataclass(frozen=True)
 class Saved:
     """admission: see Admission.state. cursor: of the prompts. finished: by prompt. open: by prompt, itself and its
-    answers by sample, parts with finish_reason "abort" among them; a group that is not here begins anew."""
+    answers by sample, parts with finish_reason "abort" among them."""
 
     admission: dict[str, Any]
-    cursor: dict[str, int]
+    cursor: dict[str, Any]
     finished: Mapping[int, Group]
     open: Mapping[int, tuple[Prompt, Mapping[int, Rollout]]]
 
@@ -35,20 +38,25 @@ class Saved:
         """Into the directory of a checkpoint that is being written."""
         folder = checkpoint / FOLDER
         folder.mkdir()
-        begun = {index: own for index, own in self.open.items() if own[1]}
-        samples = {str(index): sorted(sampled) for index, (_, sampled) in begun.items()}
         if self.finished:
             write_groups(folder / _FINISHED, list(self.finished.values()))
+        begun = [Group.of_single_turns(p, [own[n] for n in sorted(own)]) for p, own in self.open.values() if own]
         if begun:
-            groups = [Group.of_single_turns(p, [sampled[n] for n in sorted(sampled)]) for p, sampled in begun.values()]
-            write_groups(folder / _OPEN, groups)
+            write_groups(folder / _OPEN, begun)
         written = [folder / name for name in (_FINISHED, _OPEN) if (folder / name).exists()]
-        sums = {file.name: zlib.crc32(file.read_bytes()) for file in written}
-        tree = {"admission": self.admission, "samples": samples, "crc32": sums}
+        tree = {
+            "admission": self.admission,
+            "open": [_row(prompt) | {"samples": sorted(own)} for prompt, own in self.open.values()],
+            "crc32": {file.name: zlib.crc32(file.read_bytes()) for file in written},
+        }
         (folder / _STATE).write_text(json.dumps(tree))
 
 
-def read_saved(checkpoint: Path, cursor: dict[str, int]) -> Saved | None:
+def _row(prompt: Prompt) -> dict[str, Any]:
+    return dataclasses.asdict(prompt) | {"ids": prompt.ids.tolist()}
+
+
+def read_saved(checkpoint: Path, cursor: dict[str, Any]) -> Saved | None:
     """Of a complete checkpoint; None for one of a synchronous run. cursor: that it was saved with.
 
     Raises DumpError for files that are damaged.
@@ -61,11 +69,12 @@ def read_saved(checkpoint: Path, cursor: dict[str, int]) -> Saved | None:
         for name, expected in tree["crc32"].items():
             if zlib.crc32((folder / name).read_bytes()) != expected:
                 raise DumpError(f"{folder / name} is damaged: its bytes are not those that were written")
-    except (OSError, KeyError, ValueError) as error:
+        finished, begun = (read_groups(folder / n) if n in tree["crc32"] else () for n in (_FINISHED, _OPEN))
+        rollouts, open_ = {group.prompt.index: group.rollouts for group in begun}, {}
+        for row in tree["open"]:
+            samples, ids = row.pop("samples"), np.array(row.pop("ids"), np.int32)
+            own = dict(zip(samples, rollouts.get(row["index"], []), strict=True))
+            open_[row["index"]] = Prompt(ids, **row), own
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, DumpError) else DumpError(f"{folder} is damaged: {error}") from error
-    finished, open_ = (read_groups(folder / n) if n in tree["crc32"] else () for n in (_FINISHED, _OPEN))
-    begun = {}
-    for group in open_:
-        numbers = tree["samples"][str(group.prompt.index)]
-        begun[group.prompt.index] = group.prompt, dict(zip(numbers, group.rollouts, strict=True))
-    return Saved(tree["admission"], cursor, {g.prompt.index: g for g in finished}, begun)
+    return Saved(tree["admission"], cursor, {g.prompt.index: g for g in finished}, open_)

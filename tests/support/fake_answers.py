@@ -16,14 +16,18 @@ class FakePrompts:
     """Prompt i is the token i."""
 
     def __init__(self):
-        self.cursor = 0
-
-    def at(self, index):
-        return Prompt(np.array([index], np.int32), f"prompt {index}", {}, index)
+        self.cursor, self.graded = 0, []
 
     def take(self, n):
         self.cursor += n
-        return [self.at(index) for index in range(self.cursor - n, self.cursor)]
+        indices = range(self.cursor - n, self.cursor)
+        return [Prompt(np.array([i], np.int32), f"prompt {i}", {"answer": i}, i, f"made:{i}") for i in indices]
+
+    def learned(self, prompt, rewards):
+        self.graded.append(prompt.index)
+
+    def metrics(self):
+        return {"data/made/epoch": 0.0}
 
     def state(self):
         return {"prompts": self.cursor, "supervised": 0}

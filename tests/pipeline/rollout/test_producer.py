@@ -122,6 +122,7 @@ def test_each_group_that_teaches_nothing_is_replaced_once():
     assert made.trained == [index for index in range(40) if index % 3][: 6 * B]
     dropped = sum(t.metrics["rollout/groups_replaced"] for t in taken)
     assert made.admission.ended["uninformative"] == made.prompts.cursor - 6 * B
+    assert sorted(made.prompts.graded) == list(range(made.prompts.cursor)), "the source learns of each"
     assert dropped <= made.prompts.cursor - 6 * B
 
 
@@ -226,6 +227,7 @@ def test_a_run_goes_on_from_what_was_saved_and_samples_nothing_again(tmp_path):
     saved.write(tmp_path)
     read = read_saved(tmp_path, saved.cursor)
     assert read.admission == saved.admission
+    assert [prompt.origin for prompt, _ in read.open.values()] == [f"made:{index}" for index in range(6, 15)]
     assert list(read.finished) == list(saved.finished) == [3, 4, 5]
     assert {index: list(sampled) for index, (_, sampled) in read.open.items()} == {index: [0] for index in range(6, 15)}
 
