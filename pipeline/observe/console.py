@@ -22,7 +22,7 @@ _COLUMNS = (
     ("length", "response/length_mean", "{:.1f}"),
     ("lag", "rollout/lag_mean", "{:.1f}"),
     ("idle trainer", "idle/trainer", "{:.0%}"),
-    ("servers", "idle/servers", "{:.0%}"),
+    ("idle servers", "idle/servers", "{:.0%}"),
     ("rollout", "throughput/rollout_tokens_per_s", "{:,.0f} tok/s"),
     ("train", "throughput/train_tokens_per_s", "{:,.0f} tok/s"),
 )

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.config.run import Interrupt
 from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet, ServerState
+from pipeline.engine.server import ServerError
 from pipeline.rollout.sampler import of_sample
 from pipeline.rollout.session import Session
 from pipeline.types import Prompt, Rollout
@@ -102,6 +103,8 @@ class FleetAnswers:
 
     async def score(self, sequences: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         serving = [s.client for s in self.fleet.servers if s.state is ServerState.SERVING]
+        if not serving:
+            raise ServerError("no server takes requests")
         return await asyncio.gather(*(serving[i % len(serving)].score(ids) for i, ids in enumerate(sequences)))
 
     @property

@@ -32,9 +32,7 @@ def lag(run: Run) -> Figure:
 def staleness(run: Run) -> Figure:
     found = sorted({key for row in run.metrics for key in row if re.fullmatch(r"staleness/k3_lag_\d+", key)})
     lines = {key: f"{key.rpartition('_')[2]} versions behind" for key in found}
-    plot = line_plot(run, lines, "nats a token")
-    if plot is not None:
-        plot.update_yaxes(type="log")
+    plot = line_plot(run, lines, "nats a token", log=True)
     return Figure(
         "staleness",
         "What staleness does to the ratio",
@@ -51,9 +49,7 @@ def staleness(run: Run) -> Figure:
 
 def idle(run: Run) -> Figure:
     lines = {"idle/trainer": "trainer waits", "idle/servers": "servers have no request"}
-    plot = line_plot(run, lines, "share of the time")
-    if plot is not None:
-        plot.update_yaxes(rangemode="tozero", tickformat=".0%")
+    plot = line_plot(run, lines, "share of the time", percent=True)
     return Figure(
         "idle",
         "Who waits",
