@@ -162,8 +162,9 @@ class Rollout:
         return int(self.trained.sum())
 
     def is_of(self, version: int) -> bool:
-        """Whether every sampled token, and there is one, is of these weights."""
-        return self.trained_tokens > 0 and bool((self.weight_versions[self.trained] == version).all())
+        """Whether every sampled token, and there is one, is of these weights alone."""
+        own = self.weight_versions[self.trained] == version
+        return self.trained_tokens > 0 and bool(own.all()) and self.mixed_kv is None
 
     @property
     def comparable(self) -> np.ndarray:

@@ -36,8 +36,8 @@ class RunConfig(Frozen):
 Order = Literal["finish", "admission"]
 """In which finished groups are trained on."""
 
-Interrupt = Literal["abort", "in_place", "retract", "drain"]
-"""What becomes of the answers in flight when new weights come."""
+InterruptMode = Literal["abort", "in_place", "retract", "drain"]
+"""What happens to running requests while weights change; see pipeline/engine/interruption.py."""
 
 
 class RolloutConfig(Frozen):
@@ -78,11 +78,11 @@ class RolloutConfig(Frozen):
         description="seconds in which no group that a step waits for gets any further, after which their answers are "
         'cut and graded as they are (finish_reason "time")',
     )
-    interrupt: Interrupt = Field(
-        "drain",
-        description="answers in flight when new weights come. drain: the transfer waits until they have ended; abort: "
-        "they are interrupted and go on under the new weights; in_place: they go on over the old keys and values; "
-        "retract: those are computed again",
+    interrupt: InterruptMode = Field(
+        "abort",
+        description="answers in flight when new weights come, with max_staleness above 0. abort: they are cut and go "
+        "on under the new weights; drain: they are waited for; in_place: they go on over the old keys and values; "
+        "retract: those are computed again (docs/interruption.md)",
     )
 
     @model_validator(mode="after")

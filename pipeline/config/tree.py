@@ -112,8 +112,6 @@ class Config(Frozen):
                 "'{kind: token_tis}' (geometric_tis where the ratio is of sequences), or objective.correction=none to "
                 "train without one"
             )
-        if self.rollout.interrupt != "drain":
-            raise ValueError(f"rollout.interrupt={self.rollout.interrupt} is not there yet; set it to drain")
         longest = request_tokens(self.data.max_prompt_tokens, self.rollout.max_new_tokens)
         for name in ("context_length", "max_total_tokens"):
             room = getattr(self.server, name)

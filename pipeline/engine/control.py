@@ -19,8 +19,6 @@ PauseMode = Literal["abort", "in_place", "retract"]
 HELD_WEIGHTS = "sameroute_held_weights"
 """The action of /weights_checker that `inside/hooks.py` adds to SGLang's own."""
 
-InterruptMode = Literal["abort", "in_place", "retract", "drain"]
-"""What happens to running requests while weights change; see `interruption.py`."""
 VERSION_KEY = "weights "
 """How a key of the prefix cache begins."""
 

@@ -17,9 +17,10 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from pipeline.config.run import InterruptMode
 from pipeline.config.server import ServerConfig
 from pipeline.engine.client import AbortedError, AnswerError, Sampling, SGLangClient, UnreachableError
-from pipeline.engine.control import InterruptMode, ServerAddress
+from pipeline.engine.control import ServerAddress
 from pipeline.engine.interruption import Updates, let_requests_go_on, must_be_current, stop_requests
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
 from pipeline.engine.server import ServerError

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.engine.control import InterruptMode
+from pipeline.config.run import InterruptMode
 from pipeline.engine.membership import FleetServer
 
 HALTS = ("in_place", "retract")

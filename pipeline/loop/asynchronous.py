@@ -65,7 +65,7 @@ def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
         version=version,
         last=version + steps - 1,
     )
-    maker = Maker(admission, loop.source, FleetAnswers(loop.fleet), Asking(loop.grader), recipe, rollout.interrupt)
+    maker = Maker(admission, loop.source, FleetAnswers(loop.fleet, rollout.interrupt), Asking(loop.grader), recipe)
     if saved is not None:
         maker.restore(saved)
     return maker

@@ -13,7 +13,7 @@ from pipeline.types import PolicyTokens, Rollout
 
 if TYPE_CHECKING:
     from megatron_ext.network import Routing
-    from pipeline.rollout.maker import Scored
+    from pipeline.rollout.answers import Scored
 
 
 class DisagreementError(SamerouteError):

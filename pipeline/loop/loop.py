@@ -96,7 +96,7 @@ class Loop:
         metrics |= {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
         if self.config.rollout.max_staleness:
             metrics |= lag_metrics(batch)
-            metrics["idle/trainer"] = sum(timer.seconds.get(p, 0.0) for p in ("wait", "drain")) / timer.seconds["step"]
+            metrics["idle/trainer"] = sum(timer.seconds.get(p, 0.0) for p in ("wait", "pause")) / timer.seconds["step"]
         metrics |= {
             "step": number,
             "weights/version": batch.version,
@@ -123,9 +123,9 @@ class Loop:
         self.fleet.transfer(self.trainers)
 
     def transfer(self, timer: Timer) -> None:
-        """`sync`, with nothing in flight on the servers."""
+        """`sync`, while no server samples."""
         if self.producer is not None:
-            with timer("drain"):
+            with timer("pause"):
                 self.producer.pause()
         with timer("sync"):
             self.sync()

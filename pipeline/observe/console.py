@@ -26,7 +26,7 @@ _COLUMNS = (
     ("rollout", "throughput/rollout_tokens_per_s", "{:,.0f} tok/s"),
     ("train", "throughput/train_tokens_per_s", "{:,.0f} tok/s"),
 )
-_PHASES = ("rollout", "reward", "wait", "train", "drain", "sync", "step")
+_PHASES = ("rollout", "reward", "wait", "train", "pause", "sync", "step")
 
 
 def step_line(metrics: Mapping[str, float], steps: int) -> str:

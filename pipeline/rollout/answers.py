@@ -6,21 +6,23 @@ An answer is a request of its own, so that it ends when it ends and not with the
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol, Self
 
 import numpy as np
 
-from pipeline.config.run import Interrupt
-from pipeline.engine.client import Sampling
+from pipeline.config.run import InterruptMode
+from pipeline.engine.client import AbortedError, Sampling, UnreachableError
 from pipeline.engine.fleet import Fleet, ServerState
-from pipeline.engine.server import ServerError
+from pipeline.engine.interruption import HALTS
 from pipeline.rollout.sampler import of_sample
 from pipeline.rollout.session import Session
 from pipeline.types import Prompt, Rollout
+
+Scored = tuple[Rollout, np.ndarray, np.ndarray | None]
+"""A rollout, and of all its tokens log-probs [T - 1] and routes under the servers' weights, see SGLangClient.score."""
 
 
 class Answer(Protocol):
@@ -55,13 +57,12 @@ class Answers(Protocol):
         """Sample `number` of a prompt. sampling: of the run. so_far: what is to be gone on with."""
         ...
 
-    def interrupted(self, how: Interrupt) -> AbstractAsyncContextManager[None]:
-        """Nothing runs on the servers inside, which may then take new weights; afterwards all goes on."""
+    def interrupted(self) -> AbstractAsyncContextManager[None]:
+        """Nothing is sampled inside, where the servers may take new weights; afterwards all goes on."""
         ...
 
-    async def score(self, sequences: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Log-probs and routes of sequences [T] under the servers' weights, see SGLangClient.score; dealt to the
-        servers in turn."""
+    async def score(self, rollouts: Sequence[Rollout], each: int) -> list[Scored]:
+        """Some of these rollouts, spread over them, `each` on every server, under the weights that it holds."""
         ...
 
     @property
@@ -71,15 +72,12 @@ class Answers(Protocol):
 
 
 class FleetAnswers:
-    """Answers of a fleet, a session each. A transfer waits until those in flight have ended; new ones wait for it."""
+    """Answers of a fleet, a session each."""
 
-    def __init__(self, fleet: Fleet):
+    def __init__(self, fleet: Fleet, how: InterruptMode):
+        """how: weights change while answers are in flight."""
         self.fleet = fleet
-        self._open = asyncio.Event()
-        self._quiet = asyncio.Event()
-        self._in_flight = 0
-        self._open.set()
-        self._quiet.set()
+        self.how: InterruptMode = how
 
     async def __aenter__(self) -> Self:
         await self.fleet.__aenter__()
@@ -91,57 +89,49 @@ class FleetAnswers:
     def begin(self, prompt: Prompt, number: int, sampling: Sampling, so_far: Rollout | None = None) -> Answer:
         return _SessionAnswer(self, prompt, of_sample(sampling, prompt, number), so_far)
 
-    @contextlib.asynccontextmanager
-    async def interrupted(self, how: Interrupt) -> AsyncIterator[None]:
-        assert how == "drain", how
-        self._open.clear()
-        await self._quiet.wait()
-        try:
-            yield
-        finally:
-            self._open.set()
+    def interrupted(self) -> AbstractAsyncContextManager[None]:
+        return self.fleet.interrupted(self.how)
 
-    async def score(self, sequences: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        serving = [s.client for s in self.fleet.servers if s.state is ServerState.SERVING]
-        if not serving:
-            raise ServerError("no server takes requests")
-        return await asyncio.gather(*(serving[i % len(serving)].score(ids) for i, ids in enumerate(sequences)))
+    async def score(self, rollouts: Sequence[Rollout], each: int) -> list[Scored]:
+        up = [s for s in self.fleet.servers if s.state in (ServerState.SERVING, ServerState.PAUSED)]
+        count = max(1, len(up)) * each
+        spread = rollouts[:: -(-len(rollouts) // count)]
+        dealt = [spread[i % len(spread)] for i in range(count if spread else 0)]
+        calls = [up[i % len(up)].client.score(r.token_ids) for i, r in enumerate(dealt) if up]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        scored: list[Scored] = []
+        for rollout, score in zip(dealt, found, strict=bool(up)):
+            if not isinstance(score, BaseException):
+                scored.append((rollout, *score))
+            elif not isinstance(score, UnreachableError | AbortedError):  # of a lost server, which the fleet sees
+                raise score
+        return scored or [(rollout, *await self.fleet.score(rollout.token_ids)) for rollout in dealt[:each]]
 
     @property
     def servers(self) -> tuple[int, int]:
         serving = [s for s in self.fleet.servers if s.state is ServerState.SERVING]
         return len(serving), sum(s.in_flight == 0 for s in serving)
 
-    @contextlib.asynccontextmanager
-    async def request(self) -> AsyncIterator[None]:
-        """Around an answer; waits while a transfer is due."""
-        while not self._open.is_set():
-            await self._open.wait()
-        self._in_flight += 1
-        self._quiet.clear()
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._quiet.set()
-
 
 class _SessionAnswer:
     """One answer, from its first token or from what was saved of it."""
 
     def __init__(self, answers: FleetAnswers, prompt: Prompt, sampling: Sampling, so_far: Rollout | None):
-        self._answers = answers
         self._session = Session(answers.fleet, prompt.ids, group=prompt.index, rollout=so_far)
         left = sampling.max_new_tokens - (0 if so_far is None else so_far.trained_tokens)
         self._sampling = replace(sampling, max_new_tokens=left)
+        self._stands_still = answers.how in HALTS
         self._task: asyncio.Task[Rollout] | None = None
         self._cut = False
-        self.begun = so_far is not None
 
     @property
     def rollout(self) -> Rollout | None:
         return self._session.rollout
+
+    @property
+    def begun(self) -> bool:
+        """A request that stands still through a transfer may have tokens that nobody here knows of."""
+        return self.rollout is not None or (self._stands_still and self._task is not None)
 
     async def result(self) -> Rollout | None:
         self._task = asyncio.ensure_future(self._sample())
@@ -157,9 +147,7 @@ class _SessionAnswer:
         if not self._sampling.max_new_tokens:  # what was saved of it is all that it may have
             assert self.rollout is not None
             return replace(self.rollout, finish_reason="length")
-        async with self._answers.request():
-            self.begun = True
-            return await self._session.sample(self._sampling)
+        return await self._session.sample(self._sampling)
 
     def cut(self) -> None:
         self._cut = True

@@ -20,22 +20,17 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 import numpy as np
 
 from pipeline.config.data import OnRewardFailure
-from pipeline.config.run import Interrupt
 from pipeline.engine.client import AnswerError, Sampling
 from pipeline.errors import SamerouteError
 from pipeline.rewards import Failures, Question, RewardError, Verdict, question, settle
 from pipeline.rollout.admission import Admission
-from pipeline.rollout.answers import Answer, Answers
+from pipeline.rollout.answers import Answer, Answers, Scored
 from pipeline.rollout.saved import Saved
 from pipeline.rollout.tally import Tally
 from pipeline.types import Episode, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-Scored = tuple[Rollout, np.ndarray, np.ndarray | None]
-"""A rollout, and of all its tokens log-probs [T - 1] and routes under the servers' weights, see SGLangClient.score."""
 
 
 class NothingToLearnError(SamerouteError):
@@ -136,11 +131,9 @@ class Maker:
         answers: Answers,
         judge: Judge,
         recipe: Recipe,
-        interrupt: Interrupt,
     ):
         self.admission, self.prompts, self.answers, self.judge = admission, prompts, answers, judge
         self.recipe = recipe
-        self.interrupt: Interrupt = interrupt
         self.making: dict[int, Making] = {}
         self.finished: dict[int, Group] = {}
         self.error: BaseException | None = None
@@ -188,11 +181,11 @@ class Maker:
         self._scoring = None
         if scoring is None and any(r.is_of(self.admission.version) for r in rollouts):
             return groups, []
-        return groups, await (scoring or self._score(rollouts))
+        return groups, await (scoring or self.answers.score(rollouts, self.recipe.scored))
 
     async def pause(self) -> None:
         """Nothing runs on the servers until `resume`."""
-        await self._paused.enter_async_context(self.answers.interrupted(self.interrupt))
+        await self._paused.enter_async_context(self.answers.interrupted())
         self._look()
 
     async def resume(self, version: int) -> None:
@@ -204,7 +197,7 @@ class Maker:
                 self.admission.renew(index, version)
         ahead = [r for group in self.finished.values() for r in _trained(group)]
         if ahead:  # before anything new is sampled, in front of which it would have to queue
-            self._scoring = asyncio.create_task(self._score(ahead))
+            self._scoring = asyncio.create_task(self.answers.score(ahead, self.recipe.scored))
             await asyncio.sleep(0)
         await self._paused.aclose()
         self._fill()
@@ -237,17 +230,6 @@ class Maker:
         if lengths:
             metrics["rollout/open_length_mean"] = float(np.mean(lengths))
         return metrics, failures
-
-    async def _score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """Some sequences, spread over these, on each server as many."""
-        serving, _ = self.answers.servers
-        count = self.recipe.scored * serving
-        if not count or not rollouts:
-            return []
-        spread = rollouts[:: -(-len(rollouts) // count)]
-        chosen = [spread[i % len(spread)] for i in range(count)]
-        scores = await self.answers.score([rollout.token_ids for rollout in chosen])
-        return [(rollout, *score) for rollout, score in zip(chosen, scores, strict=True)]
 
     # Groups
 

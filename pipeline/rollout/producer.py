@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.rewards import Failures
-from pipeline.rollout.maker import Maker, Scored
+from pipeline.rollout.answers import Scored
+from pipeline.rollout.maker import Maker
 from pipeline.rollout.saved import Saved
 from pipeline.types import Group
 
@@ -48,7 +49,8 @@ class Producer:
     def __enter__(self) -> Producer:
         self._thread.start()
         self._begun.wait()
-        self.check()
+        if self._error is not None:  # it did not begin, and has ended
+            raise self._error
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -101,7 +101,7 @@ class FakeAnswers:
         return FakeAnswer(self, prompt.index, number)
 
     @contextlib.asynccontextmanager
-    async def interrupted(self, how):
+    async def interrupted(self):
         self.gate.clear()
         while self.drain and self.in_flight:
             self.quiet.clear()
@@ -111,9 +111,9 @@ class FakeAnswers:
         finally:
             self.gate.set()
 
-    async def score(self, sequences):
-        self.scored.append((self.version, len(sequences)))
-        return [(np.full(len(ids) - 1, -1.0, np.float32), None) for ids in sequences]
+    async def score(self, rollouts, each):
+        self.scored.append((self.version, each))
+        return [(r, np.full(len(r.token_ids) - 1, -1.0, np.float32), None) for r in (rollouts * each)[:each]]
 
     @property
     def servers(self):

@@ -19,7 +19,7 @@ _PHASES = {
     "dump": "dump",
     "logprob": "proximal log-probs",
     "train": "update",
-    "drain": "waiting for answers in flight",
+    "pause": "interrupting answers in flight",
     "sync": "weights to the server",
 }
 _BARS = 300  # more cannot be told apart

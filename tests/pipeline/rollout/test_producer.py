@@ -54,7 +54,7 @@ class Made:
         self.batches = []
 
     def make(self):
-        self.maker = Maker(self.admission, self.prompts, self.answers, self.judge, self.recipe, "drain")
+        self.maker = Maker(self.admission, self.prompts, self.answers, self.judge, self.recipe)
         if self.saved is not None:
             self.maker.restore(self.saved)
         return self.maker

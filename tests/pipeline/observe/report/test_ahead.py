@@ -34,8 +34,8 @@ def test_lag_idleness_and_lengths_are_shown_and_staleness_apart_by_lag(tmp_path)
 
 
 def test_a_line_says_how_old_the_tokens_are_and_who_waited():
-    waited = {"time/wait_s": 0.2, "time/drain_s": 0.1}
+    waited = {"time/wait_s": 0.2, "time/pause_s": 0.1}
     line = step_line(metrics(3) | AHEAD | waited, 12)
     assert "lag 1.5  idle trainer 10%  idle servers 25%" in line
-    assert "wait 0.20, train 0.50, drain 0.10, sync 0.05" in line
+    assert "wait 0.20, train 0.50, pause 0.10, sync 0.05" in line
     assert "lag" not in step_line(metrics(3), 12)
