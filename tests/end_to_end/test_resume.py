@@ -20,6 +20,9 @@ from pipeline.checkpoints.store import CheckpointStore, progress_of, read_progre
 from pipeline.commands.main import main
 from pipeline.config import load_config
 from pipeline.observe.report.page import write_report
+from pipeline.rollout.admission import Admission
+from pipeline.rollout.saved import Saved
+from pipeline.types import Prompt
 from tests.support.command import DUMPED, QUICKSTART, SMALL, Command
 from tests.support.convert_cli import convert
 
@@ -105,6 +108,32 @@ def test_a_damaged_checkpoint_and_one_of_another_version_are_refused(tmp_path):
     file.write_text("{")
     with pytest.raises(ResumeError, match=r"step_3 is damaged: .*; remove .*step_3 to resume from an older one"):
         start_of(tmp_path, [], ["run.overwrite=false"])
+
+
+def test_rollouts_made_ahead_are_gone_on_with_left_out_or_refused(tmp_path):
+    ahead = ["run.overwrite=false", "rollout.max_staleness=4"]
+    start = start_of(tmp_path, ahead, ahead)
+    assert start is not None
+    assert start.saved is None, "a checkpoint that has none"
+    rule = Admission(32, 4, 3, version=4)
+    open_ = {}
+    for index in range(rule.room):
+        rule.admit(index)
+        open_[index] = Prompt(np.zeros(1, np.int32), "?", {}, index), {}
+    Saved(rule.state(), CURSOR, {}, open_).write(tmp_path / "checkpoints" / "step_3")
+    start = start_of(tmp_path, ahead, ahead)
+    assert start is not None
+    assert start.saved is not None
+    assert start.saved.admission == json.loads(json.dumps(rule.state()))
+    start = start_of(tmp_path, ahead, ["run.overwrite=false"])
+    assert start is not None
+    assert start.saved is None
+    assert "128 groups that were sampled ahead are left out: max_staleness is 0" in start.notes
+    with pytest.raises(ResumeError, match=r"within 1 versions, 32 a step\. Set rollout\.max_staleness=4"):
+        start_of(tmp_path, ahead, ["run.overwrite=false", "rollout.max_staleness=1"])
+    (tmp_path / "checkpoints" / "step_3" / "rollouts" / "admission.json").write_text("{")
+    with pytest.raises(ResumeError, match=r"rollouts is damaged: .*; remove .*step_3 to resume from an older one"):
+        start_of(tmp_path, ahead, ahead)
 
 
 def test_where_files_lie_is_no_difference():
