@@ -51,7 +51,7 @@ def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
         informative=(lambda rewards: is_informative(torch.from_numpy(rewards)))
         if loop.objective.composition.dynamic_sampling
         else None,
-        on_failure=loop.config.data.on_reward_failure,
+        on_failure=loop.config.grading.on_failure,
         least=loop.least_graded,
         most_dropped=rollout.max_sampling_rounds * rollout.prompts_per_step,
         scored=loop.config.checks.scored_rollouts,

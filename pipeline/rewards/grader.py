@@ -149,11 +149,6 @@ class Grader:
         what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
         return Verdict(kind="not_a_number", what=what, seconds=seconds, verifier=named[0].verifier, parts=parts)
 
-    def number(self) -> int:
-        """Of the next question, for a caller that packs and exchanges by itself, as `Asking` does."""
-        number, self._next = self._next, self._next + 1
-        return number
-
     def exchange(self, outbox: bytearray) -> list[tuple[int, Verdict]] | None:
         """Without waiting: send what the socket takes of the outbox, and take what has come. None where the supervisor
         has ended, until `restart`. Raises VerifierError where it could not load the verifier."""

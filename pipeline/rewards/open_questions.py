@@ -7,14 +7,14 @@ from typing import Self
 
 from pipeline.errors import SamerouteError
 from pipeline.rewards.grader import Grader
-from pipeline.rewards.protocol import Question, Verdict, pack_question
+from pipeline.rewards.protocol import Question, Verdict
 
 
 class Asking:
     """An async context; nobody else may ask the grader meanwhile. What is still open when it ends is cancelled."""
 
     def __init__(self, grader: Grader):
-        self.grader, self.verifier = grader, grader.verifier
+        self.grader = grader
         self._outbox = bytearray()
         self._open: dict[int, tuple[bytes, asyncio.Future[Verdict]]] = {}
         self._descriptor = -1
@@ -35,17 +35,18 @@ class Asking:
         self._open.clear()
 
     async def ask(self, question: Question) -> Verdict:
-        """A verdict. Raises VerifierError where the verifier cannot be loaded, RewardError where the supervisor is
-        killed again and again."""
-        number = self.grader.number()
-        packed, future = pack_question(number, question), self._loop.create_future()
-        self._open[number] = packed, future
-        self._outbox += packed
+        """A verdict of all components together. Raises VerifierError where one cannot be loaded, RewardError where the
+        supervisor is killed again and again."""
+        parts = self.grader.parts(question)
+        futures = [self._loop.create_future() for _ in parts]
+        self._open |= {number: (packed, f) for (number, packed), f in zip(parts.items(), futures, strict=True)}
+        self._outbox += b"".join(parts.values())
         self._exchange()
         try:
-            return await future
+            return self.grader.together(await asyncio.gather(*futures))
         finally:
-            self._open.pop(number, None)
+            for number in parts:
+                self._open.pop(number, None)
 
     def _exchange(self) -> None:
         """Whatever can be sent or taken now."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 
-from pipeline.config.data import OnRewardFailure
+from pipeline.config.rewards import OnFailure
 from pipeline.engine.client import AnswerError, Sampling
 from pipeline.errors import SamerouteError
 from pipeline.rewards import Failures, Question, RewardError, Verdict, question, settle
@@ -39,8 +39,6 @@ class NothingToLearnError(SamerouteError):
 
 class Judge(Protocol):
     """What of `Asking` is needed here."""
-
-    verifier: str
 
     async def __aenter__(self) -> Self: ...
     async def __aexit__(self, *_: object) -> None: ...
@@ -72,17 +70,15 @@ class Recipe:
     sampling: Sampling
     tokenizer: PreTrainedTokenizerBase
     informative: Callable[[np.ndarray], bool] | None
-    on_failure: OnRewardFailure
+    on_failure: OnFailure
     least: int
     most_dropped: int
     scored: int
     limit_s: float
 
-    def settle(self, group: Group, verdicts: Sequence[Verdict], verifier: str) -> tuple[Group, Failures]:
+    def settle(self, group: Group, verdicts: Sequence[Verdict]) -> tuple[Group, Failures]:
         """See `rewards.settle`."""
-        return settle(
-            group, verdicts, self.tokenizer, verifier=verifier, on_failure=self.on_failure, least=self.least
-        )  # fmt: skip
+        return settle(group, verdicts, self.tokenizer, on_failure=self.on_failure, least=self.least)
 
 
 @dataclass
@@ -286,7 +282,7 @@ class Maker:
     async def _verdict(self, prompt: Prompt, episode: Episode) -> Verdict:
         verdict = await self.judge.ask(question(prompt, episode, self.recipe.tokenizer))
         if self.recipe.on_failure == "stop":  # at once, not when the group is complete
-            self.recipe.settle(Group(prompt, (episode,)), [verdict], self.judge.verifier)
+            self.recipe.settle(Group(prompt, (episode,)), [verdict])
         return verdict
 
     def _end(self, making: Making) -> None:
@@ -294,7 +290,7 @@ class Maker:
         recipe, index = self.recipe, making.prompt.index
         group = Group.of_single_turns(making.prompt, list(making.sampled.values()))
         verdicts = [verdict for verdict in making.verdicts if verdict is not None]
-        graded, failures = recipe.settle(group, verdicts, self.judge.verifier)
+        graded, failures = recipe.settle(group, verdicts)
         del self.making[index]
         self.prompts.learned(graded.prompt, graded.rewards)
         if not len(graded.rewards):

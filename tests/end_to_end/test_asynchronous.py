@@ -13,7 +13,7 @@ import pytest
 from pipeline.dumps.dump import dump_path, read_dump
 from tests.support.command import SMALL
 
-RUN = [*SMALL, "data.reward=tests.support.verifiers:length", "debug.dump_rollouts=true", "run.overwrite=false",
+RUN = [*SMALL, "rewards=tests.support.verifiers:length", "debug.dump_rollouts=true", "run.overwrite=false",
        "checks.first_rollouts=0", "checks.scored_rollouts=3", "checkpoint.keep_last=9"]  # fmt: skip
 GROUPS = 8
 

@@ -123,8 +123,6 @@ class FakeAnswers:
 class FakeJudge:
     """verdict: of a prompt's index and a sample. seconds: that it takes."""
 
-    verifier = "fake"
-
     def __init__(self, verdict=lambda prompt, number: Verdict(reward=float(number % 2)), seconds=0.0):
         self.verdict, self.seconds = verdict, seconds
 

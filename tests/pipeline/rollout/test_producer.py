@@ -133,7 +133,7 @@ def test_too_many_in_a_row_that_teach_nothing_end_the_run():
         made.step()
 
 
-FAILED = Verdict(kind="raised", what="raised ValueError")
+FAILED = Verdict(kind="raised", what="raised ValueError", verifier="fake")
 
 
 def test_a_group_that_cannot_be_graded_is_replaced_and_counted():
