@@ -11,8 +11,16 @@ from pipeline.config import load_config
 from pipeline.observe.report.page import write_report
 from tests.support.command import DUMPED, KEYS, QUICKSTART, SMALL, Command
 
-# What took time, and what became of grading: a replay grades nothing.
-NOT_REPLAYED = ("time/", "throughput/", "reward/failed", "reward/failures_", "reward/groups_dropped")
+# What took time, what became of prompts, and of grading: a replay draws no prompts and grades nothing.
+NOT_REPLAYED = (
+    "time/",
+    "throughput/",
+    "data/",
+    "reward/failed",
+    "reward/failures_",
+    "reward/groups_dropped",
+    "reward/length",
+)  # fmt: skip  (the component)
 
 
 @pytest.fixture(scope="module")
