@@ -20,7 +20,7 @@ from tests.support import reference
 from tests.support.two_weights import Alternating, expected, must_equal
 
 RUNNING, QUEUED = 3, 2
-LONG = Sampling(240, 1.0, ignore_eos=True)
+LONG = Sampling(360, 1.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def run(fleet_and_trainers, mode, seed):
     sessions, rollouts, turns = asyncio.run(interrupted_three_times(fleet, trainers, mode, prompt))
     spans = [len(np.unique(rollout.weight_versions)) for rollout in rollouts]
     assert max(spans) == 4, spans
-    assert all(len(rollout) == 240 for rollout in rollouts)
+    assert all(len(rollout) == LONG.max_new_tokens for rollout in rollouts)
     assert all((np.diff(rollout.weight_versions) >= 0).all() for rollout in rollouts)
     assert max(rollout.weight_versions.max() for rollout in rollouts) == before + 3 == fleet.version
     assert min(session.oldest_version for session in sessions) == before
