@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.plan.sampling import Server
 from pipeline.rollout.admission import Admission
 
-_WARM = 2  # steps that are left out of the figures, times the staleness: servers begin empty
+_WARM = 2  # steps more than the staleness that are left out of the figures: servers begin empty
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def follow(
     """lengths: [groups, answers] tokens, taken again from the first when all have been. rule: at its beginning.
     steps: that are measured, after some that are not."""
     beside = _Beside(np.asarray(lengths), rule, servers, one, prompt)
-    warm, lags, began, held = _WARM * (rule.staleness + 1), [], 0.0, 0.0
+    warm, lags, began, held = _WARM + rule.staleness, [], 0.0, 0.0
     for number in range(warm + steps):
         if number == warm:
             began, held = beside.now, sum(p.held for p in beside.places)

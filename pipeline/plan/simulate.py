@@ -39,10 +39,11 @@ AHEAD: dict[Mode, tuple[int, int]] = {"synchronous": (0, 0), "one step off": (1,
 """max_staleness and ahead of each."""
 
 _SPLITS = 32  # divisions of the GPUs that are looked at
-_FOLLOWED = 5  # of these divisions, those that the formulas like among them
+_FOLLOWED = 4  # of these divisions, at most, that by their formula take no longer than so many times the best
+_NEAR = 1.5
 _STEPS = 4  # that are followed
-_SERVERS = 12  # that are followed; more of them are like these
-_ANSWERS = 2048  # of a step that are followed, at most
+_SERVERS = 8  # that are followed; more of them are like these
+_ANSWERS = 1024  # of a step that are followed, at most
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ def best(workload: Workload, gpus: int) -> dict[Mode, Outcome]:
     found = {}
     for mode in MODES:
         ranked = sorted((outcome(mode, p, t, gpus - t) for t, p in phases.items()), key=lambda o: (o.seconds, o.idle))
-        some = ranked[:1] if mode == "synchronous" else [*ranked[:1], *ranked[1 :: max(1, len(ranked) // _FOLLOWED)]]
+        near = [o for o in ranked if o.seconds < _NEAR * ranked[0].seconds]
+        some = ranked[:1] if mode == "synchronous" else near[:: -(-len(near) // _FOLLOWED)]
         followed = [workload.followed(mode, phases[o.trainer_gpus], o.trainer_gpus, o.rollout_gpus) for o in some]
         found[mode] = min(followed, key=lambda o: (o.seconds, o.idle))
     return found
