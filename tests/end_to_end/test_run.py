@@ -13,6 +13,7 @@ from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import merge_update
 from pipeline.config import load_config
+from pipeline.engine.client import AnswerError
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.open_loop import open_loop
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
@@ -139,6 +140,6 @@ def test_weights_that_did_not_arrive_stop_the_run(loop):
 def test_tokens_of_an_older_version_stop_the_run(loop):
     (server,) = loop.fleet.servers
     server.client.set_weight_version(loop.fleet.version - 1)
-    with pytest.raises(DisagreementError, match=r"sampled under weights \[\d+\], the trainer holds"):
+    with pytest.raises(AnswerError, match=r"tokens came from weights \[\d+\], the fleet held"):
         loop.probe()
     server.client.set_weight_version(loop.fleet.version)
