@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.commands.main import main
+from pipeline.config import load_config
 from pipeline.engine.fleet import Fleet
 from tests.support.episodes import step_result
 from tests.support.receivers import free_port
@@ -25,6 +26,7 @@ class Loop:
         composition=SimpleNamespace(ratio="token", surrogate="reinforce", clip_low=None, clip_high=None)
     )
     source = SimpleNamespace(tokenizer=None)
+    config, producer, grader = load_config("configs/quickstart.yaml"), None, None
 
     def __init__(self, at_step):
         self.at_step = at_step
