@@ -1,5 +1,6 @@
 # make quickstart: a small mixture-of-experts model learns by reinforcement, on this machine, without a GPU.
-# make test:       every test that needs no GPU.
+# make test:       the tests that need no GPU; of three long proofs a sample.
+# make proofs:     these proofs in full (every layout with every pair of settings, every preset, ...); eight minutes at most.
 # make test-gpu:   kernels, and the trainer without Transformer Engine, on one GPU beside the CPU; ten minutes.
 # make test-slurm: the jobs of scripts/slurm/ on a real Slurm, started and stopped here; needs root, and installs Debian's.
 # make test-image: the steps of the Dockerfile's CPU image, run here without Docker; needs root.
@@ -14,7 +15,7 @@ READY := .venv/.ready
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart test test-gpu test-slurm test-image hostile chaos pins slurm browser sandbox lint format lock clean
+.PHONY: setup quickstart test proofs test-gpu test-slurm test-image hostile chaos pins slurm browser sandbox lint format lock clean
 
 setup: $(READY)
 
@@ -25,6 +26,9 @@ quickstart: $(READY)
 # Files come in the order of tests/conftest.py; xdist would begin with those of the most tests, which are fast.
 test: $(READY) browser sandbox
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+proofs: $(READY)
+	timeout 480 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
 browser:

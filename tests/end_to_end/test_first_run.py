@@ -50,7 +50,7 @@ def run(folder: Path, command: str, *, forked: bool) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_questions_of_ones_own_are_trained_on_by_the_command_as_written(folder):
     said = run(folder, block_after("with a tokenizer of bytes it reads any text:"), forked=True)
     assert len(re.findall(r"^step +[1-5]/5 ", said, re.MULTILINE)) == 5

@@ -51,8 +51,13 @@ def under(session, config: Config):
     return loop
 
 
+SAMPLE = ("gspo", "dapo", "ppo", "cispo")  # of every kind of ratio, reduction and network
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.proof) for name in PRESETS]
+)
 def test_a_preset_trains_for_ten_steps(session, name):
     loop = under(session, load_config(QUICKSTART, [*SMALL, OBJECTIVES[name]]))
     informative = []

@@ -6,8 +6,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 SECONDS = {
-    "megatron_ext/batch/test_replay_layouts.py": 300,
-    "end_to_end/test_presets.py": 130,
+    "megatron_ext/batch/test_replay_layouts.py": 110,
+    "end_to_end/test_presets.py": 70,
     "end_to_end/test_command.py": 100,
     "end_to_end/test_resume.py": 90,
     "end_to_end/test_endings.py": 49,

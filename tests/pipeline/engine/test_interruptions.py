@@ -192,7 +192,7 @@ def test_only_the_key_keeps_new_answers_from_old_prefixes(one, models, monkeypat
         must_equal(models, rollout)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_server_of_two_ranks_is_interrupted_as_one_is(preloaded, folders, models, tmp_path):
     with fleet_of(folders, tmp_path, tensor_parallel=2) as two:
         for mode in ("abort", "retract", "in_place"):
