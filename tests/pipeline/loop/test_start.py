@@ -59,7 +59,8 @@ def command(folder, model, mistake: str, *, overwrite: bool) -> list[str]:
         "run": {"directory": str(folder / "runs" / "run"), "overwrite": overwrite},
         "device": "cpu",
         "model": {"path": str(own)},
-        "data": {"path": str(data), "max_prompt_tokens": limit, "reward": "exact_match"},
+        "data": {"path": str(data), "max_prompt_tokens": limit},
+        "rewards": ["exact_match"],
         "server": {"context_length": 2048},
         "train": {"steps": 1},
     }
