@@ -57,7 +57,7 @@ def test_questions_of_ones_own_are_trained_on_by_the_command_as_written(folder):
     assert "How many legs has a cat?" in "".join(f.read_text() for f in folder.glob("runs/mine/rollouts/*.txt"))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_verifier_beside_the_yaml_file_is_found_by_the_command_as_written(folder):
     said = run(folder, block_after("Then\n\n    .venv"), forked=False)
     rewards = [float(reward) for reward in re.findall(r"^step +\d/5 +reward (\S+)", said, re.MULTILINE)]

@@ -14,6 +14,7 @@ from pipeline.loop.loop import NothingToLearnError
 from pipeline.loop.open_loop import open_loop
 from pipeline.objectives import PRESETS
 from pipeline.rewards.protocol import Verdict
+from tests.support.proofs import sampled
 
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=150", "supervised.decay_steps=150", "rollout.prompts_per_step=8",
@@ -55,9 +56,7 @@ SAMPLE = ("gspo", "dapo", "ppo", "cispo")  # of every kind of ratio, reduction a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.proof) for name in PRESETS]
-)
+@pytest.mark.parametrize("name", sampled(PRESETS, SAMPLE))
 def test_a_preset_trains_for_ten_steps(session, name):
     loop = under(session, load_config(QUICKSTART, [*SMALL, OBJECTIVES[name]]))
     informative = []

@@ -1,0 +1,14 @@
+"""Which cases of a long proof `make test` runs; `make proofs` runs the others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import pytest
+
+
+def sampled(names: Iterable[str], sample: Collection[str]) -> list:
+    """All names as parameters of a test; those that are not in the sample are marked `proof`."""
+    names = list(names)
+    assert set(sample) <= set(names), f"{sorted(set(sample) - set(names))} is no case"
+    return [pytest.param(name, marks=() if name in sample else pytest.mark.proof) for name in names]
