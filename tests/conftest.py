@@ -103,8 +103,8 @@ def server(preloaded, tiny_model_dir, tmp_path_factory):
         yield running
 
 
-@pytest.fixture
-def client(server):
+def client_of(server, timeout_s):
+    """A client of a server that serves a tiny model."""
     from pipeline.engine.client import SGLangClient
 
     return SGLangClient(
@@ -114,9 +114,14 @@ def client(server):
         topk=TINY["num_experts_per_tok"],
         num_experts=TINY["num_experts"],
         keys=server.keys,
-        timeout_s=120,
+        timeout_s=timeout_s,
         log_path=server.log_path,
     )
+
+
+@pytest.fixture
+def client(server):
+    return client_of(server, timeout_s=120)
 
 
 @pytest.fixture(scope="session")

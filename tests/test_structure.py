@@ -25,7 +25,7 @@ pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.f
 pipeline.types
 pipeline.objectives
 pipeline.config
-pipeline.rewards pipeline.cluster pipeline.dumps pipeline.disk pipeline.waiting
+pipeline.rewards pipeline.cluster pipeline.dumps pipeline.disk pipeline.waiting pipeline.restart_budget
 pipeline.data pipeline.engine pipeline.observe
 pipeline.weights pipeline.rollout
 pipeline.plan

@@ -108,13 +108,16 @@ class Fleet:
         self.members.close()
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the run began, and how many servers take requests."""
+        """Counts since the run began, and how many servers take requests; nothing where there are none."""
+        if not self.serves:
+            return {}
         return {
             "servers/serving": float(sum(s.state is ServerState.SERVING for s in self.servers)),
             "servers/lost": float(self.members.lost),
             "servers/restarted": float(self.members.restarted),
             "servers/requests_sent_again": float(self.sent_again),
             "servers/requests_interrupted": float(self.interrupted_requests),
+            "servers/wide_routes": float(sum(s.client.wide_routes for s in self.servers)),
         }
 
     # The weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,6 +21,7 @@ from pipeline.engine.client import SGLangClient
 from pipeline.engine.control import ServerAddress, SGLangControl
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import NodeGoneError, ServerError
+from pipeline.restart_budget import RestartBudget
 from pipeline.say import to_stderr
 
 
@@ -100,7 +101,7 @@ class Membership:
         self.lost = self.restarted = 0
         self._config = config
         self._lock, self._starting = threading.RLock(), threading.Lock()
-        self._losses: deque[float] = deque()
+        self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
         self.failure: ServerError | None = None
         self._closed = False
         self._coming: set[FleetServer] = set()
@@ -158,12 +159,9 @@ class Membership:
             server.state, server.halted = ServerState.LOST, False
             server.losses += 1
             self.lost += 1
-            now, config = time.monotonic(), self._config
-            self._losses.append(now)
-            while now - self._losses[0] > config.restart_window_s:
-                self._losses.popleft()
-            if len(self._losses) > config.max_restarts:
-                limit = f"server.max_restarts={config.max_restarts} in {config.restart_window_s:g} s are used up"
+            if not self._budget.take():
+                most, within_s = self._budget.most, self._budget.within_s
+                limit = f"server.max_restarts={most} in {within_s:g} s are used up"
                 self.failure = ServerError(f"the SGLang server {why}; {limit}\n{server.process.log_tail()}")
                 return
             self.say(f"the SGLang server {why} and is started again (log: {server.process.log_path})")

@@ -92,7 +92,7 @@ class Loop:
                 result = self.update(batch, timer)
             self.transfer(timer)
         read = sum(len(r.prompt_ids) + len(r) for r in batch.rollouts)
-        metrics |= result.metrics | batch_metrics(batch)
+        metrics |= result.metrics | batch_metrics(batch) | self.fleet.metrics()
         metrics |= {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
         if self.config.rollout.max_staleness:
             metrics |= lag_metrics(batch)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pipeline.cluster.placement import PlacementError
 from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
+from pipeline.restart_budget import RestartBudget
 from pipeline.trainer.group import RankDiedError, TrainerError
 
 _ENGINE_FAILURES = (TrainerError, ServerError, PlacementError)
@@ -27,23 +28,20 @@ class Restarts:
     """How often a run has begun again. most, within_s: so many restarts in so many seconds are allowed; 0: none."""
 
     def __init__(self, most: int, within_s: float, clock: Callable[[], float] = time.monotonic):
-        self.most, self.within_s, self.count = most, within_s, 0
-        self._clock, self._times = clock, list[float]()
+        self._budget, self.count = RestartBudget(most, within_s, clock), 0
 
     def again(self, failure: SamerouteError) -> str:
         """The run failed and could begin again: the words for its user where it may.
 
         Raises the failure where no restarts are asked for, RestartLimitError where there have been too many of late.
         """
-        if not self.most:
+        budget = self._budget
+        if not budget.most:
             raise failure
-        now = self._clock()
-        self._times = [t for t in self._times if now - t < self.within_s]
-        if len(self._times) == self.most:
+        if not budget.take():
             raise RestartLimitError(
-                f"the run was begun again {self.most} times within {self.within_s / 60:g} minutes "
+                f"the run was begun again {budget.most} times within {budget.within_s / 60:g} minutes "
                 f"(run.max_restarts, run.restart_window_minutes) and failed again: {failure}"
             ) from failure
-        self._times.append(now)
         self.count += 1
-        return f"restart {len(self._times)} of {self.most} within {self.within_s / 60:g} minutes"
+        return f"restart {budget.taken} of {budget.most} within {budget.within_s / 60:g} minutes"

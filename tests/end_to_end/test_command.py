@@ -16,11 +16,12 @@ NOT_REPLAYED = (
     "time/",
     "throughput/",
     "data/",
+    "servers/",
     "reward/failed",
     "reward/failures_",
     "reward/groups_dropped",
-    "reward/length",
-)  # fmt: skip  (the component)
+    "reward/length",  # the component
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,7 @@ def test_a_run_leaves_its_files_and_no_process(finished, command):
     rows = [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert all(r.keys() >= KEYS and r["mismatch/max_abs_logprob"] < 1e-4 for r in rows)
+    assert all((r["servers/serving"], r["servers/lost"], r["servers/wide_routes"]) == (1, 0, 0) for r in rows)
     assert "step 3/3  reward" in run.text()
     assert load_config(run.run / "config.yaml").train.steps == 3
     assert (run.run / "summary.png").read_bytes().startswith(b"\x89PNG")

@@ -54,6 +54,7 @@ def test_a_killed_server_is_started_again_and_the_one_too_many_ends_the_run_with
     run.wait_for("is started again")
     done = max(int(number) for number in re.findall(r"step +(\d+)/9999", run.text()))
     run.wait_for(f"step {done + 2:>4}/9999")
+    assert [rows(run)[-1][f"servers/{count}"] for count in ("serving", "lost", "restarted")] == [1, 1, 1]
     kill(run, "sglang::scheduler")
     assert run.end() == 1
     assert "server.max_restarts=1 in 3600 s are used up" in run.text()

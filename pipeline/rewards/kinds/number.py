@@ -50,9 +50,7 @@ def find_number(text: str, after: str | None = None, *, must_announce: bool = Fa
     elif must_announce:
         return None
     else:
-        found = None
-        for found in _NUMBER.finditer(text):  # noqa: B007  the last one
-            pass
+        *_, found = [None, *_NUMBER.finditer(text)]
     if found is None:
         return None
     sign = "-" if found["sign"] in ("-", "\u2212") else ""

@@ -50,16 +50,15 @@ def settings_of(layout: dict) -> list[tuple[str, bool, int]]:
 
 
 def sample_of(layout: dict) -> list[tuple[str, bool, int]]:
-    """A third of them, in which each value of a setting occurs; over the layouts, each setting does."""
+    """A third of them, with every recomputation and every number of micro-batches; over the layouts, every setting."""
     settings, turn = settings_of(layout), layouts().index(layout)
     return [settings[3 * i + (i + turn) % 3] for i in range(3)]
 
 
-def test_a_sample_has_every_value_and_the_samples_have_every_setting():
+def test_a_sample_has_every_recomputation_and_number_of_micro_batches_and_the_samples_have_every_setting():
     for layout in layouts():
-        for number, values in enumerate(SETTINGS):
-            met = {setting[number] for setting in sample_of(layout)}
-            assert met == set(values) or (number == 1 and met), layout
+        for number in (0, 2):
+            assert {setting[number] for setting in sample_of(layout)} == set(SETTINGS[number]), layout
     met = {setting for layout in layouts() for setting in sample_of(layout)}
     assert met == set(itertools.product(*SETTINGS))
 

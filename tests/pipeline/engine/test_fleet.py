@@ -27,7 +27,7 @@ class Server:
         self.name, self.open, self.asked, self.steered, self.version = name, 0, [], [], 0
         self.url, self.log_path, self.living, self.starts = f"http://{name}", Path(f"{name}.log"), True, 1
         self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
-        self.release, self.aborts, self.loading = asyncio.Event(), 0, threading.Event()
+        self.release, self.aborts, self.loading, self.wide_routes = asyncio.Event(), 0, threading.Event(), 0
         self.loading.set()
 
     def wait_ready(self):

@@ -11,26 +11,15 @@ import pytest
 
 from pipeline.config.server import ServerConfig
 from pipeline.engine import client as client_module
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet, FleetServer
 from pipeline.engine.server import SGLangServer
 from pipeline.rollout.session import Session
-from tests.conftest import TINY, save_tiny_model
-from tests.support import reference
+from tests.conftest import client_of
 from tests.support.two_weights import Alternating, expected, must_equal
 
 RUNNING, QUEUED = 3, 2
 LONG = Sampling(360, 1.0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_model_dir, tmp_path_factory):
-    return [tiny_model_dir, save_tiny_model(tmp_path_factory.mktemp("other"), seed=1)]
-
-
-@pytest.fixture(scope="module")
-def models(folders):
-    return [reference.load(folder) for folder in folders]
 
 
 @contextlib.contextmanager
@@ -44,16 +33,7 @@ def fleet_of(folders, folder, **settings):
         **settings,
     )
     with SGLangServer(config, folders[0], folder / "log", device="cpu", seed=0, return_routed_experts=True) as server:
-        client = SGLangClient(
-            server.url,
-            vocab_size=TINY["vocab_size"],
-            num_layers=TINY["num_hidden_layers"],
-            topk=TINY["num_experts_per_tok"],
-            num_experts=TINY["num_experts"],
-            keys=server.keys,
-            timeout_s=60,
-            log_path=server.log_path,
-        )
+        client = client_of(server, timeout_s=60)
         fleet = Fleet([FleetServer(server, client)], config)
         fleet.wait_ready()
         yield fleet, Alternating(folders)

@@ -11,13 +11,12 @@ import psutil
 import pytest
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet, FleetServer, ServerState
 from pipeline.engine.processes import processes_of
 from pipeline.engine.server import SGLangServer
 from pipeline.rollout.session import Session
-from tests.conftest import TINY, save_tiny_model
-from tests.support import reference
+from tests.conftest import client_of
 from tests.support.two_weights import Alternating, must_equal
 
 pytestmark = pytest.mark.slow
@@ -33,16 +32,6 @@ CONFIG = ServerConfig(
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_model_dir, tmp_path_factory):
-    return [tiny_model_dir, save_tiny_model(tmp_path_factory.mktemp("other"), seed=1)]
-
-
-@pytest.fixture(scope="module")
-def models(folders):
-    return [reference.load(folder) for folder in folders]
-
-
-@pytest.fixture(scope="module")
 def two(preloaded, folders, tmp_path_factory):
     """A fleet of two servers whose weights are no longer those that they start with, and its trainer."""
     folder = tmp_path_factory.mktemp("two")
@@ -53,19 +42,7 @@ def two(preloaded, folders, tmp_path_factory):
     try:
         for server in started:
             server.start()
-        clients = [
-            SGLangClient(
-                server.url,
-                vocab_size=TINY["vocab_size"],
-                num_layers=TINY["num_hidden_layers"],
-                topk=TINY["num_experts_per_tok"],
-                num_experts=TINY["num_experts"],
-                keys=server.keys,
-                timeout_s=60,
-                log_path=server.log_path,
-            )
-            for server in started
-        ]
+        clients = [client_of(server, timeout_s=60) for server in started]
         fleet = Fleet([FleetServer(s, c) for s, c in zip(started, clients, strict=True)], CONFIG)
         fleet.wait_ready()
         trainers = Alternating(folders, timeout_s=4)

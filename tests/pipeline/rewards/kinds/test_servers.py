@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import numpy as np
 import pytest
@@ -12,42 +11,20 @@ from aiohttp import web
 from pipeline.config.rewards import GradingConfig, JudgeReward, RewardModelReward
 from pipeline.rewards import Question, VerifierError, check_rewards, open_grader
 from pipeline.types import Prompt
+from tests.support.http_service import HttpService
 
 IDS = np.zeros(3, np.int32)
 FAST = GradingConfig(timeout_s=10, workers=8)
 
 
-class Server:
+class Server(HttpService):
     """What is POSTed goes to `answer(path, headers, body)`, which gives (status, JSON)."""
 
     def __init__(self, answer):
+        super().__init__()
         self.answer, self.asked = answer, []
-        self.loop, self.ready = asyncio.new_event_loop(), threading.Event()
-        self.thread = threading.Thread(target=self._serve, daemon=True)
 
-    def __enter__(self):
-        self.thread.start()
-        assert self.ready.wait(10)
-        return self
-
-    def __exit__(self, *_):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-
-    def _serve(self):
-        asyncio.set_event_loop(self.loop)
-        application = web.Application()
-        application.router.add_post("/{path:.*}", self._heard)
-        runner = web.AppRunner(application)
-        self.loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        self.loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
-        self.ready.set()
-        self.loop.run_forever()
-        self.loop.run_until_complete(runner.cleanup())
-
-    async def _heard(self, request):
+    async def heard(self, request):
         body = await request.json()
         self.asked.append((request.path, request.headers.get("Authorization"), body))
         said = self.answer(body)

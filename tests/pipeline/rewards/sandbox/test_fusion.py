@@ -5,48 +5,26 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
 
 import pytest
 from aiohttp import web
 
 from pipeline.rewards import Grader, VerifierError
 from pipeline.rewards.sandbox import Program, SandboxError, open_sandbox
+from tests.support.http_service import HttpService
 from tests.support.programs import LIMITS, question, verifier
 
 
-class Service:
+class Service(HttpService):
     """POST /run_code. asked: bodies that came. fail: how often the next calls are refused as busy."""
 
+    path = "/run_code"
+
     def __init__(self):
+        super().__init__()
         self.asked, self.fail, self.odd = [], 0, None
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.ready = threading.Event()
 
-    def __enter__(self):
-        self.thread.start()
-        assert self.ready.wait(10)
-        return self
-
-    def __exit__(self, *_):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-
-    def _serve(self):
-        asyncio.set_event_loop(self.loop)
-        application = web.Application()
-        application.router.add_post("/run_code", self._run)
-        runner = web.AppRunner(application)
-        self.loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        self.loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
-        self.ready.set()
-        self.loop.run_forever()
-        self.loop.run_until_complete(runner.cleanup())
-
-    async def _run(self, request):
+    async def heard(self, request):
         body = await request.json()
         self.asked.append(body)
         if self.fail:
