@@ -41,7 +41,7 @@ def test_a_replay_from_other_weights_says_so():
         _replay(loop, dumped, 7)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_killed_server_is_started_again_and_the_one_too_many_ends_the_run_with_its_log_and_no_orphan(command):
     port = free_port()
     settings = ["supervised.steps=0", "train.steps=9999", f"observe.prometheus_port={port}"]

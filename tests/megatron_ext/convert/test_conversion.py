@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -58,6 +59,7 @@ WRITTEN_IN_LAYOUTS = [
 ]
 
 
+@pytest.mark.proof
 def test_ranks_of_a_layout_write_it_together(families, tmp_path):
     """All in one process: the first that needs ranks starts the server that forks them, five seconds."""
     calls = []
