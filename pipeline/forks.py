@@ -62,16 +62,37 @@ def ask(path: str, arguments: list[str]) -> int:
 
     Returns its exit code, -n where signal n ended it. Raises ForkError where it cannot be had.
     """
-    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
-    body = json.dumps(request).encode()
-    with socket.socket(socket.AF_UNIX) as connection:
-        try:
-            connection.connect(path)
-            socket.send_fds(connection, [_LENGTH.pack(len(body))], _STREAMS)
-            connection.sendall(body)
-            answer = _receive(connection, _STATUS.size)
-        except OSError as error:
-            raise ForkError(f"no process forks at {path}: {error}") from error
+    with request(path, arguments, dict(os.environ), _STREAMS) as connection:
+        return ended(path, connection)
+
+
+def request(path: str, arguments: list[str], environment: dict[str, str], streams: Sequence[int]) -> socket.socket:
+    """Let the process that listens at `path` fork one with these arguments, and do not wait for it.
+
+    streams: its standard input, output and error. Returns the connection by which its end is told (`ended`); where
+    that is closed, the process learns it (`Forked.follow`). Raises ForkError where it cannot be had.
+    """
+    body = json.dumps({"arguments": arguments, "environment": environment, "folder": os.getcwd()}).encode()
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(path)
+        socket.send_fds(connection, [_LENGTH.pack(len(body))], streams)
+        connection.sendall(body)
+    except OSError as error:
+        connection.close()
+        raise ForkError(f"no process forks at {path}: {error}") from error
+    return connection
+
+
+def ended(path: str, connection: socket.socket) -> int:
+    """Wait, as long as the connection's time-out says, for the end of the process that was requested; its exit code, -n
+    where signal n ended it. Raises TimeoutError, and ForkError where the process that forks is gone."""
+    try:
+        answer = _receive(connection, _STATUS.size)
+    except TimeoutError:
+        raise
+    except OSError as error:
+        raise ForkError(f"no process forks at {path}: {error}") from error
     (status,) = _STATUS.unpack(answer)
     return os.waitstatus_to_exitcode(status)
 

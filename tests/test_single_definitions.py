@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 from typing import get_args
 
@@ -31,11 +32,13 @@ VALUES = {
 }
 
 
+@functools.cache
 def sources() -> dict[str, str]:
     files = [f for package in ("pipeline", "megatron_ext") for f in sorted((ROOT / package).rglob("*.py"))]
     return {str(f.relative_to(ROOT)): f.read_text() for f in files}
 
 
+@functools.cache
 def defined(source: str) -> set[str]:
     """Names that a module binds at its top level, imports aside."""
     names: set[str] = set()

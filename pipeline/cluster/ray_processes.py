@@ -1,4 +1,5 @@
-"""Which of Ray's own processes died: where one does, all that Ray started dies with it, and does not say why."""
+"""Ray's own processes: which are started, and which died. Where one does, all that Ray started dies with it, and does
+not say why."""
 
 from __future__ import annotations
 
@@ -12,11 +13,30 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray._private import worker
+from ray._private.node import Node
 
 from pipeline.say import to_stderr
 
 _NAMES = {"raylet": "the raylet, which starts and ends processes", "gcs_server": "gcs_server, which knows the cluster"}
+_UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
 _SEEN_S = 1.0  # from a rank's end to that of the process that ended it
+
+
+@contextlib.contextmanager
+def only_what_runs_actors() -> Iterator[None]:
+    """A cluster that is started inside has no process that adds machines, prints logs or shows a dashboard.
+
+    A run of its own uses none of them. Ray (2.60) starts all three, a Python process each, before its first actor: two
+    seconds of a processor. No argument of `ray.init` leaves them out.
+    """
+    before = {name: getattr(Node, name) for name in _UNUSED}
+    for name in _UNUSED:
+        setattr(Node, name, lambda node, **settings: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def what_died() -> str:

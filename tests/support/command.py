@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
+
+from tests.support.forked_driver import ForkedDriver
 
 QUICKSTART = "configs/quickstart.yaml"
 SMALL = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
@@ -40,21 +40,14 @@ class Command:
     """`sameroute train` as a child process whose whole process tree can be found again."""
 
     def __init__(self, folder: Path, *overrides: str, config: str = QUICKSTART):
-        """Its server and ranks come from the session's `preloaded` processes, if there are any."""
+        """It, its server and its ranks come from the session's `preloaded` processes."""
         self.mark, self.output, self.run = f"mark-{uuid.uuid4().hex}", folder / "output.txt", folder / "run"
-        command = [
-            sys.executable,
-            "-m",
-            "pipeline.commands.main",
-            "train",
-            config,
-            f"run.directory={self.run}",
-            *overrides,
-        ]
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"SAMEROUTE_MARK": self.mark}
-            )
+        self.process = ForkedDriver(
+            folder / f"{self.mark}.pid",
+            self.output,
+            ["train", config, f"run.directory={self.run}", *overrides],
+            os.environ | {"SAMEROUTE_MARK": self.mark},
+        )
 
     def text(self) -> str:
         return self.output.read_text()

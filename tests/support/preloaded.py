@@ -1,6 +1,7 @@
-"""Processes that have imported the engines, once for all workers of a test session: servers and ranks are forked.
+"""Processes that have made their imports, once for all workers of a session: servers, ranks and drivers are forked.
 
-A server's imports take ten seconds of a processor and a trainer rank's five, and tests start some twenty of each.
+A server's imports take ten seconds of a processor, a trainer rank's and a driver's five, and tests start some twenty of
+each.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from pipeline.engine.server import SGLangServer
 from pipeline.forks import FORKS_VARIABLE, ROOM
 
 WORKER_FORKS_VARIABLE = "SAMEROUTE_WORKER_FORKS"
+DRIVER_FORKS_VARIABLE = "SAMEROUTE_DRIVER_FORKS"
 VARIABLES = (
     FORKS_VARIABLE,
     WORKER_FORKS_VARIABLE,
+    DRIVER_FORKS_VARIABLE,
     "RAY_JOB_CONFIG_JSON_ENV_VAR",
     "RAY_prestart_worker_first_driver",
     "RAY_enable_worker_prestart",
 )
-"""Where servers and ranks come from; and Ray starts no workers ahead, which would be ones that are not forked."""
+"""Where servers, ranks and drivers come from; and Ray starts no workers ahead, which would not be forked."""
 
 _WORKER = Path(__file__).with_name("forked_worker.py")
 _TITLE = " " * 4000  # processes change their titles in place, and children have longer ones
@@ -39,18 +42,22 @@ def server_environment() -> dict[str, str]:
 
 
 def start(folder: Path, keeper: int) -> dict[str, str]:
-    """Both processes, started where no other worker has; they end with the process `keeper`.
+    """All of them, started where no other worker has; they end with the process `keeper`.
 
-    Returns the environment under which servers and Ray's workers are forked from them.
+    Returns the environment under which servers, Ray's workers and drivers are forked from them.
     """
-    servers, workers = folder / "servers", folder / "workers"
+    servers, workers, drivers = (folder / name for name in ("servers", "workers", "drivers"))
+    job = {"runtime_env": {"py_executable": f"{sys.executable} {_WORKER}"}}
+    values = str(servers), str(workers), str(drivers), json.dumps(job), "0", "0"
+    variables = dict(zip(VARIABLES, values, strict=True))
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "servers.log").exists():
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
             _start("pipeline.engine.inside.preloaded", servers, keeper, server_environment())
-            _start("tests.support.preloaded_worker", workers, keeper, os.environ | {"OMP_NUM_THREADS": "1"})
-    job = {"runtime_env": {"py_executable": f"{sys.executable} {_WORKER}"}}
-    return dict(zip(VARIABLES, (str(servers), str(workers), json.dumps(job), "0", "0"), strict=True))
+            _start("tests.support.preloaded_worker", workers, keeper, one_thread)
+            _start("tests.support.preloaded_driver", drivers, keeper, one_thread | variables)
+    return variables
 
 
 def _start(module: str, path: Path, keeper: int, environment: dict[str, str]) -> None:

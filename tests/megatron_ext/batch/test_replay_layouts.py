@@ -20,6 +20,7 @@ from tests.support.route_codes import Seen, complaints, loss, make_samples, read
 
 RECOMPUTE, PACKING, MICRO_BATCHES = ("none", "selective", "full"), (True, False), (1, 2, 3)
 SETTINGS = RECOMPUTE, PACKING, MICRO_BATCHES
+OF_A_LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context")
 
 
 def layouts() -> list[dict]:
@@ -50,17 +51,23 @@ def settings_of(layout: dict) -> list[tuple[str, bool, int]]:
 
 
 def sample_of(layout: dict) -> list[tuple[str, bool, int]]:
-    """A third of them, with every recomputation and every number of micro-batches; over the layouts, every setting."""
+    """One of them; over the layouts, every setting, and every value of a setting with every value of a layout."""
     settings, turn = settings_of(layout), layouts().index(layout)
-    return [settings[3 * i + (i + turn) % 3] for i in range(3)]
+    return [settings[(turn + turn // len(settings)) % len(settings)]]
 
 
-def test_a_sample_has_every_recomputation_and_number_of_micro_batches_and_the_samples_have_every_setting():
+def test_the_samples_have_every_setting_and_every_value_of_one_with_every_value_of_a_layout():
+    met = defaultdict(set)
     for layout in layouts():
-        for number in (0, 2):
-            assert {setting[number] for setting in sample_of(layout)} == set(SETTINGS[number]), layout
-    met = {setting for layout in layouts() for setting in sample_of(layout)}
-    assert met == set(itertools.product(*SETTINGS))
+        (setting,) = sample_of(layout)
+        assert setting in settings_of(layout)
+        met["everything"].add(setting)
+        for key, number in itertools.product(OF_A_LAYOUT, range(3)):
+            met[key, layout[key], number].add(setting[number])
+    assert met.pop("everything") == set(itertools.product(*SETTINGS))
+    assert len(met) == 12 * 3
+    for (key, value, number), values in met.items():
+        assert values == set(SETTINGS[number]), (key, value)
 
 
 def test_each_layout_meets_every_pair_of_settings():
@@ -73,7 +80,7 @@ def test_each_layout_meets_every_pair_of_settings():
 def test_each_value_of_a_layout_meets_every_setting():
     everything, met = set(itertools.product(*SETTINGS)), defaultdict(set)
     for layout in layouts():
-        for key in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context"):
+        for key in OF_A_LAYOUT:
             met[key, layout[key]] |= set(settings_of(layout))
     assert len(met) == 12
     for value, settings in met.items():

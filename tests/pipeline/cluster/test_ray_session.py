@@ -58,7 +58,8 @@ print("joined", len(ray.nodes()))
 
 def join(address, token):
     """Starts a process of anybody's on this machine that knows where the cluster is. token: None has none."""
-    alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else it looks for 127.0.0.1 at another address
+    # Else it looks for 127.0.0.1 at another address, and tries for 20 s where it is refused.
+    alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_NUM_REDIS_GET_RETRIES": "2"}
     auth = {"RAY_AUTH_MODE": "disabled"} if token is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     return subprocess.Popen(
         [sys.executable, "-c", JOIN, address], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -78,6 +79,8 @@ def test_ray_listens_on_this_machine_only_and_whoever_joins_needs_the_token():
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         sockets = listening(processes)
         assert any("gcs" in socket.process for socket in sockets)
+        unused = ("monitor.py", "dashboard.py")  # of the autoscaler and of logs, and the dashboard's
+        assert not [p for p in processes if any(name in command_line(p) for name in unused)]
         found = reachable(sockets)
         assert found == [], "\n".join(map(str, found))
         (gcs,) = [process for process in processes if name_of(process) == "gcs_server"]
@@ -85,7 +88,7 @@ def test_ray_listens_on_this_machine_only_and_whoever_joins_needs_the_token():
         assert len(token) == 64
         assert token not in os.environ.values()
         assert not [p for p in processes if token in command_line(p)]
-        strangers = [join(place, other) for other in (token, "0" * 64, None)]  # Ray tries for 20 s
+        strangers = [join(place, other) for other in (token, "0" * 64, None)]
         said = [stranger.communicate(timeout=120)[0] for stranger in strangers]
         assert [stranger.returncode for stranger in strangers] == [0, 1, 1], said
         assert "joined 1" in said[0]
