@@ -21,6 +21,8 @@ from pydantic_core import PydanticUndefined
 from pipeline.config import Config
 
 PAGE = Path("docs/config.md")
+_WRITTEN_LIKE = {"evaluate.sources": "data.sources", "evaluate.chat": "data.chat", "evaluate.rewards": "rewards"}
+"""Sections of the same classes as one further up."""
 HEAD = """# Configuration
 
 A run is one YAML file. Any field can be set on the command line as `section.field=value`, where the value is YAML. A
@@ -49,6 +51,8 @@ def page() -> str:
 def _sections(path: str, field: FieldInfo) -> list[list[str]]:
     """Of each class that a field may hold: a heading, its own words, its fields; then the sections inside it."""
     out, models = [], _models_of(field.annotation)
+    if (as_elsewhere := _WRITTEN_LIKE.get(path)) is not None:
+        return [["", f"## `{path}`", "", f"Written like `{as_elsewhere}`."]]
     for model in models:
         kind = f" of kind `{model.model_fields['kind'].default}`" if len(models) > 1 else ""
         words = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " ")

@@ -28,6 +28,7 @@ pipeline.config
 pipeline.rewards pipeline.cluster pipeline.dumps pipeline.disk pipeline.waiting pipeline.restart_budget
 pipeline.data pipeline.engine pipeline.observe
 pipeline.weights pipeline.rollout
+pipeline.evaluation
 pipeline.plan
 pipeline.trainer
 pipeline.checkpoints pipeline.diagnose
@@ -38,6 +39,7 @@ pipeline.commands
 SAME_NAME = {
     "__init__": "packages",
     "alerts": "the rules of alerts, and who sends them",
+    "chat": "conversations: their template, and the command",
     "config": "settings of the folder they stand in",
     "page": "a page in HTML",
     "patches": "what an engine needs without CUDA",

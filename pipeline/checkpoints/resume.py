@@ -24,6 +24,7 @@ _INCIDENTAL = (
     "run.overwrite",
     "run.rollouts_shown",
     "checkpoint.",
+    "evaluate",
     "debug.",
     "observe.",
     "alerts.",

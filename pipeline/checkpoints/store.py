@@ -3,6 +3,8 @@
 One is written into `.step_12.partial`, brought to the disk and renamed; only then may the oldest go. So whatever
 happens to the process at whatever moment, a directory without a leading dot is complete, and one with it is remains.
 
+`best` is a link to the one that an evaluation found best; that one stays, however old.
+
 What is in one: the trainer's state (`megatron_ext.checkpoint.training`), `hf/` with the files of the model that are no
 weights, and `progress.json`, where the run stood.
 """
@@ -14,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 PROGRESS = "progress.json"
+BEST = "best"
 _NAME = re.compile(r"(step|supervised)_(\d+)")
 
 
@@ -43,6 +46,7 @@ class Progress:
     version:    of the weights that the servers held.
     cursor:     of the prompts (PromptSource.state).
     config:     that made it, as plain values.
+    evaluations: what was evaluated, and which was best (loop.evaluations.Evaluations.state).
     """
 
     step: int
@@ -50,11 +54,18 @@ class Progress:
     version: int
     cursor: dict[str, Any]
     config: dict[str, Any]
+    evaluations: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Of its directory."""
         return f"step_{self.step}" if self.step else f"supervised_{self.supervised}"
+
+    @property
+    def is_best(self) -> bool:
+        """Whether no evaluation before was better than the one after this step."""
+        best = self.evaluations.get("best") or {}
+        return bool(self.step) and best.get("step") == self.step
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -91,11 +102,17 @@ class CheckpointStore:
         """The newest complete one."""
         return next(reversed(self.complete()), None)
 
+    @property
+    def best(self) -> Path | None:
+        """The one that an evaluation found best, RUN/checkpoints/best."""
+        link = self.directory / BEST
+        return link.resolve() if link.exists() else None
+
     def clean(self) -> list[str]:
         """Remove what interrupted saves and removals have left; returns the names."""
         left = sorted(p for p in self.directory.iterdir() if p.name.startswith(".")) if self.directory.is_dir() else []
         for path in left:
-            shutil.rmtree(path)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
         return [path.name for path in left]
 
     def begin(self, name: str) -> Path:
@@ -114,11 +131,23 @@ class CheckpointStore:
         target = self.directory / progress.name
         partial.rename(target)
         _to_disk(self.directory)
+        if progress.is_best:
+            self._call_best(target)
         for old in self.complete()[: -self.keep_last]:
+            if old.resolve() == self.best:
+                continue
             removed = old.with_name(f".{old.name}.removed")  # never half of one under its name
             old.rename(removed)
             shutil.rmtree(removed)
         return target
+
+    def _call_best(self, checkpoint: Path) -> None:
+        """A link, changed in one act."""
+        link = self.directory / f".{BEST}.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.name)
+        link.rename(self.directory / BEST)
+        _to_disk(self.directory)
 
 
 def _to_disk(path: Path) -> None:
@@ -129,6 +158,14 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def progress_of(config: Config, *, step: int, supervised: int, version: int, cursor: dict[str, Any]) -> Progress:
+def progress_of(
+    config: Config,
+    *,
+    step: int,
+    supervised: int,
+    version: int,
+    cursor: dict[str, Any],
+    evaluations: dict[str, Any] | None = None,
+) -> Progress:
     """Where a run with this configuration stands."""
-    return Progress(step, supervised, version, cursor, shown(config.model_dump(mode="json")))
+    return Progress(step, supervised, version, cursor, shown(config.model_dump(mode="json")), evaluations or {})

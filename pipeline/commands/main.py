@@ -10,7 +10,7 @@ import sys
 import traceback
 from types import TracebackType
 
-from pipeline.commands import convert, diagnose, launch, objectives, plan, report, train
+from pipeline.commands import chat, convert, diagnose, evaluate, launch, objectives, plan, report, train
 from pipeline.commands.version import ShowVersion
 from pipeline.errors import INTERRUPTED, SamerouteError
 from pipeline.text.characters import visible
@@ -18,6 +18,8 @@ from pipeline.text.standard_streams import make_patient
 
 COMMANDS = {
     "train": (train, "run a configuration: supervised steps, then reinforcement learning"),
+    "evaluate": (evaluate, "answer the sets of a configuration with a model: pass@k, majority@k, lengths"),
+    "chat": (chat, "talk to a checkpoint of a run"),
     "diagnose": (diagnose, "why trainer and server disagree, by exchanging one part at a time"),
     "objectives": (objectives, "the table of objectives, or one with its equation"),
     "report": (report, "figures of a finished or running run, in one HTML file"),

@@ -64,7 +64,7 @@ def _check_files(config: Config, from_dump: Path | None) -> None:
         from pipeline.dumps.groups import DumpError
 
         raise DumpError(f"there is no dump {from_dump}")
-    if (missing := config.data.missing_file) is not None:
+    if (missing := config.missing_file) is not None:
         from pipeline.data.chat import DataError
 
         raise DataError(f"there is no data file {missing}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from megatron_ext.config import Frozen
+from pipeline.config.sources.evaluation import BestConfig
 
 
 class CheckpointConfig(Frozen):
@@ -24,4 +25,7 @@ class CheckpointConfig(Frozen):
         600.0,
         gt=0,
         description="seconds that a signal leaves for the step in progress and its checkpoint",
+    )
+    best: BestConfig | None = Field(
+        None, description="keep the checkpoint that an evaluation finds best, beside the last ones; null: none"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -69,12 +70,12 @@ class DataConfig(Frozen):
             return (SyntheticSource.model_validate({"task": self.task}),)
         return (JsonlSource.model_validate({"path": self.path}),) if self.path is not None else self.sources
 
-    @property
-    def missing_file(self) -> Path | None:
-        """The first file of a source that is not there; a pattern is missing where nothing matches it."""
-        for source in self.origins:
-            if isinstance(source, JsonlSource) and not source.path.is_file():
-                return source.path
-            if isinstance(source, ParquetSource) and not source.files:
-                return source.path
-        return None
+
+def missing_file(sources: Iterable[Source]) -> Path | None:
+    """The first file of a source that is not there; a pattern is missing where nothing matches it."""
+    for source in sources:
+        if isinstance(source, JsonlSource) and not source.path.is_file():
+            return source.path
+        if isinstance(source, ParquetSource) and not source.files:
+            return source.path
+    return None

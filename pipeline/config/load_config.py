@@ -75,15 +75,20 @@ def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[P
 
 def _with_reward_directories(config: Config, files: list[Path]) -> Config:
     """The configuration with the folder of each function that lies beside one of its files."""
-    found_all = []
-    for reward in config.rewards:
-        if isinstance(reward, rewards.FunctionReward) and reward.directory is None:
-            name = re.split("[.:]", reward.function)[0]
-            folders = (file.resolve().parent for file in files)
-            found = next((f for f in folders if (f / f"{name}.py").is_file() or (f / name).is_dir()), None)
-            reward = reward.model_copy(update={"directory": found})
-        found_all.append(reward)
-    return config.model_copy(update={"rewards": tuple(found_all)})
+
+    def found(reward: rewards.RewardConfig) -> rewards.RewardConfig:
+        if not isinstance(reward, rewards.FunctionReward) or reward.directory is not None:
+            return reward
+        name = re.split("[.:]", reward.function)[0]
+        folders = (file.resolve().parent for file in files)
+        folder = next((f for f in folders if (f / f"{name}.py").is_file() or (f / name).is_dir()), None)
+        return reward.model_copy(update={"directory": folder})
+
+    sets = [
+        one if one.rewards is None else one.model_copy(update={"rewards": tuple(map(found, one.rewards))})
+        for one in config.evaluate
+    ]
+    return config.model_copy(update={"rewards": tuple(map(found, config.rewards)), "evaluate": tuple(sets)})
 
 
 def _check_model(config: Config, directory: Path, served: bool) -> ModelDescription:

@@ -117,11 +117,11 @@ def fit_context(config: Config, hf: dict[str, Any]) -> Config:
             "model.path: config.json: max_position_embeddings is missing (transformers would take its class's own "
             "number, which need not be this model's); write it"
         )
-    longest, prompt, answer = model_context(hf), config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    longest, prompt, answer = model_context(hf), config.data.max_prompt_tokens, config.longest_answer
     needed = request_tokens(prompt, answer)
     if needed > longest:
         raise ConfigError(
-            f"data.max_prompt_tokens={prompt} and rollout.max_new_tokens={answer} need a context of {needed} tokens "
+            f"data.max_prompt_tokens={prompt} and {config.longest_from}={answer} need a context of {needed} tokens "
             f"(SGLang's own two included), and the model's is {longest} (max_position_embeddings); lower one of the two"
         )
     context = config.server.context_length or min(max(DEFAULT_CONTEXT, needed), longest)

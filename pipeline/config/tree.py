@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from megatron_ext.config import Frozen, ParallelConfig, TrainerConfig
 from megatron_ext.hf.description import describe
 from pipeline.config.alerts import AlertsConfig
 from pipeline.config.checkpoint import CheckpointConfig
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, missing_file
 from pipeline.config.model import ModelConfig
 from pipeline.config.observe import ObserveConfig
 from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
@@ -27,6 +28,8 @@ from pipeline.config.run import (
     TrainConfig,
 )
 from pipeline.config.server import ServerConfig, request_tokens
+from pipeline.config.sources import RowsConfig
+from pipeline.config.sources.evaluation import EvaluationSet
 from pipeline.config.weights import WeightsConfig
 from pipeline.objectives.config import ObjectiveConfig
 
@@ -46,6 +49,9 @@ class Config(Frozen):
         description="verifiers, each a mapping with a kind, or in short a kind or package.module:function",
     )
     grading: GradingConfig = Field(default_factory=GradingConfig)  # pyright: ignore[reportArgumentType]
+    evaluate: tuple[EvaluationSet, ...] = Field(
+        (), description="sets that are answered during the run, each with a name"
+    )
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)  # pyright: ignore[reportArgumentType]
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)  # pyright: ignore[reportArgumentType]
     server: ServerConfig = Field(default_factory=ServerConfig)  # pyright: ignore[reportArgumentType]
@@ -112,18 +118,61 @@ class Config(Frozen):
                 "'{kind: token_tis}' (geometric_tis where the ratio is of sequences), or objective.correction=none to "
                 "train without one"
             )
-        longest = request_tokens(self.data.max_prompt_tokens, self.rollout.max_new_tokens)
+        self._check_evaluation()
+        longest = request_tokens(self.data.max_prompt_tokens, self.longest_answer)
         for name in ("context_length", "max_total_tokens"):
             room = getattr(self.server, name)
             if room is not None and longest > room:
                 raise ValueError(
-                    f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
-                    f"{self.rollout.max_new_tokens} do not fit server.{name}={room}: SGLang, which keeps two tokens "
+                    f"data.max_prompt_tokens={self.data.max_prompt_tokens} and {self.longest_from}="
+                    f"{self.longest_answer} do not fit server.{name}={room}: SGLang, which keeps two tokens "
                     f"for itself, would cut answers; set that to {longest} or more"
                 )
         if self.model.tiny is not None:
             self.parallel.check_model(describe(self.model.tiny.hf_config()))
         return self
+
+    def _check_evaluation(self) -> None:
+        names = [one.name for one in self.evaluate]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two sets of evaluate are called {twice!r}; give one of them another name")
+        for one in self.evaluate:
+            check_memory(one.rewards or (), self.grading)
+            endless = self.data.task is not None or any(not isinstance(s, RowsConfig) for s in self.data.sources)
+            if not one.sources and one.prompts is None and endless:
+                raise ValueError(f"evaluate: the run's data has no end; say how many `prompts` the set {one.name} asks")
+            if one.min_p > 0 and self.server.deterministic:
+                raise ValueError(
+                    f"SGLang's scheduler dies of min_p with seeds; set min_p=0 for the set {one.name}, or "
+                    "server.deterministic=false"
+                )
+        best = self.checkpoint.best
+        if best is None:
+            return
+        there = [f"eval/{one.name}/{score}" for one in self.evaluate for score in one.scores]
+        if best.score not in there:
+            raise ValueError(
+                f"checkpoint.best.score={best.score} is no score of this run; "
+                + (f"there are {', '.join(there)}" if there else "write a set under evaluate")
+            )
+        if self.checkpoint.every_steps is None:
+            raise ValueError("checkpoint.best keeps a checkpoint, and there are none; set checkpoint.every_steps")
+
+    @property
+    def missing_file(self) -> Path | None:
+        """The first data file, of training or of an evaluation, that is not there."""
+        return missing_file([*self.data.origins, *(source for one in self.evaluate for source in one.sources)])
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens, of a rollout or of an evaluation."""
+        return max([self.rollout.max_new_tokens, *(one.max_new_tokens or 0 for one in self.evaluate)])
+
+    @property
+    def longest_from(self) -> str:
+        """The field that `longest_answer` is of."""
+        own = self.longest_answer == self.rollout.max_new_tokens
+        return "rollout.max_new_tokens" if own else "max_new_tokens of evaluate"
 
     @property
     def rollout_gpus(self) -> int:

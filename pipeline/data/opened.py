@@ -17,7 +17,7 @@ from pipeline.config.sources import (
 )
 from pipeline.data.chat import DataError, PromptWriter, check_template
 from pipeline.data.procedural import GymQuestions
-from pipeline.data.streams import Questions, Stream, TableQuestions
+from pipeline.data.streams import Part, Questions, Stream, TableQuestions
 from pipeline.data.synthetic import SyntheticTask
 from pipeline.data.tables.arrow import open_huggingface, open_parquet
 from pipeline.data.tables.jsonl import JsonlTable
@@ -34,7 +34,7 @@ def open_sources(
     vocab_size: int,
     *,
     seed: int,
-    stream: Stream,
+    part: Part,
     supervised: bool,
     say: Callable[[str], None],
 ) -> list[tuple[Questions, float]]:
@@ -46,7 +46,7 @@ def open_sources(
     out: list[tuple[Questions, float]] = []
     general = PromptWriter(tokenizer, vocab_size, config.max_prompt_tokens, config.chat)
     for source in config.origins:
-        own = source.chat
+        own, stream = source.chat, _stream(source, part)
         writer = general
         if own is not None:
             writer = PromptWriter(tokenizer, vocab_size, config.max_prompt_tokens, own)
@@ -63,6 +63,12 @@ def open_sources(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"two of data.sources are called {twice!r}; give one of them another `name`")
     return out
+
+
+def _stream(source: Source, part: Part) -> Stream:
+    if part != "evaluation":
+        return part
+    return "train" if isinstance(source, RowsConfig) and not source.held_out else "held_out"
 
 
 def _rows(

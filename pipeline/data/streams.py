@@ -19,6 +19,9 @@ from pipeline.data.tables.screen import Report, Screened
 Order = Literal["prompts", "supervised"]
 """Prompts that are sampled from, and pairs that are imitated, each in its own order."""
 Stream = Literal["train", "held_out"]
+"""What is trained on, and what never is."""
+Part = Literal["train", "held_out", "evaluation"]
+"""Of the sources; evaluation: the held-out part of those that have one, all rows of the others."""
 
 
 class Questions(Protocol):

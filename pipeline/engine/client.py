@@ -57,6 +57,7 @@ class Sampling:
     stop_token_ids: an answer ends after any of these, and after the model's own end-of-sequence ids.
     ignore_eos:     neither kind of stop token ends an answer.
     seed:           of the stream that the sample draws from; needs a server with `deterministic`.
+    with_routes:    the experts of each token come back too, where the client asks for any.
     """
 
     max_new_tokens: int
@@ -68,6 +69,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    with_routes: bool = True
 
     def __post_init__(self):
         if self.min_p > 0 and self.seed is not None:
@@ -168,7 +170,7 @@ class SGLangClient(SGLangControl):
             "sampling_params": sampling.parameters(),
             "extra_key": cache_key(self.version),
             "return_logprob": True,
-            "return_routed_experts": self.routes,
+            "return_routed_experts": self.routes and sampling.with_routes,
             "routed_experts_start_len": routes_from,
             "return_sampling_mask": sampling.return_kept,
         }
@@ -320,7 +322,7 @@ class SGLangClient(SGLangControl):
         part = Sampled(
             ids=ids,
             logprobs=np.array(logprobs, np.float32),
-            routes=self._decode_routes(meta, route_rows + count),
+            routes=self._decode_routes(meta, route_rows + count) if sampling.with_routes else None,
             weight_versions=_decode_versions(meta, count),
             finish_reason=reason,
             kept=kept,
@@ -334,7 +336,9 @@ class SGLangClient(SGLangControl):
         return Sampled(
             ids=np.empty(0, np.int32),
             logprobs=np.empty(0, np.float32),
-            routes=np.empty((0, self.num_layers, self.topk), route_dtype(self.num_experts)) if self.routes else None,
+            routes=np.empty((0, self.num_layers, self.topk), route_dtype(self.num_experts))
+            if self.routes and sampling.with_routes
+            else None,
             weight_versions=np.empty(0, np.int32),
             finish_reason="abort",
             kept=np.empty((0, 1), np.int32) if sampling.return_kept else None,

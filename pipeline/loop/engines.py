@@ -14,7 +14,7 @@ import torch
 from megatron_ext.hf.description import ModelDescription
 from pipeline.cluster.nccl import nccl_environment
 from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_servers
-from pipeline.cluster.placement import wait_and_place
+from pipeline.cluster.placement import PlacementError, wait_and_place
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config import Config
 from pipeline.config.weights import WeightsConfig
@@ -64,7 +64,7 @@ def start_engines(
     local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
     with contextlib.ExitStack() as stack:
         processes, nodes = stack.enter_context(_processes(config, local, gpus))
-        servers = [FleetServer(process, _client(config, shape, process, routes)) for process in processes]
+        servers = [FleetServer(process, _client(config, shape, process, routes=routes)) for process in processes]
         fleet = Fleet(servers, config.server)
         stack.callback(fleet.close)
         trainers = TrainerGroup(
@@ -79,6 +79,47 @@ def start_engines(
         )
         stack.callback(trainers.stop)
         yield Engines(config, fleet, trainers, gpus)
+
+
+@contextlib.contextmanager
+def start_servers(config: Config, model_path: Path, model: ModelDescription, logs: Path) -> Iterator[Fleet]:
+    """Servers on this machine that hold the weights of a model directory, ready for requests, and no trainer; nothing
+    of them is left when the block ends. On GPUs they take all that this process sees.
+
+    Raises ServerError, and PlacementError where the machine has too few GPUs for one.
+    """
+    gpus = 0 if config_device(config) == "cpu" else torch.cuda.device_count()
+    width = config.server.tensor_parallel
+    if gpus and gpus < width:
+        raise PlacementError(f"server.tensor_parallel={width} needs as many GPUs, and this machine has {gpus}")
+    count = config.server.replicas or max(1, gpus // width)
+    environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
+    keys = ServerKeys.random()
+    processes = [
+        SGLangServer(
+            config.server,
+            model_path,
+            logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
+            device=config_device(config),
+            seed=config.run.seed + number,
+            return_routed_experts=False,
+            precision=config.precision,
+            trust_remote_code=config.model.trust_remote_code,
+            keys=keys,
+            base_gpu=number * width % max(1, gpus),
+            environment=environment,
+        )
+        for number in range(count)
+    ]
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.stop)
+            process.start()
+        servers = [FleetServer(process, _client(config, model, process, routes=False)) for process in processes]
+        fleet = Fleet(servers, config.server)
+        stack.callback(fleet.close)
+        fleet.wait_ready()
+        yield fleet
 
 
 def _gpus(config: Config) -> int:
@@ -134,7 +175,7 @@ def _servers(
     ]
 
 
-def _client(config: Config, shape: ModelDescription, process: ServerProcess, routes: bool) -> SGLangClient:
+def _client(config: Config, shape: ModelDescription, process: ServerProcess, *, routes: bool) -> SGLangClient:
     return SGLangClient(
         process.url,
         vocab_size=shape.vocab_size,

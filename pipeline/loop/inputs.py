@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from pipeline.checkpoints.best_model import check_export
 from pipeline.cluster.one_machine import check_gpus
 from pipeline.config import Config
 from pipeline.config.load_config import check_precision
@@ -16,8 +17,10 @@ from pipeline.data.tiny_model import make_tiny_model
 from pipeline.dumps.groups import DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.server import reserve_port
+from pipeline.evaluation.opened_set import OpenedSet, open_sets
 from pipeline.observe.sinks.sinks import check_sinks
 from pipeline.rewards import check_rewards
+from pipeline.say import to_stderr
 
 
 def config_device(config: Config) -> Literal["cpu", "cuda"]:
@@ -35,25 +38,41 @@ def check_inputs(config: Config) -> None:
     check_precision(config, config_device(config))
     if config_device(config) == "cuda":
         check_gpus(config, torch.cuda.device_count())
-    check_rewards(config.rewards, config.grading)
-    if (missing := config.data.missing_file) is not None:
+    for rewards in (config.rewards, *(one.rewards for one in config.evaluate if one.rewards)):
+        check_rewards(rewards, config.grading)
+    if config.checkpoint.best is not None and config.checkpoint.best.export is not None:
+        check_export(config.checkpoint.best.export)
+    if (missing := config.missing_file) is not None:
         raise DataError(f"there is no data file {missing}")
     reserve_port(config.server.host, config.server.port)
 
 
-def check_prompts(config: Config, scratch: Path) -> PromptSource:
-    """The prompts of the run: tokenizer, chat template, end-of-sequence token and every line of a data file are read,
-    and its first prompts looked at, before a run directory is touched. scratch: for a tiny model's tokenizer.
+def check_evaluation(config: Config) -> None:
+    """The same of what an evaluation alone needs. Raises ConfigError, RewardError, DataError and ServerError."""
+    check_precision(config, config_device(config))
+    for one in config.evaluate:
+        check_rewards(one.rewards or config.rewards, config.grading)
+    if (missing := config.missing_file) is not None:
+        raise DataError(f"there is no data file {missing}")
+    reserve_port(config.server.host, config.server.port)
+
+
+def check_prompts(config: Config, scratch: Path) -> tuple[PromptSource, list[OpenedSet]]:
+    """The prompts of the run and of its evaluations: tokenizer, chat template, end-of-sequence token and every line of
+    a data file are read, and the first prompts looked at, before a run directory is touched.
+
+    scratch: for a tiny model's tokenizer.
 
     Raises DataError.
     """
-    source = prompt_source(config, prepare_model(config, scratch / "model"))
+    model_path = prepare_model(config, scratch / "model")
+    source = prompt_source(config, model_path)
     beginning = source.state()
     source.take(config.rollout.prompts_per_step)
     if config.supervised.steps:
         source.take_supervised(config.supervised.batch_size)
     source.restore(beginning)
-    return source
+    return source, open_sets(config, model_path, to_stderr)
 
 
 def prompt_source(config: Config, model_path: Path) -> PromptSource:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from pipeline.dumps.dump import Dump, write_dump
 from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet
 from pipeline.loop.compare import compare, compare_scored, replay_probe, scored_rollouts
+from pipeline.loop.evaluations import on_own_loop
 from pipeline.loop.update import Update
 from pipeline.objectives import is_informative, resolve
 from pipeline.observe.metrics import Timer, batch_metrics, lag_metrics
@@ -121,6 +123,10 @@ class Loop:
     def sync(self) -> None:
         """The trainer's weights to the servers, where there are any, under the next version."""
         self.fleet.transfer(self.trainers)
+
+    def on_servers[T](self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run what samples, beside the producer where there is one."""
+        return on_own_loop(work) if self.producer is None else self.producer.run(work)
 
     def transfer(self, timer: Timer) -> None:
         """`sync`, while no server samples."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ext.hf.companions import write_companions
 from megatron_ext.hf.writer import has_weights
+from pipeline.checkpoints.best_model import export_best
 from pipeline.checkpoints.resume import Start, choose_start
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import CheckpointStore, Progress, progress_of
+from pipeline.cluster.limits import raise_open_files
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
 from pipeline.disk.claim import Claim, claim
@@ -19,11 +22,12 @@ from pipeline.disk.lock import refuse_held
 from pipeline.disk.scratch import scratch_folder
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.errors import SamerouteError
+from pipeline.evaluation.opened_set import OpenedSet
 from pipeline.loop.asynchronous import asynchronous
 from pipeline.loop.check_engines import check_first_rollouts
 from pipeline.loop.compare import DisagreementError
+from pipeline.loop.evaluations import Evaluations
 from pipeline.loop.inputs import check_inputs, check_prompts, dumped_steps
-from pipeline.loop.limits import raise_open_files
 from pipeline.loop.loop import Loop
 from pipeline.loop.open_loop import open_loop
 from pipeline.loop.restarts import Restarts, engine_failed
@@ -63,9 +67,10 @@ def train(
             raise_open_files(config)
             try:
                 with scratch_folder() as scratch:
-                    source = check_prompts(config, scratch)
+                    source, sets = check_prompts(config, scratch)
                     with claim(config.run.directory) as claimed:
-                        return _claimed(config, claimed, source, dumped, store, restarts, resume=resume, stop=stop)
+                        asked = (source, sets)
+                        return _claimed(config, claimed, asked, dumped, store, restarts, resume=resume, stop=stop)
             except SamerouteError as failure:
                 latest = store.latest()
                 if not engine_failed(failure) or latest is None or stop.requested:
@@ -77,7 +82,7 @@ def train(
 def _claimed(
     config: Config,
     claimed: Claim,
-    source: PromptSource,
+    asked: tuple[PromptSource, Sequence[OpenedSet]],
     dumped: DumpedSteps | None,
     store: CheckpointStore,
     restarts: Restarts,
@@ -85,7 +90,8 @@ def _claimed(
     resume: bool,
     stop: StopRequest,
 ) -> Path:
-    """The run, in a directory that is its own. source: its prompts, checked."""
+    """The run, in a directory that is its own. asked: its prompts and its evaluations, checked."""
+    source, sets = asked
     start = choose_start(config, store, asked=resume)
     steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
     done, last = 0 if start is None else start.progress.step, max(steps, default=0)
@@ -101,7 +107,7 @@ def _claimed(
             console.say(f"all {last} steps are done; a larger train.steps goes on")
         else:
             write_facts(run.path, data=source.facts())
-            _Run(config, store, stop, console, run, last, restarts.count).go(left, start, dumped, source)
+            _Run(config, store, stop, console, run, last, restarts.count).go(left, start, dumped, source, sets)
         run.finish()
     return run.path
 
@@ -147,7 +153,14 @@ class _Run:
         self.config, self.store, self.stop, self.console = config, store, stop, console
         self.directory, self.last, self.restarts = directory, last, restarts
 
-    def go(self, steps: Sequence[int], start: Start | None, dumped: DumpedSteps | None, source: PromptSource) -> None:
+    def go(
+        self,
+        steps: Sequence[int],
+        start: Start | None,
+        dumped: DumpedSteps | None,
+        source: PromptSource,
+        sets: Sequence[OpenedSet],
+    ) -> None:
         """Both engines up, the steps, the model as a Hugging Face directory."""
         config, directory = self.config, self.directory
         serve = dumped is None and config.train.steps > 0
@@ -171,28 +184,79 @@ class _Run:
             if serve and config.checks.first_rollouts:
                 check_first_rollouts(loop, model_path, directory, self.console)
             self.stop.arm()
+            evaluations = self._evaluations(loop, sets if serve else (), start, sinks)
             with asynchronous(loop, len(steps), None if start is None else start.saved):
                 for number in steps:
-                    self._step(loop, dumped, number, saver, sinks)
+                    if evaluations.exhausted:
+                        self.console.say(f"the run ends here (checkpoint.best.patience): {evaluations.best}")
+                        break
+                    self._step(loop, dumped, number, saver, sinks, evaluations)
             saver.wait()  # whatever the last check finds, the last checkpoint is there
             if loop.fleet.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
             loop.trainers.save_hf(directory.hf_directory(model_path, config.precision.weights))
 
-    def _step(self, loop: Loop, dumped: DumpedSteps | None, number: int, saver: Saver, sinks: Sinks) -> None:
-        """One RL step and its records."""
+    def _evaluations(self, loop: Loop, sets: Sequence[OpenedSet], start: Start | None, sinks: Sinks) -> Evaluations:
+        """Those of the run, with what is due before its next step made."""
+        evaluations = Evaluations(
+            self.config,
+            sets,
+            loop.fleet,
+            loop.on_servers,
+            self.last,
+            self.directory,
+            self.console.say,
+            give_up=lambda: self.stop.signal_name,
+        )
+        done = 0
+        if start is not None:
+            evaluations.restore(start.progress.evaluations)
+            done = start.progress.step
+        if metrics := evaluations.after(done):
+            evaluations.better(done, metrics)
+            sinks.record_beginning(done, metrics)
+        return evaluations
+
+    def _step(
+        self,
+        loop: Loop,
+        dumped: DumpedSteps | None,
+        number: int,
+        saver: Saver,
+        sinks: Sinks,
+        evaluations: Evaluations,
+    ) -> None:
+        """One RL step, its evaluations and its records."""
         result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+        began = time.perf_counter()
+        scores = evaluations.after(number)
+        better = evaluations.better(number, scores)
+        if scores:
+            result.metrics.update(scores, **{"time/evaluate_s": time.perf_counter() - began})
         if self.config.run.max_restarts:
             result.metrics["run/restarts"] = float(self.restarts)
         self.directory.record(result.metrics)
         self.directory.write_step(result, loop.objective, loop.source.tokenizer)
         self.console.step(result.metrics)
         sinks.record(result.metrics)
-        self._step_done(loop, saver, number)
+        self._step_done(loop, saver, number, evaluations, save=better)
+        if better:
+            self._export(loop.trainers)
+
+    def _export(self, trainers: TrainerGroup) -> None:
+        """The best model so far, to where the configuration wants it."""
+        best = self.config.checkpoint.best
+        if best is not None and best.export is not None:
+            companions = functools.partial(write_companions, self._model, dtype=self.config.precision.weights)
+            self.console.say(export_best(best.export, self.directory.path, trainers.save_hf, companions))
+
+    @property
+    def _model(self) -> Path:
+        """The model directory that the run began with."""
+        return self.config.model.path or self.directory.path / "model"
 
     def _saver(self, trainers: TrainerGroup) -> Saver:
-        model = self.config.model.path or self.directory.path / "model"
-        companions = functools.partial(write_companions, model, dtype=self.config.precision.weights)
+        companions = functools.partial(write_companions, self._model, dtype=self.config.precision.weights)
         return Saver(self.store, self.config.checkpoint, trainers, companions, self.console.say)
 
     def _supervised(self, number: int, nll: float) -> None:
@@ -206,11 +270,11 @@ class _Run:
             with self._saver(trainers) as saver:
                 self._end(saver, progress)
 
-    def _step_done(self, loop: Loop, saver: Saver, number: int) -> None:
-        """An RL step, recorded and synchronised."""
+    def _step_done(self, loop: Loop, saver: Saver, number: int, evaluations: Evaluations, *, save: bool) -> None:
+        """An RL step, recorded and synchronised. save: whatever checkpoint.every_steps says."""
         saver.poll()
         every = self.config.checkpoint.every_steps
-        due = every is not None and (number % every == 0 or number == self.last)
+        due = save or (every is not None and (number % every == 0 or number == self.last or evaluations.exhausted))
         if not (due or self.stop.requested):
             return
         self.directory.to_disk()
@@ -221,6 +285,7 @@ class _Run:
             supervised=self.config.supervised.steps,
             version=loop.fleet.version,
             cursor=loop.source.state() if saved is None else saved.cursor,
+            evaluations=evaluations.state(),
         )
         if self.stop.requested and number < self.last:
             self._end(saver, progress, saved)

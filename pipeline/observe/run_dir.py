@@ -4,6 +4,8 @@ config.yaml          the resolved configuration, *** in place of what may be a s
 secrets.yaml         that, over config.yaml as its base, readable by its owner only; where there is any
 metrics.jsonl        one JSON object a step, of numbers
 records.jsonl        one JSON object a step, of what is no single number: see step_record
+evaluations.jsonl    one JSON object an evaluation, or why one was left out
+evaluations/         NAME/step_000012.jsonl: its questions and answers
 tensorboard/         the same as events
 logs/                one log a process of both engines
 rollouts/            step_000012.txt and .json: a few sampled rollouts, for people and for the report
@@ -11,6 +13,7 @@ dumps/               step_000012.safetensors: what a step trained on, where debu
 checkpoints/         step_12: all that resuming after that step needs, where checkpoint.every_steps asks for it
 dropped/             what a resumed run had written after its checkpoint: rows of both files, rollouts
 hf/                  the trained model, where the run wrote one
+best_hf/             the model that an evaluation found best, where checkpoint.best.export pushes it to a hub
 summary.png          reward, mismatch, lengths
 diagnose.json        how far the engines were apart before the first step; diagnose.html too where it was too far
 facts.json           hosts, GPUs, versions, commit, and where each trainer rank is: see facts
@@ -28,7 +31,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -57,6 +60,7 @@ _FILES = (
     "secrets.yaml",
     "metrics.jsonl",
     "records.jsonl",
+    "evaluations.jsonl",
     "summary.png",
     "report.html",
     "diagnose.json",
@@ -65,10 +69,23 @@ _FILES = (
     "alerts.jsonl",
     "metrics.partial",  # left where a process was killed while it wrote
     "records.partial",
+    "evaluations.partial",
     "facts.partial",
     "config.yaml.partial",
 )
-_DIRECTORIES = ("tensorboard", "logs", "rollouts", "dumps", "model", "hf", "wandb", "checkpoints", "dropped")
+_DIRECTORIES = (
+    "tensorboard",
+    "logs",
+    "rollouts",
+    "evaluations",
+    "dumps",
+    "model",
+    "hf",
+    "best_hf",
+    "wandb",
+    "checkpoints",
+    "dropped",
+)
 
 
 class RunDirectory:
@@ -85,6 +102,7 @@ class RunDirectory:
         *,
         overwrite: bool = False,
         rollouts_shown: int = 4,
+        passing_reward: float = 1.0,
         resume_after: int | None = None,
         claim: Claim | None = None,
         say: Callable[[str], None] = to_stderr,
@@ -99,7 +117,7 @@ class RunDirectory:
         written; what was there is there then.
         """
         self.path = Path(path)
-        self.rollouts_shown, self._claim, self._say = rollouts_shown, claim, say
+        self.rollouts_shown, self.passing_reward, self._claim, self._say = rollouts_shown, passing_reward, claim, say
         self.logs, self.metrics_path = self.path / "logs", self.path / "metrics.jsonl"
         self._records = 0
         self._begun = resume_after is not None
@@ -125,7 +143,10 @@ class RunDirectory:
     def _drop_after(self, step: int) -> None:
         self._records = drop_rows(self.metrics_path, step, self.path / "dropped")
         drop_rows(self.path / "records.jsonl", step, self.path / "dropped")
-        _drop_rollouts(self.path / "rollouts", step, self.path / "dropped" / "rollouts")
+        _drop_files(self.path / "rollouts", step, self.path / "dropped" / "rollouts")
+        drop_rows(self.path / "evaluations.jsonl", step, self.path / "dropped")
+        for folder in sorted((self.path / "evaluations").glob("*/")):
+            _drop_files(folder, step, self.path / "dropped" / "evaluations" / folder.name)
         (self.path / "summary.png").unlink(missing_ok=True)  # it says that a run is finished
 
     @classmethod
@@ -136,6 +157,7 @@ class RunDirectory:
             config.model_dump(mode="json"),
             overwrite=config.run.overwrite,
             rollouts_shown=config.run.rollouts_shown,
+            passing_reward=config.data.curriculum.passing_reward,
             resume_after=resume_after,
             claim=claim,
         )
@@ -216,7 +238,7 @@ class RunDirectory:
     def write_step(self, result: StepResult, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
         """A step's line of records.jsonl, and `rollouts_shown` of its rollouts, readable in
         rollouts/step_NNNNNN.txt and token by token in rollouts/step_NNNNNN.json."""
-        self._steps.append(json.dumps(step_record(result, objective), allow_nan=False))
+        self._steps.append(json.dumps(step_record(result, objective, self.passing_reward), allow_nan=False))
         if not self.rollouts_shown:
             return
         shown = pick(result.batch.groups, self.rollouts_shown)
@@ -225,6 +247,25 @@ class RunDirectory:
         with writing(file):
             _write_whole(file, "\n".join(rollout_text(*one, tokenizer) for one in shown))
             _write_whole(file.with_suffix(".json"), json.dumps(tokens, allow_nan=False))
+
+    def record_evaluation(self, row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]] | None) -> Path | None:
+        """A row of evaluations.jsonl, "step" and "set" in it, and the answers, whose file is returned. answers: None
+        where the evaluation was left out. Raises DiskError as `record` does."""
+        if self._claim is not None:
+            self._claim.lock.check()
+        file = None
+        if answers is not None:
+            file = self.path / "evaluations" / row["set"] / f"step_{row['step']:06d}.jsonl"
+            with writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _write_whole(file, "".join(json.dumps(answer) + "\n" for answer in answers))
+        rows = Rows(self.path / "evaluations.jsonl")
+        try:
+            rows.append(json.dumps(row, allow_nan=False))
+            rows.to_disk()
+        finally:
+            rows.close()
+        return file
 
     def hf_directory(self, model_path: str | Path, dtype: Dtype) -> Path:
         """hf/ with everything of a model directory but its weights, which are to be written in `dtype`."""
@@ -310,7 +351,7 @@ def drop_rows(file: Path, step: int, aside: Path) -> int:
     return len(kept)
 
 
-def _drop_rollouts(directory: Path, step: int, aside: Path) -> None:
+def _drop_files(directory: Path, step: int, aside: Path) -> None:
     for file in sorted(directory.glob("step_*")):
         if int(file.stem.removeprefix("step_")) > step:
             aside.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 records.jsonl holds an object a step:
 
     step           its number
+    pass_rates     [11]: groups by the share of their answers that pass, in tenths
     routing        [layers][3]: tokens replayed, of these the trainer's own router agreed, tokens fallen back
     ratios         name -> {level, counts, nonfinite, bounds}, "proximal/rollout" and "current/proximal":
                    counts of log-ratios by BIN_EDGES, over tokens or over sequences (their mean log-ratio)
@@ -37,7 +38,7 @@ BIN_EDGES = np.concatenate([-_DECADES[::-1], _DECADES])
 -1e-8 and 1e-8 is the bin in the middle, what lies beyond 10 are the outermost two: 93 bins."""
 
 
-def step_record(result: StepResult, objective: Objective) -> dict[str, Any]:
+def step_record(result: StepResult, objective: Objective, passing_reward: float = 1.0) -> dict[str, Any]:
     """A line of records.jsonl. Log-ratios are those of the tokens that the policy sampled."""
     rollouts = result.batch.rollouts
     mu, proximal, current = (
@@ -51,11 +52,18 @@ def step_record(result: StepResult, objective: Objective) -> dict[str, Any]:
     return {
         "step": result.batch.step,
         "routing": np.asarray(result.proximal.routing).tolist(),
+        "pass_rates": pass_rate_counts([group.rewards for group in result.batch.groups], passing_reward),
         "ratios": {
             "proximal/rollout": histogram(proximal, mu, "token") | {"bounds": [None, None]},
             "current/proximal": update | {"bounds": clip_bounds(objective)},
         },
     }
+
+
+def pass_rate_counts(rewards: Sequence[np.ndarray], passing_reward: float) -> list[int]:
+    """Counts [11] of groups by the share of their graded answers that pass, rounded to tenths."""
+    rates = [float((own >= passing_reward).mean()) for own in rewards if len(own)]
+    return np.bincount(np.round(10 * np.array(rates)).astype(int), minlength=11).tolist()
 
 
 def histogram(numerator: Sequence[np.ndarray], denominator: Sequence[np.ndarray], level: str) -> dict[str, Any]:

@@ -83,6 +83,10 @@ class Producer:
         """What a checkpoint needs, between two steps."""
         return self._call(self._maker.snapshot())
 
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Something else that samples, while groups are made on; its requests share the connections of this loop."""
+        return self._call(work())
+
     async def _take(self) -> Taken:
         return Taken(*await self._maker.take(), *self._maker.metrics())
 

@@ -13,8 +13,10 @@ from pipeline.commands import main as command
 from pipeline.errors import SamerouteError
 
 CODES = {
+    "pipeline.checkpoints.best_model.ExportError": 2,
     "pipeline.checkpoints.resume.ResumeError": 2,
     "pipeline.checkpoints.store.CheckpointError": 1,
+    "pipeline.checkpoints.weights_of.NoModelError": 2,
     "pipeline.cluster.one_machine.TooFewGPUs": 2,
     "pipeline.cluster.placement.PlacementError": 1,
     "pipeline.cluster.slurm.LaunchError": 2,
@@ -32,7 +34,8 @@ CODES = {
     "pipeline.engine.client.UnreachableError": 1,
     "pipeline.engine.server.NodeGoneError": 1,
     "pipeline.engine.server.ServerError": 1,
-    "pipeline.loop.limits.LimitError": 2,
+    "pipeline.evaluation.answering.EvaluationError": 1,
+    "pipeline.cluster.limits.LimitError": 2,
     "pipeline.loop.loop.DisagreementError": 1,
     "pipeline.loop.loop.NothingToLearnError": 1,
     "pipeline.loop.restarts.RestartLimitError": 1,

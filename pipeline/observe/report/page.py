@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from pipeline.observe.report import ahead, learning, policies, speed
+from pipeline.observe.report import ahead, learning, policies, scores, speed
 from pipeline.observe.report.figure import Figure, present
 from pipeline.observe.report.html import Tile, render_page
 from pipeline.observe.report.rollouts import LEVELS, SMALLEST_DECADE, SURPRISE, shown_steps
@@ -19,6 +19,8 @@ _FILES = (
     ("metrics.jsonl", "all numbers, a line a step"),
     ("records.jsonl", "routing by layer and histograms, a line a step"),
     ("rollouts", "answers of every step, readable"),
+    ("evaluations.jsonl", "scores of the evaluations, a line each"),
+    ("evaluations", "questions and answers of the evaluations"),
     ("diagnose.html", "how far the engines were apart before the first step, and why"),
     ("diagnose.json", "how far the engines were apart before the first step"),
     ("facts.json", "hosts, GPUs, versions, commit, where each trainer rank was"),
@@ -65,7 +67,16 @@ def sections(run: Run) -> list[tuple[str, list[Figure]]]:
     return [
         (
             "Does it learn?",
-            [learning.reward(run), learning.length(run), learning.entropy(run), learning.wasted(run)],
+            [
+                *scores.evaluations(run),
+                learning.reward(run),
+                *scores.components(run),
+                learning.length(run),
+                learning.entropy(run),
+                learning.wasted(run),
+                scores.pass_rates(run),
+                *scores.failures(run),
+            ],
         ),
         (
             "Do trainer and rollout engine hold the same model?",

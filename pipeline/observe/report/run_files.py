@@ -30,6 +30,7 @@ class Run:
     config:  config.yaml as plain values.
     metrics: a row of numbers a step, in the order of the steps.
     records: step -> its line of records.jsonl.
+    evaluations: rows of evaluations.jsonl, of one that is there twice the later.
     notes:   what could not be read, a sentence each.
     """
 
@@ -37,6 +38,7 @@ class Run:
     config: Mapping[str, Any]
     metrics: Sequence[Mapping[str, float]]
     records: Mapping[int, Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = field(default_factory=list)
 
     @property
@@ -96,7 +98,23 @@ def read_run(path: str | Path) -> Run:
         config = {}
         notes.append(f"config.yaml is not YAML: {error}")
     metrics = _numbers(_lines(path / "metrics.jsonl", notes), notes)
-    return Run(path, config, metrics, _lines(path / "records.jsonl", notes), notes)
+    records = _lines(path / "records.jsonl", notes)
+    return Run(path, config, metrics, records, _evaluations(path / "evaluations.jsonl", notes), notes)
+
+
+def _evaluations(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """In the order of the steps."""
+    if not path.is_file():
+        return []
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows[int(row["step"]), str(row["set"])] = row
+        except (json.JSONDecodeError, TypeError, KeyError, ValueError, OverflowError):
+            notes.append(f"{path.name}, line {number}, is left out: it is no evaluation of a step")
+    return [row for _, row in sorted(rows.items())]
 
 
 def _lines(path: Path, notes: list[str]) -> dict[int, dict[str, Any]]:

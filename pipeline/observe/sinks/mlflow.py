@@ -42,7 +42,7 @@ class MlflowSink:
 
         now = int(time.time() * 1000)
         try:
-            self._client.log_batch(self._run, metrics=[Metric(k, v, now, step) for k, v in metrics.items()])
+            self._client.log_batch(self._run, metrics=[Metric(named(k), v, now, step) for k, v in metrics.items()])
         except self._errors as error:
             raise DeliveryError(f"step {step}: {error}") from error
 
@@ -52,6 +52,11 @@ class MlflowSink:
             self._client.set_terminated(self._run, "FINISHED" if finished else "FAILED")
         except self._errors as error:
             raise DeliveryError(f"at the end: {error}") from error
+
+
+def named(metric: str) -> str:
+    """As MLflow takes it, whose names have no @: pass@4 is pass_at_4 there."""
+    return metric.replace("@", "_at_")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

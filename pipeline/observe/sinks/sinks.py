@@ -136,6 +136,12 @@ class Sinks:
         self._finished = kind is None
         self._stack.close()
 
+    def record_beginning(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What was evaluated before the first step of this process; for receivers that keep a row a step."""
+        for sink in self._sinks:
+            if isinstance(sink, Distant):
+                sink.record(step, metrics)
+
     def record(self, metrics: Mapping[str, float]) -> None:
         """A step's metrics, "step" among them. Raises AlertStop where an alert is to end the run."""
         step = int(metrics["step"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -41,6 +42,25 @@ def test_the_newest_is_the_one_of_most_steps_and_only_the_last_are_kept(tmp_path
         assert write(store, it) == store.latest()
         assert read_progress(store.latest()) == it
     assert sorted(os.listdir(store.directory)) == ["step_10", "step_100"]
+
+
+def test_the_best_stays_under_its_name_however_old_until_another_is_better(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
+
+    def with_best(step: int, best: int) -> Progress:
+        return dataclasses.replace(progress(step), evaluations={"done": {}, "best": {"step": best, "value": 0.5}})
+
+    write(store, with_best(1, 0))  # the model that the run began with is best so far
+    assert store.best is None
+    for step, best, left in ((2, 2, [2]), (3, 2, [2, 3]), (9, 2, [2, 9]), (10, 10, [10]), (11, 10, [10, 11])):
+        write(store, with_best(step, best))
+        assert [path.name for path in store.complete()] == [f"step_{n}" for n in left]
+        assert store.best == (store.directory / f"step_{best}").resolve()
+        assert store.latest() == store.directory / f"step_{step}"
+        assert read_progress(store.directory / "best").step == best
+    (store.directory / ".best.partial").symlink_to("step_11")  # interrupted
+    assert store.clean() == [".best.partial"]
+    assert (store.directory / "step_11").is_dir()
 
 
 def test_an_older_checkpoint_goes_only_when_the_newer_is_complete(tmp_path):

@@ -25,10 +25,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def open_tasks(model):
-    def make(tasks, stream="train", run_seed=0, supervised=False, **fields):
+    def make(tasks, part="train", run_seed=0, supervised=False, **fields):
         source = {"kind": "reasoning_gym", "tasks": tasks} | fields
         config = DataConfig.model_validate({"sources": [source]})
-        return PromptSource(config, model, seed=run_seed, stream=stream, supervised=supervised)
+        return PromptSource(config, model, seed=run_seed, part=part, supervised=supervised)
 
     return make
 

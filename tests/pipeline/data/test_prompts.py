@@ -19,8 +19,8 @@ GOOD = b'{"prompt": "1+1", "answer": "2"}\n'
 
 @pytest.fixture
 def source(model_directory):
-    return lambda seed=0, stream="train", say=print, **fields: PromptSource(
-        DataConfig(**fields), model_directory, seed=seed, stream=stream, say=say
+    return lambda seed=0, part="train", say=print, **fields: PromptSource(
+        DataConfig(**fields), model_directory, seed=seed, part=part, say=say
     )
 
 
@@ -81,7 +81,7 @@ def test_answers_stop_at_the_models_end_of_sequence(source, model_directory):
 
 def test_the_held_out_stream_of_a_task_is_another(source):
     train = {p.metadata["question"] for p in source(task=TASK).take(300)}
-    held_out = {p.metadata["question"] for p in source(task=TASK, stream="held_out").take(50)}
+    held_out = {p.metadata["question"] for p in source(task=TASK, part="held_out").take(50)}
     assert not train & held_out
 
 
@@ -269,7 +269,7 @@ def test_a_missing_and_an_empty_file_are_named(source, jsonl, tmp_path):
 
 def test_a_file_has_no_held_out_stream(source, jsonl):
     with pytest.raises(DataError, match="has no held_out prompts; set `held_out`"):
-        source(path=jsonl(*ROWS), stream="held_out")
+        source(path=jsonl(*ROWS), part="held_out")
 
 
 @pytest.mark.parametrize("fields", [{}, {"task": TASK, "path": "x.jsonl"}])

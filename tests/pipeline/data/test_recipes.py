@@ -11,6 +11,7 @@ from pipeline.config import load_config_and_model
 from pipeline.config.model import TinyModelConfig
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
+from pipeline.evaluation.opened_set import open_sets
 from pipeline.rewards import Component, Question, open_grader
 from pipeline.rewards.registry import load
 
@@ -52,7 +53,7 @@ def model(tmp_path_factory):
 def recipe(model, tmp_path):
     """The prompts of a recipe, with a local directory in place of each data set on the hub."""
 
-    def opened(name, samples=(), stream="train", **fields):
+    def opened(name, samples=(), part="train", **fields):
         config, _ = load_config_and_model(RECIPES / f"{name}.yaml")
         sources = []
         for number, source in enumerate(config.data.sources):
@@ -62,9 +63,31 @@ def recipe(model, tmp_path):
                 source = source.model_copy(update={"path": str(place)})
             sources.append(source)
         data = config.data.model_copy(update={"sources": tuple(sources), "shuffle": False} | fields)
-        return PromptSource(data, model, seed=0, stream=stream, say=lambda line: None)
+        return PromptSource(data, model, seed=0, part=part, say=lambda line: None)
 
     return opened
+
+
+EVALUATED = {"gsm8k": GSM8K, "dapo-math-17k": DAPO, "deepcoder": DEEPCODER["primeintellect"]}
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "dapo-math-17k", "deepcoder", "reasoning-gym", "reasoning-gym-tiny"])
+def test_the_evaluation_of_a_recipe_asks_what_its_verifiers_can_grade(name, model, tmp_path):
+    config, _ = load_config_and_model(RECIPES / f"{name}.yaml")
+    (one,) = config.evaluate
+    if one.sources:
+        Dataset.from_dict(EVALUATED[name]).save_to_disk(tmp_path)
+        (source,) = one.sources
+        one = one.model_copy(update={"sources": (source.model_copy(update={"path": str(tmp_path), "split": "train"}),)})
+    else:
+        one = one.model_copy(update={"prompts": 6})
+    (asked,) = open_sets(config.model_copy(update={"evaluate": (one,)}), model, lambda line: None)
+    assert len(asked.prompts) == {"gsm8k": 2, "dapo-math-17k": 2, "deepcoder": 1}.get(name, 6)
+    assert asked.sampling.max_new_tokens == config.rollout.max_new_tokens
+    assert asked.config.ks[-1] == asked.config.samples
+    for prompt in asked.prompts:
+        assert {"deepcoder": "tests"}.get(name, "answer") in prompt.metadata
+    assert config.checkpoint.best is None or config.checkpoint.best.set_name == one.name
 
 
 def test_gsm8k_has_the_number_behind_its_last_line(recipe):
@@ -128,7 +151,7 @@ def test_the_verifiers_of_a_recipe_grade_its_answers(name, samples, right, wrong
 
 
 def test_the_tiny_mixture_has_a_held_out_part_that_is_never_trained_on(recipe):
-    held_out = {prompt.metadata["question"] for prompt in recipe("reasoning-gym-tiny", stream="held_out").take(20)}
+    held_out = {prompt.metadata["question"] for prompt in recipe("reasoning-gym-tiny", part="held_out").take(20)}
     train = {prompt.metadata["question"] for prompt in recipe("reasoning-gym-tiny").take(200)}
     assert len(held_out) > 5
     assert not held_out & train

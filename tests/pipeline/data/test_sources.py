@@ -31,10 +31,10 @@ def _cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def open_source(model):
-    def make(*sources, stream="train", seed=0, said=None, supervised=False, **fields):
+    def make(*sources, part="train", seed=0, said=None, supervised=False, **fields):
         config = DataConfig.model_validate({"sources": sources} | fields)
         say = (lambda line: None) if said is None else said.append
-        return PromptSource(config, model, seed=seed, stream=stream, supervised=supervised, say=say)
+        return PromptSource(config, model, seed=seed, part=part, supervised=supervised, say=say)
 
     return make
 
@@ -97,7 +97,7 @@ def test_a_look_ahead_leaves_the_cursor_where_it_is(open_source, rows):
 def test_held_out_prompts_are_the_same_whatever_the_seed_and_never_trained_on(open_source, rows):
     file = rows("a", 400) | {"held_out": 0.25}
     train, other = open_source(file), open_source(file, seed=5)
-    held_out, again = open_source(file, stream="held_out"), open_source(file, stream="held_out", seed=5)
+    held_out, again = open_source(file, part="held_out"), open_source(file, part="held_out", seed=5)
     assert train.size + held_out.size == 400
     assert 70 < held_out.size < 130
     assert set(texts(held_out.take(held_out.size))) == set(texts(again.take(held_out.size)))

@@ -42,6 +42,24 @@ def test_a_step_needs_its_number(tmp_path):
         run.record(METRICS)
 
 
+def test_a_resumed_run_puts_later_evaluations_aside(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        for step in (1, 2, 3):
+            run.record({"step": step, **METRICS})
+        for step in (0, 2, 3):
+            run.record_evaluation({"step": step, "set": "held"}, [{"question": step}])
+        run.record_evaluation({"step": 3, "set": "other", "skipped": "SIGTERM"}, None)
+    with RunDirectory(tmp_path, CONFIG, resume_after=2) as run:
+        run.record_evaluation({"step": 2, "set": "late"}, [])
+    assert [row["step"] for row in read(tmp_path / "evaluations.jsonl")] == [0, 2, 2]
+    assert sorted(p.name for p in (tmp_path / "evaluations" / "held").iterdir()) == [
+        "step_000000.jsonl",
+        "step_000002.jsonl",
+    ]
+    assert [row["set"] for row in read(tmp_path / "dropped" / "evaluations.jsonl")] == ["held", "other"]
+    assert read(tmp_path / "dropped" / "evaluations" / "held" / "step_000003.jsonl") == [{"question": 3}]
+
+
 def test_tensorboard_reads_every_metric_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

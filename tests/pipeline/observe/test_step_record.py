@@ -16,6 +16,7 @@ from pipeline.observe.step_record import (
     TOKENS_SHOWN,
     clip_bounds,
     histogram,
+    pass_rate_counts,
     shown_rollouts,
     step_record,
 )
@@ -44,6 +45,14 @@ def make_step(tokenizer, *texts, shift=0.0, step=1):
     routing = np.array([[10, 9, 0], [10, 10, 1]])
     moved = [r - np.float32(0.5) for r in rows]
     return step_result(step, groups, rows, moved, rows, [0.25] * len(rows), routing)
+
+
+def test_pass_rates_are_counted_in_tenths_over_graded_answers():
+    groups = [np.array(rewards, np.float32) for rewards in ([1, 1, 0, 0], [1.5], [0, 0.9], [], [1, 1, 1, 0])]
+    counts = pass_rate_counts(groups, 1.0)
+    assert counts == [1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1]
+    assert pass_rate_counts([], 1.0) == [0] * 11
+    assert pass_rate_counts(groups, 0.5)[5] == 2
 
 
 def test_every_bin_counts_what_lies_between_its_edges():

@@ -20,8 +20,10 @@ from tests.support.runs import LAYERS, MadeRun, routing
 FIGURES = {
     "reward", "length", "entropy", "wasted", "mismatch", "agreement", "proximal_rollout_histogram",
     "proximal_rollout_by_step", "clipped", "grad_norm", "current_proximal_histogram", "current_proximal_by_step",
-    "time", "throughput",
+    "time", "throughput", "evaluation_held", "components", "pass_rates", "failures",
 }  # fmt: skip
+SOMETIMES = {"evaluation_held", "components", "failures"}
+"""Of runs that have them."""
 
 
 class Reports(Browser):
@@ -50,9 +52,28 @@ def finished(tmp_path_factory):
     """Twelve steps of twelve; a mismatch that grows along each answer, and one layer that disagrees more and more."""
     run = MadeRun(tmp_path_factory.mktemp("finished"))
     for step in range(1, 13):
-        run.write(step)
+        parts = {
+            "reward/number": 0.05 * step,
+            "reward/format": 0.9,
+            "reward/failed": 1.0,
+            "reward/failures_timeout": 1.0,
+        }
+        run.write(step, **parts)
+    for step in (0, 6, 12):
+        scores = {"pass@1": [step / 20, step / 24, step / 16], "pass@4": [0.5, 0.4, 0.6]}
+        run.directory.record_evaluation({"step": step, "set": "held", "scores": scores}, [{"question": 0}])
+    run.directory.record_evaluation({"step": 9, "set": "held", "skipped": "SIGTERM"}, None)
     run.directory.finish()
     return run.path
+
+
+def test_evaluations_are_drawn_with_their_intervals_and_what_was_left_out_is_said(browser, finished):
+    page = browser.open(finished)
+    figure = page.locator("#figure-evaluation_held")
+    assert figure.locator(".scatterlayer .trace").count() == 2
+    assert figure.locator(".errorbars").count() == 2
+    assert "Left out after step 9: SIGTERM." in figure.inner_text()
+    assert "pass@1: 0.000 in the first step, 0.600 in the last." in figure.inner_text()
 
 
 def test_every_figure_of_a_finished_run_is_drawn_without_a_complaint_and_without_a_network(browser, finished):
@@ -210,7 +231,7 @@ def test_a_run_before_its_first_step_says_so(browser, tmp_path):
     page = browser.open(run.path)
     assert browser.texts(".state")[0].startswith("No step is recorded yet.")
     assert page.locator(".plot").count() == 0
-    assert page.locator("figure .missing").count() == len(FIGURES)
+    assert page.locator("figure .missing").count() == len(FIGURES - SOMETIMES)
     assert all("yet" in text for text in browser.texts("figure .missing"))
     assert page.locator("#rollouts .missing").count() == 1
     run.directory.close()

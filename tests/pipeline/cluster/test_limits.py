@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
+from pipeline.cluster.limits import files_needed
 from pipeline.config import load_config
-from pipeline.loop.limits import files_needed
 
 TRY = """
 import resource, sys
 from pipeline.config import load_config
-from pipeline.loop.limits import raise_open_files
+from pipeline.cluster.limits import raise_open_files
 raise_open_files(load_config("configs/quickstart.yaml"))
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """

@@ -1,0 +1,53 @@
+"""The best model arrives whole, in a directory or at a hub, or the run says why not."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.checkpoints.best_model import ExportError, check_export, export_best
+from pipeline.checkpoints.store import CheckpointError
+
+
+def write(text):
+    return lambda folder: (folder / "model.safetensors").write_text(text)
+
+
+def companions(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+
+def test_a_better_model_replaces_the_last_one_once_it_is_whole(tmp_path):
+    target = tmp_path / "out" / "best"
+    assert export_best(str(target), tmp_path, write("one"), companions) == f"best model: {target}"
+    export_best(str(target), tmp_path, write("two"), companions)
+    assert (target / "model.safetensors").read_text() == "two"
+
+    def fails(folder):
+        (folder / "model.safetensors").write_text("th")
+        raise OSError("no space left on device")
+
+    with pytest.raises(CheckpointError, match=r"best.*no space left"):
+        export_best(str(target), tmp_path, fails, companions)
+    assert (target / "model.safetensors").read_text() == "two"
+    assert [path.name for path in target.parent.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("hub:name", "write hub:OWNER/NAME"), ("hub:a/b", "set HF_TOKEN"), ("{}/file", "holds no model"),
+     ("{}/folder", "holds no model"), ("/proc/best", "cannot be written")],
+)  # fmt: skip
+def test_what_cannot_be_exported_to_is_refused_at_the_start(where, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ExportError, match=words):
+        check_export(where.format(tmp_path))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_earlier_export_may_be_replaced(tmp_path):
+    companions(tmp_path / "best")
+    check_export(str(tmp_path / "best"))
+    check_export(str(tmp_path / "new" / "best"))
