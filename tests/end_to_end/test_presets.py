@@ -1,4 +1,4 @@
-"""Every preset on the quickstart's task, ten steps through the whole pipeline: both engines, critic, reference."""
+"""Every preset on the quickstart's task with fewer digits, ten steps of all: both engines, critic, reference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipeline.rewards.protocol import Verdict
 from tests.support.proofs import sampled
 
 QUICKSTART = "configs/quickstart.yaml"
-SMALL = ["supervised.steps=150", "supervised.decay_steps=150", "rollout.prompts_per_step=8",
-         "rollout.samples_per_prompt=4", "rollout.max_sampling_rounds=20", "train.warmup_steps=0",
-         "train.decay_steps=null", "checks.probe_every=5", "critic.lr=3e-3",
+SMALL = ["data.task.min_digits=2", "data.task.max_digits=4", "supervised.steps=60", "supervised.decay_steps=60",
+         "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "rollout.max_sampling_rounds=20",
+         "train.warmup_steps=0", "train.decay_steps=null", "checks.probe_every=5", "critic.lr=3e-3",
          "train.lr=1e-4"]  # fmt: skip
 # The quickstart's rate is for 256 answers a step: at 32 it can unlearn the task, and then no group tells anything.
 # The session's trainer holds everything that any preset needs: PPO's critic, and a reference for a KL.

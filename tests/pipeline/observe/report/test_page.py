@@ -32,13 +32,19 @@ class Reports(Browser):
     def __init__(self, page: Page):
         super().__init__(page)
         self.written: set[Path] = set()
+        self.shown: Path | None = None
 
     def open(self, run: Path, scheme: str = "light", width: int = 1366) -> Page:
         """Write a run's report, where that is not done yet, and look at it."""
         file = run / "report.html"
         if file not in self.written:
             self.written.add(write_report(run))
+        self.shown = file if (scheme, width) == ("light", 1366) else None
         return self.look_at(file, scheme, width)
+
+    def see(self, run: Path) -> Page:
+        """The report as `open` shows it; what a test has pointed at or chosen since is as it left it."""
+        return self.page if self.shown == run / "report.html" else self.open(run)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +93,7 @@ def test_every_figure_of_a_finished_run_is_drawn_without_a_complaint_and_without
 
 
 def test_the_heat_map_has_a_cell_for_every_layer_and_step_with_the_agreement_that_was_written(browser, finished):
-    browser.open(finished)
+    browser.see(finished)
     x, y, z = browser.heatmap("agreement")
     # Plotly keeps the edges of cells, one more than there are.
     assert (len(x), len(y)) == (12 + 1, LAYERS + 1)
@@ -96,7 +102,7 @@ def test_the_heat_map_has_a_cell_for_every_layer_and_step_with_the_agreement_tha
 
 
 def test_every_figure_says_what_is_good_what_is_bad_and_what_this_run_shows(browser, finished):
-    browser.open(finished)
+    browser.see(finished)
     assert browser.page.locator("figure").count() == len(FIGURES)
     assert browser.texts("figure dt") == ["Good", "Bad"] * len(FIGURES)
     assert all(len(text) > 5 for text in browser.texts("figure dd"))
@@ -105,7 +111,7 @@ def test_every_figure_says_what_is_good_what_is_bad_and_what_this_run_shows(brow
 
 
 def test_pointing_at_a_figure_gives_the_value(browser, finished):
-    page = browser.open(finished)
+    page = browser.see(finished)
     box = page.locator("#reward .nsewdrag").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#reward .hoverlayer .legendtext, #reward .hoverlayer text")
@@ -114,19 +120,68 @@ def test_pointing_at_a_figure_gives_the_value(browser, finished):
     assert re.search(r"0\.[56]\d", text)
 
 
-def to_dark(page):
+def test_answers_stand_side_by_side_and_their_tokens_are_coloured_by_the_log_ratio(browser, finished):
+    page = browser.see(finished)
+    cards = page.locator("#answers details[open] .card")
+    assert cards.count() == 4
+    tops = [cards.nth(k).bounding_box()["y"] for k in range(4)]
+    assert tops[0] == tops[1] < tops[2] == tops[3]
+    assert "reward 1" in cards.nth(0).inner_text().replace("\n", " ")
+    assert "reward 0" in cards.nth(1).inner_text().replace("\n", " ")
+    assert browser.texts("#answers details[open] .card:first-child .answer") == ["01289<|eos|>"]
+    tokens = page.locator("#answers details[open] .card:first-child .token")
+    assert [tokens.nth(k).get_attribute("class").split()[1] for k in range(1, 6)] == ["m-3", "m4", "m-5", "m6", "m-7"]
+    assert "trainer - server +1.50e-02" in tokens.nth(4).get_attribute("title")
+    shades = [tokens.nth(k).evaluate("t => getComputedStyle(t).backgroundColor") for k in range(6)]
+    assert len(set(shades)) == 6
+    assert page.locator("#answers details").count() == 6
+
+
+def test_tokens_can_be_coloured_by_the_update_and_by_their_probability(browser, finished):
+    page = browser.see(finished)
+    shade = "t => getComputedStyle(t).backgroundColor"
+    first, last = (page.locator("#answers details[open] .token").nth(k) for k in (0, -1))
+    legend = page.locator(".scale:not([hidden])")
+    seen = {}
+    for way in ("m", "u", "s"):
+        page.select_option("#colouring", way)
+        seen[way] = (first.evaluate(shade), last.evaluate(shade), legend.inner_text())
+    assert len({text for *_, text in seen.values()}) == 3
+    transparent = "rgba(0, 0, 0, 0)"
+    assert seen["u"][0] == transparent != seen["u"][1]  # the first prompt was in the first mini-batch
+    assert seen["s"][0] == transparent != seen["s"][1]  # 95% and 5%
+
+
+def test_every_link_is_relative_and_leads_to_something_that_is_there(browser, finished):
+    page = browser.see(finished)
+    links = page.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    files = [link for link in links if not link.startswith("#")]
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "records.jsonl",
+        "summary.png",
+        "rollouts/",
+        "rollouts/step_000012.txt",
+    } <= {*files}
+    assert all((finished / unquote(link)).exists() for link in files)
+    assert all(page.locator(link).count() == 1 for link in links if link.startswith("#"))
+
+
+def to_dark(browser):
     """The scheme changes while the page is open; figures are drawn anew a moment later."""
     fill = "() => getComputedStyle(document.querySelector('#reward .xtick text')).fill"
+    page, browser.shown = browser.page, None
     light = page.evaluate(fill)
     page.emulate_media(color_scheme="dark")
     page.wait_for_function(f"before => ({fill})() !== before", arg=light)
 
 
 def test_all_text_can_be_read_in_light_and_dark(browser, finished):
-    page = browser.open(finished)
+    page = browser.see(finished)
     for scheme, way in (("light", "m"), ("light", "u"), ("light", "s"), ("dark", "m"), ("dark", "u"), ("dark", "s")):
         if (scheme, way) == ("dark", "m"):
-            to_dark(page)
+            to_dark(browser)
         page.select_option("#colouring", way)
         for selector in (
             "h1, h2, h3, p, dt, dd, a, li span, summary, select", ".scale:not([hidden]) .token", ".answer .token",
@@ -140,7 +195,8 @@ def test_all_text_can_be_read_in_light_and_dark(browser, finished):
 
 
 def test_figures_follow_the_colour_scheme_while_the_page_is_open(browser, finished):
-    to_dark(browser.open(finished, "light"))
+    browser.see(finished)
+    to_dark(browser)
     assert browser.complaints == []
 
 
@@ -158,54 +214,6 @@ def test_nothing_is_wider_than_the_window(browser, finished, width):
              return a.width && (a.left < b.left - 1 || a.right > b.right + 1); }).map(text => text.textContent)"""
     )
     assert overflowing == []
-
-
-def test_answers_stand_side_by_side_and_their_tokens_are_coloured_by_the_log_ratio(browser, finished):
-    page = browser.open(finished)
-    cards = page.locator("#answers details[open] .card")
-    assert cards.count() == 4
-    tops = [cards.nth(k).bounding_box()["y"] for k in range(4)]
-    assert tops[0] == tops[1] < tops[2] == tops[3]
-    assert "reward 1" in cards.nth(0).inner_text().replace("\n", " ")
-    assert "reward 0" in cards.nth(1).inner_text().replace("\n", " ")
-    assert browser.texts("#answers details[open] .card:first-child .answer") == ["01289<|eos|>"]
-    tokens = page.locator("#answers details[open] .card:first-child .token")
-    assert [tokens.nth(k).get_attribute("class").split()[1] for k in range(1, 6)] == ["m-3", "m4", "m-5", "m6", "m-7"]
-    assert "trainer - server +1.50e-02" in tokens.nth(4).get_attribute("title")
-    shades = [tokens.nth(k).evaluate("t => getComputedStyle(t).backgroundColor") for k in range(6)]
-    assert len(set(shades)) == 6
-    assert page.locator("#answers details").count() == 6
-
-
-def test_tokens_can_be_coloured_by_the_update_and_by_their_probability(browser, finished):
-    page = browser.open(finished)
-    shade = "t => getComputedStyle(t).backgroundColor"
-    first, last = (page.locator("#answers details[open] .token").nth(k) for k in (0, -1))
-    legend = page.locator(".scale:not([hidden])")
-    seen = {}
-    for way in ("m", "u", "s"):
-        page.select_option("#colouring", way)
-        seen[way] = (first.evaluate(shade), last.evaluate(shade), legend.inner_text())
-    assert len({text for *_, text in seen.values()}) == 3
-    transparent = "rgba(0, 0, 0, 0)"
-    assert seen["u"][0] == transparent != seen["u"][1]  # the first prompt was in the first mini-batch
-    assert seen["s"][0] == transparent != seen["s"][1]  # 95% and 5%
-
-
-def test_every_link_is_relative_and_leads_to_something_that_is_there(browser, finished):
-    page = browser.open(finished)
-    links = page.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
-    files = [link for link in links if not link.startswith("#")]
-    assert {
-        "config.yaml",
-        "metrics.jsonl",
-        "records.jsonl",
-        "summary.png",
-        "rollouts/",
-        "rollouts/step_000012.txt",
-    } <= {*files}
-    assert all((finished / unquote(link)).exists() for link in files)
-    assert all(page.locator(link).count() == 1 for link in links if link.startswith("#"))
 
 
 def test_a_running_run_is_shown_up_to_its_last_whole_line(browser, tmp_path):
