@@ -17,7 +17,8 @@ from pipeline.diagnose.page import write_page
 from pipeline.loop.open_loop import open_loop
 
 pytestmark = pytest.mark.slow  # they share engines that take so long to start
-SETTINGS = ["supervised.steps=60", "supervised.decay_steps=60", "train.decay_steps=null", "run.seed=1"]
+SETTINGS = ["supervised.steps=60", "supervised.decay_steps=60", "supervised.batch_size=16", "train.decay_steps=null",
+            "run.seed=1"]  # fmt: skip
 ROLLOUTS = 48
 STALE = "model.layers.2.mlp.experts.5.down_proj.weight"
 

@@ -10,6 +10,9 @@ _MODULES = (
     "megatron_ext.trainer",
     "megatron_ext.model.attention",
     "megatron_ext.model.torch_spec",
+    "megatron.core.models.mimo.optimizer",  # the first optimizer asks for it
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "torch.utils.serialization.config",
     "torch._dynamo",  # torch's compiler: the first operator on the meta device asks for it, which takes 2 s
     "pytest",  # a rank imports the file of its function
     "pipeline.loop.update",

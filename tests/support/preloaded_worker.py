@@ -15,6 +15,7 @@ _MODULES = (
     "pipeline.trainer.losses",
     "pipeline.weights",
     "megatron_ext.trainer",
+    "megatron.core.models.mimo.optimizer",  # the first optimizer asks for it
     "torch._dynamo",
 )
 _READ = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH")  # of OMP_NUM_THREADS a rank makes its own

@@ -60,6 +60,7 @@ def test_a_servers_processes_get_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded")
 def test_a_trainer_ranks_process_gets_them(tmp_path):
     from megatron_ext.config import ParallelConfig
     from pipeline.trainer.group import TrainerGroup

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
 
 from pipeline.config import load_config_and_model
 from pipeline.config.model import TinyModelConfig
@@ -52,6 +51,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def recipe(model, tmp_path):
     """The prompts of a recipe, with a local directory in place of each data set on the hub."""
+    from datasets import Dataset
 
     def opened(name, samples=(), part="train", **fields):
         config, _ = load_config_and_model(RECIPES / f"{name}.yaml")

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
 from pydantic import ValidationError
 
 from pipeline.config.data import DataConfig
@@ -107,6 +106,8 @@ def test_held_out_prompts_are_the_same_whatever_the_seed_and_never_trained_on(op
 
 
 def test_parquet_files_of_a_pattern_are_one_source(open_source, tmp_path):
+    from datasets import Dataset
+
     for part in range(2):
         Dataset.from_dict({"question": [f"{part}{n}" for n in range(3)], "final": [part * 1.0] * 3}).to_parquet(
             tmp_path / f"train-{part}.parquet"
@@ -125,6 +126,8 @@ def test_parquet_files_of_a_pattern_are_one_source(open_source, tmp_path):
 
 @pytest.mark.parametrize("saved_as", ["splits", "one", "files"])
 def test_a_local_data_set_is_read_however_it_was_saved(saved_as, open_source, tmp_path):
+    from datasets import Dataset, DatasetDict
+
     data = Dataset.from_dict({"prompt": ["1+1", "1+2"], "answer": [2, 3]})
     place = tmp_path / "sums"
     if saved_as == "splits":
@@ -156,6 +159,8 @@ def test_a_data_set_that_does_not_load_is_one_sentence(open_source, tmp_path, mo
 
 
 def test_a_row_that_json_does_not_hold_is_named(open_source, tmp_path):
+    from datasets import Dataset
+
     Dataset.from_dict({"prompt": ["a", "b"], "answer": ["1", "2"], "image": [b"1", b"2"]}).save_to_disk(tmp_path / "d")
     source = {"kind": "huggingface", "path": str(tmp_path / "d")}
     with pytest.raises(DataError, match=r'd \(train\), row 0: "image" holds bytes.* name the columns to `keep`'):

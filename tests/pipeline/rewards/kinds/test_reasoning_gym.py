@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reasoning_gym
 
 from pipeline.rewards import Component, Question
 from pipeline.rewards.registry import load
@@ -16,6 +15,8 @@ MADE = {"seed": 3, "size": 5, "index": 2, "parameters": {"min_terms": 2, "max_te
 
 @pytest.fixture(scope="module")
 def entry():
+    import reasoning_gym  # 1 s, of the worker that has this file
+
     return reasoning_gym.create_dataset("chain_sum", seed=3, size=5, min_terms=2, max_terms=3)[2]
 
 
