@@ -42,7 +42,7 @@ def check_rows(rows: list[dict], staleness: int) -> None:
         assert sum(shares) == pytest.approx(1)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_one_version_behind_every_step_after_the_first_trains_on_what_the_last_weights_sampled(command):
     run = command(*RUN, "rollout.max_staleness=1", "train.steps=3", "server.replicas=2")
     assert run.end(200) == 0, run.text()

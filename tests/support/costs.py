@@ -40,6 +40,7 @@ SECONDS = {
     "megatron_ext/checkpoint/test_shards.py": 11,
     "pipeline/checkpoints/test_checkpoints.py": 11,
     "pipeline/commands/test_diagnose.py": 10,
+    "pipeline/evaluation/test_answering.py": 6,
     "pipeline/rewards/kinds/test_math_verify.py": 10,
     "megatron_ext/batch/test_replay_mutations.py": 9,
     "megatron_ext/hf/test_mbridge.py": 9,

@@ -76,6 +76,8 @@ def test_the_evaluation_of_a_recipe_asks_what_its_verifiers_can_grade(name, mode
     config, _ = load_config_and_model(RECIPES / f"{name}.yaml")
     (one,) = config.evaluate
     if one.sources:
+        from datasets import Dataset
+
         Dataset.from_dict(EVALUATED[name]).save_to_disk(tmp_path)
         (source,) = one.sources
         one = one.model_copy(update={"sources": (source.model_copy(update={"path": str(tmp_path), "split": "train"}),)})
