@@ -102,7 +102,7 @@ def test_the_heat_map_has_a_cell_for_every_layer_and_step_with_the_agreement_tha
 
 
 def test_every_figure_says_what_is_good_what_is_bad_and_what_this_run_shows(browser, finished):
-    browser.see(finished)
+    browser.open(finished)
     assert browser.page.locator("figure").count() == len(FIGURES)
     assert browser.texts("figure dt") == ["Good", "Bad"] * len(FIGURES)
     assert all(len(text) > 5 for text in browser.texts("figure dd"))
