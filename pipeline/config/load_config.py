@@ -118,6 +118,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"an override reads section.field=value, not {override!r}")
     if key != key.strip() or not all(key.split(".")):
         raise ConfigError(f"an override reads section.field=value, with names between the dots, not {override!r}")
+    if key == "base":
+        raise ConfigError(f"base stands in a file; write a file with `base: {value}`, or name that file itself")
     node = tree
     *sections, last = key.split(".")
     for section in sections:

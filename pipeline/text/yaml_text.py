@@ -10,7 +10,9 @@ float   1.5, .5, 1e-3, +2E4, .inf, .nan
 text    everything else: yes, no, on, off, dates and times too (a field of type bool still takes yes and no)
 
 A key that stands twice in a mapping is refused: PyYAML keeps the last one in silence. A key that is no text is refused.
-Anchors, aliases and merge keys (`<<`) work; what contains itself is refused.
+Anchors, aliases and merge keys (`<<`) work; what contains itself is refused. So is what no person writes, before it
+takes time or memory: a text of more than MOST_CHARACTERS, or more than MOST_VALUES values with each alias written out,
+or sections more than DEEPEST deep.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pipeline.text.characters import has_surrogate
 
+MOST_CHARACTERS = 100_000
+MOST_VALUES = 50_000
+DEEPEST = 100
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = "[0-9](?:_?[0-9])*"
 _WORDS = {
@@ -52,6 +57,11 @@ class YamlError(ValueError):
 
 def parse(text: str) -> Any:
     """The one document of a text as plain values; None for a text without one. Raises YamlError."""
+    if len(text) > MOST_CHARACTERS:
+        raise YamlError(
+            f"it has {len(text):,} characters, and settings have {MOST_CHARACTERS:,} at most; data belongs in files of "
+            "its own"
+        )
     loader = None
     try:
         loader = _Loader(text)
@@ -65,8 +75,6 @@ def parse(text: str) -> Any:
         raise YamlError(f"the character {chr(int(error.character))!r} may not stand in YAML", line) from error
     except yaml.MarkedYAMLError as error:
         raise _explained(error) from error
-    except RecursionError:
-        raise YamlError("brackets or sections are nested too deep to be read") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -81,6 +89,16 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's own, with the words above."""
 
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+    _depth = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            line = self.peek_event().start_mark.line + 1
+            raise YamlError(f"brackets or sections are nested more than {DEEPEST} deep", line)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_number(self, node: Node) -> int | float:
         assert isinstance(node, ScalarNode)
@@ -120,26 +138,35 @@ def _explained(error: yaml.MarkedYAMLError) -> YamlError:
 
 
 def _check_nodes(root: Node) -> None:
-    """Raise YamlError for a key that stands twice or is no text, and for a node that contains itself."""
+    """Raise YamlError for a key that stands twice or is no text, for a node that contains itself, and for aliases that
+    stand for more values than MOST_VALUES."""
     above: set[int] = set()
-    done: set[int] = set()
+    values: dict[int, int] = {}  # of a node with all that is in it
 
-    def check(node: Node) -> None:
-        if isinstance(node, ScalarNode) and has_surrogate(node.value):
-            raise YamlError("half of a UTF-16 pair stands alone; write the whole character", node.start_mark.line + 1)
-        if id(node) in done or isinstance(node, ScalarNode):
-            return
+    def check(node: Node) -> int:
+        line = node.start_mark.line + 1
+        if isinstance(node, ScalarNode):
+            if has_surrogate(node.value):
+                raise YamlError("half of a UTF-16 pair stands alone; write the whole character", line)
+            return 1
+        if id(node) in values:
+            return values[id(node)]
         if id(node) in above:
-            raise YamlError("this section contains itself, by an alias", node.start_mark.line + 1)
+            raise YamlError("this section contains itself, by an alias", line)
         above.add(id(node))
         if isinstance(node, MappingNode):
             _check_keys(node)
         children = [value for _, value in node.value] if isinstance(node, MappingNode) else node.value
         assert isinstance(node, MappingNode | SequenceNode)
-        for child in children:
-            check(child)
+        values[id(node)] = 1 + sum(check(child) for child in children)
+        if values[id(node)] > MOST_VALUES:
+            raise YamlError(
+                f"this section holds more than {MOST_VALUES:,} values, with its aliases (*name) written out; write "
+                "fewer aliases of aliases",
+                line,
+            )
         above.discard(id(node))
-        done.add(id(node))
+        return values[id(node)]
 
     check(root)
 

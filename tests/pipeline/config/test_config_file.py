@@ -95,3 +95,21 @@ def test_more_gpus_than_the_cluster_has_are_refused():
         load_config("configs/quickstart.yaml", ["cluster.gpu=h100", "parallel={ranks: 8, expert: 8}"])
     config = load_config("configs/quickstart.yaml", ["cluster={gpu: h100, nodes: 2}", "parallel={ranks: 8, expert: 8}"])
     assert config.rollout_gpus == 8
+
+
+@pytest.mark.parametrize("base", ["3", "null", "true", "[]", "[[a.yaml]]", "''", "[' ']", "[a.yaml, null]", "1.5"])
+def test_a_base_of_another_type_is_refused(tmp_path, base):
+    write(tmp_path, a="x: 1", b=f"base: {base}")
+    with pytest.raises(ConfigError, match=r"b\.yaml: base is the path of a file, or a list of paths, not .*; leave it"):
+        read_tree(tmp_path / "b.yaml")
+
+
+def test_bases_of_bases_are_not_read_without_end(tmp_path):
+    write(tmp_path, a0="x: 1", **{f"a{i}": f"base: {[f'a{i - 1}.yaml'] * 10}" for i in range(1, 9)})
+    with pytest.raises(ConfigError, match=r"a8\.yaml inherits from more than 100 files"):
+        read_tree(tmp_path / "a8.yaml")
+
+
+def test_a_base_on_the_command_line_is_refused_with_what_to_write():
+    with pytest.raises(ConfigError, match="base stands in a file"):
+        load_config("configs/quickstart.yaml", ["base=other.yaml"])

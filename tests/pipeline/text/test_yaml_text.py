@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_a_number_without_a_dot_is_one_in_files_in_overrides_and_where_no_type_i
         ("a: !!float word", "line 1, .*'word'.*is no number"),
         ("a: !!python/object:os.system x", "line 1, .*could not determine a constructor"),
         ('a: "\\ud800"', "line 1, .*half of a UTF-16 pair"),
-        ("[" * 20_000, "nested too deep"),
+        ("[" * 20_000, "nested more than 100 deep"),
         ("", "holds no settings"),
         ("# a: 1\n", "holds no settings"),
         ("0", "must hold a mapping"),
@@ -177,3 +178,51 @@ def test_a_resolved_configuration_with_texts_that_look_like_numbers_reads_back_a
 def test_the_example_of_the_page_on_models_is_a_number():
     (example,) = re.findall(r"`(trainer\.extra=\{.*?\})`", Path("docs/models.md").read_text(encoding="utf-8"))
     assert load_config(QUICKSTART, [example]).trainer.extra == {"moe_router_bias_update_rate": 0.001}
+
+
+BOMBS = {
+    "aliases": "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)),
+    "aliases of mappings": "a0: &a0 {x: 1}\n"
+    + "".join(
+        f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(10))}}}\n" for i in range(1, 9)
+    ),
+    "merge keys": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_aliases_that_stand_for_millions_of_values_are_refused_at_once(tmp_path, name):
+    (tmp_path / "bomb.yaml").write_text(BOMBS[name])
+    (tmp_path / "heir.yaml").write_text("base: bomb.yaml\nx: 1\n")
+    begun = time.monotonic()
+    for file in ("bomb.yaml", "heir.yaml"):
+        with pytest.raises(ConfigError, match=r"bomb\.yaml, line 6, .*more than 50,000 values, with its aliases"):
+            read_tree(tmp_path / file)
+    assert time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: " + "[" * 50_000, "line 1, .*nested more than 100 deep"),
+        ("a: " + "{b: " * 20_000, "line 1, .*nested more than 100 deep"),
+        ("\n".join(" " * i + f"a{i}:" for i in range(300)), "line 100, .*nested more than 100 deep"),
+        (
+            "".join(f"key{i}: 1\n" for i in range(100_000)),
+            "has 1,188,890 characters, and settings have 100,000 at most",
+        ),
+        ("a: '" + "x" * 1_000_000 + "'", "characters, and settings have 100,000 at most"),
+    ],
+)
+def test_what_no_person_writes_is_refused_within_a_second(tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"run\.yaml.*{words}"):
+        read_tree(tmp_path / "run.yaml")
+    assert time.monotonic() - begun < 1
+
+
+def test_an_alias_bomb_of_an_override_is_refused_too():
+    with pytest.raises(ConfigError, match="more than 100 deep"):
+        load_config(QUICKSTART, ["trainer.extra=" + "[" * 5000])
