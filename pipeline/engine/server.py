@@ -25,7 +25,7 @@ from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
-from pipeline.errors import SamerouteError
+from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
 from pipeline.waiting import START_S, Waiting
@@ -46,6 +46,12 @@ _FATAL_LOG_LINE = re.compile(
 
 class ServerError(SamerouteError):
     """The rollout engine could not be started, died, or cannot be reached."""
+
+
+class PortError(ServerError):
+    """A port cannot be had, found before anything was started."""
+
+    exit_code = NOT_STARTED
 
 
 class NodeGoneError(ServerError):

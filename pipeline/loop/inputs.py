@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from pipeline.checkpoints.best_model import check_export
+from pipeline.cluster.address import check_address
 from pipeline.cluster.one_machine import check_gpus
 from pipeline.config import Config
 from pipeline.config.load_config import check_precision
@@ -16,7 +17,7 @@ from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
 from pipeline.dumps.groups import DumpError
 from pipeline.dumps.steps import DumpedSteps
-from pipeline.engine.server import reserve_port
+from pipeline.engine.server import PortError, ServerError, reserve_port
 from pipeline.evaluation.opened_set import OpenedSet, open_sets
 from pipeline.observe.sinks.sinks import check_sinks
 from pipeline.rewards import check_rewards
@@ -32,7 +33,7 @@ def check_inputs(config: Config) -> None:
     """What can be known to be wrong before anything starts: sinks, a precision that this device does not have, GPUs
     that this machine does not have, the verifier, the data file, the port.
 
-    Raises ObserveError, ConfigError, PlacementError, RewardError, DataError and ServerError.
+    Raises ObserveError, ConfigError, PlacementError, RewardError, DataError and PortError.
     """
     check_sinks(config)
     check_precision(config, config_device(config))
@@ -44,17 +45,39 @@ def check_inputs(config: Config) -> None:
         check_export(config.checkpoint.best.export)
     if (missing := config.missing_file) is not None:
         raise DataError(f"there is no data file {missing}")
-    reserve_port(config.server.host, config.server.port)
+    check_address(config.cluster.address)
+    _check_ports(config)
+
+
+def _check_ports(config: Config) -> None:
+    """Raise PortError where the servers' port is not free, or is not theirs alone."""
+    port, replicas = config.server.port, config.server.replicas or 1
+    if port is None:
+        return
+    if port == config.observe.prometheus_port:
+        raise PortError(
+            f"server.port and observe.prometheus_port are both {port}; give one another, or leave server.port out"
+        )
+    if replicas > 1 and config.cluster.address is None:
+        raise PortError(
+            f"{replicas} servers on one machine cannot all listen on port {port}; set server.port=null, which gives "
+            "each a free one, or server.replicas=1"
+        )
+    try:
+        reserve_port(config.server.host, port)
+    except ServerError as error:
+        raise PortError(f"server.port: {error}; take another, or null for a free one") from error
 
 
 def check_evaluation(config: Config) -> None:
-    """The same of what an evaluation alone needs. Raises ConfigError, RewardError, DataError and ServerError."""
+    """The same of what an evaluation alone needs. Raises as `check_inputs` does, but for sinks."""
     check_precision(config, config_device(config))
     for one in config.evaluate:
         check_rewards(one.rewards or config.rewards, config.grading)
     if (missing := config.missing_file) is not None:
         raise DataError(f"there is no data file {missing}")
-    reserve_port(config.server.host, config.server.port)
+    check_address(config.cluster.address)
+    _check_ports(config)
 
 
 def check_prompts(config: Config, scratch: Path) -> tuple[PromptSource, list[OpenedSet]]:
