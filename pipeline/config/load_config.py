@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_ext.hf.description import ModelDescription, describe, read_description
 from megatron_ext.hf.tied import check_tied_head
 from pipeline.config import rewards
+from pipeline.config.engine_fields import check_megatron_fields, check_sglang_arguments
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
 from pipeline.config.secrets import is_hidden
@@ -54,11 +55,17 @@ def check_precision(config: Config, device: Literal["cpu", "cuda"]) -> None:
 
 
 def _model(config: Config, directory: Path | None, served: bool | None = None) -> ModelDescription:
-    """A tiny model's, or that of what lies in `directory`."""
+    """A tiny model's, or that of what lies in `directory`. Its class says which fields trainer.extra may have."""
     if config.model.tiny is not None:
-        return describe(config.model.tiny.hf_config())
-    assert directory is not None
-    return _check_model(config, directory, config.train.steps > 0 if served is None else served)
+        model = describe(config.model.tiny.hf_config())
+    else:
+        assert directory is not None
+        model = _check_model(config, directory, config.train.steps > 0 if served is None else served)
+    try:
+        check_megatron_fields(config.trainer.extra, latent=bool(model.fields.get("multi_latent_attention")))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return model
 
 
 def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[Path]]:
@@ -68,9 +75,13 @@ def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[P
     _check_extra(tree)
     _check_hidden(tree)
     try:
-        return _with_reward_directories(Config.model_validate(tree), files), files
+        config = Config.model_validate(tree)
+        check_sglang_arguments(config.server.extra_args)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return _with_reward_directories(config, files), files
 
 
 def _with_reward_directories(config: Config, files: list[Path]) -> Config:

@@ -81,7 +81,10 @@ class Run:
         environment = os.environ | forks | {"TMPDIR": str(place.temporary), "CHAOS_MARK": self.mark}
         self.begun = time.monotonic()
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            # A group of its own, as a terminal gives a command.
+            self.process = subprocess.Popen(
+                words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
 
     def text(self) -> str:
         return self.output.read_text(errors="replace")
@@ -118,6 +121,12 @@ class Run:
         assert found, f"no process {name}"
         for pid in found:
             os.kill(pid, number)
+
+    def send_to_all(self, number: signal.Signals) -> None:
+        """A signal to every process of the run, as Slurm sends it."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def end(self, timeout_s: float = 90) -> tuple[int, float]:
         """Exit code, and seconds from now to the end."""

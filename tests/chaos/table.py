@@ -140,6 +140,29 @@ def signals_twice(place: Place) -> Iterator[Outcome]:
 
 
 @fault
+def signals_to_all(place: Place) -> Iterator[Outcome]:
+    """As Slurm sends them to a job, and a terminal's Ctrl-C to its group: what Ray and the server are made of ends too."""
+    run = place.start(forked=False)
+    run.wait_for(r"checkpoint \S*step_2")
+    run.send_to_all(signal.SIGTERM)
+    yield outcome("SIGTERM to all processes", run, 75, "ended by SIGTERM; --resume goes on from")
+    run = place.start("--resume", forked=False)
+    run.wait_for(r"resuming from")
+    run.steps()
+    os.killpg(run.process.pid, signal.SIGTERM)
+    yield outcome("SIGTERM to the group", run, 75, "ended by SIGTERM.*--resume")
+    run = place.start("--resume", forked=False)
+    run.wait_for(r"resuming from")
+    run.steps()
+    os.killpg(run.process.pid, signal.SIGINT)
+    yield outcome("Ctrl-C", run, 130, "interrupted")
+    run = place.start("run.overwrite=true", "checkpoint.every_steps=null", forked=False)
+    run.wait_for("supervised")
+    run.send_to_all(signal.SIGTERM)
+    yield outcome("SIGTERM to all, at the start", run, 130, "interrupted")
+
+
+@fault
 def directory_deleted(place: Place) -> Iterator[Outcome]:
     run = place.start("checkpoint.every_steps=null")
     run.wait_for(r"step +2/")

@@ -12,11 +12,13 @@ QUICKSTART = "configs/quickstart.yaml"
 
 
 def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
-    config = load_config(QUICKSTART, ["train.lr=2e-6", "data.task.max_digits=5", "server.extra_args=[--a, b]"])
+    config = load_config(
+        QUICKSTART, ["train.lr=2e-6", "data.task.max_digits=5", "server.extra_args=[--watchdog-timeout, '9']"]
+    )
     assert config.train.lr == 2e-6
     assert config.data.task is not None
     assert config.data.task.max_digits == 5
-    assert config.server.extra_args == ["--a", "b"]
+    assert config.server.extra_args == ["--watchdog-timeout", "9"]
 
 
 @pytest.mark.parametrize(("override", "dumped"), [("false", []), ("true", [1, 2, 3]), ("[2]", [2]), ("[3, 1]", [1, 3])])

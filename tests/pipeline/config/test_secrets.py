@@ -20,8 +20,8 @@ OVERRIDES = [
     f"alerts.webhook=https://hooks.example.com/services/{SECRET}",
     f"alerts.command=[curl, -H, 'Authorization: Bearer {SECRET}']",
     f"observe.mlflow.tracking_uri=http://me:{SECRET}@mlflow:5000/?token={SECRET}",
-    f"server.extra_args=[--ssl-keyfile-password, {SECRET}, --storage-token={SECRET}, --max-total-tokens, '99']",
-    f"trainer.extra={{storage_password: {SECRET}, moe_token_dispatcher_type: alltoall}}",
+    f"server.extra_args=[--ssl-keyfile-password, {SECRET}, --ssl-keyfile-password={SECRET}, --max-total-tokens, '99']",
+    "trainer.extra={moe_token_dispatcher_type: alltoall}",
 ]
 
 
@@ -71,11 +71,14 @@ def test_what_is_shown_is_still_a_valid_configuration_with_all_that_is_no_secret
     assert seen.server.extra_args == [
         "--ssl-keyfile-password",
         "***",
-        "--storage-token=***",
+        "--ssl-keyfile-password=***",
         "--max-total-tokens",
         "99",
     ]
-    assert seen.trainer.extra == {"storage_password": "***", "moe_token_dispatcher_type": "alltoall"}
+    assert seen.trainer.extra == {"moe_token_dispatcher_type": "alltoall"}
+    extra = {"storage_password": SECRET, "moe_token_dispatcher_type": "alltoall"}  # of another Megatron-Core
+    tree["trainer"]["extra"] = extra
+    assert shown(tree)["trainer"]["extra"] == extra | {"storage_password": "***"}
     assert merge(shown(tree), hidden(tree)) == tree
 
 
