@@ -22,6 +22,7 @@ LARGEST_ROOM = 14
 # From the bottom up. A room may import those on the lines before its own, and itself.
 ROOMS = """
 pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.forks pipeline.text pipeline.say
+pipeline.deaf pipeline.engine_fields
 pipeline.types
 pipeline.objectives
 pipeline.config

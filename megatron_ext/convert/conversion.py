@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_ext import parallel
 from megatron_ext.checkpoint.names import HF_FOLDER
 from megatron_ext.config import ParallelConfig
-from megatron_ext.convert.output import OutputError, output_directory
+from megatron_ext.convert.output import OutputError, output_directory, size_text
 from megatron_ext.convert.ranks import run_ranks
 from megatron_ext.convert.tensors import (
     Advance,
@@ -55,7 +55,7 @@ class Report:
     compared: Comparison | None
 
     def __str__(self) -> str:
-        lines = [f"{self.out}: {self.nbytes / 1e9:.2f} GB of {self.dtype} in {self.seconds:.1f} s"]
+        lines = [f"{self.out}: {size_text(self.nbytes)} of {self.dtype} in {self.seconds:.1f} s"]
         if self.left_out:
             lines.append(f"left out: {len(self.left_out)} multi-token-prediction tensors, named above")
         if self.compared is None:

@@ -15,6 +15,14 @@ class OutputError(RuntimeError):
     """The output cannot be written there; the message says what to do."""
 
 
+def size_text(nbytes: float) -> str:
+    """In the unit that leaves it between 1 and 1,000: "512 bytes", "3.6 MB", "61.1 GB"."""
+    if nbytes < 1000:
+        return f"{nbytes:g} bytes"
+    size, unit = next(((s, u) for s, u in ((1e3, "kB"), (1e6, "MB")) if nbytes / s < 999.95), (1e9, "GB"))
+    return f"{nbytes / size:,.1f} {unit}"
+
+
 @contextlib.contextmanager
 def output_directory(path: Path, *, needed_bytes: int, overwrite: bool = False) -> Iterator[Path]:
     """An empty directory beside `path`, renamed to it at the end, removed where anything was raised.
@@ -29,7 +37,7 @@ def output_directory(path: Path, *, needed_bytes: int, overwrite: bool = False) 
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:
-        raise OutputError(f"{path.parent} has {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB are needed")
+        raise OutputError(f"{path.parent} has {size_text(free)} free, {size_text(needed_bytes)} are needed")
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
     for leftover in (partial, replaced):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)

@@ -72,7 +72,7 @@ def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Star
     except CheckpointError as error:
         raise ResumeError(str(error)) from error
     _refuse(config, latest, progress)
-    notes = [f"resuming from {latest}: {progress.step} steps are done, later rows go to dropped/"]
+    notes = [f"resuming from {latest}: {progress.step} steps are done"]
     if changed := differences(progress.config, shown(config.model_dump(mode="json"))):
         notes.append(f"changed since {latest.name} was saved: {', '.join(changed)}")
         if any(change.startswith("data.") for change in changed):

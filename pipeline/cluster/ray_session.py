@@ -26,6 +26,7 @@ from pipeline.cluster import loopback
 from pipeline.cluster.placement import PlacementError
 from pipeline.cluster.ray_processes import died_said, leave_out_the_raylets_log, only_what_runs_actors
 from pipeline.config.run import ClusterConfig
+from pipeline.deaf import deaf_children
 from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
 
@@ -46,7 +47,7 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             stack.callback(_read_token)
             stack.callback(ray.shutdown)  # before: Ray's processes write there until they end
-            with _environment(_of_cluster(folder)), _at_loopback(), only_what_runs_actors():
+            with _environment(_of_cluster(folder)), _at_loopback(), only_what_runs_actors(), deaf_children():
                 _read_token()
                 ray.init(
                     address="local",  # never another run's cluster on this machine

@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ["PYTHONWARNINGS"] = "ignore"  # torch's and Megatron-Core's advice is for who writes models
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of CUDA, which was hidden from it
     with lasting_imports():
         from megatron_ext.checkpoint.names import CheckpointError
         from megatron_ext.convert import conversion

@@ -11,7 +11,7 @@ from pipeline.objectives.composition import DROPS
 
 
 class AlertRule(Frozen):
-    """When a metric means trouble: one of above, below and falls_by, for so many steps in a row."""
+    """When a metric means trouble: one of above, below, falls_by and rises_by, for so many steps in a row."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -25,20 +25,27 @@ class AlertRule(Frozen):
         description="fires below (1 - falls_by) of the metric's best so far, the mean of for_steps steps; not while "
         "that is 0 or less",
     )
+    rises_by: float | None = Field(
+        default=None,
+        gt=0,
+        description="fires above the metric's start plus rises_by; the start is the mean of the first for_steps steps",
+    )
     for_steps: int = Field(default=1, ge=1, description="steps in a row; a step without the metric counts neither way")
     stop: bool = Field(default=False, description="end the run when it fires")
     why: str = Field(default="", description="said with the alert")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if sum(bound is not None for bound in (self.above, self.below, self.falls_by)) != 1:
-            raise ValueError(f"give exactly one of above, below and falls_by of {self.metric}")
+        if sum(bound is not None for bound in (self.above, self.below, self.falls_by, self.rises_by)) != 1:
+            raise ValueError(f"give exactly one of above, below, falls_by and rises_by of {self.metric}")
         return self
 
     def __str__(self) -> str:
         """What it says, and its name in JSON and in Prometheus."""
         if self.falls_by is not None:
             condition = f"falls by {self.falls_by:.0%}"
+        elif self.rises_by is not None:
+            condition = f"rises by {self.rises_by:g}"
         else:
             condition = f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"
         return f"{self.metric} {condition}" + (f" for {self.for_steps} steps" if self.for_steps > 1 else "")
@@ -52,7 +59,7 @@ DEFAULT_RULES = (
         why="trainer and rollout engine drift apart; `sameroute diagnose` says in which part",
     ),
     AlertRule(metric="policy/entropy", below=1e-3, for_steps=5, why="the policy samples one answer only"),
-    AlertRule(metric="policy/entropy", above=5.0, for_steps=3, why="the policy samples noise"),
+    AlertRule(metric="policy/entropy", rises_by=1.0, for_steps=3, why="the policy goes over to noise"),
     AlertRule(metric="response/length_mean", below=1.5, for_steps=5, why="answers are empty"),
     AlertRule(metric="response/truncated_fraction", above=0.5, for_steps=5, why="answers do not come to an end"),
     AlertRule(metric="reward/mean", falls_by=0.5, for_steps=5, why="the policy has lost half of its best reward"),

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ValidationError
 from megatron_ext.hf.description import ModelDescription, describe, read_description
 from megatron_ext.hf.tied import check_tied_head
 from pipeline.config import rewards
-from pipeline.config.engine_fields import check_megatron_fields, check_sglang_arguments
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
 from pipeline.config.secrets import is_hidden
 from pipeline.config.server import fit_context
 from pipeline.config.tree import Config
+from pipeline.engine_fields import check_megatron_fields, check_sglang_arguments
 from pipeline.text.yaml_text import YamlError, parse
 
 _MEANT = {"objective": "preset", "model": "path", "data": "path", "run": "directory", "precision": "weights"}

@@ -23,6 +23,7 @@ from pipeline import http
 from pipeline.cluster.loopback import is_loopback, loopback_environment
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
+from pipeline.deaf import deaf_children
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
 from pipeline.errors import NOT_STARTED, SamerouteError
@@ -132,7 +133,7 @@ class SGLangServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # -P: what lies in the working directory is no part of the path.
         command = [sys.executable, "-P", "-m", "pipeline.engine.inside.serve", str(os.getpid()), *self.arguments()]
-        with self.log_path.open("ab" if self._log_start else "wb") as log:
+        with self.log_path.open("ab" if self._log_start else "wb") as log, deaf_children():
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from typing import Self
 
 from pipeline.config.checkpoint import CheckpointConfig
+from pipeline.deaf import ASKING
 from pipeline.errors import TO_BE_RESUMED, SamerouteError
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(SamerouteError):
@@ -50,7 +49,7 @@ class StopRequest:
 
     def listen(self) -> None:
         """From now on both signals come here. In the main thread."""
-        for number in SIGNALS:
+        for number in ASKING:
             signal.signal(number, self._receive)
 
     def arm(self) -> None:

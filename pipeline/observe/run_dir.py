@@ -141,7 +141,10 @@ class RunDirectory:
             raise RunDirectoryError(cannot_write(self.path, error)) from error
 
     def _drop_after(self, step: int) -> None:
+        before = self.metrics_path.read_bytes().count(b"\n") if self.metrics_path.is_file() else 0
         self._records = drop_rows(self.metrics_path, step, self.path / "dropped")
+        if before > self._records:
+            self._say(f"{before - self._records} rows of steps after {step} were moved to {self.path / 'dropped'}")
         drop_rows(self.path / "records.jsonl", step, self.path / "dropped")
         _drop_files(self.path / "rollouts", step, self.path / "dropped" / "rollouts")
         drop_rows(self.path / "evaluations.jsonl", step, self.path / "dropped")

@@ -141,7 +141,7 @@ def signals_twice(place: Place) -> Iterator[Outcome]:
 
 @fault
 def signals_to_all(place: Place) -> Iterator[Outcome]:
-    """As Slurm sends them to a job, and a terminal's Ctrl-C to its group: what Ray and the server are made of ends too."""
+    """As Slurm sends them to a job, and a terminal's Ctrl-C to its group: Ray and the server get them too."""
     run = place.start(forked=False)
     run.wait_for(r"checkpoint \S*step_2")
     run.send_to_all(signal.SIGTERM)

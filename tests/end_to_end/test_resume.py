@@ -54,7 +54,7 @@ def test_a_run_is_resumed_where_it_is_asked_for_or_nothing_is_to_be_overwritten(
         assert start is not None
         assert (start.path.name, start.progress.step, start.progress.cursor) == ("step_3", 3, CURSOR)
         (note,) = start.notes
-        assert note.startswith(f"resuming from {tmp_path / 'checkpoints' / 'step_3'}: 3 steps are done, later rows")
+        assert note.startswith(f"resuming from {tmp_path / 'checkpoints' / 'step_3'}: 3 steps are done")
 
 
 def test_asking_for_what_is_not_there_is_an_error(tmp_path):

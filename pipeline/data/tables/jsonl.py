@@ -113,6 +113,10 @@ def read_object(line: str) -> dict[str, Any]:
     try:
         row = _DECODER.decode(line)
     except json.JSONDecodeError as error:
+        if "\r" in line.strip():
+            raise DataError(
+                "lines of this file end in CR alone; write it with LF, for example with tr '\\r' '\\n'"
+            ) from error
         if line.strip() in ("[", "{"):
             raise DataError("not JSON: the object must stand on one line, without a list around all of them") from error
         raise DataError(f"not JSON: {error.msg}, at column {error.colno}") from error

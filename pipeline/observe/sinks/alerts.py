@@ -49,6 +49,7 @@ class RuleState:
     held: int = 0
     firing: bool = False
     best: float | None = None
+    start: float | None = None
     recent: deque[float] = field(init=False)
 
     def __post_init__(self):
@@ -67,8 +68,12 @@ class RuleState:
             return value > rule.above
         if rule.below is not None:
             return value < rule.below
-        assert rule.falls_by is not None
         self.recent.append(value)
+        if rule.rises_by is not None:
+            if self.start is None and len(self.recent) == rule.for_steps:
+                self.start = sum(self.recent) / rule.for_steps
+            return self.start is not None and value > self.start + rule.rises_by
+        assert rule.falls_by is not None
         if len(self.recent) == rule.for_steps:
             mean = sum(self.recent) / rule.for_steps
             self.best = mean if self.best is None else max(self.best, mean)

@@ -12,9 +12,8 @@ QUICKSTART = "configs/quickstart.yaml"
 
 
 def test_the_quickstart_is_valid_and_any_field_can_be_overridden():
-    config = load_config(
-        QUICKSTART, ["train.lr=2e-6", "data.task.max_digits=5", "server.extra_args=[--watchdog-timeout, '9']"]
-    )
+    arguments = "server.extra_args=[--watchdog-timeout, '9']"
+    config = load_config(QUICKSTART, ["train.lr=2e-6", "data.task.max_digits=5", arguments])
     assert config.train.lr == 2e-6
     assert config.data.task is not None
     assert config.data.task.max_digits == 5

@@ -158,6 +158,9 @@ def test_a_bad_line_is_named_before_anything_starts(line, sentence, source, json
         (b"PAR1\x15\x04", "line 1: the file is Parquet.*to_json"),
         (b"[\n" + GOOD + b"]\n", "line 1: not JSON: the object must stand on one line, without a list"),
         (b"", "holds no prompts"),
+        (b"\xef\xbb\xbf\n \n", "holds no prompts"),
+        ((GOOD + GOOD).replace(b"\n", b"\r"), "line 1: lines of this file end in CR alone; write it with LF"),
+        (GOOD + b"no\rjson", "line 2: lines of this file end in CR alone"),
     ],
 )
 def test_another_kind_of_file_is_named_with_its_line(raw, sentence, source, tmp_path):

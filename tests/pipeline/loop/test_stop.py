@@ -6,14 +6,15 @@ import time
 
 import pytest
 
-from pipeline.loop.stop import SIGNALS, StopRequest
+from pipeline.deaf import ASKING
+from pipeline.loop.stop import StopRequest
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in ASKING]
     yield
-    for number, handler in zip(SIGNALS, before, strict=True):
+    for number, handler in zip(ASKING, before, strict=True):
         signal.signal(number, handler)
 
 
@@ -22,7 +23,7 @@ def send(number: signal.Signals) -> None:
     time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", ASKING)
 def test_a_first_signal_asks_and_a_second_ends(number, capfd):
     stop = StopRequest(grace_s=100)
     stop.listen()

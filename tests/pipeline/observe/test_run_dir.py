@@ -89,6 +89,17 @@ def test_another_run_is_refused_and_left_as_it_is(tmp_path):
     assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
+def test_rows_that_a_resumed_run_moves_aside_are_said_and_only_where_there_are_any(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        for step in (1, 2, 3):
+            run.record({"step": step, **METRICS})
+    said = []
+    with RunDirectory(tmp_path, CONFIG, resume_after=3, say=said.append):
+        assert said == []
+    with RunDirectory(tmp_path, CONFIG, resume_after=1, say=said.append):
+        assert said == [f"2 rows of steps after 1 were moved to {tmp_path / 'dropped'}"]
+
+
 def test_overwriting_deletes_the_run_that_was_there(tmp_path):
     with RunDirectory(tmp_path, CONFIG) as run:
         run.record({"step": 1, **METRICS})

@@ -54,9 +54,8 @@ def check_sglang_arguments(arguments: Sequence[str]) -> None:
             continue
         name, equals, given = argument.partition("=")
         if " " in name:
-            raise ValueError(
-                f"server.extra_args: write {argument!r} as two items: [{', '.join(argument.split(None, 1))}]"
-            )
+            items = ", ".join(argument.split(None, 1))
+            raise ValueError(f"server.extra_args: write {argument!r} as two items: [{items}]")
         whole = name if name in known else next((f for f in known if len(name) > 3 and f.startswith(name)), None)
         if whole is None:
             raise ValueError(f"server.extra_args: SGLang has no argument {name}; {_nearest(name, known)}")
@@ -93,12 +92,8 @@ def _sglang() -> dict[str, ast.expr | None]:
     found: dict[str, ast.expr | None] = {}
     for tree in _sources("sglang", _SGLANG):
         for part in ast.walk(tree):
-            if (
-                isinstance(part, ast.Constant)
-                and isinstance(part.value, str)
-                and re.fullmatch("--[a-z0-9-]+", part.value)
-            ):
-                found.setdefault(part.value)
+            if isinstance(part, ast.Constant) and re.fullmatch("--[a-z0-9-]+", str(part.value)):
+                found.setdefault(str(part.value))
             if isinstance(part, ast.ClassDef):
                 for name, annotation in _annotated(part).items():
                     option = name.replace("_", "-")
@@ -121,20 +116,20 @@ def _sources(package: str, patterns: Sequence[str]) -> list[ast.Module]:
 
 def _wrong(value: Any, annotation: ast.expr) -> str:
     """What a field takes instead of this value; empty where it may be right."""
-    alternatives = _alternatives(annotation)
-    if any(one is None for one in alternatives):
-        return ""
-    for one in alternatives:
+    words = []
+    for one in _alternatives(annotation):
+        if one is None:
+            return ""
         if isinstance(one, type):
             if isinstance(value, one) and (one is bool or not isinstance(value, bool)):
                 return ""
-        elif one.value == value:
-            return ""
-    words = [
-        ("null" if one is type(None) else _WORDS[one]) if isinstance(one, type) else repr(getattr(one, "value", one))
-        for one in alternatives
-        if one is not None and not (one is int and float in alternatives)
-    ]
+            words.append("null" if one is type(None) else _WORDS[one])
+        else:
+            if one.value == value:
+                return ""
+            words.append(repr(one.value))
+    if _WORDS[float] in words and _WORDS[int] in words:
+        words.remove(_WORDS[int])
     return " or ".join(dict.fromkeys(words))
 
 

