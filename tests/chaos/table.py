@@ -145,7 +145,7 @@ def signals_to_all(place: Place) -> Iterator[Outcome]:
     run = place.start(forked=False)
     run.wait_for(r"checkpoint \S*step_2")
     run.send_to_all(signal.SIGTERM)
-    yield outcome("SIGTERM to all processes", run, 75, "ended by SIGTERM; --resume goes on from")
+    yield outcome("SIGTERM to all processes", run, 75, "ended by SIGTERM after step .* --resume")
     run = place.start("--resume", forked=False)
     run.wait_for(r"resuming from")
     run.steps()

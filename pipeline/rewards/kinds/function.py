@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -14,6 +15,8 @@ import numpy as np
 from pipeline.rewards.protocol import Question
 from pipeline.rewards.registry import Verifier, VerifierError
 from pipeline.types import FinishReason, Prompt
+
+_PARAMETERS = ("prompt", "response_text", "response_ids", "finish_reason")
 
 
 class RewardFunction(Protocol):
@@ -54,7 +57,22 @@ def find(name: str, directory: Path | None = None) -> RewardFunction:
     if not callable(function):
         where = getattr(module, "__file__", None) or module_name
         raise VerifierError(f"the verifier {name!r} cannot be imported: {where} has no function {attribute!r}")
+    _check_signature(name, function)
     return cast(RewardFunction, function)
+
+
+def _check_signature(name: str, function: Callable[..., object]) -> None:
+    """Raise VerifierError for a function that cannot be called as verifiers are."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a builtin, which does not tell
+        return
+    try:
+        signature.bind(*_PARAMETERS)
+    except TypeError as error:
+        raise VerifierError(
+            f"the verifier {name!r} is called with ({', '.join(_PARAMETERS)}), and it takes {signature}: {error}"
+        ) from error
 
 
 def _import(name: str, directory: Path | None) -> ModuleType:

@@ -100,3 +100,13 @@ def test_the_command_says_it_with_2_and_an_earlier_run_stays(broken, tmp_path, c
     assert main(["train", "configs/quickstart.yaml", f"run.directory={run}", "rewards=exact"]) == 2
     assert "there is no verifier 'exact'" in capsys.readouterr().err
     assert (run / "config.yaml").read_text() == "of an earlier run"
+
+
+@pytest.mark.parametrize("parameters", ["a, b", "", "a, b, c, d, e", "*, prompt"])
+def test_a_function_with_other_parameters_is_named_before_anything_starts(broken, parameters):
+    case = f"signature{len(parameters)}"
+    name = broken(case, f"def verify({parameters}):\n    return 1.0\n")
+    words = rf"the verifier '{name}' is called with \(prompt, .*, and it takes \("
+    with pytest.raises(VerifierError, match=words) as caught:
+        check_rewards([FunctionReward(function=name)], GradingConfig())
+    assert caught.value.exit_code == 2
