@@ -8,7 +8,7 @@ All arrays are numpy, so that they travel between processes without a copy of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -48,6 +48,7 @@ class Sampled:
     ids: [M] int32.  logprobs: [M] float32.  weight_versions: [M] int32.  kept: [M, K] int32 or None; all as in Rollout.
     routes: [rows, layers, topk] of the input tokens that had no row before this request, or None.
     mixed_kv: [M] bool or None, as in Rollout.
+    server: number of the fleet's server that sampled it, or None.  seconds: that it took, waiting included.
     """
 
     ids: np.ndarray
@@ -58,6 +59,8 @@ class Sampled:
     kept: np.ndarray | None = None
     retractions: int = 0
     mixed_kv: np.ndarray | None = None
+    server: int | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Rollout:
     mixed_kv:         [N] bool: tokens that were sampled over keys and values of older weights than their own version's,
                       after an interruption `in_place`. No forward pass of one set of weights has their log-probs.
                       None: no token.
+    servers, seconds: numbers of the servers that sampled it, and what its requests took; no dump has them.
 
     Raises ValueError where these do not go together.
     """
@@ -96,6 +100,8 @@ class Rollout:
     retractions: int = 0
     trained: np.ndarray = None  # pyright: ignore[reportAssignmentType]  (set below: all)
     mixed_kv: np.ndarray | None = None
+    servers: tuple[int, ...] = ()
+    seconds: float = 0.0
 
     def __post_init__(self):
         if self.trained is None:
@@ -190,6 +196,8 @@ class Rollout:
             kept=first.kept,
             retractions=first.retractions,
             mixed_kv=first.mixed_kv,
+            servers=() if first.server is None else (first.server,),
+            seconds=first.seconds,
         )
 
     def extended(self, more: Sampled, between: np.ndarray | None = None) -> Rollout:
@@ -230,6 +238,8 @@ class Rollout:
             retractions=self.retractions + more.retractions,
             trained=_some(joined(self.trained, False, np.ones(sampled, bool))),
             mixed_kv=joined(self.mixed_kv, False, more.mixed_kv),
+            servers=self.servers if more.server in (None, *self.servers) else (*self.servers, more.server),
+            seconds=self.seconds + more.seconds,
         )
 
 
@@ -256,11 +266,15 @@ class Episode:
               token is in exactly one of them.
     reward:   of the whole attempt; None until it is graded, and where grading failed.
     failure:  why there is no reward, where the verifier failed. Such an episode is no part of a baseline or a loss.
+    parts:    what each component of the reward gave, before its weight; none of those that failed.
+    grade_s:  seconds that grading took. parts and grade_s are of this process only: no dump and no checkpoint has them.
     """
 
     rollouts: tuple[Rollout, ...]
     reward: float | None = None
     failure: str | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    grade_s: float | None = None
 
     def __post_init__(self):
         _must(len(self.rollouts) > 0, "an episode has at least one rollout")
@@ -302,6 +316,14 @@ class Group:
     def rewards(self) -> np.ndarray:
         """[episodes with a reward] float32."""
         return np.array([e.reward for e in self.episodes if e.reward is not None], np.float32)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A graded group that no step trains on, and why: its rewards do not differ, or too little could be graded."""
+
+    group: Group
+    end: Literal["uninformative", "failed"]
 
 
 @dataclass(frozen=True)
@@ -371,6 +393,7 @@ class StepResult:
     proximal:         pi_o on the batch's rollouts.
     current_logprobs: [N] float32 a rollout, log pi at the start of the mini-batch that trained on it.
     advantages:       a number, or [N] float32, a rollout.
+    ended:            groups that ended since the step before, and that no step trains on.
     """
 
     metrics: dict[str, float]
@@ -378,6 +401,7 @@ class StepResult:
     proximal: PolicyTokens
     current_logprobs: list[np.ndarray]
     advantages: list[np.ndarray | float]
+    ended: Sequence[Ended] = ()
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:

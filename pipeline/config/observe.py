@@ -33,5 +33,8 @@ class ObserveConfig(Frozen):
 
     prometheus_port: int | None = Field(None, ge=1, le=65535, description="of an endpoint /metrics; null: none")
     prometheus_host: str = Field("127.0.0.1", description="address that it listens on; 0.0.0.0: every one")
+    episode_answers: bool = Field(
+        True, description="episodes/ of the run directory has prompts and answers too; false: what can be counted"
+    )
     wandb: WandbConfig | None = Field(None, description="a Weights & Biases run")
     mlflow: MlflowConfig | None = Field(None, description="an MLflow run")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -241,11 +242,11 @@ class Fleet:
 
         Waits while no server takes requests. A request whose server is lost is sampled again, by another.
         """
-        sent_under = self._version
+        sent_under, began, sampler = self._version, time.monotonic(), None
 
         def ask(client: SGLangClient) -> Awaitable[Sampled]:
-            nonlocal sent_under
-            sent_under = self._version
+            nonlocal sent_under, sampler
+            sent_under, sampler = self._version, client
             return client.sample(token_ids, sampling, routes_from=routes_from)
 
         part = await self._ask(group, ask)
@@ -253,8 +254,12 @@ class Fleet:
             must_be_current(part.weight_versions, sent_under, self._version)
         except ValueError as error:
             raise AnswerError(str(error)) from error
-        mixed = self._updates.mixed_kv(part.weight_versions)
-        return part if mixed is None else replace(part, mixed_kv=mixed)
+        return replace(
+            part,
+            mixed_kv=self._updates.mixed_kv(part.weight_versions),
+            server=next((i for i, server in enumerate(self.servers) if server.client is sampler), None),
+            seconds=time.monotonic() - began,
+        )
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """SGLangClient.score of one of the servers; asked again where an interruption aborts it."""

@@ -30,7 +30,7 @@ from pipeline.rollout.maker import NothingToLearnError
 from pipeline.rollout.producer import Producer, Taken
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import TrainerGroup, to_sample
-from pipeline.types import Batch, Group, Rollout, StepResult
+from pipeline.types import Batch, Ended, Group, Rollout, StepResult
 from pipeline.waiting import Waiting
 
 
@@ -61,6 +61,7 @@ class Loop:
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
         self.waiting = Waiting()
+        self._ended: list[Ended] = []
         precision = self.config.precision
         self.sampling = Sampling(
             max_new_tokens=self.config.rollout.max_new_tokens,
@@ -75,7 +76,7 @@ class Loop:
 
     def step(self, number: int, dumped: Dump | None = None) -> StepResult:
         """One RL step. dumped: a step's rollouts, not to be sampled and graded."""
-        timer = Timer()
+        timer, self._ended = Timer(), []
         with timer("step"):
             if dumped is not None:
                 groups, metrics = list(dumped.batch.groups), {}
@@ -104,7 +105,7 @@ class Loop:
             "weights/version": batch.version,
             "throughput/train_tokens_per_s": read / timer.seconds["train"],
         }
-        return replace(result, metrics=metrics)
+        return replace(result, metrics=metrics, ended=tuple(self._ended))
 
     @property
     def replay(self) -> Replay:
@@ -146,6 +147,7 @@ class Loop:
             self.say(f"step {number}: {taken.failures}")
         with timer("check"):
             metrics = taken.metrics | self.check_servers(taken)
+        self._ended = taken.ended
         return taken.groups, metrics
 
     def check_servers(self, taken: Taken) -> dict[str, float]:
@@ -184,7 +186,10 @@ class Loop:
                 raise RewardError(f"step {number}: nothing is left to train on; {failures}")
             drawn, tokens = drawn + len(new), tokens + sum(len(r) for g in new for r in g.rollouts)
             if self.objective.composition.dynamic_sampling:
-                new = [g for g in new if is_informative(torch.from_numpy(g.rewards))]
+                differ = [is_informative(torch.from_numpy(g.rewards)) for g in new]
+                dropped = (g for g, kept in zip(new, differ, strict=True) if not kept)
+                self._ended += [Ended(g, "uninformative" if len(g.rewards) else "failed") for g in dropped]
+                new = [g for g, kept in zip(new, differ, strict=True) if kept]
             groups += new
             if len(groups) == rollout.prompts_per_step:
                 break

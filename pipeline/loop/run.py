@@ -277,8 +277,10 @@ class _Run:
         due = save or (every is not None and (number % every == 0 or number == self.last or evaluations.exhausted))
         if not (due or self.stop.requested):
             return
-        self.directory.to_disk()
         saved = None if loop.producer is None else loop.producer.snapshot()
+        if saved is not None:
+            self.directory.episodes.add_ended(number, saved.ended, loop.source.tokenizer)
+        self.directory.to_disk()
         progress = progress_of(
             self.config,
             step=number,

@@ -4,6 +4,7 @@ config.yaml          the resolved configuration, *** in place of what may be a s
 secrets.yaml         that, over config.yaml as its base, readable by its owner only; where there is any
 metrics.jsonl        one JSON object a step, of numbers
 records.jsonl        one JSON object a step, of what is no single number: see step_record
+episodes/             every answer that was graded, as Parquet: see episodes
 evaluations.jsonl    one JSON object an evaluation, or why one was left out
 evaluations/         NAME/step_000012.jsonl: its questions and answers
 tensorboard/         the same as events
@@ -28,6 +29,7 @@ directory is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -42,6 +44,9 @@ from pipeline.disk import earlier
 from pipeline.disk.claim import Claim, cannot_write
 from pipeline.disk.disk_errors import RunDirectoryError, of_the_disk, writing
 from pipeline.disk.rows import Rows
+from pipeline.errors import SamerouteError
+from pipeline.observe.episodes import FOLDER as EPISODES
+from pipeline.observe.episodes import EpisodeTable, drop_episodes
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
 from pipeline.say import to_stderr
@@ -78,6 +83,7 @@ _DIRECTORIES = (
     "logs",
     "rollouts",
     "evaluations",
+    "episodes",
     "dumps",
     "model",
     "hf",
@@ -103,6 +109,8 @@ class RunDirectory:
         overwrite: bool = False,
         rollouts_shown: int = 4,
         passing_reward: float = 1.0,
+        components: Sequence[str] = (),
+        episode_answers: bool = True,
         resume_after: int | None = None,
         claim: Claim | None = None,
         say: Callable[[str], None] = to_stderr,
@@ -111,6 +119,7 @@ class RunDirectory:
 
         config: the resolved configuration as plain values. overwrite: the run that is there may go; it is moved aside
         now, and removed when the new one has begun (`begun`).
+        components: names of the reward's. episode_answers: episodes/ has what was asked and answered.
         resume_after: go on with the run that is there, after this step; what it wrote of later ones goes to dropped/.
         claim: of the path; its lock is looked at with every step. say: is told what became of an earlier run.
         Raises RunDirectoryError where the path holds another run, or anything that no run has written, or cannot be
@@ -119,6 +128,7 @@ class RunDirectory:
         self.path = Path(path)
         self.rollouts_shown, self.passing_reward, self._claim, self._say = rollouts_shown, passing_reward, claim, say
         self.logs, self.metrics_path = self.path / "logs", self.path / "metrics.jsonl"
+        self.episodes = EpisodeTable(self.path / EPISODES, components, answers=episode_answers)
         self._records = 0
         self._begun = resume_after is not None
         self._resume_after = resume_after
@@ -147,6 +157,7 @@ class RunDirectory:
             self._say(f"{before - self._records} rows of steps after {step} were moved to {self.path / 'dropped'}")
         drop_rows(self.path / "records.jsonl", step, self.path / "dropped")
         _drop_files(self.path / "rollouts", step, self.path / "dropped" / "rollouts")
+        drop_episodes(self.path / EPISODES, step, self.path / "dropped" / EPISODES)
         drop_rows(self.path / "evaluations.jsonl", step, self.path / "dropped")
         for folder in sorted((self.path / "evaluations").glob("*/")):
             _drop_files(folder, step, self.path / "dropped" / "evaluations" / folder.name)
@@ -161,6 +172,8 @@ class RunDirectory:
             overwrite=config.run.overwrite,
             rollouts_shown=config.run.rollouts_shown,
             passing_reward=config.data.curriculum.passing_reward,
+            components=[reward.metric for reward in config.rewards],
+            episode_answers=config.observe.episode_answers,
             resume_after=resume_after,
             claim=claim,
         )
@@ -171,6 +184,11 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._begun:
+            with contextlib.suppress(SamerouteError):  # what ended the run is told, not that this failed too
+                if self._claim is not None:
+                    self._claim.lock.check()
+                self.episodes.write()
         self.close()
         if error is None or earlier.has_begun(self.path):  # the latter before its first step where a signal has saved
             self.begun()
@@ -235,12 +253,14 @@ class RunDirectory:
 
     def to_disk(self) -> None:
         """Rows of finished steps survive a power cut from here on: a checkpoint is to come after them."""
+        self.episodes.write()
         for rows in (self._metrics, self._steps):
             rows.to_disk()
 
     def write_step(self, result: StepResult, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
-        """A step's line of records.jsonl, and `rollouts_shown` of its rollouts, readable in
+        """A step's line of records.jsonl, its rows of episodes/, and `rollouts_shown` of its rollouts, readable in
         rollouts/step_NNNNNN.txt and token by token in rollouts/step_NNNNNN.json."""
+        self.episodes.add(result, tokenizer)
         self._steps.append(json.dumps(step_record(result, objective, self.passing_reward), allow_nan=False))
         if not self.rollouts_shown:
             return
@@ -278,6 +298,7 @@ class RunDirectory:
 
     def finish(self) -> None:
         """The run is over: close the files and draw summary.png (none for a run without a step)."""
+        self.episodes.write()
         self.close()
         self.begun()
         if self._records:

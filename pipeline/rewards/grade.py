@@ -152,6 +152,8 @@ def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _graded(episode: Episode, verdict: Verdict, reason: str, *, zero: bool) -> Episode:
+    parts = {name: part.reward for name, part in verdict.parts.items() if part.reward is not None}
+    episode = dataclasses.replace(episode, parts=parts, grade_s=verdict.seconds)
     if verdict.kind is None:
         return dataclasses.replace(episode, reward=verdict.reward, failure=None)
     if zero:

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from pipeline.rollout.admission import Admission
 from pipeline.rollout.answers import Answer, Answers, Scored
 from pipeline.rollout.saved import Saved
 from pipeline.rollout.tally import Tally
-from pipeline.types import Episode, Group, Prompt, Rollout
+from pipeline.types import Ended, Episode, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,6 +135,7 @@ class Maker:
         self.error: BaseException | None = None
         self.tally = Tally(time.monotonic())
         self._dropped: Counter[str] = Counter()
+        self._ended: list[Ended] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._inside = contextlib.AsyncExitStack()
@@ -201,7 +202,12 @@ class Maker:
     async def snapshot(self) -> Saved:
         """What a checkpoint needs, between two steps."""
         open_ = {index: (making.prompt, making.so_far) for index, making in self.making.items()}
-        return Saved(self.admission.state(), self.prompts.state(), dict(self.finished), open_)
+        return Saved(self.admission.state(), self.prompts.state(), dict(self.finished), open_, self.ended())
+
+    def ended(self) -> list[Ended]:
+        """Groups that ended untrained since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def restore(self, saved: Saved) -> None:
         """Go on where a checkpoint was saved; before it begins. Raises ValueError as `Admission.restore`."""
@@ -294,9 +300,9 @@ class Maker:
         del self.making[index]
         self.prompts.learned(graded.prompt, graded.rewards)
         if not len(graded.rewards):
-            self._drop(index, "failed", failures)
+            self._drop(Ended(graded, "failed"), failures)
         elif recipe.informative is not None and not recipe.informative(graded.rewards):
-            self._drop(index, "uninformative", failures)
+            self._drop(Ended(graded, "uninformative"), failures)
         else:
             self._finish(index, graded, failures)
         self._fill()
@@ -315,11 +321,12 @@ class Maker:
         self.tally.group("finished", failures)
         self._dropped.clear()
 
-    def _drop(self, index: int, end: Literal["uninformative", "failed"], failures: Failures) -> None:
+    def _drop(self, ended: Ended, failures: Failures) -> None:
         """A group ends untrained. Raises NothingToLearnError or RewardError where too many in a row do."""
-        self.admission.drop(index, end)
-        self.tally.group(end, failures)
-        self._dropped[end] += 1
+        self.admission.drop(ended.group.prompt.index, ended.end)
+        self._ended.append(ended)
+        self.tally.group(ended.end, failures)
+        self._dropped[ended.end] += 1
         if self.admission.dropped_in_a_row < self.recipe.most_dropped:
             return
         why = f". Besides, {self.tally.failures}" if self.tally.failures.first else ""

@@ -17,7 +17,7 @@ from pipeline.rewards import Failures
 from pipeline.rollout.answers import Scored
 from pipeline.rollout.maker import Maker
 from pipeline.rollout.saved import Saved
-from pipeline.types import Group
+from pipeline.types import Ended, Group
 
 POLL_S = 1.0  # how often a call that waits looks at whether the servers live
 _END_S = 30.0  # that tasks and connections may take to end
@@ -28,12 +28,13 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Taken:
     """What a step is given. metrics, failures: of what happened since the step before. scored: under the weights of
-    this step."""
+    this step. ended: untrained, since then."""
 
     groups: list[Group]
     scored: list[Scored]
     metrics: dict[str, float]
     failures: Failures
+    ended: list[Ended]
 
 
 class Producer:
@@ -88,7 +89,7 @@ class Producer:
         return self._call(work())
 
     async def _take(self) -> Taken:
-        return Taken(*await self._maker.take(), *self._maker.metrics())
+        return Taken(*await self._maker.take(), *self._maker.metrics(), self._maker.ended())
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """On the loop's thread, waited for."""

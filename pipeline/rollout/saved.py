@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.dumps.groups import DumpError, read_groups, write_groups
-from pipeline.types import Group, Prompt, Rollout
+from pipeline.types import Ended, Group, Prompt, Rollout
 
 FOLDER = "rollouts"
 _STATE, _FINISHED, _OPEN = "admission.json", "finished.safetensors", "open.safetensors"
@@ -27,12 +27,14 @@ _STATE, _FINISHED, _OPEN = "admission.json", "finished.safetensors", "open.safet
 @dataclass(frozen=True)
 class Saved:
     """admission: see Admission.state. cursor: of the prompts. finished: by prompt. open: by prompt, itself and its
-    answers by sample, parts with finish_reason "abort" among them."""
+    answers by sample, parts with finish_reason "abort" among them. ended: untrained since the last step took its
+    groups, to be recorded with this checkpoint; no file of it has them."""
 
     admission: dict[str, Any]
     cursor: dict[str, Any]
     finished: Mapping[int, Group]
     open: Mapping[int, tuple[Prompt, Mapping[int, Rollout]]]
+    ended: Sequence[Ended] = ()
 
     def write(self, checkpoint: Path) -> None:
         """Into the directory of a checkpoint that is being written."""

@@ -119,11 +119,15 @@ def test_each_group_that_teaches_nothing_is_replaced_once():
     judge = FakeJudge(lambda prompt, number: Verdict(reward=float(number) if prompt % 3 else 1.0))
     with Made(judge=judge, informative=lambda rewards: np.ptp(rewards) > 0) as made:
         taken = made.train()
+        left = made.producer.snapshot().ended
     assert made.trained == [index for index in range(40) if index % 3][: 6 * B]
     dropped = sum(t.metrics["rollout/groups_replaced"] for t in taken)
     assert made.admission.ended["uninformative"] == made.prompts.cursor - 6 * B
     assert sorted(made.prompts.graded) == list(range(made.prompts.cursor)), "the source learns of each"
     assert dropped <= made.prompts.cursor - 6 * B
+    told = [one for t in taken for one in t.ended] + left
+    assert sorted(one.group.prompt.index for one in told) == [i for i in range(made.prompts.cursor) if i % 3 == 0]
+    assert {one.end for one in told} == {"uninformative"}
 
 
 def test_too_many_in_a_row_that_teach_nothing_end_the_run():
