@@ -10,7 +10,7 @@ import sys
 import traceback
 from types import TracebackType
 
-from pipeline.commands import chat, convert, diagnose, evaluate, launch, objectives, plan, report, train
+from pipeline.commands import chat, convert, diagnose, evaluate, launch, objectives, plan, regrade, report, train
 from pipeline.commands.version import ShowVersion
 from pipeline.errors import INTERRUPTED, SamerouteError
 from pipeline.text.characters import visible
@@ -23,6 +23,7 @@ COMMANDS = {
     "diagnose": (diagnose, "why trainer and server disagree, by exchanging one part at a time"),
     "objectives": (objectives, "the table of objectives, or one with its equation"),
     "report": (report, "figures of a finished or running run, in one HTML file"),
+    "regrade": (regrade, "the kept answers of a run, graded again by its rewards or others"),
     "convert": (convert, "Hugging Face directories and Megatron-Core checkpoints"),
     "launch": (launch, "submit a configuration to a cluster"),
     "plan": (plan, "whether a configuration fits its machines, and how long a step takes"),

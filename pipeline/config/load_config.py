@@ -46,6 +46,26 @@ def load_config_and_model(path: str | Path, overrides: list[str] | None = None) 
     return fit_context(config, model.hf), model
 
 
+def load_rewards(run: Path, other: Path | None = None) -> tuple[rewards.Rewards, rewards.GradingConfig]:
+    """How a run in this directory graded, or, with a YAML file of `rewards` and perhaps `grading`, how that says.
+
+    Raises ConfigError as load_config does, and for a file without `rewards`.
+    """
+    name = "secrets.yaml" if (run / "secrets.yaml").is_file() else "config.yaml"
+    tree, files = read_tree(run / name)
+    if other is not None:
+        theirs, files = read_tree(other)
+        if "rewards" not in theirs:
+            raise ConfigError(f"{other} has no rewards; write them as a configuration does: rewards: [...]")
+        tree |= {key: theirs[key] for key in ("rewards", "grading") if key in theirs}
+    _check_hidden({key: tree[key] for key in ("rewards", "grading") if key in tree})
+    try:
+        config = _with_reward_directories(Config.model_validate(tree), files)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    return config.rewards, config.grading
+
+
 def check_precision(config: Config, device: Literal["cpu", "cuda"]) -> None:
     """Raise ConfigError where the precision cannot be had on the device that the run gets."""
     try:

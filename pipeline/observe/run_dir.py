@@ -4,6 +4,7 @@ config.yaml          the resolved configuration, *** in place of what may be a s
 secrets.yaml         that, over config.yaml as its base, readable by its owner only; where there is any
 metrics.jsonl        one JSON object a step, of numbers
 records.jsonl        one JSON object a step, of what is no single number: see step_record
+regraded.parquet     what `sameroute regrade` found
 episodes/             every answer that was graded, as Parquet: see episodes
 evaluations.jsonl    one JSON object an evaluation, or why one was left out
 evaluations/         NAME/step_000012.jsonl: its questions and answers
@@ -72,6 +73,7 @@ _FILES = (
     "diagnose.html",
     "facts.json",
     "alerts.jsonl",
+    "regraded.parquet",
     "metrics.partial",  # left where a process was killed while it wrote
     "records.partial",
     "evaluations.partial",

@@ -1,0 +1,64 @@
+"""Kept answers are graded again from a run directory alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from pipeline.commands.main import main
+from pipeline.config import load_config
+from pipeline.observe.episodes import EpisodeTable
+from pipeline.observe.regrade import FILE
+from pipeline.text.yaml_text import dump
+from pipeline.types import Episode, Group, Prompt
+from tests.pipeline.observe.test_episodes import TOKENIZER, step
+from tests.support.episodes import plain_rollout
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose first two answers have the rewards of its verifier, and whose third has not."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = load_config("configs/quickstart.yaml", ["rewards=[{kind: exact_match}]"])
+    (folder / "config.yaml").write_text(dump(config.model_dump(mode="json")))
+    answers = [([5, 6, 1], 1.0), ([5, 5, 1], 0.0), ([5, 6, 1], 0.0)]
+    episodes = tuple(Episode((plain_rollout(ids, np.full(3, -1.0)),), reward) for ids, reward in answers)
+    group = Group(Prompt(np.zeros(1, np.int32), "56", {"answer": "5 6"}, 4), episodes)
+    table = EpisodeTable(folder / "episodes")
+    table.add(step(1, group), TOKENIZER)
+    table.write()
+    return folder
+
+
+def test_the_same_verifier_agrees_where_the_run_graded_with_it(run, capsys):
+    assert main(["regrade", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "3 answers graded again, 2 of them the same (66.67%)" in said
+    assert "0.3333 before, 0.6667 now" in said
+    assert "prompt 4, sample 2: 0.0 -> 1.0  '5 6'" in said
+    rows = pyarrow.parquet.read_table(run / FILE).to_pylist()
+    assert [(r["sample"], r["reward_before"], r["reward"], r["changed"]) for r in rows] == [
+        (0, 1, 1, False),
+        (1, 0, 0, False),
+        (2, 0, 1, True),
+    ]
+
+
+def test_another_block_of_rewards_grades_in_its_place(run, tmp_path, capsys):
+    other = tmp_path / "other.yaml"
+    other.write_text("rewards: tests.support.verifiers:length\n")
+    assert main(["regrade", str(run), "--rewards", str(other)]) == 0
+    rows = pyarrow.parquet.read_table(run / FILE).to_pylist()
+    assert [r["reward"] for r in rows] == pytest.approx([0.3] * 3)
+    other.write_text("grading: {workers: 1}\n")
+    assert main(["regrade", str(run), "--rewards", str(other)]) == 2
+    assert "has no rewards" in capsys.readouterr().err
+
+
+def test_a_run_without_kept_answers_says_so(run, capsys):
+    for part in (run / "episodes").iterdir():
+        part.unlink()
+    assert main(["regrade", str(run)]) == 2
+    assert "has no answers" in capsys.readouterr().err
