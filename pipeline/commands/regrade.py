@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """0. Raises RegradeError, ConfigError, VerifierError and RewardError."""
     from pipeline.config.load_config import load_rewards
-    from pipeline.observe.regrade import FILE, regrade
+    from pipeline.observe.graded_again import FILE, regrade
     from pipeline.rewards import check_rewards, open_grader
 
     rewards, grading = load_rewards(options.run, options.rewards)

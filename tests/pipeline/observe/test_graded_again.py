@@ -9,7 +9,7 @@ import pytest
 from pipeline.commands.main import main
 from pipeline.config import load_config
 from pipeline.observe.episodes import EpisodeTable
-from pipeline.observe.regrade import FILE
+from pipeline.observe.graded_again import FILE
 from pipeline.text.yaml_text import dump
 from pipeline.types import Episode, Group, Prompt
 from tests.pipeline.observe.test_episodes import TOKENIZER, step
