@@ -1,4 +1,5 @@
-"""Run the steps of the Dockerfile's CPU image in order, without Docker, then its health check and a short quickstart.
+"""Run the steps of the Dockerfile's CPU image in order, without Docker, then its health check, a short quickstart, and
+hostile programs in its sandbox of code.
 
     sudo .venv/bin/python scripts/image_steps.py
 
@@ -28,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
          "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "train.steps=2"]  # fmt: skip
 KEPT = ("PIP_", "UV_", "SSL_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+
+_PIVOT = 'cd "$1" && shift && mkdir -p .outside && pivot_root . .outside && umount -l /.outside && exec "$@"'
 
 
 @dataclass
@@ -136,13 +139,16 @@ class Image:
     def inside(self, path: str) -> Path:
         return self.root / (Path(self.directory) / path).relative_to("/")
 
-    def run(self, command: list[str]) -> None:
+    def run(self, command: list[str], *, pivot: bool = False) -> None:
+        """As the image's user. pivot: with the image as the root of a mount namespace, as a container has it; in a
+        changed root alone Linux makes no user namespaces."""
         uid, gid = self.user.split(":")
         users = [line.split(":") for line in self.inside("/etc/passwd").read_text().splitlines()]
         home = {"HOME": next(user[5] for user in users if user[2] == uid)}
         as_user = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups"]
         place = ["env", f"--chdir={self.directory}"]
-        subprocess.run(["chroot", self.root, *as_user, *place, *command], check=True, env=self.environment | home)
+        into = ["unshare", "--mount", "sh", "-c", _PIVOT, "sh"] if pivot else ["chroot"]
+        subprocess.run([*into, self.root, *as_user, *place, *command], check=True, env=self.environment | home)
 
     def copy(self, words: list[str]) -> None:
         *sources, target = [w for w in words if not w.startswith("--")]
@@ -196,6 +202,12 @@ def build(arguments: argparse.Namespace) -> None:
     for what in (json.loads(check[check.index("[") :]), [*command, *SHORT]):
         print(f"[image] {shlex.join(what)}", flush=True)
         image.run(what)
+    programs = Path("/tmp/hostile")  # the tests are no part of the image
+    shutil.copytree(ROOT / "tests", image.inside(str(programs / "tests")))
+    image.environment["PYTHONPATH"] = str(programs)
+    hostile = ["python", "-m", "tests.hostile", "--inside", "--programs", "50"]
+    print(f"[image] {shlex.join(hostile)}", flush=True)
+    image.run(hostile, pivot=True)
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -107,4 +108,17 @@ def test_a_run_on_two_nodes_saves_on_usr1_is_queued_again_and_resumes_from_its_c
     assert job.steps() == list(range(1, 9))  # none twice, none left out
     assert (job.run / "hf" / "model.safetensors").is_file()
     assert job.log("node1", attempt=1).is_file()
+    assert no_processes(slurm)
+
+
+def test_hostile_programs_are_contained_and_graded_right_inside_a_job(slurm):
+    """As root, and as a user without rights."""
+    output = slurm.folder / "hostile.out"
+    command = f"{sys.executable} -m tests.hostile --programs 40"
+    number = int(slurm.run("sbatch", "--parsable", f"--output={output}", f"--chdir={ROOT}", f"--wrap={command}"))
+    ended = slurm.wait_for_state(number, "COMPLETED", "FAILED")
+    text = output.read_text()
+    assert ended["ExitCode"] == "0:0", text
+    assert "user 65534: 40 right and 40 hostile programs" in text
+    assert text.count("left behind: []") == 2
     assert no_processes(slurm)
