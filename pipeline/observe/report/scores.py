@@ -95,7 +95,7 @@ def failures(run: Run) -> list[Figure]:
             "failures",
             "Answers that could not be graded",
             "Verifiers that hung, crashed or gave no number, by kind, in each step.",
-            "None.",
+            "There are none.",
             "Any that stay: the verifier is wrong, or too slow for grading.timeout_s; the console names the first.",
             f"{total:g} in all.",
             line_plot(run, lines, "answers"),
