@@ -50,6 +50,8 @@ def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase
     episode = group.episodes[position]
     rollout = episode.last
     reward = f"{episode.reward:.3f}" if episode.reward is not None else episode.failure or "not graded"
+    if len(episode.parts) > 1:
+        reward += f" ({', '.join(f'{name} {part:.3g}' for name, part in episode.parts.items())})"
     lines = [
         f"=== prompt {group.prompt.index}, sample {position} of {len(group.episodes)} ===",
         f"reward    {reward}",

@@ -42,6 +42,7 @@ CODES = {
     "pipeline.loop.loop.NothingToLearnError": 1,
     "pipeline.loop.restarts.RestartLimitError": 1,
     "pipeline.loop.stop.Stopped": 75,
+    "pipeline.observe.graded_again.RegradeError": 2,
     "pipeline.observe.report.run_files.ReportError": 2,
     "pipeline.observe.run_dir.RunDirectoryError": 2,
     "pipeline.observe.sinks.alerts.AlertStop": 1,

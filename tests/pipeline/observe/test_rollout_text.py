@@ -48,6 +48,19 @@ def test_prompt_response_reward_versions_and_logprobs_can_be_read(tokenizer):
         assert part in text
 
 
+def test_the_parts_of_a_reward_stand_behind_it_where_there_are_several(tokenizer):
+    group = make_group(tokenizer, ["12<|eos|>"], [0.75])
+    (episode,) = group.episodes
+
+    def shown(parts):
+        return rollout_text(
+            dataclasses.replace(group, episodes=(dataclasses.replace(episode, parts=parts),)), 0, tokenizer
+        )
+
+    assert "reward    0.750 (number 1, length -0.25)\n" in shown({"number": 1.0, "length": -0.25})
+    assert "reward    0.750\n" in shown({"number": 0.75})
+
+
 def test_an_ungraded_and_an_empty_rollout_are_said_to_be_so(tokenizer):
     text = rollout_text(make_group(tokenizer, [""]), 0, tokenizer)
     assert "reward    not graded" in text
