@@ -63,7 +63,7 @@ class EpisodeTable:
             self._add(group, number, None, tokenizer)
         self.add_ended(number, result.ended, tokenizer)
         tokens = sum(row["tokens"] for row in self._rows)
-        if number - self._rows[0]["recorded"] + 1 >= EVERY or tokens >= _MOST_TOKENS:
+        if self._rows and (number - self._rows[0]["recorded"] + 1 >= EVERY or tokens >= _MOST_TOKENS):
             self.write()
 
     def add_ended(self, recorded: int, ended: Sequence[Ended], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -29,7 +29,7 @@ class Loop:
     config, producer, grader = load_config("configs/quickstart.yaml"), None, None
 
     def __init__(self, at_step):
-        self.at_step = at_step
+        self.at_step, self.on_servers = at_step, None
         self.trainers = SimpleNamespace(where=lambda: [{"rank": 0}], save_hf=lambda directory: None)
 
     def step(self, number):

@@ -13,7 +13,7 @@ from pipeline.rewards import Component, Grader, Question
 from pipeline.rewards.kinds.math_verify import as_box, last_box, plain_digits
 from pipeline.types import Prompt
 
-LIMIT_S, SHORT_S = 60.0, 1.0
+LIMIT_S, SHORT_S = 60.0, 2.0
 IDS = np.zeros(2, np.int32)
 
 
