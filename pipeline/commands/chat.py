@@ -23,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0, at the end of the input. Raises a SamerouteError."""
+    from pipeline.config import ConfigError
+
+    if not (options.run / "config.yaml").is_file():  # known before imports that take seconds
+        raise ConfigError(f"{options.run} is no run directory: it has no config.yaml")
     with lasting_imports():
         from pipeline.loop.conversation import chat
 

@@ -30,13 +30,16 @@ def run(options: argparse.Namespace) -> int:
     from pipeline.config import ConfigError, load_config
 
     model = options.checkpoint or options.model
-    overrides = options.overrides
-    config = load_config(options.config, overrides, served=True)
+    config = load_config(options.config, options.overrides, served=True)
     names = [one.name for one in config.evaluate]
     if wrong := [name for name in options.sets or () if name not in names]:
         raise ConfigError(f"there is no set {wrong[0]!r} under evaluate; there are {', '.join(names) or 'none'}")
     if options.sets:
         config = config.model_copy(update={"evaluate": tuple(s for s in config.evaluate if s.name in options.sets)})
+    if not names:
+        raise ConfigError("the configuration names no set to evaluate; write one, as evaluate: [{name: test, ...}]")
+    if model is not None and not model.is_dir():
+        raise ConfigError(f"there is no directory {model}")
     with lasting_imports():
         from pipeline.evaluation.page import table
         from pipeline.loop.evaluate_config import evaluate_config

@@ -204,6 +204,8 @@ def _explain(error: ValidationError) -> str:
             words = mistake["msg"].removeprefix("Value error, ")
             if mistake["type"] == "model_type":
                 words = _instead_of_a_value(where, mistake["input"], _fields_at(mistake["loc"]))
+            elif mistake["type"] == "tuple_type":
+                words = f"this is a list, also of one; write [{mistake['input']!r}]"
             elif mistake["type"] in ("string_type", "path_type") and isinstance(mistake["input"], bool | int | float):
                 words += f", not {mistake['input']!r}; write it in quotes"
             lines.append(f"{where}: {words}" if where else words)

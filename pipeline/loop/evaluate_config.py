@@ -10,7 +10,6 @@ from pathlib import Path
 from megatron_ext.hf.description import read_description
 from pipeline.checkpoints.weights_of import weights_of
 from pipeline.config import Config
-from pipeline.config.load_config import ConfigError
 from pipeline.evaluation.opened_set import open_sets
 from pipeline.evaluation.page import write_page
 from pipeline.evaluation.result import Evaluation
@@ -27,10 +26,9 @@ def evaluate_config(
     `out`, which takes the place of an earlier one's. Nothing is left running.
 
     model: a Hugging Face directory or a checkpoint of a run; None: the model of the configuration.
-    say: hears how far it is. Raises ConfigError, NoModelError, DataError, RewardError and ServerError.
+    say: hears how far it is. Raises ConfigError, NoModelError, DataError,
+    RewardError and ServerError.
     """
-    if not config.evaluate:
-        raise ConfigError("the configuration names no set to evaluate; write one, as evaluate: [{name: test, ...}]")
     check_evaluation(config)
     with weights_of(prepare_model(config, out / "model") if model is None else model) as directory:
         sets = open_sets(config, directory, say)

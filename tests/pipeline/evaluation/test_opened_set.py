@@ -82,6 +82,10 @@ BEST = "checkpoint.best.score"
         (["evaluate=[{name: a/b, prompts: 1}]"], "becomes a folder and a metric"),
         (["evaluate=[{name: ../a, prompts: 1}]"], "becomes a folder and a metric"),
         (["evaluate=[{prompts: 1}]"], "name"),
+        (
+            ["evaluate={name: a, prompts: 1}"],
+            "evaluate: this is a list, also of one; write [{'name': 'a', 'prompts': 1}]",
+        ),
         (["evaluate=[{name: a, prompts: 1}, {name: a, prompts: 2}]"], "two sets of evaluate are called 'a'"),
         (["evaluate=[{name: a, prompts: 1, samples: 2, k: [4]}]"], "pass@4 needs that many answers, and samples=2"),
         (["evaluate=[{name: a, prompts: 1, k: [0]}]"], "pass@0"),
