@@ -20,7 +20,7 @@ from pipeline.observe.report.theme import blank
 from pipeline.text.characters import visible
 
 _WRONG, _RIGHT = 12, 6  # answers of a set that are shown
-_BINS = 11
+_MOST_BINS = 11
 
 
 def table(found: Sequence[Evaluation]) -> str:
@@ -62,13 +62,12 @@ def write_page(found: Sequence[Evaluation], path: Path, *, name: str) -> None:
 
 def pass_rates(one: Evaluation) -> Figure:
     """How many questions are passed by which share of their answers."""
-    rates = [
-        float(np.mean([answer["passed"] for answer in own]))
-        for _, own in groupby(one.answers, key=lambda answer: answer["question"])
-    ]
-    counts = np.bincount(np.round(np.array(rates) * (_BINS - 1)).astype(int), minlength=_BINS)
+    questions = [list(own) for _, own in groupby(one.answers, key=lambda answer: answer["question"])]
+    rates = np.array([np.mean([answer["passed"] for answer in own]) for own in questions])
+    bins = min(_MOST_BINS, 1 + max(map(len, questions)))
+    counts = np.bincount(np.round(rates * (bins - 1)).astype(int), minlength=bins)
     plot = blank("questions")
-    plot.add_bar(x=np.linspace(0, 1, _BINS), y=counts, hovertemplate="%{x:.0%}: %{y} questions<extra></extra>")
+    plot.add_bar(x=np.linspace(0, 1, bins), y=counts, hovertemplate="%{x:.0%}: %{y} questions<extra></extra>")
     plot.update_xaxes(title={"text": "share of a question's answers that pass"}, tickformat=".0%")
     plot.update_layout(hovermode="closest", showlegend=False)
     return Figure(
