@@ -294,6 +294,7 @@ class SGLangServer:
         """
         if self._process is None or self._scratch is None:
             return
+        self._process.kill()  # just started, it has no environment yet by which it could be found
         try:
             remove_server(self._token, self._scratch, self._shared_memory)
         except TimeoutError as error:

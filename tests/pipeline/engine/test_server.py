@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def test_a_server_that_ends_while_starting_is_reported_at_once_with_its_log(tiny
             server.wait_ready(60)
     finally:
         server.stop()
+
+
+def test_a_server_whose_environment_cannot_be_read_yet_is_stopped_all_the_same(tiny_model_dir, tmp_path, monkeypatch):
+    """Between fork and exec it has none; to be stopped just then is too rare to wait for."""
+    monkeypatch.setattr("pipeline.engine.processes.processes_of", lambda token: [])
+    server = make_server(tiny_model_dir, tmp_path)
+    server.start()
+    process = server.pid
+    stopping = threading.Thread(target=server.stop, daemon=True)
+    stopping.start()
+    stopping.join(20)
+    ended = not stopping.is_alive()
+    if not ended:
+        os.kill(process, signal.SIGKILL)
+    assert ended
 
 
 def test_a_server_that_logs_a_fatal_error_is_not_waited_for(tiny_model_dir, tmp_path):
