@@ -11,11 +11,13 @@ weights, and `progress.json`, where the run stood.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +116,20 @@ class CheckpointStore:
         for path in left:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
         return [path.name for path in left]
+
+    @contextlib.contextmanager
+    def in_use(self, is_ours: Callable[[], bool]) -> Iterator[None]:
+        """A run saves inside. Where it ends with an error, what was being written is removed behind whoever wrote.
+
+        is_ours: whether the directory is still the run's; what another one writes there is not touched.
+        """
+        try:
+            yield
+        except BaseException:
+            if is_ours():
+                with contextlib.suppress(OSError):  # the disk may be why it ends
+                    self.clean()
+            raise
 
     def begin(self, name: str) -> Path:
         """An empty directory for a checkpoint that is to be called so."""

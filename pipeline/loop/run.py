@@ -167,6 +167,7 @@ class _Run:
         with (
             self.stop.saving(),
             Sinks(config, directory.path, self.console.say) as sinks,
+            self.store.in_use(directory.is_ours),
             open_loop(
                 config,
                 directory.path,

@@ -43,7 +43,7 @@ from megatron_ext.hf.companions import Dtype, write_companions
 from pipeline.config.secrets import hidden, shown
 from pipeline.disk import earlier
 from pipeline.disk.claim import Claim, cannot_write
-from pipeline.disk.disk_errors import RunDirectoryError, of_the_disk, writing
+from pipeline.disk.disk_errors import DiskError, RunDirectoryError, of_the_disk, writing
 from pipeline.disk.rows import Rows
 from pipeline.errors import SamerouteError
 from pipeline.observe.episodes import FOLDER as EPISODES
@@ -252,6 +252,15 @@ class RunDirectory:
 
             self._events = EventWriter(self.path / "tensorboard", resume_after=self._resume_after)
         self._events.record(int(metrics["step"]), {key: v for key, v in row.items() if key != "step"})
+
+    def is_ours(self) -> bool:
+        """Whether no other run has taken the directory since."""
+        try:
+            if self._claim is not None:
+                self._claim.lock.check()
+        except DiskError:
+            return False
+        return True
 
     def to_disk(self) -> None:
         """Rows of finished steps survive a power cut from here on: a checkpoint is to come after them."""

@@ -63,6 +63,28 @@ def test_the_best_stays_under_its_name_however_old_until_another_is_better(tmp_p
     assert (store.directory / "step_11").is_dir()
 
 
+def test_a_run_that_ends_with_an_error_leaves_nothing_half_written_and_what_is_complete(tmp_path):
+    """Also a rank's file that came after the checkpoint was given up."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=5)
+
+    def ends(name: str, *, ours: bool) -> None:
+        with store.in_use(lambda: ours):
+            write(store, progress(1))
+            (store.begin(name) / "__0_0.distcp").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ends("step_2", ours=False)
+    assert sorted(os.listdir(store.directory)) == [".step_2.partial", "step_1"], "it may be another run's by now"
+    shutil.rmtree(store.directory)
+    with pytest.raises(KeyboardInterrupt):
+        ends("step_2", ours=True)
+    assert os.listdir(store.directory) == ["step_1"]
+    with store.in_use(lambda: True):
+        write(store, progress(3))
+    assert sorted(os.listdir(store.directory)) == ["step_1", "step_3"]
+
+
 def test_an_older_checkpoint_goes_only_when_the_newer_is_complete(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=1)
     write(store, progress(1))
