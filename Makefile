@@ -22,10 +22,10 @@ setup: $(READY)
 quickstart: $(READY)
 	$(BIN)/sameroute train configs/quickstart.yaml
 
-# Three workers, a file's tests on one of them: much of a test of real engines is waiting for one of them to start.
+# Two workers, a file's tests on one of them: much of a test of real engines is waiting for one of them to start.
 # Files come in the order of tests/conftest.py; xdist would begin with those of the most tests, which are fast.
 test: $(READY) browser sandbox
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 proofs: $(READY)
 	timeout 900 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof
