@@ -20,8 +20,9 @@ class ExportError(SamerouteError):
     exit_code = NOT_STARTED
 
 
-def check_export(where: str) -> None:
-    """Raise ExportError for what can be known to fail before anything starts."""
+def check_export(where: str, model: Path | None = None) -> None:
+    """Raise ExportError for what can be known to fail before anything starts. model: that the run begins with, which is
+    not to be replaced."""
     if where.startswith(HUB):
         from huggingface_hub import get_token
 
@@ -31,6 +32,8 @@ def check_export(where: str) -> None:
             raise ExportError(f"checkpoint.best.export={where} needs a token: set HF_TOKEN, or export to a path")
         return
     target = Path(where)
+    if model is not None and target.resolve() in (model.resolve(), *model.resolve().parents):
+        raise ExportError(f"checkpoint.best.export={where} would replace model.path={model}; take another path")
     if target.exists() and not (target / "config.json").is_file():
         raise ExportError(f"checkpoint.best.export={where} is there and holds no model; take another path")
     folder = next(parent for parent in target.absolute().parents if parent.exists())
@@ -53,9 +56,11 @@ def export_best(where: str, run: Path, save_hf: Callable[[Path], None], companio
         partial.parent.mkdir(parents=True, exist_ok=True)
         companions(partial)
         save_hf(partial)
+        old = target.with_name(f".{target.name}.old")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"the best model was not exported to {target}: {error}") from error
@@ -63,13 +68,13 @@ def export_best(where: str, run: Path, save_hf: Callable[[Path], None], companio
 
 
 def _push(repository: str, folder: Path) -> str:
+    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:  # the hub's answers are such errors too
         return f"the best model is in {folder}, and was not pushed to {repository}: {error}"
     return f"best model: {repository} on the hub"

@@ -148,7 +148,7 @@ class CheckpointStore:
         partial.rename(target)
         _to_disk(self.directory)
         if progress.is_best:
-            self._call_best(target)
+            self.call_best(target)
         for old in self.complete()[: -self.keep_last]:
             if old.resolve() == self.best:
                 continue
@@ -157,8 +157,8 @@ class CheckpointStore:
             shutil.rmtree(removed)
         return target
 
-    def _call_best(self, checkpoint: Path) -> None:
-        """A link, changed in one act."""
+    def call_best(self, checkpoint: Path) -> None:
+        """Link to it as the best one, in one act."""
         link = self.directory / f".{BEST}.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint.name)

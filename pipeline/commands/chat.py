@@ -29,7 +29,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.run} is no run directory: it has no config.yaml")
     with lasting_imports():
         from pipeline.loop.conversation import chat
+        from pipeline.loop.stop import StopRequest
 
+    StopRequest(None).listen()
     chat(
         options.run,
         checkpoint=options.checkpoint,

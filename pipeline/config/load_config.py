@@ -46,13 +46,17 @@ def load_config_and_model(path: str | Path, overrides: list[str] | None = None) 
     return fit_context(config, model.hf), model
 
 
+def config_of_run(run: Path) -> Path:
+    """The file of a run directory that holds its whole configuration, secrets included."""
+    return run / ("secrets.yaml" if (run / "secrets.yaml").is_file() else "config.yaml")
+
+
 def load_rewards(run: Path, other: Path | None = None) -> tuple[rewards.Rewards, rewards.GradingConfig]:
     """How a run in this directory graded, or, with a YAML file of `rewards` and perhaps `grading`, how that says.
 
     Raises ConfigError as load_config does, and for a file without `rewards`.
     """
-    name = "secrets.yaml" if (run / "secrets.yaml").is_file() else "config.yaml"
-    tree, files = read_tree(run / name)
+    tree, files = read_tree(config_of_run(run))
     if other is not None:
         theirs, files = read_tree(other)
         if "rewards" not in theirs:

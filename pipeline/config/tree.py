@@ -136,9 +136,9 @@ class Config(Frozen):
         names = [one.name for one in self.evaluate]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two sets of evaluate are called {twice!r}; give one of them another name")
+        endless = any(not isinstance(source, RowsConfig) for source in self.data.origins)
         for one in self.evaluate:
             check_memory(one.rewards or (), self.grading)
-            endless = self.data.task is not None or any(not isinstance(s, RowsConfig) for s in self.data.sources)
             if not one.sources and one.prompts is None and endless:
                 raise ValueError(f"evaluate: the run's data has no end; say how many `prompts` the set {one.name} asks")
             if one.min_p > 0 and self.server.deterministic:

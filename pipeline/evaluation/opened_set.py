@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.config.data import DataConfig
 from pipeline.config.rewards import RewardConfig
+from pipeline.config.sources import CurriculumConfig
 from pipeline.config.sources.evaluation import EvaluationSet
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
@@ -97,10 +98,9 @@ def _open(one: EvaluationSet, config: Config, model_path: Path, say: Callable[[s
 
 def _data(one: EvaluationSet, data: DataConfig) -> DataConfig:
     """A set's questions as the data of a run, in which no question comes earlier for having been solved."""
-    chat = {} if one.chat is None else {"chat": one.chat}
     if not one.sources:
-        return data.model_copy(update=chat | {"curriculum": DataConfig.model_fields["curriculum"].get_default(
-            call_default_factory=True)})  # fmt: skip
+        chat = one.chat or data.chat
+        return data.model_copy(update={"chat": chat, "curriculum": CurriculumConfig()})  # pyright: ignore[reportCallIssue]
     return DataConfig(
         sources=one.sources,
         chat=one.chat or data.chat,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_ext.hf.description import read_description
 from pipeline.checkpoints.weights_of import model_of_run, weights_of, without_weights
 from pipeline.config import Config, ConfigError, load_config
+from pipeline.config.load_config import config_of_run
 from pipeline.config.server import request_tokens
 from pipeline.data.chat import chat_text, token_ids
 from pipeline.data.pretrained import load_tokenizer
@@ -48,7 +49,7 @@ def chat(
     Raises NoModelError, ConfigError and ServerError.
     """
     model = model_of_run(run, checkpoint)
-    config = load_config(run / "config.yaml", ["server.port=null"], served=False)
+    config = load_config(config_of_run(run), ["server.port=null"], served=False)
     tokenizer = load_tokenizer(without_weights(model), trust_remote_code=config.model.trust_remote_code)
     sampling = Sampling(
         max_new_tokens=max_new_tokens or config.rollout.max_new_tokens,

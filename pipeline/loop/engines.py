@@ -17,6 +17,7 @@ from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_ser
 from pipeline.cluster.placement import PlacementError, wait_and_place
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config import Config
+from pipeline.config.server import ServerConfig
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet, FleetServer, ServerProcess
@@ -92,25 +93,11 @@ def start_servers(config: Config, model_path: Path, model: ModelDescription, log
     width = config.server.tensor_parallel
     if gpus and gpus < width:
         raise PlacementError(f"server.tensor_parallel={width} needs as many GPUs, and this machine has {gpus}")
-    count = config.server.replicas or max(1, gpus // width)
+    count = gpus // width if gpus else config.server.replicas or 1
+    own = config.server if count == 1 else config.server.model_copy(update={"port": None})  # nobody else asks them
     environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
-    keys = ServerKeys.random()
-    processes = [
-        SGLangServer(
-            config.server,
-            model_path,
-            logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
-            device=config_device(config),
-            seed=config.run.seed + number,
-            return_routed_experts=False,
-            precision=config.precision,
-            trust_remote_code=config.model.trust_remote_code,
-            keys=keys,
-            base_gpu=number * width % max(1, gpus),
-            environment=environment,
-        )
-        for number in range(count)
-    ]
+    settings = [(own, number * width) for number in range(count)]
+    processes = _made(config, model_path, logs, settings, seed=config.run.seed, routes=False, environment=environment)
     with contextlib.ExitStack() as stack:
         for process in processes:
             stack.callback(process.stop)
@@ -156,22 +143,45 @@ def _servers(
             "memory for weights and cache, and the trainer has the rest",
             next(own.mem_fraction_static for own in settings if own != config.server),
         )
+    bases = [0 if place is None else place.base for place in places]
+    return _made(
+        config,
+        model_path,
+        logs,
+        list(zip(settings, bases, strict=True)),
+        seed=seed,
+        routes=routes,
+        environment=environment,
+    )
+
+
+def _made(
+    config: Config,
+    model_path: Path,
+    logs: Path,
+    settings: Sequence[tuple[ServerConfig, int]],
+    *,
+    seed: int,
+    routes: bool,
+    environment: dict[str, str],
+) -> list[SGLangServer]:
+    """Servers, not started. settings: of each, and its first GPU."""
     keys = ServerKeys.random()  # one pair for all of them
     return [
         SGLangServer(
             own,
             model_path,
-            logs / ("sglang.log" if count == 1 else f"sglang_{number}.log"),
+            logs / ("sglang.log" if len(settings) == 1 else f"sglang_{number}.log"),
             device=config_device(config),
             seed=seed + number,  # another draw for each
             return_routed_experts=routes,
             precision=config.precision,
             trust_remote_code=config.model.trust_remote_code,
             keys=keys,
-            base_gpu=0 if place is None else place.base,
+            base_gpu=base,
             environment=environment,
         )
-        for number, (own, place) in enumerate(zip(settings, places, strict=True))
+        for number, (own, base) in enumerate(settings)
     ]
 
 

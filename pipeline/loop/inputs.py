@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from pipeline.cluster.address import check_address
 from pipeline.cluster.one_machine import check_gpus
 from pipeline.config import Config
 from pipeline.config.load_config import check_precision
+from pipeline.config.rewards import Rewards
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
@@ -36,17 +38,12 @@ def check_inputs(config: Config) -> None:
     Raises ObserveError, ConfigError, PlacementError, RewardError, DataError and PortError.
     """
     check_sinks(config)
-    check_precision(config, config_device(config))
     if config_device(config) == "cuda":
         check_gpus(config, torch.cuda.device_count())
-    for rewards in (config.rewards, *(one.rewards for one in config.evaluate if one.rewards)):
-        check_rewards(rewards, config.grading)
     if config.checkpoint.best is not None and config.checkpoint.best.export is not None:
-        check_export(config.checkpoint.best.export)
-    if (missing := config.missing_file) is not None:
-        raise DataError(f"there is no data file {missing}")
+        check_export(config.checkpoint.best.export, config.model.path)
     check_address(config.cluster.address)
-    _check_ports(config)
+    check_evaluation(config, [config.rewards])
 
 
 def _check_ports(config: Config) -> None:
@@ -69,14 +66,19 @@ def _check_ports(config: Config) -> None:
         raise PortError(f"server.port: {error}; take another, or null for a free one") from error
 
 
-def check_evaluation(config: Config) -> None:
-    """The same of what an evaluation alone needs. Raises as `check_inputs` does, but for sinks."""
+def check_evaluation(config: Config, others: Sequence[Rewards] = ()) -> None:
+    """The same of what servers and evaluations need. others: verifiers beside theirs.
+
+    Raises ConfigError, RewardError, DataError and PortError.
+    """
     check_precision(config, config_device(config))
+    wanted = list(others)
     for one in config.evaluate:
-        check_rewards(one.rewards or config.rewards, config.grading)
+        wanted += [] if (rewards := one.rewards or config.rewards) in wanted else [rewards]
+    for rewards in wanted:
+        check_rewards(rewards, config.grading)
     if (missing := config.missing_file) is not None:
         raise DataError(f"there is no data file {missing}")
-    check_address(config.cluster.address)
     _check_ports(config)
 
 

@@ -185,6 +185,8 @@ class _Run:
             if serve and config.checks.first_rollouts:
                 check_first_rollouts(loop, model_path, directory, self.console)
             self.stop.arm()
+            if sets and not serve:
+                self.console.say("no set of evaluate is answered: this run starts no server")
             evaluations = self._evaluations(loop, sets if serve else (), start, sinks)
             with asynchronous(loop, len(steps), None if start is None else start.saved):
                 for number in steps:
@@ -214,8 +216,10 @@ class _Run:
             evaluations.restore(start.progress.evaluations)
             done = start.progress.step
         if metrics := evaluations.after(done):
-            evaluations.better(done, metrics)
             sinks.record_beginning(done, metrics)
+            if evaluations.better(done, metrics) and start is not None and done:
+                self.store.call_best(start.path)
+                self._export(loop.trainers)
         return evaluations
 
     def _step(

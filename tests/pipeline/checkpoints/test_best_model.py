@@ -47,6 +47,20 @@ def test_what_cannot_be_exported_to_is_refused_at_the_start(where, words, tmp_pa
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("where", ["model", "."])
+def test_the_model_that_the_run_begins_with_is_not_replaced(where, tmp_path):
+    companions(tmp_path / "model")
+    with pytest.raises(ExportError, match=r"would replace model\.path"):
+        check_export(str(tmp_path / where), tmp_path / "model")
+    check_export(str(tmp_path / "best"), tmp_path / "model")
+
+
+def test_a_hub_that_cannot_be_reached_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    said = export_best("hub:me/best", tmp_path, write("weights"), companions)
+    assert "was not pushed to me/best" in said
+
+
 def test_an_earlier_export_may_be_replaced(tmp_path):
     companions(tmp_path / "best")
     check_export(str(tmp_path / "best"))

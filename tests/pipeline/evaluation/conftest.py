@@ -74,7 +74,10 @@ def three(open_quickstart):
 def fake_servers(three):
     def make(text=None, **changes):
         answer = {p.index: p.metadata["answer"] for p in three.prompts}
-        right = lambda question, sample: answer[question] if sample < question else "0"  # noqa: E731
+
+        def right(question, sample):
+            return answer[question] if sample < question else "0"
+
         return FakeServers(three.tokenizer, text or right, **changes)
 
     return make

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.config import load_config
 from pipeline.evaluation.answering import GivenUp
 from pipeline.evaluation.best import Best
 from pipeline.evaluation.result import Evaluation, Score
 from pipeline.loop import evaluations as module
 from pipeline.loop.evaluations import Evaluations
+from pipeline.loop.run import _Run
 
 SETS = "evaluate=[{name: a, prompts: 1, every_steps: 2}, {name: b, prompts: 1, every_steps: 3, at_start: false}]"
 CHECKPOINTS = "checkpoint={every_steps: 1, best: {score: eval/a/pass@1, patience: 2}}"
@@ -109,3 +111,22 @@ def test_another_score_has_another_best():
     other = config.model_copy(update={"score": "eval/b/pass@1"})
     assert Best.restored(other, state) == Best(other)
     assert replace(Best(config), since=5).exhausted
+
+
+@pytest.mark.parametrize(("step", "linked"), [(6, True), (0, False)])
+def test_a_checkpoint_that_is_found_best_after_a_resumption_is_kept_and_exported(step, linked, monkeypatch, tmp_path):
+    """Its evaluation was interrupted, so it was saved without being called best."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+    path = store.directory / f"step_{step}"
+    path.mkdir(parents=True)
+    made, exported, told = SimpleNamespace(after=lambda done: {"eval/a/pass@1": 0.9}), [], []
+    made.restore, made.better = lambda state: None, lambda done, metrics: True
+    monkeypatch.setattr("pipeline.loop.run.Evaluations", lambda *_, **__: made)
+    run = _Run(load_config("configs/quickstart.yaml"), store, None, SimpleNamespace(say=None), None, 9, 0)
+    run._export = exported.append
+    start = SimpleNamespace(path=path, progress=SimpleNamespace(step=step, evaluations={}))
+    loop = SimpleNamespace(fleet=None, on_servers=None, trainers="trainers")
+    run._evaluations(loop, (), start, SimpleNamespace(record_beginning=lambda *row: told.append(row)))
+    assert told == [(step, {"eval/a/pass@1": 0.9})]
+    assert store.best == (path.resolve() if linked else None)
+    assert exported == (["trainers"] if linked else [])

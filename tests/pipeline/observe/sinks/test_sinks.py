@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.background import Background, DeliveryError
-from pipeline.observe.sinks.mlflow import flat
+from pipeline.observe.sinks.mlflow import flat, named
 from pipeline.observe.sinks.sinks import Distant, ObserveError, Sinks, check_sinks
 from tests.support.receivers import Said, config_of
 from tests.support.runs import metrics
@@ -179,3 +179,28 @@ def test_calls_that_never_come_to_their_turn_are_dropped_counted_and_said():
 
 def test_settings_are_flat_in_mlflow():
     assert dict(flat({"a": {"b": 1, "c": {}}, "d": [1, 2]})) == {"a.b": 1, "d": [1, 2]}
+
+
+def test_mlflow_has_a_name_for_every_score():
+    assert named("eval/held/pass@4") == "eval/held/pass_at_4"
+
+
+def test_what_is_evaluated_before_the_first_step_goes_where_a_row_a_step_is_kept(tmp_path):
+    class Far:
+        def __init__(self):
+            self.rows = []
+
+        def record(self, step, metrics):
+            self.rows.append((step, dict(metrics)))
+
+        def close(self, finished):
+            pass
+
+    far, near = Far(), Far()
+    sinks = Sinks(config_of(tmp_path), tmp_path, Said())
+    distant = Distant("far", far, Said())
+    sinks._sinks += [distant, near]
+    sinks.record_beginning(0, {"eval/held/pass@1": 0.5})
+    distant.close(True)
+    assert far.rows == [(0, {"eval/held/pass@1": 0.5})]
+    assert near.rows == [], "a step's sinks hear of steps"
