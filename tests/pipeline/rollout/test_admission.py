@@ -341,6 +341,7 @@ def test_the_end_of_the_data_makes_a_last_smaller_step():
     rule.admit(0)
     rule.admit(1)
     rule.exhaust()
+    assert rule.room == 0
     rule.finish(1)
     assert rule.ready() is None
     rule.drop(0, "failed")
@@ -361,3 +362,45 @@ def test_what_is_open_in_a_checkpoint_is_refused_where_it_cannot_be_trained_in_t
 def test_more_ahead_than_stale_is_refused():
     with pytest.raises(ValueError, match="ahead"):
         Admission(2, 1, 2)
+
+
+def test_what_is_due_first_goes_first_and_then_what_was_admitted_first():
+    rule = Admission(1, 3, 3)
+    for index in range(4):
+        rule.admit(index)
+    rule.finish(3)
+    assert rule.take() == [3]
+    rule.renew(0, rule.transferred())  # it had no token yet
+    for index in (0, 2, 1):
+        rule.finish(index)
+    taken = []
+    for _ in range(3):
+        taken += rule.take()
+        rule.transferred()
+    assert taken == [1, 2, 0]
+
+
+def test_a_step_waits_for_no_group_that_may_be_left():
+    rule = Admission(2, 2, 2)
+    for index in range(6):
+        rule.admit(index)
+    rule.finish(0)
+    rule.finish(1)
+    rule.take()
+    rule.transferred()
+    rule.admit(6)
+    rule.admit(7)
+    rule.finish(6)
+    rule.finish(2)
+    assert rule.ready() is None, "3, 4 and 5 would be due at step 2, which takes two"
+    assert rule.waits_for() == [3, 4, 5], "and not 7, which is due at step 3"
+
+
+def test_in_the_order_of_admission_a_group_stays_due_in_that_order():
+    rule = Admission(1, 2, 1, order="admission")
+    rule.admit(0)
+    rule.admit(1)
+    rule.finish(0)
+    rule.take()
+    rule.renew(1, rule.transferred())
+    assert rule.due(1) == 2

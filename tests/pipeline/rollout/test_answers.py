@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from pipeline.engine.client import Sampling, UnreachableError
 from pipeline.engine.fleet import ServerState
 from pipeline.engine.server import ServerError
 from pipeline.rollout.answers import FleetAnswers
+from pipeline.rollout.sampler import of_sample
 from pipeline.types import Prompt, Sampled
 from tests.support.episodes import plain_rollout
 
@@ -77,6 +79,15 @@ def test_samples_of_a_prompt_draw_from_neighbouring_streams():
     asyncio.run(both())
     first, second = (sampling.seed for _, sampling, _ in fleet.asked)
     assert second == first + 1
+
+
+def test_each_prompt_and_each_run_seed_has_streams_of_its_own():
+    other = replace(PROMPT, index=8)
+    seeds = [of_sample(replace(SAMPLING, seed=seed), p, 0).seed for seed in (1, 2) for p in (PROMPT, other)]
+    assert len({seed // 1000 for seed in seeds}) == 4
+    assert seeds[0] == of_sample(SAMPLING, PROMPT, 0).seed
+    unseeded = replace(SAMPLING, seed=None)
+    assert of_sample(unseeded, PROMPT, 1) == unseeded
 
 
 def test_what_was_saved_of_an_answer_counts_against_its_limit():

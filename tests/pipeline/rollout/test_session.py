@@ -136,6 +136,21 @@ def test_what_is_appended_before_the_first_sample_belongs_to_the_prompt():
     assert rollout.response_ids.tolist() == [100]
 
 
+def test_what_was_appended_stays_when_the_request_after_it_is_interrupted_before_its_first_token():
+    engine = Engine(2, None)
+    session = Session(engine, np.array([1, 2, 3], np.int32))
+
+    async def run():
+        await session.sample(STOP)
+        session.append([50])
+        engine.cuts = [0, 1]
+        await session.sample(STOP)
+
+    asyncio.run(run())
+    assert session.rollout.response_ids.tolist() == [100, 101, 50, 102]
+    assert every_route_names_its_token_and_place(session.rollout)
+
+
 def test_a_session_can_go_on_with_a_rollout_of_before():
     begun = session_after(Engine(3)).rollout
     engine = Engine(2)
