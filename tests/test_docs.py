@@ -180,3 +180,29 @@ def test_an_error_that_the_table_explains_is_one_that_is_raised(symptom):
 
 def test_the_table_explains_many():
     assert len(symptoms()) > 40
+
+
+def test_the_walk_from_an_answer_to_the_gradient_is_twelve_files_with_what_it_says_of_each():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `([\w/.]+)` \| (.+) \|$", page, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 13))
+    assert len({file for _, file, _ in rows}) == 12
+    for _, file, words in rows:
+        source, names = (ROOT / file).read_text(), re.findall(r"`(\w+)`", words)
+        assert re.search(rf"^(def|class) {names[0]}\b", source, re.MULTILINE), f"{file} does not define {names[0]}"
+        assert [name for name in names if not re.search(rf"\b{name}\b", source)] == [], file
+    picture = (ROOT / "docs" / "figures" / "architecture.svg").read_text()
+    drawn = re.findall(r">(\d+)\. ([\w/.]+)<", picture)
+    assert [int(number) for number, _ in drawn] == list(range(1, 13))
+    assert all(file.endswith(f"/{name}") or file == name for (_, name), (_, file, _) in zip(drawn, rows, strict=True))
+
+
+def test_the_page_of_the_architecture_has_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [
+        f"{entry.name}/" if entry.is_dir() else entry.name
+        for package in ("pipeline", "megatron_ext")
+        for entry in (ROOT / package).iterdir()
+        if (entry.suffix == ".py" or (entry / "__init__.py").exists()) and entry.name != "__init__.py"
+    ]
+    assert [room for room in rooms if not re.search(rf"[`/]{re.escape(room)}[`\]]", page)] == []

@@ -38,20 +38,21 @@ pipeline.commands
 """
 
 SAME_NAME = {
-    "__init__": "packages",
-    "alerts": "the rules of alerts, and who sends them",
-    "chat": "conversations: their template, and the command",
-    "config": "settings of the folder they stand in",
-    "page": "a page in HTML",
-    "patches": "what an engine needs without CUDA",
-    "plan": "the plan, and its command",
-    "processes": "the processes of an engine or a verifier, and their end",
-    "replay": "router replay: its kinds, and the routers",
-    "run": "a run: its settings, and what it does",
-    "server": "an SGLang server: its settings, and its process",
-    "types": "what flows through the folder they stand in",
+    "alerts": {"pipeline.config", "pipeline.observe.sinks"},  # the rules of alerts, and who sends them
+    "chat": {"pipeline.data", "pipeline.commands"},  # conversations: their template, and the command
+    "config": {"pipeline.objectives", "megatron_ext"},  # settings of the folder they stand in
+    "page": {"pipeline.evaluation", "pipeline.observe.report", "pipeline.diagnose"},  # a page in HTML
+    "patches": {"pipeline.engine.inside.cpu", "megatron_ext.cpu"},  # what an engine needs without CUDA
+    "plan": {"pipeline.plan", "pipeline.commands"},  # the plan, and its command
+    "processes": {"pipeline.engine", "pipeline.rewards"},  # those of an engine or a verifier, and their end
+    "replay": {"pipeline.config", "megatron_ext.batch"},  # router replay: its kinds, and the routers
+    "run": {"pipeline.config", "pipeline.loop"},  # a run: its settings, and what it does
+    "server": {"pipeline.config", "pipeline.engine"},  # an SGLang server: its settings, and its process
+    "types": {"pipeline", "pipeline.objectives"},  # what flows through the folder they stand in
 }
-"""File names that stand twice, and what they mean wherever they stand. Any other name stands once."""
+"""File names that stand twice, and where: each means one thing wherever it stands. Any other name stands once."""
+
+ENGINES = {"torch", "transformers", "ray", "sglang", "megatron"}
 
 
 def modules() -> dict[str, Path]:
@@ -66,14 +67,15 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(file: Path) -> set[str]:
-    """Modules that a file imports when it or one of its functions runs."""
-    tree = ast.parse(file.read_text())
+def imports(source: str, package: str = "") -> set[str]:
+    """Modules that a source imports when it or one of its functions runs. package: that it stands in."""
+    tree = ast.parse(source)
     for_readers = {
         id(inner)
         for node in ast.walk(tree)
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
+        for statement in node.body
+        for inner in ast.walk(statement)
     }
     found = set()
     for node in ast.walk(tree):
@@ -81,13 +83,23 @@ def imports(file: Path) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (inner & MODULES.keys()) or {node.module}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            inner = {f"{origin}.{alias.name}" for alias in node.names}
+            found |= (inner & MODULES.keys()) or {origin}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {
+                word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)
+            }
     return found
 
 
-IMPORTS = {name: imports(file) for name, file in MODULES.items()}
+def package_of(module: str, file: Path) -> str:
+    return module if file.name == "__init__.py" else module.rpartition(".")[0]
+
+
+IMPORTS = {name: imports(file.read_text(), package_of(name, file)) for name, file in MODULES.items()}
 OURS = {name: {other for other in found if other in MODULES} for name, found in IMPORTS.items()}
 
 
@@ -104,6 +116,25 @@ def room_imports() -> dict[str, dict[str, set[str]]]:
             if room_of(module) != room_of(other):
                 out[room_of(module)][room_of(other)].add(f"{module} -> {other}")
     return out
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pipeline.loop.stop as stop", "pipeline.loop.stop"),
+        ("from pipeline import loop", "pipeline.loop"),
+        ("from pipeline.loop.stop import StopRequest", "pipeline.loop.stop"),
+        ("from ..loop.stop import StopRequest", "pipeline.loop.stop"),
+        ("from .. import loop", "pipeline.loop"),
+        ("from . import admission", "pipeline.rollout.admission"),
+        ("def late():\n    import pipeline.loop.stop", "pipeline.loop.stop"),
+        ("import importlib\nimportlib.import_module('pipeline.loop.stop')", "pipeline.loop.stop"),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    import pipeline.loop.stop", "pipeline.loop.stop"),
+        ("if TYPE_CHECKING:\n    import pipeline.loop.stop", None),
+    ],
+)
+def test_every_way_to_import_is_seen(source, found):
+    assert imports(source, "pipeline.rollout") - {"importlib"} == ({found} if found else set())
 
 
 def test_no_module_and_no_room_is_in_a_circle():
@@ -138,6 +169,8 @@ def test_megatron_is_imported_by_its_own_package_alone_and_that_knows_nothing_of
         or (module.startswith("megatron_ext") and other.split(".")[0] in ("pipeline", "ray", "sglang", "aiohttp"))
     ]
     assert wrong == []
+    beside = [ROOT / "sameroute.py", *(ROOT / "scripts").glob("*.py")]
+    assert [f.name for f in beside if {other.split(".")[0] for other in imports(f.read_text())} & {"megatron"}] == []
 
 
 def test_objectives_know_tensors_only():
@@ -155,7 +188,16 @@ def test_objectives_know_tensors_only():
 def test_what_stands_below_can_be_read_without_an_engine(module):
     script = f"import sys, {module}; print(*{{m.partition('.')[0] for m in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert set(done.stdout.split()).isdisjoint({"torch", "transformers", "ray", "sglang", "megatron"})
+    assert set(done.stdout.split()).isdisjoint(ENGINES)
+
+
+def test_a_configuration_never_imports_an_engine_also_not_later():
+    wrong = {
+        module: engines
+        for module, found in IMPORTS.items()
+        if module.startswith("pipeline.config") and (engines := {other.split(".")[0] for other in found} & ENGINES)
+    }
+    assert wrong == {}
 
 
 def test_no_room_is_crowded():
@@ -164,6 +206,8 @@ def test_no_room_is_crowded():
 
 
 def test_a_file_name_means_one_thing():
-    counts = Counter(file.stem for file in MODULES.values())
-    assert {name for name, n in counts.items() if n > 1} <= SAME_NAME.keys()
-    assert {name for name in SAME_NAME if counts[name] < 2} == set()
+    places: dict[str, set[str]] = defaultdict(set)
+    for module, file in MODULES.items():
+        if file.name != "__init__.py":
+            places[file.stem].add(module.rpartition(".")[0])
+    assert {name: found for name, found in places.items() if len(found) > 1} == SAME_NAME
