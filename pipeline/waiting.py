@@ -1,21 +1,25 @@
 """Who is being waited for, where a wait is longer than such waits are: a line after some seconds, and again.
 
 A stopped process, a hung network and a long step look alike from outside. The line comes after FIRST_S seconds, or
-after three times the longest wait for the same so far, whichever is later: a run at its pace says nothing.
+after three times the median of the last waits for the same, whichever is later: a run at its pace says nothing, and one
+that once stood still for minutes says so again the next time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 
 from pipeline.say import to_stderr
 
 FIRST_S = 10.0
 START_S = 60.0  # in place of it for what starts a process or reads a model
-_LONGER = 3.0  # than the longest so far
+_LONGER = 3.0  # than the last ones took
+_LAST = 9  # waits that count
 _AGAIN_S = 300.0  # at most, between two lines
 
 
@@ -24,16 +28,17 @@ class Waiting:
 
     def __init__(self, say: Callable[[str], None] = to_stderr):
         self.say = say
-        self._longest: dict[str, float] = {}
+        self._last: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LAST))
 
     def begin(self, what: str, first_s: float | None = None) -> Wait:
         """A wait begins. what: what happens meanwhile, "update_policy". first_s: in place of FIRST_S."""
         first_s = FIRST_S if first_s is None else first_s
-        return Wait(self, what, max(first_s, _LONGER * self._longest.get(what, 0.0)))
+        usual = statistics.median_low(self._last[what]) if self._last[what] else 0.0
+        return Wait(self, what, max(first_s, _LONGER * usual))
 
     def ended(self, what: str, seconds: float) -> None:
         """A wait is over."""
-        self._longest[what] = max(self._longest.get(what, 0.0), seconds)
+        self._last[what].append(seconds)
 
     @contextlib.contextmanager
     def during(self, what: str, who: Callable[[], str]) -> Iterator[None]:

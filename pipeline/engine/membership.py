@@ -23,6 +23,7 @@ from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import NodeGoneError, ServerError
 from pipeline.restart_budget import RestartBudget
 from pipeline.say import to_stderr
+from pipeline.waiting import Waiting
 
 
 class ServerProcess(Protocol):
@@ -99,7 +100,7 @@ class Membership:
     def __init__(self, servers: Sequence[FleetServer], config: ServerConfig, say: Callable[[str], None] = to_stderr):
         self.servers, self.say = list(servers), say
         self.lost = self.restarted = 0
-        self._config = config
+        self._config, self._waits = config, Waiting(say)
         self._lock, self._starting = threading.RLock(), threading.Lock()
         self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
         self.failure: ServerError | None = None
@@ -129,7 +130,10 @@ class Membership:
             self.check()
             members = [s for s in self.servers if s.state in UP]
             for server in members:
-                if not server.answers(self._config.probe_timeout_s):
+                named = f"the server {server.process.url} (log: {server.process.log_path})"
+                with self._waits.during("the probe before a transfer", lambda named=named: named):
+                    answers = server.answers(self._config.probe_timeout_s)
+                if not answers:
                     self.lose(server, "does not answer")
             members = [s for s in members if s.state in UP]
             if members:

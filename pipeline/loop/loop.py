@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -129,10 +130,14 @@ class Loop:
         """Run what samples, beside the producer where there is one."""
         return on_own_loop(work) if self.producer is None else self.producer.run(work)
 
+    def _waits_for_servers(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Around a call that the servers hold up: a line says so where it is long."""
+        return self.waiting.during(what, lambda: "answers of the servers (logs/sglang*.log)")
+
     def transfer(self, timer: Timer) -> None:
         """`sync`, while no server samples."""
         if self.producer is not None:
-            with timer("pause"):
+            with timer("pause"), self._waits_for_servers("the pause before a transfer"):
                 self.producer.pause()
         with timer("sync"):
             self.sync()
@@ -141,7 +146,7 @@ class Loop:
 
     def collect(self, producer: Producer, timer: Timer, number: int) -> tuple[list[Group], dict[str, float]]:
         """The groups of step `number` that were made while earlier ones trained, and what was made since."""
-        with timer("wait"), self.waiting.during("sampling", lambda: "answers of the servers (logs/sglang*.log)"):
+        with timer("wait"), self._waits_for_servers("sampling"):
             taken = producer.take()
         if taken.failures.first:
             self.say(f"step {number}: {taken.failures}")
@@ -174,7 +179,7 @@ class Loop:
         rollout, groups, drawn, tokens = self.config.rollout, [], 0, 0
         graded, failures = 0, Failures()
         for _ in range(rollout.max_sampling_rounds):
-            with timer("rollout"), self.waiting.during("sampling", lambda: "answers of the servers (logs/sglang*.log)"):
+            with timer("rollout"), self._waits_for_servers("sampling"):
                 prompts = self.source.take(rollout.prompts_per_step - len(groups))
                 new = sample_groups_sync(self.fleet, prompts, rollout.samples_per_prompt, self.sampling)
             with timer("reward"):
@@ -231,7 +236,8 @@ class Loop:
 
     def probe(self) -> None:
         """Sample a little under the newest weights and compare, as `step` does: for the last transfer of a run."""
-        groups = sample_groups_sync(self.fleet, self.source.take(4), 1, self.sampling)
+        with self._waits_for_servers("sampling"):
+            groups = sample_groups_sync(self.fleet, self.source.take(4), 1, self.sampling)
         rollouts = [r for g in groups for r in g.rollouts]
         self.load(rollouts)
         policy = self.trainers.logprobs("replay" if self.replay.from_server else "native")

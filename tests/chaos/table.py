@@ -84,7 +84,8 @@ def second_run_stops_and_kill_of_the_driver(place: Place) -> Iterator[Outcome]:
 
     before = len(first.text())
     first.send(SCHEDULER, signal.SIGSTOP)
-    said = r"waiting for (answers of the servers .*|trainer rank 0 \(the server \S+ has not answered.*) for \d+ s"
+    which = r"answers of the servers|the server \S+ \(log|trainer rank 0 \(the server \S+ has not answered"
+    said = rf"waiting for ({which}).* for \d+ s"
     first.wait_for(said, before, STOPPED_S)
     first.send(SCHEDULER, signal.SIGCONT)
     first.steps()

@@ -39,6 +39,15 @@ def test_a_wait_as_long_as_those_before_says_nothing_and_a_longer_one_does(said)
     assert said[-1].startswith("waiting for rank 2 in update_policy")
 
 
+def test_a_run_that_once_stood_still_says_so_again(said):
+    waits = Waiting(said.append)
+    for seconds in (0.01, 60.0, 0.01):
+        waits.ended("sampling", seconds)
+    with waits.during("sampling", lambda: "the server"):
+        time.sleep(0.2)
+    assert said != []
+
+
 def test_a_polling_wait_asks_who_only_when_a_line_is_due(said):
     asked = []
     wait = Waiting(said.append).begin("load")

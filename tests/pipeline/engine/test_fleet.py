@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline import waiting
 from pipeline.config.server import ServerConfig
 from pipeline.engine.client import AbortedError, AnswerError, UnreachableError
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.fleet import Fleet, FleetServer, ServerState
 from pipeline.engine.interruption import Updates
 from pipeline.engine.keys import ServerKeys
+from pipeline.engine.membership import Membership
 from pipeline.engine.server import ServerError
 from pipeline.types import Sampled
 
@@ -201,6 +204,16 @@ def test_a_server_that_does_not_answer_is_no_part_of_a_transfer():
     fleet.transfer(trainers)
     assert trainers.sent == [(1, ["http://a"], True)]
     b.loading.set()
+
+
+def test_a_server_that_takes_long_to_answer_before_a_transfer_is_named_meanwhile(monkeypatch):
+    monkeypatch.setattr(waiting, "FIRST_S", 0.02)
+    said, a = [], Server("a")
+    fleet = fleet_of(a)
+    fleet.members = Membership(fleet.servers, fleet.config, said.append)
+    monkeypatch.setattr(Member, "answers", lambda self, timeout_s: time.sleep(0.2) or True)
+    fleet.transfer(Trainers())
+    assert said[0] == "waiting for the server http://a (log: a.log) in the probe before a transfer, for 0 s"
 
 
 def test_a_resumed_fleet_gets_the_version_that_it_had():
