@@ -16,10 +16,10 @@ from pipeline.config.server import ServerConfig
 from pipeline.engine.client import AbortedError, AnswerError, UnreachableError
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.fleet import Fleet, FleetServer, ServerState
-from pipeline.engine.interruption import Updates
+from pipeline.engine.interruption import Updates, must_be_current
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.membership import Membership
-from pipeline.engine.server import ServerError
+from pipeline.engine.server import NodeGoneError, ServerError
 from pipeline.types import Sampled
 
 
@@ -27,7 +27,7 @@ class Server:
     """Stands for a server's process and its client; answers wait until `release`. steered: the calls that steer it."""
 
     def __init__(self, name):
-        self.name, self.open, self.asked, self.steered, self.version = name, 0, [], [], 0
+        self.name, self.open, self.asked, self.steered, self.version, self.deaf = name, 0, [], [], 0, False
         self.url, self.log_path, self.living, self.starts = f"http://{name}", Path(f"{name}.log"), True, 1
         self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
         self.release, self.aborts, self.loading, self.wide_routes = asyncio.Event(), 0, threading.Event(), 0
@@ -42,7 +42,7 @@ class Server:
 
     def restart(self):
         self.starts += 1
-        self.living = True
+        self.living, self.deaf = True, False
 
     def log_tail(self):
         return f"{self.log_path}:\nthe last words"
@@ -56,14 +56,17 @@ class Server:
 
     async def sample(self, ids, sampling, *, routes_from=0):
         assert self.open > 0
-        self.asked.append((ids[0], self.version))
+        began = self.version
+        self.asked.append((ids[0], began))
         await self.release.wait()
         if ids == [13]:
             raise ServerError("unlucky")
         if ids == [14] and self.starts == 1:
             self.living = False
             raise UnreachableError("cut off")
-        versions = np.array([self.version, self.version], np.int32)
+        if ids == [15]:
+            raise UnreachableError("reset by peer")
+        versions = np.array([began, self.version], np.int32)
         empty = np.zeros(2, np.float32)
         return Sampled(np.array([ids[0], len(self.name)], np.int32), empty, None, versions, "stop")
 
@@ -87,7 +90,7 @@ class Member(FleetServer):
     """Asks no process."""
 
     def answers(self, timeout_s):
-        return self.process.living
+        return self.process.living and not self.process.deaf
 
 
 class Trainers:
@@ -136,7 +139,8 @@ def test_a_sample_goes_to_the_server_of_its_group_else_to_the_one_with_the_fewes
             assert await fleet.score([5]) == ("b", [5])
             a.release.set()
             assert (await tasks[0]).ids.tolist() == [0, 1]
-            await asyncio.gather(*tasks)
+            assert [part.server for part in await asyncio.gather(*tasks)] == [0, 0, 0, 0, 1, 1, 1, 1, 0, 1]
+            assert all(0 <= part.seconds < 60 for part in await asyncio.gather(*tasks))
             assert all(not server.groups for server in fleet.servers)
         assert a.open == b.open == 0
 
@@ -216,11 +220,42 @@ def test_a_server_that_takes_long_to_answer_before_a_transfer_is_named_meanwhile
     assert said[0] == "waiting for the server http://a (log: a.log) in the probe before a transfer, for 0 s"
 
 
+def test_a_server_whose_process_lives_and_whose_scheduler_hangs_is_no_part_of_a_transfer():
+    a, b = Server("a"), Server("b")
+    fleet, trainers = fleet_of(a, b), Trainers()
+    b.deaf = True
+    b.loading.clear()
+    fleet.transfer(trainers)
+    assert trainers.sent == [(1, ["http://a"], True)]
+    assert fleet.members.lost == 1
+    b.loading.set()
+
+
 def test_a_resumed_fleet_gets_the_version_that_it_had():
     fleet, trainers = fleet_of(Server("a")), Trainers()
     fleet.begin_at(7)
     fleet.transfer(trainers)
     assert (fleet.version, trainers.sent) == (7, [(7, ["http://a"], True)])
+
+
+def test_a_server_that_starts_while_a_run_is_resumed_waits_for_the_weights_of_that_run():
+    fleet = fleet_of(Server("a"))
+    fleet.begin_at(1)
+    fleet.servers[0].state = ServerState.PENDING_WEIGHTS
+    fleet.catch_up()
+    assert fleet.servers[0].state is ServerState.PENDING_WEIGHTS
+
+
+def test_a_server_that_does_not_take_the_weights_that_it_lacks_is_lost():
+    a = Server("a")
+    fleet, trainers = fleet_of(a), Trainers()
+    fleet.transfer(trainers)
+    fleet.servers[0].state = ServerState.PENDING_WEIGHTS
+    trainers.bad, fleet.members.lost = [1], 0
+    a.loading.clear()
+    fleet.catch_up()
+    assert fleet.members.lost == 1
+    a.loading.set()
 
 
 def test_a_fleet_without_servers_counts_and_sends_nothing():
@@ -259,6 +294,52 @@ def test_the_restart_after_the_last_that_is_allowed_ends_the_run_with_the_log():
             with pytest.raises(ServerError, match="the last words"):
                 await fleet.sample([1], None)
         assert a.starts == 2
+
+    asyncio.run(run())
+
+
+def test_the_run_goes_on_without_servers_whose_node_is_gone_and_ends_with_the_last():
+    def gone():
+        raise NodeGoneError("node 2 is gone")
+
+    async def run():
+        a, b = Server("a"), Server("b")
+        b.release.set()
+        a.restart = b.restart = gone
+        fleet = fleet_of(a, b)
+        async with fleet:
+            a.living = False
+            fleet.members.check()
+            assert fleet.servers[0].state is ServerState.LOST
+            assert (await fleet.sample([1], None)).server == 1
+            fleet.transfer(trainers := Trainers())
+            assert trainers.sent == [(1, ["http://b"], True)]
+            b.living = False
+            with contextlib.suppress(NodeGoneError):  # known already
+                fleet.members.check()
+            with pytest.raises(NodeGoneError, match="node 2 is gone"):
+                await asyncio.wait_for(fleet.sample([1], None), 10)
+
+    asyncio.run(run())
+
+
+def test_a_fleet_that_is_closed_starts_no_server_again():
+    a = Server("a")
+    fleet = fleet_of(a)
+    fleet.close()
+    a.living = False
+    fleet.members.check()
+    assert (a.starts, fleet.members.lost) == (1, 0)
+
+
+def test_a_server_that_is_lost_while_it_stands_still_is_not_told_to_go_on():
+    async def run():
+        a, b = Server("a"), Server("b")
+        fleet = fleet_of(a, b)
+        async with fleet, fleet.interrupted("in_place"):
+            fleet.members.lose(fleet.servers[0], "died")
+            assert [server.halted for server in fleet.servers] == [False, True]
+        assert (a.steered, b.steered) == (["/pause_generation"], ["/pause_generation", "/continue_generation"])
 
     asyncio.run(run())
 
@@ -377,6 +458,102 @@ def test_an_interruption_lets_nothing_through_and_a_transfer_inside_is_of_the_ne
     asyncio.run(run())
 
 
+def test_a_request_that_waited_for_one_interruption_does_not_slip_into_the_next():
+    async def run():
+        a = Server("a")
+        a.release.set()
+        fleet = fleet_of(a)
+        async with fleet:
+            async with fleet.interrupted("abort"):
+                asked = asyncio.create_task(fleet.sample([1], None))
+                await asyncio.sleep(0)
+            async with fleet.interrupted("abort"):
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                assert a.asked == []
+            await asked
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("mode", "mixed"), [("in_place", [False, True]), ("retract", None)])
+def test_an_answer_that_stood_still_through_a_transfer_is_marked_by_how_it_stood(mode, mixed):
+    async def run():
+        a = Server("a")
+        fleet = fleet_of(a)
+        async with fleet:
+            asked = asyncio.create_task(fleet.sample([1], None))
+            await until(lambda: a.asked)
+            async with fleet.interrupted(mode):
+                fleet.transfer(Trainers())
+            a.release.set()
+            part = await asked
+        assert part.weight_versions.tolist() == [0, 1]
+        assert (None if part.mixed_kv is None else part.mixed_kv.tolist()) == mixed
+        assert fleet.metrics()["servers/requests_interrupted"] == 1
+
+    asyncio.run(run())
+
+
+def test_a_server_that_joins_in_a_transfer_gets_no_request_before_the_interruption_ends():
+    async def run():
+        fleet = fleet_of(Server("a"), Server("b"))
+        late = fleet.servers[1]
+        async with fleet:
+            async with fleet.interrupted("in_place"):
+                late.state = ServerState.PENDING_WEIGHTS
+                fleet.transfer(Trainers())
+                assert late.state is ServerState.PAUSED
+            assert late.state is ServerState.SERVING
+
+    asyncio.run(run())
+
+
+def test_after_a_transfer_that_the_trainer_broke_off_no_server_serves_old_weights_for_new():
+    class Broken(Trainers):
+        def send_weights(self, version, servers, *, flush):
+            raise RuntimeError("a rank died")
+
+    async def run():
+        fleet = fleet_of(Server("a"))
+        async with fleet:
+            with pytest.raises(RuntimeError, match="a rank died"):
+                async with fleet.interrupted("abort"):
+                    fleet.transfer(Broken())
+            assert fleet.servers[0].state is ServerState.PENDING_WEIGHTS
+
+    asyncio.run(run())
+
+
+def test_a_server_that_hangs_when_it_is_to_stand_still_is_lost(monkeypatch):
+    monkeypatch.setattr("pipeline.engine.fleet._PROBE_S", 0.01)
+
+    async def run():
+        a, b = Server("a"), Server("b")
+        fleet = fleet_of(a, b)
+        a.ask = lambda *_: asyncio.sleep(1000)
+        a.deaf = True
+        a.loading.clear()
+        async with fleet, asyncio.timeout(10), fleet.interrupted("in_place"):
+            assert [fleet.members.lost, fleet.servers[1].state] == [1, ServerState.PAUSED]
+            a.loading.set()
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_breaks_again_and_again_while_its_server_lives_is_an_error():
+    async def run():
+        a = Server("a")
+        a.release.set()
+        async with (fleet := fleet_of(a)):
+            with pytest.raises(UnreachableError, match="reset by peer"):
+                await asyncio.wait_for(fleet.sample([15], None), 10)
+        assert [i for i, _ in a.asked] == [15] * 3
+        assert fleet.members.lost == 0
+
+    asyncio.run(run())
+
+
 def test_aborts_are_repeated_until_nothing_is_left():
     async def run():
         a = Server("a")
@@ -429,6 +606,12 @@ def test_tokens_of_weights_that_the_fleet_never_held_are_refused():
                 await fleet.sample([1], None)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("versions", "current"), [((5, 6), True), ((), True), ((4, 5), False), ((6, 7), False)])
+def test_tokens_are_of_weights_that_were_held_from_the_request_to_its_end(versions, current):
+    with contextlib.nullcontext() if current else pytest.raises(ValueError, match="the fleet held 5 to 6"):
+        must_be_current(np.array(versions, np.int32), 5, 6)
 
 
 def test_addresses_are_in_the_order_of_the_servers():

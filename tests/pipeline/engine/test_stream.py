@@ -67,7 +67,9 @@ def test_each_sample_gets_its_own_answer_out_of_one_request():
     answers = run(server, work)
     assert server.posted == [["a", "bb", "ccc"]]
     assert [answer["output_ids"] for answer in answers] == [[1], [2], [3]]
-    assert [answer["meta_info"]["p"]["seed"] for answer in answers] == ["a", "bb", "ccc"]
+    parameters = [answer["meta_info"]["p"] for answer in answers]
+    assert [sampling["seed"] for sampling in parameters] == ["a", "bb", "ccc"]
+    assert all(sampling["stream_interval"] > 1e6 for sampling in parameters), "a chunk a token costs more than tokens"
 
 
 def test_samples_whose_routes_begin_elsewhere_or_that_come_later_have_their_own_request():
@@ -120,6 +122,18 @@ def test_a_sample_that_is_given_up_is_aborted_and_the_others_go_on():
 
     server = Server()
     run(server, work)
+
+
+def test_a_sample_that_is_given_up_before_it_is_sent_costs_no_request():
+    async def work(stream):
+        a, b = (asyncio.ensure_future(stream.ask(body(rid))) for rid in "ab")
+        await asyncio.sleep(0)
+        b.cancel()
+        await a
+
+    server = Server()
+    run(server, work)
+    assert server.posted == [["a"]]
 
 
 def test_a_stream_that_ends_early_fails_what_is_open():

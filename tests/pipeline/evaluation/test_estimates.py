@@ -86,6 +86,7 @@ def test_the_interval_narrows_with_the_questions_and_repeats():
     values = np.tile([0.0, 1.0], 50)
     few, many = interval(values), interval(np.tile(values, 25))
     assert few == interval(values)
+    assert few[1] - few[0] == pytest.approx(2 * 1.96 * 0.5 / 100**0.5, rel=0.08), "95%, of a normal mean"
     assert (few[1] - few[0]) / (many[1] - many[0]) == pytest.approx(5, rel=0.2)
     assert interval(np.array([0.25])) == (0.25, 0.25)
     assert interval(np.ones(9)) == (1.0, 1.0)

@@ -61,6 +61,11 @@ def test_each_set_draws_and_is_graded_in_its_own_way(open_quickstart):
     assert (one.sampling.temperature, one.sampling.max_new_tokens, one.rewards[0].kind) == (0, 3, "number")
     assert (other.sampling.temperature, other.sampling.top_p, other.sampling.max_new_tokens) == (1, 0.9, 8)
     assert other.rewards[0].kind == "exact_match"
+    assert one.sampling.seed is other.sampling.seed is None
+    _, (seeded,) = open_quickstart(
+        "evaluate=[{name: a, prompts: 1}]", "server.deterministic=true", "run.seed=9", "precision.min_p=0"
+    )
+    assert seeded.sampling.seed == 0, "two runs are measured by the same draws"
 
 
 def test_it_is_due_at_the_start_every_n_steps_and_at_the_end(open_quickstart):
