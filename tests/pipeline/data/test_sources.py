@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pipeline.config.data import DataConfig
 from pipeline.config.model import TinyModelConfig
 from pipeline.data.chat import DataError
+from pipeline.data.mixture import Mixture
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
 
@@ -97,11 +98,11 @@ def test_held_out_prompts_are_the_same_whatever_the_seed_and_never_trained_on(op
     file = rows("a", 400) | {"held_out": 0.25}
     train, other = open_source(file), open_source(file, seed=5)
     held_out, again = open_source(file, part="held_out"), open_source(file, part="held_out", seed=5)
+    assert texts(train.peek(9)) != texts(other.peek(9))
     assert train.size + held_out.size == 400
     assert 70 < held_out.size < 130
     assert set(texts(held_out.take(held_out.size))) == set(texts(again.take(held_out.size)))
     assert not set(texts(train.take(train.size))) & set(texts(held_out.take(held_out.size)))
-    assert texts(train.peek(9)) != texts(other.peek(9))
     assert train.facts()["a"]["held_out"] == held_out.size
 
 
@@ -298,6 +299,37 @@ def test_epochs_of_a_shuffled_file_differ_and_each_row_comes_once(open_source, r
     epochs = [tuple(texts(source.take(9))) for _ in range(4)]
     assert all(sorted(one) == sorted(other) for one, other in pairwise(epochs))
     assert len(set(epochs)) == 4
+
+
+def test_pairs_to_imitate_come_in_an_order_of_their_own_and_a_curriculum_passes_none_over(open_source, rows):
+    source = open_source(rows("a", 20), supervised=True, curriculum={"drop_solved_after": 1})
+    prompts, pairs = texts(source.take(20)), texts(pair.prompt for pair in source.take_supervised(20))
+    assert sorted(pairs) == sorted(prompts)
+    assert pairs != prompts
+    for number in range(20):
+        source.learned(source.at(number), [1.0])
+    assert sorted(texts(pair.prompt for pair in source.take_supervised(20))) == sorted(prompts)
+
+
+def test_the_last_prompt_that_is_to_be_learned_is_found_wherever_it_stands(open_source, rows):
+    source = open_source(rows("a", 40), curriculum={"drop_solved_after": 1})
+    first = source.take(40)
+    for prompt in first[1:]:
+        source.learned(prompt, [1.0])
+    assert texts(source.take(3)) == [first[0].text] * 3
+
+
+def test_a_row_that_a_file_no_longer_has_is_named(open_source, rows):
+    source = open_source(rows("a", 5))
+    assert source.sources[0].again(4)
+    with pytest.raises(DataError, match="has no row 5 any more"):
+        source.sources[0].again(5)
+
+
+@pytest.mark.parametrize("position", [-1, True, "3", None])
+def test_a_position_that_is_no_count_is_refused(position):
+    with pytest.raises(ValueError, match="the position of a is a count"):
+        Mixture(["a"], [1]).restored(3, {"a": [position, "0"]})
 
 
 def test_a_prompt_that_was_taken_comes_again_as_it_was_also_after_a_resumption(open_source, rows):

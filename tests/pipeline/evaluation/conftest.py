@@ -20,7 +20,7 @@ class FakeServers:
         self.tokenizer, self.text, self.version = tokenizer, text, version
         self.sampled_under = version if sampled_under is None else sampled_under
         self.in_flight = self.most = self.entered = 0
-        self.wait, self.reason, self.asked = wait, reason, {}
+        self.wait, self.reason, self.asked, self.seeds = wait, reason, {}, []
 
     async def __aenter__(self):
         self.entered += 1
@@ -32,6 +32,7 @@ class FakeServers:
     async def sample(self, token_ids, sampling, *, routes_from=0, group=None):
         assert self.entered
         assert not sampling.with_routes
+        self.seeds.append(sampling.seed)
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
         try:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from pipeline.config import load_config
 from pipeline.evaluation.answering import EvaluationError, GivenUp, ask
 from pipeline.evaluation.result import evaluation_of
+from pipeline.loop.evaluations import evaluate_set
 from pipeline.rewards import Grader, RewardError, open_grader
 
+SMALL_STEPS = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2"]
 GRADING = load_config("configs/quickstart.yaml").grading
 
 
@@ -40,6 +43,7 @@ def test_scores_are_those_of_the_answers_counted_by_hand(three, fake_servers):
     assert all(score.low <= score.value <= score.high for score in found.scores.values())
     metrics = found.metrics()
     assert metrics["eval/three/pass@4"] == scores["pass@4"]
+    assert metrics["eval/three/pass@4_low"] < scores["pass@4"] < metrics["eval/three/pass@4_high"]
     assert metrics["eval/three/failed"] == 0
     row = json.loads(json.dumps(found.row()))
     assert (row["step"], row["set"], row["version"], row["questions"]) == (7, "three", 3, 3)
@@ -104,6 +108,19 @@ def test_answers_that_a_verifier_fails_on_are_in_no_score_and_counted(three, fak
     assert "6 not graded" in str(found)
     assert not any(math.isnan(value) for value in found.metrics().values())
     assert sum(answer["failure"] is not None for answer in found.answers) == 6
+
+
+def test_every_answer_draws_from_a_stream_of_its_own_where_streams_have_seeds(three, fake_servers):
+    servers = fake_servers()
+    answers_of(replace(three, sampling=replace(three.sampling, seed=0)), servers)
+    assert len(set(servers.seeds)) == 12
+
+
+def test_an_evaluation_says_which_weights_answered_after_which_step(three, fake_servers):
+    servers = fake_servers(wait=lambda: asyncio.sleep(0))
+    found = evaluate_set(three, servers, load_config("configs/quickstart.yaml", SMALL_STEPS), step=7)
+    assert (found.name, found.step, found.version, found.questions) == ("three", 7, 3, 3)
+    assert servers.most == 4, "as many at once as a step has answers"
 
 
 def test_progress_is_told(three, fake_servers):

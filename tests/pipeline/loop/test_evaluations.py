@@ -104,6 +104,15 @@ def test_the_best_is_the_highest_and_the_run_ends_when_none_is_better_for_long_e
     assert (again.best.value, again.best.step, again.best.since) == (0.5, 2, 2)
 
 
+def test_patience_begins_anew_with_each_that_is_better():
+    best = Best(load_config("configs/quickstart.yaml", [SETS, CHECKPOINTS]).checkpoint.best)
+    for step, value in enumerate((0.2, 0.1, 0.5, 0.4)):
+        best.better(step, {"eval/a/pass@1": value})
+    assert (best.step, best.since, best.exhausted) == (2, 1, False)
+    assert not best.better(4, {"eval/b/pass@1": 0.9}), "another set was evaluated"
+    assert best.since == 1
+
+
 def test_another_score_has_another_best():
     config = load_config("configs/quickstart.yaml", [SETS, CHECKPOINTS]).checkpoint.best
     state = Best(config, 0.9, 4, 1).state()

@@ -11,7 +11,7 @@ from pipeline.config import load_config
 from pipeline.config.replay import Replay
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.update import Measured, Update, loss_rows, mini_batches
-from pipeline.objectives import ObjectiveConfig, resolve
+from pipeline.objectives import PRESETS, ObjectiveConfig, resolve
 from pipeline.observe.metrics import Timer
 from pipeline.trainer.losses import ON_POLICY
 from pipeline.types import Batch, Episode, Group, PolicyTokens, Prompt
@@ -23,9 +23,9 @@ MODEL = SimpleNamespace(num_layers=4, num_experts=8)
 LENGTHS = ((3, 1), (2, 4), (1, 1), (5, 2))
 
 
-def make_batch(version=7) -> Batch:
+def make_batch(version=7, groups_of=LENGTHS) -> Batch:
     groups = []
-    for index, lengths in enumerate(LENGTHS):
+    for index, lengths in enumerate(groups_of):
         rollouts = [plain_rollout(range(n), -np.arange(1, n + 1) / 4, version=7) for n in lengths]
         groups.append(graded_group(Prompt(np.zeros(1, np.int32), "", index=index), rollouts, [1.0, 0.0]))
     return Batch(3, version, tuple(groups))
@@ -63,6 +63,41 @@ def test_several_mini_batches_are_whole_groups_against_one_proximal_pass():
     assert result.metrics["loss/policy"] == 4.0
 
 
+def with_a_hole(n: int):
+    """A rollout of n sampled tokens, and one between the first two that was not."""
+    trained = np.arange(n + 1) != 1
+    versions = np.where(trained, 7, -1).astype(np.int32)
+    return plain_rollout(range(n + 1), np.where(trained, -1, 0), trained=trained, weight_versions=versions)
+
+
+def batch_with_holes() -> Batch:
+    prompts = [Prompt(np.zeros(1, np.int32), "", index=index) for index in range(2)]
+    groups = (graded_group(p, [with_a_hole(3), with_a_hole(2)], [1.0, 0.0]) for p in prompts)
+    return Batch(3, 7, tuple(groups))
+
+
+def test_denominators_count_sampled_tokens_and_the_prompts_of_their_mini_batch():
+    trainers, _ = run("train.mini_batches=1", "rollout.max_new_tokens=11", batch=batch_with_holes())
+    ((denominators, _),) = trainers.updates
+    assert (denominators.sequences, denominators.tokens, denominators.prompts) == (4, 10, 2)
+    assert denominators.max_length == 11
+    trainers, _ = run("train.mini_batches=2", batch=batch_with_holes())
+    assert [(d.sequences, d.tokens, d.prompts) for d, _ in trainers.updates] == [(2, 5, 1)] * 2
+
+
+def test_a_metric_of_several_mini_batches_is_their_mean():
+    _, result = run("train.mini_batches=2", batch=make_batch(groups_of=LENGTHS[:3]))
+    assert result.metrics["loss/policy"] == (4 + 2) / 2
+
+
+def test_rollouts_of_older_weights_are_trained_on_as_far_as_the_bound_allows():
+    stale = "rollout.max_staleness=1", "objective={preset: grpo, correction: {kind: token_tis}}"
+    _, result = run("train.mini_batches=2", *stale, batch=make_batch(version=8))
+    assert result.metrics["staleness/max_abs_logprob"] == 0
+    with pytest.raises(DisagreementError, match=r"rollout\.max_staleness is 1"):
+        run("train.mini_batches=2", *stale, batch=make_batch(version=9))
+
+
 def test_r2_records_the_routes_of_the_proximal_pass_and_r3_does_not():
     assert run("train.mini_batches=1", replay=Replay.R2)[0].calls == ["record_routes 4 8", "update_policy"]
     assert run("train.mini_batches=1", replay=Replay.NONE)[0].calls == ["update_policy"]
@@ -82,6 +117,24 @@ def test_a_reference_and_a_critic_are_asked_where_the_objective_has_them():
     assert trainers.calls[-2:] == ["update_policy", "update_critic"]
     assert "values" in trainers.calls
     assert result.metrics["critic/grad_norm"] == 2.0
+    ((_, rows),) = trainers.updates
+    assert all(row.proximal_values.tolist() == [0] * len(row.rollout_logprobs) for row in rows.values())
+    assert all(row.returns is not None for row in rows.values())
+
+
+def test_the_reference_is_compared_on_sampled_tokens():
+    class Reference(FakeTrainers):
+        def reference_logprobs(self):
+            found = super().reference_logprobs()
+            for row, rollout in zip(found, self.rollouts, strict=True):
+                row[~rollout.trained] = -50
+            return found
+
+    batch = batch_with_holes()
+    kl = "objective={preset: grpo, kl: {estimator: k1, beta: 0.1, place: reward}}"
+    config = load_config(QUICKSTART, ["train.mini_batches=1", kl])
+    result = Update(config, resolve(config.objective), Reference(batch.rollouts), MODEL, Replay.NONE)(batch, Timer())
+    assert result.metrics["kl/reference"] == pytest.approx(1.0)
 
 
 def test_engines_that_disagree_stop_the_update_before_it_where_there_is_a_pass_before_it():
@@ -163,3 +216,18 @@ def test_the_overlong_penalty_counts_what_the_policy_sampled():
         batch = Batch(1, 7, (graded_group(prompt, [rollout, plain_rollout([1], -np.ones(1), 7)], [1.0, 0.0]),))
         rewards[name] = [r.advantage for r in loss_rows(objective, batch, Measured(None), max_new_tokens=4)]
     assert rewards["with holes"] == rewards["compact"]
+
+
+def test_of_two_right_answers_the_longer_one_is_worth_less_under_the_overlong_penalty():
+    objective = resolve(ObjectiveConfig(preset="dr_grpo", overlong_fraction=1.0))
+    pair = [plain_rollout(range(n), -np.ones(n), 7) for n in (4, 1)]
+    batch = Batch(1, 7, (graded_group(Prompt(np.zeros(1, np.int32), ""), pair, [1.0, 1.0]),))
+    long, short = (row.advantage for row in loss_rows(objective, batch, Measured(None), max_new_tokens=4))
+    assert long < 0 < short
+
+
+def test_a_row_knows_how_many_tokens_were_sampled_for_its_prompt():
+    objective = next(o for name in PRESETS if (o := resolve(ObjectiveConfig(preset=name))).needs_prompt_tokens)
+    batch = batch_with_holes()
+    found = loss_rows(objective, batch, Measured(None), max_new_tokens=4)
+    assert [row.prompt_tokens for row in found] == [5] * 4
