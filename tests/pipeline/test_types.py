@@ -76,6 +76,10 @@ def test_tokens_over_old_keys_and_values_are_sampled_and_not_comparable():
     marked = make_rollout(mixed_kv=np.array([False, False, True]))
     assert marked.trained_tokens == 2
     assert marked.comparable.tolist() == [True, False, False]
+    whole = make_rollout(weight_versions=np.array([4, -1, 4], np.int32))
+    assert whole.is_of(4)
+    assert not make_rollout().is_of(4), "a token of version 3"
+    assert not dataclasses.replace(whole, mixed_kv=np.array([False, False, True])).is_of(4)
 
 
 def with_route(value) -> Rollout:
@@ -99,7 +103,7 @@ def test_routes_and_tokens_of_another_model_are_refused():
 
 
 def test_going_on_adds_what_was_sampled_and_changes_nothing_that_was_there():
-    before = make_rollout()
+    before = make_rollout(retractions=1, servers=(0,), seconds=0.5)
     more = Sampled(
         ids=np.array([8], np.int32),
         logprobs=np.array([-2], np.float32),
@@ -108,13 +112,17 @@ def test_going_on_adds_what_was_sampled_and_changes_nothing_that_was_there():
         finish_reason="length",
         kept=np.array([[1, 2, 8]], np.int32),
         retractions=2,
+        server=3,
+        seconds=0.25,
     )
     after = before.extended(more)
     assert after.trained.tolist() == [True, False, True, True]
     assert after.weight_versions.tolist() == [3, -1, 4, 5]
     assert np.array_equal(after.routes[:4], before.routes)
     assert after.kept.tolist() == [[5, 9, -1], [-1, -1, -1], [7, -1, -1], [1, 2, 8]]
-    assert (after.finish_reason, after.retractions) == ("length", 2)
+    assert (after.finish_reason, after.retractions) == ("length", 3)
+    assert (after.servers, after.seconds) == ((0, 3), 0.75)
+    assert after.extended(more).servers == (0, 3)
 
 
 def prompt(index=0) -> Prompt:

@@ -32,6 +32,8 @@ def test_every_sample_is_dealt_once_and_ranks_run_equally_many_micro_batches(len
 def test_micro_batches_are_balanced():
     plan = plan_micro_batches([10] * 16, token_budget=40, dp_size=2)
     assert [[len(b) for b in rank] for rank in plan] == [[4, 4], [4, 4]]
+    (batches,) = plan_micro_batches([1, 1, 1, 1, 4], token_budget=4, dp_size=1)
+    assert sorted(map(sorted, batches)) == [[0, 1, 2, 3], [4]], "the longest is dealt first"
 
 
 @given(LENGTHS, st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 4]))
@@ -78,6 +80,8 @@ def test_responses_are_the_last_inputs_of_each_sequence(lengths, cp):
     wanted = [max(1, n // 2) for n in lengths]
     matrix = layout.responses(packed, wanted)
     mask = response_mask(wanted)
+    whole = layout.responses(packed + 1, wanted)
+    assert (whole[~mask] == 0).all()
     for row, (n, response) in enumerate(zip(lengths, wanted, strict=True)):
         assert matrix[row, :response].tolist() == [100 * row + t for t in range(n - response, n)]
     assert (matrix[~mask] == 0).all()

@@ -46,6 +46,17 @@ def test_outside_the_band_a_share_is_asked_all_the_same():
     assert np.mean(asked[0][1::2]) == pytest.approx(0.25, abs=0.03)
     assert asked[0] != asked[1]
     assert asked[0] == [rates.asks(row, 1) for row in range(4000)]
+    other = make(4000, seed=1, band=(0.2, 0.8), outside=0.25)
+    other.restore(rates.state())
+    assert asked[0] != [other.asks(row, 1) for row in range(4000)]
+
+
+@pytest.mark.parametrize("band", [(0.5, 0.8), (0.2, 0.5)])
+def test_the_ends_of_the_band_are_in_it(band):
+    rates = make(band=band, outside=0.0)
+    rates.learn(0, [1.0, 0.0])
+    rates.learn(1, [1.0, 1.0])
+    assert (rates.asks(0, 1), rates.asks(1, 1)) == (True, False)
 
 
 def test_what_was_learned_comes_back_from_json_and_rows_that_are_gone_are_left_out():

@@ -66,6 +66,12 @@ def test_a_state_of_another_kind_is_refused(state, source):
         source(task=TASK).restore(state)
 
 
+def test_a_state_with_more_than_there_is_to_it_is_refused(source):
+    stream = source(task=TASK)
+    with pytest.raises(DataError, match="more keys than it has"):
+        stream.restore(stream.state() | {"more": 1})
+
+
 def test_a_failed_take_does_not_move_the_cursor(source):
     stream = source(task=SyntheticTaskConfig(min_digits=8, max_digits=8), max_prompt_tokens=9)
     with pytest.raises(DataError, match=r"question 0: the prompt has 10 tokens, the limit is 9; raise data\.max_p"):

@@ -207,6 +207,14 @@ def test_too_long_questions_of_a_generator_are_dropped_and_counted(open_source):
     assert dropped == int(prompts[-1].origin.partition(":")[2]) + 1 - 30
 
 
+def test_a_source_of_nothing_but_too_long_prompts_says_so_and_does_not_search_for_ever(open_source, monkeypatch):
+    monkeypatch.setattr("pipeline.data.prompts._MOST_DROPPED", 5)
+    task = {"kind": "synthetic", "task": {"min_digits": 8, "max_digits": 8}}
+    source = open_source(task, max_prompt_tokens=7, filters={"too_long": "drop"})
+    with pytest.raises(DataError, match="the prompt has 10 tokens, the limit is 7"):
+        source.take(1)
+
+
 def test_epochs_and_pass_rates_are_metrics_of_each_source(open_source, rows):
     source = open_source(rows("a", 4), SYNTHETIC)
     taken = source.take(6)
@@ -217,6 +225,11 @@ def test_epochs_and_pass_rates_are_metrics_of_each_source(open_source, rows):
     assert (metrics["data/a/pass_rate"], metrics["data/digit_sort/pass_rate"]) == (0.5, 1.0)
     assert (metrics["data/a/seen"], metrics["data/a/sometimes_solved"]) == (3, 1)
     assert "data/a/pass_rate" not in source.metrics()
+    source.learned(taken[0], [])
+    assert "data/a/pass_rate" not in source.metrics(), "of a group without rewards nothing is learned"
+    fresh = open_source(rows("a", 4), SYNTHETIC)
+    source.restore(fresh.state())
+    assert source.metrics()["data/a/seen"] == 0, "what was learned after a checkpoint is not its"
 
 
 def test_the_curriculum_asks_unseen_prompts_and_those_in_the_band_and_goes_on_the_same_after_a_resumption(

@@ -91,6 +91,17 @@ def scores(gap=0.0):
     return [(r, np.full(len(r.token_ids) - 1, -0.5 + gap, np.float32), None) for r in STALE]
 
 
+def test_a_batch_without_a_sampled_token_proves_nothing_at_any_staleness():
+    none = dataclasses.replace(
+        ROLLOUTS[0],
+        trained=np.zeros(4, bool),
+        rollout_logprobs=np.zeros(4, np.float32),
+        weight_versions=np.full(4, -1, np.int32),
+    )
+    with pytest.raises(DisagreementError, match=r"sampled under weights \[\], the trainer holds 3"):
+        compare([none], policy_of([none]), version=3, bound=1, staleness=2)
+
+
 def test_what_servers_score_is_compared_as_if_it_had_been_sampled_under_these_weights():
     scored = scored_rollouts(scores(), version=7)
     assert [r.weight_versions.tolist() for r in scored] == [[7] * 4, [7] * 2]

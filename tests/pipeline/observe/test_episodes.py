@@ -56,6 +56,29 @@ def test_every_answer_has_a_row_that_says_how_it_ended(tmp_path):
     ]
 
 
+def test_a_conversation_counts_what_the_policy_sampled_and_every_server(tmp_path):
+    trained = np.array([True, False, True])
+    turns = plain_rollout(
+        [5, 6, 7], np.where(trained, -1.0, 0.0), trained=trained, weight_versions=np.array([3, -1, 4], np.int32)
+    )
+    pieces = replace(turns, servers=(0, 2)), replace(plain_rollout([8], -np.ones(1), 4), servers=(1, 2))
+    table = EpisodeTable(tmp_path / "episodes")
+    table.add(step(5, group(7, Episode(pieces, 1.0))), TOKENIZER)
+    table.write()
+    (row,) = rows(tmp_path / "episodes")
+    assert (row["tokens"], row["trained_tokens"]) == (4, 3)
+    assert (row["first_version"], row["last_version"], row["servers"]) == (3, 4, [0, 1, 2])
+
+
+def test_a_part_is_written_before_its_rows_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.observe.episodes._MOST_TOKENS", 6)
+    table = EpisodeTable(tmp_path / "episodes")
+    for number in (1, 2):
+        assert rows(tmp_path / "episodes") == []
+        table.add(step(number, group(number, graded())), TOKENIZER)
+    assert len(rows(tmp_path / "episodes")) == 2
+
+
 def test_without_answers_what_can_be_counted_is_kept(tmp_path):
     table = EpisodeTable(tmp_path / "episodes", answers=False)
     table.add(step(1, group(0, graded())), TOKENIZER)

@@ -9,7 +9,8 @@ import pytest
 from pipeline.commands.main import main
 from pipeline.config import load_config
 from pipeline.observe.episodes import EpisodeTable
-from pipeline.observe.graded_again import FILE
+from pipeline.observe.graded_again import FILE, RegradeError, regrade
+from pipeline.rewards import Grader, Verdict
 from pipeline.text.yaml_text import dump
 from pipeline.types import Episode, Group, Prompt
 from tests.pipeline.observe.test_episodes import TOKENIZER, step
@@ -55,6 +56,53 @@ def test_another_block_of_rewards_grades_in_its_place(run, tmp_path, capsys):
     other.write_text("grading: {workers: 1}\n")
     assert main(["regrade", str(run), "--rewards", str(other)]) == 2
     assert "has no rewards" in capsys.readouterr().err
+
+
+def test_a_question_is_what_was_asked_and_answered(run):
+    """Of every part; a verifier may read how an answer ended and how much of it was sampled."""
+    asked = []
+
+    class Told:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, questions):
+            asked.extend(questions)
+            return [Verdict(kind="raised", what="raised ValueError", verifier="told")] * 1
+
+    for part in (run / "episodes").iterdir():
+        part.unlink()
+    table = EpisodeTable(run / "episodes")
+    trained = np.array([True, False, True])
+    turns = plain_rollout(
+        [5, 6, 7], np.where(trained, -1.0, 0.0), trained=trained, weight_versions=np.array([0, -1, 0], np.int32),
+        finish_reason="length",
+    )  # fmt: skip
+    failed = Episode((plain_rollout([5], -np.ones(1)),), failure="the verifier hung")
+    for number, episode in ((1, Episode((turns,), 1.0)), (2, failed)):
+        table.add(
+            step(number, Group(Prompt(np.zeros(1, np.int32), "56", {"answer": 9}, number), (episode,))), TOKENIZER
+        )
+        table.write()
+    found = regrade(run, Told())
+    assert [(q.finish_reason, q.trained_tokens, q.prompt.index) for q in asked] == [("length", 2, 1), ("stop", 1, 2)]
+    assert [row["changed"] for row in found.rows] == [True, False], "a reward is lost; what failed fails again"
+
+
+def test_a_run_that_kept_no_texts_says_so(run):
+    for part in (run / "episodes").iterdir():
+        part.unlink()
+    table = EpisodeTable(run / "episodes", answers=False)
+    table.add(
+        step(1, Group(Prompt(np.zeros(1, np.int32), ""), (Episode((plain_rollout([1], -np.ones(1)),), 1.0),))), None
+    )
+    table.write()
+    with pytest.raises(RegradeError, match=r"observe\.episode_answers=false"):
+        regrade(run, Grader("exact_match", workers=1))
+    assert not (run / FILE).exists()
 
 
 def test_a_run_without_kept_answers_says_so(run, capsys):
