@@ -70,7 +70,7 @@ class Sample:
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], *, token_budget: int, dp_size: int, multiple_of: int = 1, at_least: int = 1
+    lengths: Sequence[int], *, token_budget: int, dp_size: int, multiple_of: int = 1
 ) -> list[list[list[int]]]:
     """Deal samples into micro-batches of about equal tokens.
 
@@ -79,7 +79,6 @@ def plan_micro_batches(
     dp_size:     data-parallel ranks; each gets the same number of micro-batches (some may be empty: the ranks meet in
                  collectives, so none may run fewer).
     multiple_of: the number of micro-batches a rank runs is a multiple of this (interleaved pipelines demand it).
-    at_least:    and not fewer than this.
 
     Returns [dp_size][micro-batches][samples]: indices into `lengths`, each exactly once. The same everywhere for the
     same arguments, so that ranks need not agree on it by message.
@@ -87,7 +86,7 @@ def plan_micro_batches(
     if token_budget < 1:
         raise ValueError(f"token_budget must be positive, not {token_budget}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    per_rank = max(at_least, math.ceil(sum(lengths) / token_budget / dp_size))
+    per_rank = max(1, math.ceil(sum(lengths) / token_budget / dp_size))
     while True:
         per_rank = math.ceil(per_rank / multiple_of) * multiple_of
         bins: list[list[int]] = [[] for _ in range(per_rank * dp_size)]

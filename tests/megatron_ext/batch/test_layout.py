@@ -87,6 +87,11 @@ def test_responses_are_the_last_inputs_of_each_sequence(lengths, cp):
     assert (matrix[~mask] == 0).all()
 
 
+def test_a_row_of_another_length_is_not_spread_over_a_sequence():
+    with pytest.raises(ValueError, match="a row of 1 for a sequence of 3 tokens"):
+        TokenLayout((3,)).pack([np.zeros(1)])
+
+
 def test_zigzag_gives_each_rank_an_early_and_a_late_chunk():
     assert zigzag_positions(8, 2, 0).tolist() == [0, 1, 6, 7]
     assert zigzag_positions(8, 2, 1).tolist() == [2, 3, 4, 5]

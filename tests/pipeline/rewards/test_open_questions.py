@@ -1,15 +1,16 @@
-"""A real grader that is asked one question at a time while others are being graded."""
+"""A grader that is asked one question at a time while others are graded: a real one, and one of made-up deaths."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import socket
 import time
 
 import pytest
 
-from pipeline.rewards import Asking, Grader, Limits, RewardError, VerifierError
+from pipeline.rewards import Asking, Grader, Limits, RewardError, Verdict, VerifierError
 from tests.support.hostile import question
 
 LIMITS = Limits(timeout_s=1.0, grace_s=0.2)
@@ -97,3 +98,48 @@ def test_who_gives_up_leaves_the_others_their_verdicts(grader):
 
     slow, quick = asyncio.run(give_up())
     assert (slow.kind, quick.reward) == ("timeout", 1.0)
+
+
+class Mortal:
+    """A grader whose supervisor dies at each question's first exchange, and answers after its restart."""
+
+    def __init__(self):
+        self.ends = socket.socketpair()
+        self.asked, self.restarts, self.sent, self.dead = 0, [], [], False
+
+    def parts(self, asked):
+        self.asked, self.dead = self.asked + 1, True
+        return {self.asked: f"<{self.asked}>".encode()}
+
+    def together(self, verdicts):
+        return verdicts[0]
+
+    def fileno(self):
+        return self.ends[0].fileno()
+
+    def exchange(self, outbox):
+        if self.dead:
+            return None
+        if not outbox:
+            return []
+        self.sent.append(bytes(outbox))
+        outbox.clear()
+        return [(self.asked, Verdict(reward=float(self.asked)))]
+
+    def restart(self, times):
+        self.restarts.append(times)
+        self.dead = False
+
+
+def test_a_death_long_after_another_is_a_first_one_and_asks_nothing_again_that_was_answered():
+    mortal = Mortal()
+
+    async def in_turn():
+        async with Asking(mortal) as asking:
+            return [await asyncio.wait_for(asking.ask("a question"), 10) for _ in range(4)]
+
+    assert [verdict.reward for verdict in asyncio.run(in_turn())] == [1, 2, 3, 4]
+    assert mortal.restarts == [1] * 4
+    assert mortal.sent == [b"<1>", b"<2>", b"<3>", b"<4>"]
+    for end in mortal.ends:
+        end.close()

@@ -16,11 +16,13 @@ from pipeline.rewards import (
     Verdict,
     VerifierError,
     grade,
+    question,
     response_text,
+    settle,
 )
 from pipeline.rewards.kinds.function import find
 from pipeline.rewards.registry import load
-from pipeline.types import Group, Prompt, Rollout
+from pipeline.types import Episode, Group, Prompt, Rollout
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,25 @@ def test_failures_may_count_as_nothing_take_their_group_along_or_end_the_run(tok
     assert failures.groups == 1
     with pytest.raises(RewardError, match=r"took more than 5 s, on prompt 7 .*312.*, response '2'"):
         grade([three(tokenizer)] * 2, tokenizer, Said(*verdicts), on_failure="stop", least=2)
+
+
+def test_the_first_of_several_failures_is_told_and_components_that_could_grade_are_kept(tokenizer):
+    mixed = Verdict(parts={"format": Verdict(0.5), "code": HUNG}, kind="timeout", what="took more than 5 s")
+    whole = group(tokenizer, ("1<|eos|>",), ("2<|eos|>",), ("3<|eos|>",))
+    graded, failures = settle(whole, [mixed, RAISED, Verdict(1.0)], tokenizer)
+    assert "took more than 5 s" in failures.first
+    assert "KeyError" not in failures.first
+    assert graded.episodes[0].parts == {"format": 0.5}
+    assert (failures.sums, failures.counts) == ({"format": 0.5}, {"format": 1})
+
+
+def test_what_was_cut_keeps_its_last_token_and_an_episode_counts_what_was_sampled_in_all_of_it(tokenizer):
+    cut = rollout(tokenizer, "12", "time")
+    assert response_text(cut, tokenizer) == "12"
+    trained = np.array([True, False])
+    turns = replace(cut, trained=trained, weight_versions=np.array([0, -1], np.int32))
+    asked = question(group(tokenizer).prompt, Episode((turns, cut)), tokenizer)
+    assert (asked.length, asked.response_text, asked.finish_reason) == (3, "12", "time")
 
 
 def test_failures_of_several_rounds_add_up(tokenizer):
