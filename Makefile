@@ -2,8 +2,10 @@
 # make test:       the tests that need no GPU; of the longest proofs a sample.
 # make proofs:     these proofs in full (every layout with every pair of settings, every preset, ...); fifteen minutes at most.
 # make test-gpu:   kernels, and the trainer without Transformer Engine, on one GPU beside the CPU; ten minutes.
-# make test-slurm: the jobs of scripts/slurm/ on a real Slurm, started and stopped here; needs root, and installs Debian's.
-# make test-image: the steps of the Dockerfile's CPU image, run here without Docker; needs root.
+# make test-slurm: the jobs of scripts/slurm/ and 1,000 hostile programs on a real Slurm, started and stopped here; fifteen minutes
+#                  at most. Needs root, and installs Debian's.
+# make test-image: the steps of the Dockerfile's CPU image and 1,000 hostile programs, run here without Docker; needs root; ten
+#                  minutes at most.
 # make hostile:    1,000 hostile programs among 1,000 right ones in the sandbox of code; six minutes at most.
 # make chaos:      faults (kills, stops, full disks, ...) tried on the quickstart; fifteen minutes at most. Root tries disks too.
 # make pins:       whether every pinned package can be had.
@@ -12,6 +14,9 @@
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 BIN := .venv/bin
 READY := .venv/.ready
+
+# Compiled modules are kept, whatever the environment says: tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
@@ -49,7 +54,7 @@ sandbox:
 	    || echo "bubblewrap was not found and not installed"
 
 test-slurm: $(READY) slurm
-	$(BIN)/pytest -m slurm tests/slurm
+	timeout 900 $(BIN)/pytest -m slurm tests/slurm
 
 # A controller, a daemon and munge; nothing is started but by the tests.
 slurm:
@@ -60,7 +65,7 @@ slurm:
 
 # All modules would be compiled for the image, 100 s on two cores; here only those that the short run imports are.
 test-image: $(READY)
-	$(BIN)/python scripts/image_steps.py --env UV_COMPILE_BYTECODE=0 --env PYTHONPYCACHEPREFIX=/tmp/pycache
+	timeout 600 $(BIN)/python scripts/image_steps.py --env UV_COMPILE_BYTECODE=0 --env PYTHONPYCACHEPREFIX=/tmp/pycache
 
 hostile: $(READY) sandbox
 	timeout 360 $(BIN)/python -m tests.hostile

@@ -88,7 +88,10 @@ def imports(source: str, package: str = "") -> set[str]:
             origin = ".".join([*above, *([node.module] if node.module else [])])
             inner = {f"{origin}.{alias.name}" for alias in node.names}
             found |= (inner & MODULES.keys()) or {origin}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and "import_module" in (
+            getattr(node.func, "attr", ""),
+            getattr(node.func, "id", ""),
+        ):
             found |= {
                 word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)
             }
