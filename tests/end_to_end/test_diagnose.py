@@ -15,6 +15,7 @@ from pipeline.diagnose import diagnose
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
 from pipeline.loop.open_loop import open_loop
+from tests.support.proofs import sampled
 
 pytestmark = pytest.mark.slow  # they share engines that take so long to start
 SETTINGS = ["supervised.steps=60", "supervised.decay_steps=60", "supervised.batch_size=16", "train.decay_steps=null",
@@ -113,7 +114,7 @@ def test_healthy_engines_agree_and_no_part_is_named(engines):
     assert np.all(np.array(found.by_layer) == 1.0)
 
 
-@pytest.mark.parametrize("part", IN_THE_TRAINER)
+@pytest.mark.parametrize("part", sampled(IN_THE_TRAINER, ("temperature", "rotary embedding")))
 def test_a_fault_in_the_trainer_is_named_with_what_mends_it(engines, part):
     loop, model = engines
     plant, mend, exchanged, change = IN_THE_TRAINER[part]

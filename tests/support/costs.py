@@ -7,12 +7,12 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 SECONDS = {
     "end_to_end/test_resume.py": 45,
-    "megatron_ext/batch/test_replay_layouts.py": 45,
-    "end_to_end/test_presets.py": 40,
+    "megatron_ext/batch/test_replay_layouts.py": 25,
+    "end_to_end/test_presets.py": 35,
     "end_to_end/test_command.py": 38,
     "end_to_end/test_evaluation.py": 38,
     "end_to_end/test_asynchronous.py": 36,
-    "end_to_end/test_diagnose.py": 36,
+    "end_to_end/test_diagnose.py": 28,
     "end_to_end/test_endings.py": 28,
     "end_to_end/test_precision.py": 27,
     "pipeline/engine/test_server_faults.py": 26,

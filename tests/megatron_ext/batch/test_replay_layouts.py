@@ -50,24 +50,19 @@ def settings_of(layout: dict) -> list[tuple[str, bool, int]]:
     return out
 
 
-def sample_of(layout: dict) -> list[tuple[str, bool, int]]:
-    """One of them; over the layouts, every setting, and every value of a setting with every value of a layout."""
-    settings, turn = settings_of(layout), layouts().index(layout)
-    return [settings[(turn + turn // len(settings)) % len(settings)]]
+def sample() -> list[tuple[dict, tuple[str, bool, int]]]:
+    """Half of the layouts with one of their settings each: every two values of a layout meet, of settings, and of one
+    and the other."""
+    half = [layout for layout in layouts() if sum(layout[key] or 1 for key in OF_A_LAYOUT) % 2]
+    return [(layout, settings_of(layout)[2 * number % 9]) for number, layout in enumerate(half)]
 
 
-def test_the_samples_have_every_setting_and_every_value_of_one_with_every_value_of_a_layout():
-    met = defaultdict(set)
-    for layout in layouts():
-        (setting,) = sample_of(layout)
-        assert setting in settings_of(layout)
-        met["everything"].add(setting)
-        for key, number in itertools.product(OF_A_LAYOUT, range(3)):
-            met[key, layout[key], number].add(setting[number])
-    assert met.pop("everything") == set(itertools.product(*SETTINGS))
-    assert len(met) == 12 * 3
-    for (key, value, number), values in met.items():
-        assert values == set(SETTINGS[number]), (key, value)
+def test_in_the_sample_every_two_values_of_layouts_and_settings_meet():
+    def meetings(cases):
+        rows = [{**{key: layout[key] for key in OF_A_LAYOUT}, **dict(enumerate(setting))} for layout, setting in cases]
+        return {(*pair, row[pair[0]], row[pair[1]]) for row in rows for pair in itertools.combinations(row, 2)}
+
+    assert meetings(sample()) == meetings((layout, s) for layout in layouts() for s in settings_of(layout))
 
 
 def test_each_layout_meets_every_pair_of_settings():
@@ -148,14 +143,17 @@ def reference(model: str) -> Found:
     return answer
 
 
+def cases() -> list:
+    """(layout, its settings): of all layouts those that hold every pair, and the sample."""
+    pairs = [pytest.param(x, settings_of(x), id=f"{name_of(x)}-pairs", marks=pytest.mark.proof) for x in layouts()]
+    return pairs + [pytest.param(x, [setting], id=f"{name_of(x)}-sample") for x, setting in sample()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [pytest.param(sample_of, id="sample"), pytest.param(settings_of, id="pairs", marks=pytest.mark.proof)]
-)
-@pytest.mark.parametrize("layout", layouts(), ids=name_of)
-def test_each_router_takes_exactly_its_own_rows_and_gradients_are_those_of_one_rank(coded_model_dir, layout, settings):
+@pytest.mark.parametrize(("layout", "combos"), cases())
+def test_each_router_takes_exactly_its_own_rows_and_gradients_are_those_of_one_rank(coded_model_dir, layout, combos):
     model = str(coded_model_dir)
-    one, combos = reference(model), settings(layout)
+    one = reference(model)
     ranks = run_ranks(combinations, ParallelConfig(**layout), model, combos)
     expected = merge_update([one.update])["loss/objective"]
     for number, (recompute, packing, micro_batches) in enumerate(combos):
