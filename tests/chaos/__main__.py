@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.chaos.asynchronous import ASYNCHRONOUS
 from tests.chaos.run import Place
 from tests.chaos.table import FAULTS, Fault
 from tests.support import preloaded
@@ -17,13 +18,14 @@ from tests.support import preloaded
 
 def main(names: list[str]) -> int:
     """Prints a row a fault: exit code, seconds to the end, what was said, what was left."""
-    faults = {fault.name: fault for fault in FAULTS}
+    every = [*FAULTS, ASYNCHRONOUS]
+    faults = {fault.name: fault for fault in every}
     if unknown := set(names) - faults.keys():
         print(f"there is no fault {', '.join(sorted(unknown))}; there are {', '.join(faults)}")
         return 2
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         forks = preloaded.start(Path(folder), os.getpid())
-        wrong = sum(tried(fault, forks) for fault in [faults[name] for name in names] or FAULTS)
+        wrong = sum(tried(fault, forks) for fault in [faults[name] for name in names] or every)
     print(f"{wrong} rows differ from the table" if wrong else "every row is as the table says")
     return 1 if wrong else 0
 

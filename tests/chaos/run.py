@@ -160,10 +160,18 @@ class Outcome:
 
 
 def outcome(
-    name: str, run: Run, code: int, says: str, *, within_s: float = 45, torn: bool = False, since: int = 0
+    name: str,
+    run: Run,
+    code: int,
+    says: str,
+    *,
+    within_s: float = 45,
+    torn: bool = False,
+    since: int = 0,
+    lines: int = 12,
 ) -> Outcome:
     """The end of a run, compared with what the table says. says: a pattern of its last words. since: characters of the
-    output before the fault."""
+    output before the fault. lines: beside those of steps, at most."""
     found, seconds = run.end(within_s + 60)
     gone = time.monotonic() + GONE_S
     while (alive := run.processes()) and time.monotonic() < gone:
@@ -178,7 +186,7 @@ def outcome(
     if "Traceback" in text:
         differs.append("it shows a traceback")
     told = [line for line in text.splitlines() if not line.startswith(("step ", "checkpoint ", "supervised "))]
-    if len(told) > 12 and "sglang.log:" not in text:  # else the end of that log is quoted
+    if len(told) > lines and "sglang.log:" not in text:  # else the end of that log is quoted
         differs.append(f"it says much: {len(told)} lines")
     if seconds > within_s:
         differs.append(f"it should end within {within_s:g} s")

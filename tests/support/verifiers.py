@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 
 
 def length(prompt, response_text, response_ids, finish_reason):
@@ -27,3 +28,11 @@ def unruly(prompt, response_text, response_ids, finish_reason):
     if kind == 4:
         print("noise\n" * 1000)
     return len(response_ids) / 10
+
+
+def evens(prompt, response_text, response_ids, finish_reason):
+    """Share of the answer's tokens that have an even id; raises for one answer of twenty, by its tokens."""
+    ids = [int(token) for token in response_ids]
+    if zlib.crc32(bytes(ids)) % 20 == 0:
+        raise ValueError("one answer of twenty")
+    return sum(token % 2 == 0 for token in ids) / max(1, len(ids))
