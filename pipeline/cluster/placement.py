@@ -4,7 +4,8 @@ A node says what it is for by a custom resource, `ray start --resources '{"train
 processes of that kind, a GPU each where there are GPUs. scripts/slurm/ray_node.sh does so. Where no node does, trainer
 ranks and servers share all nodes, and a node has as many slots as GPUs, or as CPUs where the run needs none.
 
-Ranks fill one node after the other, so that neighbours (tensor and expert parallel groups) share a node.
+Ranks fill one node after the other, so that neighbours (tensor and expert parallel groups) share a node. Servers are
+spread over the nodes that have room, so that the loss of one costs as few as possible.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Placement:
 
 
 def place(nodes: Sequence[Mapping[str, Any]], ranks: int, servers: Sequence[int], *, gpus: bool) -> Placement:
-    """Fill the nodes in the order they are given.
+    """Fill the nodes with ranks in the order they are given; each server on the node that has the fewest.
 
     nodes: as ray.nodes() gives them. servers: GPUs (or processes) of each server; one never spans nodes.
     Raises PlacementError where they do not fit.
@@ -56,18 +57,22 @@ def place(nodes: Sequence[Mapping[str, Any]], ranks: int, servers: Sequence[int]
         else f"{sum(free_trainer.values())} {unit}s"
     )
 
-    def take(free: dict[str, int], count: int) -> str:
-        for node, left in free.items():
-            if left >= count:
-                free[node] = left - count
-                return node
+    def take(free: dict[str, int], count: int, beside: Sequence[str] = ()) -> str:
+        fitting = [node for node, left in free.items() if left >= count]
+        if fitting:
+            node = min(fitting, key=beside.count)
+            free[node] -= count
+            return node
         raise PlacementError(
             f"the Ray cluster has {has} on {len(alive)} nodes, which do not hold parallel.ranks={ranks} and "
             f"{len(servers)} servers of server.tensor_parallel={max(servers, default=0)} each; change those, or the "
             "nodes of the job"
         )
 
-    return Placement([take(free_trainer, 1) for _ in range(ranks)], [take(free_rollout, size) for size in servers])
+    trainers, placed = [take(free_trainer, 1) for _ in range(ranks)], list[str]()
+    for size in servers:
+        placed.append(take(free_rollout, size, placed))
+    return Placement(trainers, placed)
 
 
 def wait_and_place(

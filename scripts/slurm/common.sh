@@ -56,7 +56,7 @@ on_nodes() {
     while [ "$1" != -- ]; do srun+=("$1") && shift; done
     shift
     in_runtime
-    exec srun "${srun[@]}" "${prefix[@]}" "$@"
+    exec ${WITHIN_S:+timeout "$WITHIN_S"} srun "${srun[@]}" "${prefix[@]}" "$@"
 }
 
 # The runtime as arguments of srun (array `srun`) and words before the command (array `prefix`), both of the caller.
@@ -138,19 +138,38 @@ run_training() {
     export HEAD_NODE HEAD_ADDRESS
     trap 'touch "$ATTEMPT_FOLDER/save"' USR1
     trap 'cancelled=yes' TERM
-    (on_nodes --output="$ATTEMPT_FOLDER/train_%N.log" -- bash "$SLURM_FOLDER/ray_node.sh" "$@") &
+    (on_nodes --no-kill --output="$ATTEMPT_FOLDER/train_%N.log" -- bash "$SLURM_FOLDER/ray_node.sh" "$@") &
     step=$!
     while kill -0 "$step" 2> /dev/null; do wait "$step" || true; done # a signal ends a wait, not the step
     wait "$step" && code=0 || code=$?
+    # The step's code is also that of a node that was lost, without which the run has gone on.
+    if [ -s "$ATTEMPT_FOLDER/run_ended" ]; then code=$(cat "$ATTEMPT_FOLDER/run_ended"); fi
     tail -n 30 "$ATTEMPT_FOLDER/train_$HEAD_NODE.log" >&2 || true
     finish "$code" "$cancelled"
 }
 
-# Exit with the code; a run that saved and was not cancelled goes back into the queue first.
+# Whether a node of the job does not answer. `--no-kill` keeps a job whose node is lost, and keeps Slurm from putting it
+# back into the queue.
+node_lost() {
+    ! (WITHIN_S=60 && on_nodes --output=/dev/null -- true) 2> /dev/null
+}
+
+# Exit with the code; a run that saved, or failed for want of a node, goes back into the queue first, if it was not
+# cancelled.
 finish() {
-    local code=$1 cancelled=$2
+    local code=$1 cancelled=$2 again=""
     say "attempt $ATTEMPT ended with exit code $code${cancelled:+, cancelled}"
-    if [ "$code" = $SAVED ] && [ -z "$cancelled" ]; then
+    case $code in
+    0 | 2 | "$FAILED_HEALTH" | 130) ;;
+    "$SAVED") again=yes ;;
+    *)
+        if [ -z "$cancelled" ] && node_lost; then
+            say "a node of the job is lost"
+            again=yes
+        fi
+        ;;
+    esac
+    if [ -n "$again" ] && [ -z "$cancelled" ]; then
         if [ "$ATTEMPT" -ge "$SAMEROUTE_MAX_ATTEMPTS" ]; then
             say "SAMEROUTE_MAX_ATTEMPTS=$SAMEROUTE_MAX_ATTEMPTS is reached: not put back into the queue"
         elif scontrol requeue "$SLURM_JOB_ID"; then # ends this script, by a signal

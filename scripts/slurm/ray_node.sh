@@ -94,5 +94,6 @@ while kill -0 "$driver" 2> /dev/null; do
     sleep 0.5
 done
 wait "$driver" && code=0 || code=$?
+echo "$code" > "$ATTEMPT_FOLDER/run_ended"
 stop_ray
 exit "$code"

@@ -102,6 +102,27 @@ def test_a_saved_run_is_queued_again_unless_it_was_cancelled_or_has_had_its_atte
         assert "requeue" not in done.stdout
 
 
+def test_a_run_that_failed_is_queued_again_only_where_a_node_is_lost(bash):
+    failed = common("sleep() { :; }; finish 1 ''")
+    assert "requeue" not in bash(failed).stdout
+    bash.stand_in("srun", "exit 1")
+    done = bash(failed)
+    assert done.returncode == 1
+    assert "a node of the job is lost" in done.stdout
+    assert "scontrol requeue 7" in done.stdout
+    for code in (0, 2, 3, 130):
+        assert "requeue" not in bash(common(f"sleep() {{ :; }}; finish {code} ''")).stdout
+    assert "requeue" not in bash(common("sleep() { :; }; finish 1 yes")).stdout
+
+
+def test_the_runs_own_exit_code_counts_not_that_of_a_node_which_was_lost(bash, tmp_path):
+    bash.stand_in("srun", 'case "$*" in *ray_node*) echo 0 > "$ATTEMPT_FOLDER/run_ended"; exit 137 ;; esac')
+    bash.stand_in("ip", 'echo "1: lo    inet 127.0.0.1/8 scope"')
+    done = bash(common("run_training CONFIG"), SAMEROUTE_INTERFACE="lo")
+    assert "attempt 0 ended with exit code 0" in done.stdout
+    assert done.returncode == 0
+
+
 def test_a_run_that_cannot_be_queued_again_keeps_its_exit_code(bash):
     bash.stand_in("scontrol", "echo 'Requested operation is presently disabled'; exit 1")
     done = bash(common("finish 75 ''"))

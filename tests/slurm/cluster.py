@@ -22,8 +22,12 @@ COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare", "nsent
 class SlurmCluster:
     """A context: up when it is entered; nothing of it is left on leaving, or when this process dies.
 
+    settings: lines of slurm.conf.
     folder: everything of it, and where jobs may write; all nodes see it. Its path is short: sockets stand below it.
     """
+
+    def __init__(self, *settings: str):
+        self.settings = settings
 
     def __enter__(self):
         if os.geteuid() != 0:
@@ -34,7 +38,8 @@ class SlurmCluster:
         for name in ("state", "scratch", "spool.node1", "spool.node2"):
             (self.folder / name).mkdir()
         conf = self.folder / "slurm.conf"
-        conf.write_text((_HERE / "slurm.conf").read_text().replace("FOLDER", str(self.folder)))
+        lines = [(_HERE / "slurm.conf").read_text().replace("FOLDER", str(self.folder)), *self.settings, ""]
+        conf.write_text("\n".join(lines))
         arguments = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", _HERE / "cluster.sh"]
         with (self.folder / "cluster.out").open("wb") as output:
             self._process = subprocess.Popen(
@@ -107,11 +112,17 @@ class SlurmCluster:
             assert time.monotonic() < deadline, f"no {words!r} in {file}\n{self.logs()}"
             time.sleep(0.2)
 
+    def _nodes(self) -> list[psutil.Process]:
+        """The first process of each node's namespaces."""
+        return [c.children()[0] for c in psutil.Process(self._init).children() if c.name() == "unshare"]
+
+    def lose_second_node(self) -> None:
+        """Its processes, its interface and its address are gone at once, as if it had lost its power."""
+        self._nodes()[1].kill()
+
     def processes(self) -> list[str]:
-        """Command lines of all processes on the two nodes but Slurm's own, as the machine sees them."""
-        init = psutil.Process(self._init)
-        nodes = [c for c in init.children() if c.name() == "unshare"]
-        below = [p for node in nodes for p in node.children()[0].children(recursive=True)]
+        """Command lines of all processes on the nodes but Slurm's own, as the machine sees them."""
+        below = [p for node in self._nodes() for p in node.children(recursive=True)]
         return [line[:200] for p in below if name_of(p) != "slurmd" and (line := command_line(p))]
 
     def logs(self) -> str:

@@ -111,6 +111,27 @@ def test_a_run_on_two_nodes_saves_on_usr1_is_queued_again_and_resumes_from_its_c
     assert no_processes(slurm)
 
 
+def test_an_asynchronous_run_with_a_server_on_each_node_survives_the_loss_of_the_second():
+    """Slurm itself sees the node go down while the run goes on with the server of the first."""
+    with SlurmCluster("SlurmdTimeout=10") as slurm:
+        ahead = ["rollout.max_staleness=1", "server.replicas=2", "server.probe_timeout_s=10", "checkpoint.every_steps=5"]
+        job = Job(slurm, "lost", ["--nodes=2"], ["train.steps=100", *ahead])
+        slurm.wait_for_text(job.log("node1"), "step   5/100")
+        weights = (job.run / "logs" / "trainer_rank0.log").read_text()
+        assert "http://10.77.0.11:" in weights
+        assert "http://10.77.0.12:" in weights
+        slurm.lose_second_node()
+        slurm.wait_for_text(job.log("node1"), "the run goes on without a server")
+        assert job.end("COMPLETED", "FAILED", "NODE_FAIL")["ExitCode"] == "0:0", slurm.logs()
+        assert slurm.job(job.number)["Restarts"] == "0"
+        assert "node2 down" in slurm.run("sinfo", "-h", "-N", "-o", "%N %T")
+        rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, 101))
+        assert rows[4]["servers/serving"] == 2
+        assert rows[-1]["servers/serving"] == 1
+        assert no_processes(slurm)
+
+
 @pytest.mark.timeout(900)
 def test_a_thousand_hostile_programs_are_contained_and_graded_right_inside_a_job(slurm):
     """As a user without rights, and a tenth of them as root."""

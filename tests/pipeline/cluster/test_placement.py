@@ -25,6 +25,14 @@ def test_without_kinds_ranks_and_servers_share_the_gpus_of_all_nodes():
     assert place(nodes, 2, [2], gpus=False) == Placement(["n1"] * 2, ["n1"])
 
 
+def test_servers_are_spread_over_the_nodes_that_have_room():
+    shared = [node("n1", GPU=4), node("n2", GPU=4)]
+    assert place(shared, 2, [1, 1, 2, 1], gpus=True).servers == ["n1", "n2", "n2", "n1"]
+    assert place(shared, 1, [2, 2, 2], gpus=True).servers == ["n1", "n2", "n2"]
+    apart = [node("n1", trainer=1), node("n2", rollout=2), node("n3", rollout=2)]
+    assert place(apart, 1, [1, 1], gpus=False).servers == ["n2", "n3"]
+
+
 def test_a_server_does_not_span_nodes_and_a_dead_node_has_no_slots():
     nodes = [node("n1", GPU=4), node("n2", GPU=2), node("n3", alive=False, GPU=8)]
     with pytest.raises(PlacementError, match=r"has 6 GPUs on 2 nodes, .* parallel\.ranks=2 and 1 servers of .*=4 each"):
