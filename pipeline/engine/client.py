@@ -11,7 +11,7 @@ import base64
 import contextlib
 import math
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -149,7 +149,13 @@ class SGLangClient(SGLangControl):
             self._session = self._requests = None
 
     async def sample(
-        self, token_ids: Sequence[int] | np.ndarray, sampling: Sampling, *, routes_from: int = 0, group: object = None
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        routes_from: int = 0,
+        group: object = None,
+        on_tokens: Callable[[], None] = lambda: None,
     ) -> Sampled:
         """One request: what the server samples after a sequence, under a request id of its own.
 
@@ -157,6 +163,7 @@ class SGLangClient(SGLangControl):
         routes_from: the first token whose row of routes comes back, 0 .. T: rows of the tokens before it are known, and
                      the server would answer with whichever forward pass computed them last.
         group:       not read here; a fleet sends what belongs together to one server.
+        on_tokens:   called when tokens have come, again and again until the answer ends.
         Returns M <= sampling.max_new_tokens tokens, and T + M - 1 - routes_from rows; of a request that was aborted
         before it ran, no token and no row.
         Raises ValueError for a bad sequence, ServerError when the server fails, AnswerError when its answer is wrong.
@@ -174,7 +181,7 @@ class SGLangClient(SGLangControl):
             "routed_experts_start_len": routes_from,
             "return_sampling_mask": sampling.return_kept,
         }
-        return self._sampled(await self._answer(body), sampling, len(ids) - 1 - routes_from)
+        return self._sampled(await self._answer(body, on_tokens), sampling, len(ids) - 1 - routes_from)
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probs and routes of a given sequence, by one prefill at temperature 1; nothing is sampled.
@@ -225,11 +232,11 @@ class SGLangClient(SGLangControl):
         if not self._seeds_work:
             raise ValueError("Sampling.seed needs a server with deterministic: true")
 
-    async def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(self, body: dict[str, Any], on_tokens: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """To a /generate of one sample. It may take as long as the server gets on; `timeout_s` without is too long."""
         if self._requests is None:
             raise RuntimeError("sample inside `async with client:`")
-        call = asyncio.create_task(self._requests.ask(body))
+        call = asyncio.create_task(self._requests.ask(body, on_tokens))
         try:
             seen = None
             while not (await asyncio.wait({call}, timeout=self.timeout_s))[0]:

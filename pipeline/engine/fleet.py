@@ -24,6 +24,7 @@ from pipeline.engine.client import AbortedError, AnswerError, Sampling, SGLangCl
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.interruption import Updates, let_requests_go_on, must_be_current, stop_requests
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
+from pipeline.engine.pressure import Load, Pressure
 from pipeline.engine.server import ServerError
 from pipeline.types import Sampled
 
@@ -31,6 +32,7 @@ __all__ = ["Fleet", "FleetServer", "ServerProcess", "ServerState", "Transfer"]
 
 _WATCH_S = 0.1
 _PROBE_S = 5.0
+_LISTEN_S = 1.0
 _TRIES = 3  # of a request whose connection broke while its server lives
 
 
@@ -60,7 +62,7 @@ class Fleet:
         self.members = Membership(servers, self.config)
         self.sent_again = self.interrupted_requests = 0
         self._version = self._begun = 0
-        self._updates = Updates()
+        self._updates, self._pressure = Updates(), Pressure()
         self._source: Transfer | None = None
         self._sending = threading.Lock()
         self._interrupt: InterruptMode | None = None
@@ -119,7 +121,7 @@ class Fleet:
             "servers/requests_sent_again": float(self.sent_again),
             "servers/requests_interrupted": float(self.interrupted_requests),
             "servers/wide_routes": float(sum(s.client.wide_routes for s in self.servers)),
-        }
+        } | self._pressure.metrics()
 
     # The weights
 
@@ -222,7 +224,7 @@ class Fleet:
         if not self._entered:
             self._open = asyncio.Event()
             self._refresh()
-            for work in (self._watch, self._probe):
+            for work in (self._watch, self._probe, self._listen):
                 stack.push_async_callback(_end, asyncio.create_task(work()))
         self._entered.append(stack)
         return self
@@ -235,10 +237,15 @@ class Fleet:
             self._open = None
 
     async def sample(
-        self, token_ids: Sequence[int] | np.ndarray, sampling: Sampling, *, routes_from: int = 0, group: object = None
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        routes_from: int = 0,
+        group: object = None,
+        on_tokens: Callable[[], None] = lambda: None,
     ) -> Sampled:
-        """SGLangClient.sample of one of the servers: the one that works on samples of this group, else the one with the
-        fewest in flight. group: None belongs to none.
+        """SGLangClient.sample of one of the servers, see `pressure`. group: None belongs to none.
 
         Waits while no server takes requests. A request whose server is lost is sampled again, by another.
         """
@@ -247,7 +254,7 @@ class Fleet:
         def ask(client: SGLangClient) -> Awaitable[Sampled]:
             nonlocal sent_under, sampler
             sent_under, sampler = self._version, client
-            return client.sample(token_ids, sampling, routes_from=routes_from)
+            return client.sample(token_ids, sampling, routes_from=routes_from, on_tokens=on_tokens)
 
         part = await self._ask(group, ask)
         try:
@@ -305,7 +312,7 @@ class Fleet:
             raise self.members.failure
         serving = [server for server in self.servers if server.state is ServerState.SERVING]
         if serving and self._interrupt is None:
-            return min(serving, key=lambda server: (not server.groups[group], server.in_flight))
+            return self._pressure.choose(serving, group)
         if self._open is None or not self.members.hopeful:
             raise ServerError(self.members.none_serves())
         self._refresh()
@@ -356,6 +363,20 @@ class Fleet:
                 if not answers and server.state is ServerState.SERVING:
                     why = "does not answer" if server.process.alive() else "died"
                     self.members.lose(server, why, losses)
+
+    async def _listen(self) -> None:
+        """Ask the servers how full they are."""
+        while True:
+            await asyncio.sleep(_LISTEN_S)
+            asked = [(s, s.in_flight) for s in self.servers if s.state is ServerState.SERVING]
+            loads = (asyncio.wait_for(s.client.current_loads(), _LISTEN_S) for s, _ in asked)
+            found = await asyncio.gather(*loads, return_exceptions=True)
+            pairs = zip(asked, found, strict=True)
+            said = {s: Load.of(f, n) for (s, n), f in pairs if not isinstance(f, BaseException)}
+            for error in found:
+                if isinstance(error, Exception) and not isinstance(error, ServerError | TimeoutError):
+                    raise error  # one that is silent is the probe's
+            self._pressure.hear(said)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -179,7 +179,7 @@ class SGLangServer:
             "--log-level-http": "warning",
         }
         # Prompts and answers travel as token ids, so neither SGLang's tokenizer nor its detokenizer is needed.
-        flags = ["--skip-tokenizer-init"]
+        flags = ["--skip-tokenizer-init", "--incremental-streaming-output"]
         if self.return_routed_experts:
             flags.append("--enable-return-routed-experts")
         if self.trust_remote_code:

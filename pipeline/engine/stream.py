@@ -2,7 +2,7 @@
 
 An HTTP request costs SGLang about 1.5 ms in its process for HTTP, as much as many tokens of a small model. So what is
 asked for at one moment goes in one HTTP request, each sample with a request id of its own, and their answers come in
-one stream, each when it ends.
+one stream: the tokens of each now and then, which shows that it gets on, and all that belongs to them when it ends.
 """
 
 from __future__ import annotations
@@ -17,13 +17,35 @@ from pipeline.engine.server import ServerError
 
 STREAM_END = b"data: [DONE]\n\n"
 _EACH = ("rid", "input_ids", "sampling_params", "extra_key")
-_NO_CHUNKS = 1 << 30  # tokens between two: after its first token an answer comes whole
+_JOINED = ("output_token_logprobs", "output_token_sampling_mask", "output_token_sampling_logprobs")
+_CHUNK = 256  # tokens of an answer between two pieces; no token is sent twice (`--incremental-streaming-output`)
 
 
 @dataclass(eq=False)
 class _Call:
+    """on_tokens: hears that some have come. pieces: of its answer, so far."""
+
     body: dict[str, Any]
+    on_tokens: Callable[[], None]
     answer: asyncio.Future[dict[str, Any]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    pieces: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, piece: dict[str, Any]) -> None:
+        self.pieces.append(piece)
+        if piece["output_ids"]:
+            self.on_tokens()
+        if piece["meta_info"]["finish_reason"] is not None:
+            self.answer.set_result(_joined(self.pieces))
+
+
+def _joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """The whole answer: what is of single tokens from all pieces, the rest from the last."""
+    last = dict(pieces[-1])
+    last["output_ids"] = [token for piece in pieces for token in piece["output_ids"]]
+    metas = [piece["meta_info"] for piece in pieces]
+    of_tokens = {name: [item for meta in metas for item in meta[name]] for name in _JOINED if name in metas[-1]}
+    last["meta_info"] = metas[-1] | of_tokens
+    return last
 
 
 class RequestStream:
@@ -38,12 +60,13 @@ class RequestStream:
         self._waiting: list[_Call] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def ask(self, body: dict[str, Any], on_tokens: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """The answer to a /generate of one sample. Given up (CancelledError), its request is aborted.
 
-        Raises ServerError in SGLang's words for what it refuses, and what `post` raises.
+        on_tokens: called when tokens have come. Raises ServerError in SGLang's words for what it refuses, and what
+        `post` raises.
         """
-        call = _Call(body | {"sampling_params": body["sampling_params"] | {"stream_interval": _NO_CHUNKS}})
+        call = _Call(body | {"sampling_params": body["sampling_params"] | {"stream_interval": _CHUNK}}, on_tokens)
         self._waiting.append(call)
         if len(self._waiting) == 1:  # whatever else is ready now asks before this is called
             asyncio.get_running_loop().call_soon(self._send)
@@ -85,9 +108,8 @@ class RequestStream:
                 if "error" in line:
                     self._refused(list(open_calls.values()), line["error"])
                     return
-                meta = line["meta_info"]
-                if meta["finish_reason"] is not None and (call := open_calls.get(meta["id"])) is not None:
-                    call.answer.set_result(line)
+                if (call := open_calls.get(line["meta_info"]["id"])) is not None and not call.answer.done():
+                    call.take(line)
             self._fail(open_calls, ServerError("the stream of answers ended before the answers had"))
         except ServerError as error:
             self._fail(open_calls, error)

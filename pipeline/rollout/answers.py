@@ -38,6 +38,11 @@ class Answer(Protocol):
         """Whether a token of it may have been sampled."""
         ...
 
+    @property
+    def moved(self) -> float:
+        """When it last got further, seconds of time.monotonic()."""
+        ...
+
     async def result(self) -> Rollout | None:
         """Sample it to its end; None where it was cut before its first token. Raises ServerError, AnswerError."""
         ...
@@ -132,6 +137,10 @@ class _SessionAnswer:
     def begun(self) -> bool:
         """A request that stands still through a transfer may have tokens that nobody here knows of."""
         return self.rollout is not None or (self._stands_still and self._task is not None)
+
+    @property
+    def moved(self) -> float:
+        return self._session.moved
 
     async def result(self) -> Rollout | None:
         self._task = asyncio.ensure_future(self._sample())

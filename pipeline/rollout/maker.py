@@ -87,7 +87,7 @@ class Making:
 
     rollouts, verdicts: by sample; None: not there yet.  lost: samples that were cut before their first token.
     begun: of answers that a checkpoint had a part of, that part.
-    moved: when it last got further, seconds of time.monotonic().
+    moved: when an answer of it was last sampled to its end or graded, seconds of time.monotonic().
     """
 
     prompt: Prompt
@@ -109,6 +109,11 @@ class Making:
         parts = {number: a.rollout for number, a in self.answers.items() if a.rollout is not None}
         aborted = {number: dataclasses.replace(r, finish_reason="abort") for number, r in parts.items()}
         return self.begun | aborted | self.sampled
+
+    @property
+    def last_move(self) -> float:
+        """When it last got further, by a token at least; seconds of time.monotonic()."""
+        return max([self.moved, *(answer.moved for answer in self.answers.values())])
 
     @property
     def complete(self) -> bool:
@@ -346,7 +351,7 @@ class Maker:
 
     def _last_move(self, since: float) -> float:
         """When what the step waits for last got further, or since when it waits."""
-        waited = [self.making[index].moved for index in self.admission.waits_for()]
+        waited = [self.making[index].last_move for index in self.admission.waits_for()]
         return max([since, *waited])
 
     def _cut(self) -> None:

@@ -11,7 +11,8 @@ turn and an appended observation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -25,7 +26,13 @@ class Engine(Protocol):
     """What samples after a sequence: a server's client or a fleet. See `SGLangClient.sample`."""
 
     async def sample(
-        self, token_ids: Sequence[int] | np.ndarray, sampling: Sampling, *, routes_from: int = 0, group: object = None
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        routes_from: int = 0,
+        group: object = None,
+        on_tokens: Callable[[], None] = ...,
     ) -> Sampled: ...
 
 
@@ -34,6 +41,7 @@ class Session:
 
     rollout: what has been sampled so far, an unfinished answer included; None before the first token.
     interruptions: how often an answer was cut and gone on with.
+    moved: when tokens of it last came, seconds of time.monotonic(); at first when it was made.
     """
 
     def __init__(
@@ -51,6 +59,7 @@ class Session:
         self._between = np.empty(0, np.int32)
         self.rollout = rollout
         self.interruptions = 0
+        self.moved = time.monotonic()
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -83,6 +92,7 @@ class Session:
                 replace(sampling, max_new_tokens=left),
                 routes_from=0 if self.rollout is None else len(self.rollout.token_ids) - 1,
                 group=self._group,
+                on_tokens=self._hear,
             )
             left -= len(part.ids)
             self._take(part)
@@ -94,6 +104,9 @@ class Session:
                 assert self.rollout is not None
                 self.rollout = replace(self.rollout, finish_reason="length")
                 return self.rollout
+
+    def _hear(self) -> None:
+        self.moved = time.monotonic()
 
     def _take(self, part: Sampled) -> None:
         if not len(part.ids):

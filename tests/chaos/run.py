@@ -168,10 +168,10 @@ def outcome(
     within_s: float = 45,
     torn: bool = False,
     since: int = 0,
-    lines: int = 12,
+    most_lines: int = 12,
 ) -> Outcome:
     """The end of a run, compared with what the table says. says: a pattern of its last words. since: characters of the
-    output before the fault. lines: beside those of steps, at most."""
+    output before the fault. most_lines: beside those of steps."""
     found, seconds = run.end(within_s + 60)
     gone = time.monotonic() + GONE_S
     while (alive := run.processes()) and time.monotonic() < gone:
@@ -186,7 +186,7 @@ def outcome(
     if "Traceback" in text:
         differs.append("it shows a traceback")
     told = [line for line in text.splitlines() if not line.startswith(("step ", "checkpoint ", "supervised "))]
-    if len(told) > lines and "sglang.log:" not in text:  # else the end of that log is quoted
+    if len(told) > most_lines and "sglang.log:" not in text:  # else the end of that log is quoted
         differs.append(f"it says much: {len(told)} lines")
     if seconds > within_s:
         differs.append(f"it should end within {within_s:g} s")

@@ -114,7 +114,7 @@ def test_a_run_on_two_nodes_saves_on_usr1_is_queued_again_and_resumes_from_its_c
 def test_an_asynchronous_run_with_a_server_on_each_node_survives_the_loss_of_the_second():
     """Slurm itself sees the node go down while the run goes on with the server of the first."""
     with SlurmCluster("SlurmdTimeout=10") as slurm:
-        ahead = ["rollout.max_staleness=1", "server.replicas=2", "server.probe_timeout_s=10", "checkpoint.every_steps=5"]
+        ahead = ["rollout.max_staleness=1", "server.replicas=2", "server.probe_timeout_s=10"]
         job = Job(slurm, "lost", ["--nodes=2"], ["train.steps=100", *ahead])
         slurm.wait_for_text(job.log("node1"), "step   5/100")
         weights = (job.run / "logs" / "trainer_rank0.log").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 
 import numpy as np
@@ -38,6 +39,10 @@ class FakeAnswer:
         self.answers, self.prompt, self.number = answers, prompt, number
         self.rollout, self.begun = None, False
         self.is_cut = asyncio.Event()
+
+    @property
+    def moved(self):
+        return time.monotonic() if self.answers.moving else 0.0
 
     def cut(self):
         self.is_cut.set()
@@ -79,11 +84,11 @@ class FakeAnswer:
 class FakeAnswers:
     """seconds: of an answer, by prompt and sample. drain: a transfer waits for what is in flight; else that goes on and
     has tokens of both versions. error: raised by the answers to prompt error_at. mute: an answer that is cut has no
-    token."""
+    token. moving: tokens come all the time."""
 
     def __init__(self, seconds=lambda prompt, number: 0.001, *, version=1, drain=True):
         self.seconds, self.version, self.drain = seconds, version, drain
-        self.error, self.error_at, self.mute = None, None, False
+        self.error, self.error_at, self.mute, self.moving = None, None, False, False
         self.in_flight = 0
         self.asked, self.begun_with = Counter(), {}
         self.scored = []

@@ -30,6 +30,7 @@ class Server:
         self.name, self.open, self.asked, self.steered, self.version, self.deaf = name, 0, [], [], 0, False
         self.url, self.log_path, self.living, self.starts = f"http://{name}", Path(f"{name}.log"), True, 1
         self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
+        self.waiting = 0
         self.release, self.aborts, self.loading, self.wide_routes = asyncio.Event(), 0, threading.Event(), 0
         self.loading.set()
 
@@ -54,7 +55,7 @@ class Server:
     async def __aexit__(self, *_):
         self.open -= 1
 
-    async def sample(self, ids, sampling, *, routes_from=0):
+    async def sample(self, ids, sampling, *, routes_from=0, on_tokens=None):
         assert self.open > 0
         began = self.version
         self.asked.append((ids[0], began))
@@ -83,7 +84,7 @@ class Server:
         return {}
 
     async def current_loads(self):
-        return [{"num_running_reqs": 0, "num_waiting_reqs": 0}]
+        return [load(waiting=self.waiting)]
 
 
 class Member(FleetServer):
@@ -109,6 +110,16 @@ class Trainers:
         if self.current:
             self.send_weights(version, servers, flush=True)
         return self.current
+
+
+def load(running=0, waiting=0, used=0):
+    return {
+        "num_running_reqs": running,
+        "num_waiting_reqs": waiting,
+        "num_used_tokens": used,
+        "max_total_num_tokens": 1000,
+        "max_running_requests": 8,
+    }
 
 
 def fleet_of(*servers, **settings):
@@ -561,11 +572,34 @@ def test_aborts_are_repeated_until_nothing_is_left():
         busy = [3, 1, 0, 0]
 
         async def current_loads():
-            return [{"num_running_reqs": 0, "num_waiting_reqs": busy.pop(0)}]
+            return [load(waiting=busy.pop(0))]
 
         a.current_loads = current_loads
         async with fleet, fleet.interrupted("abort"):
             assert a.steered == ["/abort_request"] * 3
+
+    asyncio.run(run())
+
+
+def test_a_server_that_queues_gets_no_more_while_another_has_room(monkeypatch):
+    monkeypatch.setattr("pipeline.engine.fleet._LISTEN_S", 0.01)
+
+    async def run():
+        a, b = Server("a"), Server("b")
+        fleet = fleet_of(a, b)
+        async with fleet:
+            asked = [asyncio.create_task(fleet.sample([n], None, group="g")) for n in range(3)]
+            await until(lambda: len(a.asked) == 3)
+            a.waiting = 1
+            await until(lambda: fleet.metrics()["servers/waiting"] == 1)
+            asked.append(asyncio.create_task(fleet.sample([3], None, group="g")))
+            await until(lambda: b.asked)
+            a.release.set()
+            b.release.set()
+            await asyncio.gather(*asked)
+        assert [n for n, _ in b.asked] == [3]
+        assert fleet.metrics()["servers/requests_moved"] == 1
+        assert fleet.metrics()["servers/requests_queued"] == 0
 
     asyncio.run(run())
 

@@ -27,8 +27,9 @@ class Server:
         for rid, ids, parameters in reversed(list(samples)):
             if rid in self.gate:
                 await self.gate[rid].wait()
-            for reason in (None, {"type": "stop"}):
-                line = {"output_ids": ids, "meta_info": {"id": rid, "finish_reason": reason, "p": parameters}}
+            for reason in (None, None, {"type": "stop"}):
+                meta = {"id": rid, "finish_reason": reason, "p": parameters, "output_token_logprobs": [[-1.0, *ids]]}
+                line = {"output_ids": ids, "meta_info": meta}
                 text = b"data: " + json.dumps(line).encode() + b"\n\n"
                 for start in range(0, len(text), 7):
                     yield text[start : start + 7]
@@ -66,10 +67,20 @@ def test_each_sample_gets_its_own_answer_out_of_one_request():
     server = Server()
     answers = run(server, work)
     assert server.posted == [["a", "bb", "ccc"]]
-    assert [answer["output_ids"] for answer in answers] == [[1], [2], [3]]
+    assert [answer["output_ids"] for answer in answers] == [[1] * 3, [2] * 3, [3] * 3]
+    assert [answer["meta_info"]["output_token_logprobs"] for answer in answers] == [[[-1.0, n]] * 3 for n in (1, 2, 3)]
     parameters = [answer["meta_info"]["p"] for answer in answers]
     assert [sampling["seed"] for sampling in parameters] == ["a", "bb", "ccc"]
-    assert all(sampling["stream_interval"] > 1e6 for sampling in parameters), "a chunk a token costs more than tokens"
+    assert all(sampling["stream_interval"] >= 200 for sampling in parameters), "a chunk a token costs more than tokens"
+
+
+def test_whoever_asks_hears_of_tokens_before_the_answer_ends():
+    async def work(stream):
+        heard = []
+        await stream.ask(body("a"), lambda: heard.append(1))
+        return len(heard)
+
+    assert run(Server(), work) == 3
 
 
 def test_samples_whose_routes_begin_elsewhere_or_that_come_later_have_their_own_request():

@@ -29,7 +29,7 @@ class FakeServers:
     async def __aexit__(self, *_):
         self.entered -= 1
 
-    async def sample(self, token_ids, sampling, *, routes_from=0, group=None):
+    async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=None):
         assert self.entered
         assert not sampling.with_routes
         self.seeds.append(sampling.seed)

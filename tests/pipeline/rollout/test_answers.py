@@ -37,7 +37,7 @@ class FakeFleet:
     def __init__(self, *parts, servers=()):
         self.parts, self.asked, self.servers = list(parts), [], list(servers)
 
-    async def sample(self, token_ids, sampling, *, routes_from=0, group=None):
+    async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=None):
         self.asked.append((list(token_ids), sampling, group))
         answer = self.parts.pop(0)
         return await asyncio.sleep(1000) if answer is None else answer

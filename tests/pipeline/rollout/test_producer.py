@@ -196,6 +196,15 @@ def test_answers_that_get_no_further_are_cut_and_graded_as_they_are():
     assert first.metrics["rollout/answers_cut"] == 1
 
 
+def test_a_long_answer_of_which_tokens_come_is_not_cut():
+    answers = FakeAnswers(lambda prompt, number: 0.2 if (prompt, number) == (1, 0) else 0.001)
+    answers.moving = True
+    with Made(answers, limit_s=0.05, order="admission", steps=2) as made:
+        first, _ = made.train()
+    assert [r.finish_reason for group in first.groups for r in group.rollouts] == ["stop"] * B * N
+    assert first.metrics["rollout/answers_cut"] == 0
+
+
 def test_an_answer_that_is_cut_before_its_first_token_is_no_part_of_its_group():
     answers = FakeAnswers(lambda prompt, number: 60 if prompt == 1 or (prompt, number) == (2, 1) else 0.001)
     answers.mute = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ class Engine:
     def __init__(self, *cuts, kept=False):
         self.cuts, self.requests, self.next, self.kept = list(cuts), [], 100, kept
 
-    async def sample(self, token_ids, sampling, *, routes_from=0, group=None):
+    async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=None):
         self.requests.append((token_ids.tolist(), sampling.max_new_tokens, routes_from, group))
         count, version = self.cuts.pop(0), len(self.requests)
         ids = np.arange(self.next, self.next + count, dtype=np.int32)
@@ -161,9 +162,21 @@ def test_a_session_can_go_on_with_a_rollout_of_before():
     assert every_route_names_its_token_and_place(whole)
 
 
+def test_a_session_has_moved_when_tokens_of_it_came():
+    class Telling(Engine):
+        async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=None):
+            await asyncio.sleep(0.02)
+            on_tokens()
+            return await super().sample(token_ids, sampling, routes_from=routes_from)
+
+    begun = time.monotonic()
+    session = session_after(Telling(2, None))
+    assert begun + 0.02 <= session.moved <= time.monotonic()
+
+
 def test_rows_that_do_not_belong_to_the_tokens_are_an_error():
     class Overwriting(Engine):
-        async def sample(self, token_ids, sampling, *, routes_from=0, group=None):
+        async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=None):
             return await super().sample(token_ids, sampling, routes_from=0)  # all rows again
 
     with pytest.raises(AnswerError, match="brings as many route rows"):
