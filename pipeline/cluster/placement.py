@@ -81,20 +81,24 @@ def wait_and_place(
     *,
     gpus: bool,
     timeout_s: float,
+    machines: int = 1,
     nodes: Callable[[], list[Any]] = ray.nodes,
 ) -> Placement:
     """`place` on the cluster that this process has joined, once enough nodes have joined too; the head node is first.
 
-    Raises PlacementError when they have not after timeout_s seconds.
+    machines: that the cluster will have; they are waited for, so that servers are spread over all of them. Those that
+    have been lost since count. Raises PlacementError when too few are there after timeout_s seconds.
     """
     deadline = time.monotonic() + timeout_s
     while True:
         found = sorted(nodes(), key=lambda n: ("node:__internal_head__" not in n["Resources"], n["NodeManagerAddress"]))
-        try:
-            return place(found, ranks, servers, gpus=gpus)
-        except PlacementError:
-            if time.monotonic() > deadline:
-                raise
+        late = time.monotonic() > deadline
+        if late or len(found) >= machines:
+            try:
+                return place(found, ranks, servers, gpus=gpus)
+            except PlacementError:
+                if late:
+                    raise
         time.sleep(_POLL_S)
 
 

@@ -224,6 +224,7 @@ def _processes(
             [config.server.tensor_parallel] * len(servers),
             gpus=gpus > 0,
             timeout_s=config.cluster.join_timeout_s,
+            machines=config.cluster.nodes if config.cluster.address is not None else 1,
         )
         kind = {"gpus": gpus > 0, "reachable": config.cluster.address is not None}
         remote = [RemoteServer(s, node, **kind) for s, node in zip(servers, placement.servers, strict=True)]

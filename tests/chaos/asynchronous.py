@@ -85,8 +85,9 @@ class Striking:
         else:
             servers = self._servers()
             pid = self._draw.choice(servers[self._draw.choice(sorted(servers))])
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-        with contextlib.suppress(ProcessLookupError):
+        name = ""
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
             os.kill(pid, signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
         if fault == "stop":
             timer = threading.Timer(STOPPED_S, self._go_on, [pid])

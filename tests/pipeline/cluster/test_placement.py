@@ -49,3 +49,14 @@ def test_nodes_that_join_late_are_waited_for_and_the_head_comes_first():
     assert placed == Placement(["n2", "n2", "n1"], ["n3"])
     with pytest.raises(PlacementError, match="has 0 CPUs on 0 nodes"):
         wait_and_place(1, [], gpus=False, timeout_s=0, nodes=list)
+
+
+def test_all_machines_of_the_job_are_waited_for_but_not_for_those_that_were_lost():
+    first, second = node("n1", head=True, CPU=4), node("n2", CPU=4)
+    answers = iter([[first], [first, second]])
+    settings = {"gpus": False, "machines": 2}
+    placed = wait_and_place(1, [1, 1], timeout_s=30, nodes=lambda: next(answers), **settings)
+    assert placed.servers == ["n1", "n2"]
+    lost = [first, node("n2", alive=False, CPU=4)]
+    assert wait_and_place(1, [1, 1], timeout_s=30, nodes=lambda: lost, **settings).servers == ["n1", "n1"]
+    assert wait_and_place(1, [1, 1], timeout_s=0, nodes=lambda: [first], **settings).servers == ["n1", "n1"]
