@@ -140,12 +140,13 @@ class Fleet:
         while self.serves:
             with self._sending:
                 members = self.members.reconcile()
+                losses = [server.losses for server in members]
                 try:
                     addresses = [server.address for server in members]
                     trainers.send_weights(self._version, addresses, flush=self._interrupt != "in_place")
                 except ServerError as error:
-                    for server in members:
-                        self.members.lose(server, f"was in a transfer of weights that failed ({error})")
+                    for server, known in zip(members, losses, strict=True):
+                        self.members.lose(server, f"was in a transfer of weights that failed ({error})", known)
                     continue
                 self._hold(members)
                 return
@@ -164,6 +165,7 @@ class Fleet:
             late = [s for s in self.servers if s.state is ServerState.PENDING_WEIGHTS]
             if not late:
                 return
+            losses = [server.losses for server in late]
             if self._version == self._begun:  # every server starts with these
                 self._hold(late)
                 return
@@ -172,8 +174,8 @@ class Fleet:
                 if self._source is not None and self._source.send_again(self._version, addresses):
                     self._hold(late)
             except ServerError as error:
-                for server in late:
-                    self.members.lose(server, f"did not take weights ({error})")
+                for server, known in zip(late, losses, strict=True):
+                    self.members.lose(server, f"did not take weights ({error})", known)
 
     @asynccontextmanager
     async def interrupted(self, mode: InterruptMode) -> AsyncIterator[None]:

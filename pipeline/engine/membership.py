@@ -130,11 +130,12 @@ class Membership:
             self.check()
             members = [s for s in self.servers if s.state in UP]
             for server in members:
+                losses = server.losses
                 named = f"the server {server.process.url} (log: {server.process.log_path})"
                 with self._waits.during("the probe before a transfer", lambda named=named: named):
                     answers = server.answers(self._config.probe_timeout_s)
                 if not answers:
-                    self.lose(server, "does not answer")
+                    self.lose(server, "does not answer", losses)
             members = [s for s in members if s.state in UP]
             if members:
                 return members
@@ -173,12 +174,13 @@ class Membership:
         threading.Thread(target=self._restart, args=(server,), name="sameroute restart", daemon=True).start()
 
     def _restart(self, server: FleetServer) -> None:
+        losses = server.losses
         try:
             with self._starting:
                 if self._closed:
                     return
+                server.state = ServerState.STARTING  # before: what fails from here on is another loss
                 server.process.restart()
-                server.state = ServerState.STARTING
             server.process.wait_ready()
             with self._lock:
                 server.client.url = server.process.url
@@ -188,7 +190,8 @@ class Membership:
             self._leave(server, error)
         except ServerError as error:
             if not self._closed:
-                self.lose(server, f"did not start again: {error}")
+                # its log follows where this was the last time
+                self.lose(server, f"did not start again: {str(error).partition('\n')[0]}", losses)
         finally:
             with self._lock:
                 if server.state is not ServerState.LOST:

@@ -30,7 +30,7 @@ class Server:
         self.name, self.open, self.asked, self.steered, self.version, self.deaf = name, 0, [], [], 0, False
         self.url, self.log_path, self.living, self.starts = f"http://{name}", Path(f"{name}.log"), True, 1
         self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
-        self.waiting = 0
+        self.waiting = self.failures = 0
         self.release, self.aborts, self.loading, self.wide_routes = asyncio.Event(), 0, threading.Event(), 0
         self.loading.set()
 
@@ -44,6 +44,9 @@ class Server:
     def restart(self):
         self.starts += 1
         self.living, self.deaf = True, False
+        if self.failures:
+            self.failures -= 1
+            raise ServerError("the SGLang server ended with code -9 while starting\nTraceback ...")
 
     def log_tail(self):
         return f"{self.log_path}:\nthe last words"
@@ -127,6 +130,13 @@ def fleet_of(*servers, **settings):
     fleet.members.say = lambda _: None
     fleet.wait_ready()
     return fleet
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 async def until(condition):
@@ -334,6 +344,23 @@ def test_the_run_goes_on_without_servers_whose_node_is_gone_and_ends_with_the_la
     asyncio.run(run())
 
 
+def test_a_server_that_does_not_start_again_at_once_is_said_in_a_line_without_its_log():
+    async def run():
+        a, said = Server("a"), []
+        fleet = fleet_of(a)
+        fleet.members.say, a.failures, a.living = said.append, 1, False
+        async with fleet:
+            fleet.check_alive()
+            await until(lambda: fleet.servers[0].state is ServerState.SERVING)
+        assert a.starts == 3
+        assert said[1] == (
+            "the SGLang server did not start again: the SGLang server ended with code -9 while starting and is started "
+            "again (log: a.log)"
+        )
+
+    asyncio.run(run())
+
+
 def test_a_fleet_that_is_closed_starts_no_server_again():
     a = Server("a")
     fleet = fleet_of(a)
@@ -353,6 +380,25 @@ def test_a_server_that_is_lost_while_it_stands_still_is_not_told_to_go_on():
         assert (a.steered, b.steered) == (["/pause_generation"], ["/pause_generation", "/continue_generation"])
 
     asyncio.run(run())
+
+
+def test_a_server_that_starts_again_already_is_not_lost_once_more_with_the_transfer_that_it_was_in():
+    a, b = Server("a"), Server("b")
+    fleet = fleet_of(a, b)
+
+    class Failing(Trainers):
+        def send_weights(self, version, servers, *, flush):
+            if not self.sent:
+                b.loading.clear()
+                fleet.members.lose(fleet.servers[1], "died")
+                wait_for(lambda: fleet.servers[1].state is ServerState.STARTING)
+                self.bad = [version]
+            super().send_weights(version, servers, flush=flush)
+
+    fleet.transfer(Failing())
+    b.loading.set()
+    wait_for(lambda: fleet.servers[1].state is ServerState.PENDING_WEIGHTS)
+    assert (a.starts, b.starts, fleet.members.lost) == (2, 2, 2)
 
 
 def test_a_request_whose_server_dies_is_sampled_again_by_another():
