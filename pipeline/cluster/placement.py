@@ -5,7 +5,8 @@ processes of that kind, a GPU each where there are GPUs. scripts/slurm/ray_node.
 ranks and servers share all nodes, and a node has as many slots as GPUs, or as CPUs where the run needs none.
 
 Ranks fill one node after the other, so that neighbours (tensor and expert parallel groups) share a node. Servers are
-spread over the nodes that have room, so that the loss of one costs as few as possible.
+spread over the nodes that have room, so that the loss of one costs as few as possible; one whose node is gone moves to
+another that has room, then or later.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class PlacementError(SamerouteError):
 
 @dataclass(frozen=True)
 class Placement:
-    """Ray node ids: of every trainer rank, in rank order, and of every server."""
+    """Ray node ids: of every trainer rank, in rank order, and of every server, which may change."""
 
     trainers: list[str]
     servers: list[str]
@@ -42,19 +43,11 @@ def place(nodes: Sequence[Mapping[str, Any]], ranks: int, servers: Sequence[int]
     nodes: as ray.nodes() gives them. servers: GPUs (or processes) of each server; one never spans nodes.
     Raises PlacementError where they do not fit.
     """
-    alive = [n for n in nodes if n["Alive"]]
-    unit = "GPU" if gpus else "CPU"
-    apart = any(kind in n["Resources"] for n in alive for kind in _KINDS)
-
-    def slots(kind: str) -> dict[str, int]:
-        return {n["NodeID"]: int(n["Resources"].get(kind if apart else unit, 0)) for n in alive}
-
-    free_trainer = slots("trainer")
-    free_rollout = slots("rollout") if apart else free_trainer
+    free_trainer, free_rollout = _slots(nodes, gpus=gpus)
     has = (
         f"{sum(free_trainer.values())} trainer and {sum(free_rollout.values())} rollout slots"
-        if apart
-        else f"{sum(free_trainer.values())} {unit}s"
+        if free_rollout is not free_trainer
+        else f"{sum(free_trainer.values())} {'GPU' if gpus else 'CPU'}s"
     )
 
     def take(free: dict[str, int], count: int, beside: Sequence[str] = ()) -> str:
@@ -64,7 +57,7 @@ def place(nodes: Sequence[Mapping[str, Any]], ranks: int, servers: Sequence[int]
             free[node] -= count
             return node
         raise PlacementError(
-            f"the Ray cluster has {has} on {len(alive)} nodes, which do not hold parallel.ranks={ranks} and "
+            f"the Ray cluster has {has} on {len(free_trainer)} nodes, which do not hold parallel.ranks={ranks} and "
             f"{len(servers)} servers of server.tensor_parallel={max(servers, default=0)} each; change those, or the "
             "nodes of the job"
         )
@@ -73,6 +66,35 @@ def place(nodes: Sequence[Mapping[str, Any]], ranks: int, servers: Sequence[int]
     for size in servers:
         placed.append(take(free_rollout, size, placed))
     return Placement(trainers, placed)
+
+
+def _slots(nodes: Sequence[Mapping[str, Any]], *, gpus: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """For ranks and for servers, by node of those that are alive; one and the same dict where they share the nodes."""
+    alive = [n for n in nodes if n["Alive"]]
+    apart = any(kind in n["Resources"] for n in alive for kind in _KINDS)
+    unit = "GPU" if gpus else "CPU"
+    trainer, rollout = (
+        {n["NodeID"]: int(n["Resources"].get(kind if apart else unit, 0)) for n in alive} for kind in _KINDS
+    )
+    return trainer, rollout if apart else trainer
+
+
+def another_node(
+    nodes: Sequence[Mapping[str, Any]], placement: Placement, number: int, sizes: Sequence[int], *, gpus: bool
+) -> str | None:
+    """For a server whose own node is gone: one with the room that the ranks and the other servers leave, None where
+    there is none.
+
+    nodes, sizes: as `place` takes them, the nodes as they are now. number: of the server.
+    """
+    of_ranks, free = _slots(nodes, gpus=gpus)
+    others = [placed for i, placed in enumerate(zip(placement.servers, sizes, strict=True)) if i != number]
+    ranks = [(node, 1) for node in placement.trainers] if of_ranks is free else []
+    for node, size in others + ranks:
+        if node in free:
+            free[node] -= size
+    fitting = [node for node, left in free.items() if left >= sizes[number]]
+    return min(fitting, key=[node for node, _ in others].count, default=None)
 
 
 def wait_and_place(

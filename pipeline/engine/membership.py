@@ -52,6 +52,7 @@ class ServerState(Enum):
     LOST = "lost"
 
 
+_LOOK_S = 5.0  # between two looks for a node that has room for a server
 UP = (ServerState.PENDING_WEIGHTS, ServerState.SERVING, ServerState.PAUSED)
 
 
@@ -104,7 +105,7 @@ class Membership:
         self._lock, self._starting = threading.RLock(), threading.Lock()
         self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
         self.failure: ServerError | None = None
-        self._closed = False
+        self._closing = threading.Event()
         self._coming: set[FleetServer] = set()
 
     def wait_ready(self) -> None:
@@ -159,7 +160,7 @@ class Membership:
         `restart_window_s`, give the run up. losses: its own when the fault began; one of before is known already."""
         with self._lock:
             known = server.state is ServerState.LOST or (losses is not None and losses != server.losses)
-            if known or self._closed:
+            if known or self._closing.is_set():
                 return
             server.state, server.halted = ServerState.LOST, False
             server.losses += 1
@@ -176,20 +177,10 @@ class Membership:
     def _restart(self, server: FleetServer) -> None:
         losses = server.losses
         try:
-            with self._starting:
-                if self._closed:
-                    return
-                server.state = ServerState.STARTING  # before: what fails from here on is another loss
-                server.process.restart()
-            server.process.wait_ready()
-            with self._lock:
-                server.client.url = server.process.url
-                server.state = ServerState.PENDING_WEIGHTS
-                self.restarted += 1
-        except NodeGoneError as error:
-            self._leave(server, error)
+            while not self._closing.is_set() and not self._started(server):
+                self._closing.wait(_LOOK_S)
         except ServerError as error:
-            if not self._closed:
+            if not self._closing.is_set():
                 # its log follows where this was the last time
                 self.lose(server, f"did not start again: {str(error).partition('\n')[0]}", losses)
         finally:
@@ -197,10 +188,30 @@ class Membership:
                 if server.state is not ServerState.LOST:
                     self._coming.discard(server)
 
+    def _started(self, server: FleetServer) -> bool:
+        """False where its node is gone and no other has room. Raises ServerError where it does not start."""
+        try:
+            with self._starting:
+                if self._closing.is_set():
+                    return False
+                server.state = ServerState.STARTING  # before: what fails from here on is another loss
+                server.process.restart()
+            server.process.wait_ready()
+        except NodeGoneError as error:
+            self._leave(server, error)
+            return False
+        with self._lock:
+            server.client.url = server.process.url
+            server.state = ServerState.PENDING_WEIGHTS
+            self.restarted += 1
+        return True
+
     def _leave(self, server: FleetServer, error: ServerError) -> None:
-        """Its node is gone: the others go on without it."""
+        """Its node is gone: the others go on without it, until another node has room for it."""
         with self._lock:
             server.state = ServerState.LOST
+            if server not in self._coming:
+                return
             self._coming.discard(server)
             self.say(f"the run goes on without a server: {error}")
             if all(s.state is ServerState.LOST for s in self.servers) and not self._coming:
@@ -209,4 +220,4 @@ class Membership:
     def close(self) -> None:
         """No server is started any more; whoever started the servers stops them."""
         with self._starting:  # one that is being started is stopped like the others
-            self._closed = True
+            self._closing.set()

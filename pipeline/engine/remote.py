@@ -48,16 +48,29 @@ class RemoteServer:
     Its log is written to the same path on that node: the run directory is one that every node sees.
     """
 
-    def __init__(self, server: SGLangServer, node: str, *, gpus: bool, reachable: bool):
-        """reachable: from other nodes, at an address of its node whatever `server.host` says."""
+    def __init__(
+        self,
+        server: SGLangServer,
+        node: str,
+        *,
+        gpus: bool,
+        reachable: bool,
+        another: Callable[[], str | None] = lambda: None,
+    ):
+        """reachable: from other nodes, at an address of its node whatever `server.host` says. another: a node that has
+        room for it now, where its own is gone."""
         server.log_path = server.log_path.resolve()
         server.model_path = server.model_path.resolve()
-        self._server, self._url = server, ""
-        gpu_count = server.config.tensor_parallel if gpus else 0
+        self._server, self._url, self._another = server, "", another
+        self._gpus, self._reachable = server.config.tensor_parallel if gpus else 0, reachable
+        self._node_gone = False
+        self._actor = self._host_on(node)
+
+    def _host_on(self, node: str) -> Any:
         actor: Any = ray.remote(_Host)
-        self._actor = actor.options(
-            num_cpus=0, num_gpus=gpu_count, max_restarts=0, max_concurrency=4, **on_node(node)
-        ).remote(server, reachable)
+        return actor.options(
+            num_cpus=0, num_gpus=self._gpus, max_restarts=0, max_concurrency=4, **on_node(node)
+        ).remote(self._server, self._reachable)
 
     @property
     def log_path(self) -> Path:
@@ -78,8 +91,16 @@ class RemoteServer:
         self._url = self._ask(lambda: self._actor.start.remote(), None)
 
     def restart(self) -> None:
-        """As SGLangServer.restart, on the same node. Raises NodeGoneError where that is gone."""
-        self._url = self._ask(lambda: self._actor.restart.remote(), None)
+        """As SGLangServer.restart, on the same node; on another where that was found gone before. Raises NodeGoneError
+        where it is gone, or no other has room."""
+        if not self._node_gone:
+            self._url = self._ask(lambda: self._actor.restart.remote(), None)
+            return
+        node = self._another()
+        if node is None:
+            raise NodeGoneError(f"no node has room for the server that was at {self._url}; its log: {self.log_path}")
+        self._actor, self._node_gone = self._host_on(node), False
+        self.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Block until the server answers; as SGLangServer.wait_ready."""
@@ -111,4 +132,5 @@ class RemoteServer:
         except RayTaskError as error:
             raise ServerError(str(error.cause)) from error
         except RayActorError as error:
+            self._node_gone = True
             raise NodeGoneError(f"the node of the server {self._url} is gone; its log: {self.log_path}") from error

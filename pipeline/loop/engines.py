@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 import torch
 
 from megatron_ext.hf.description import ModelDescription
 from pipeline.cluster.nccl import nccl_environment
 from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_servers
-from pipeline.cluster.placement import PlacementError, wait_and_place
+from pipeline.cluster.placement import Placement, PlacementError, another_node, wait_and_place
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config import Config
 from pipeline.config.server import ServerConfig
@@ -226,13 +228,34 @@ def _processes(
             timeout_s=config.cluster.join_timeout_s,
             machines=config.cluster.nodes if config.cluster.address is not None else 1,
         )
-        kind = {"gpus": gpus > 0, "reachable": config.cluster.address is not None}
-        remote = [RemoteServer(s, node, **kind) for s, node in zip(servers, placement.servers, strict=True)]
+        remote = _on_nodes(config, servers, placement, gpus)
         for server in remote:
             stack.callback(server.stop)
         for server in remote:
             server.start()
         yield remote, placement.trainers
+
+
+def _on_nodes(config: Config, servers: list[SGLangServer], placement: Placement, gpus: int) -> list[RemoteServer]:
+    """The servers, each for the node where it is placed, or another where that is lost; not started."""
+    sizes = [config.server.tensor_parallel] * len(servers)
+
+    def another(number: int) -> str | None:
+        node = another_node(ray.nodes(), placement, number, sizes, gpus=gpus > 0)
+        if node is not None:
+            placement.servers[number] = node
+        return node
+
+    return [
+        RemoteServer(
+            server,
+            placement.servers[number],
+            gpus=gpus > 0,
+            reachable=config.cluster.address is not None,
+            another=functools.partial(another, number),
+        )
+        for number, server in enumerate(servers)
+    ]
 
 
 def server_count(config: Config, gpus: int) -> int:

@@ -28,6 +28,7 @@ RUN = (
     "run.max_restarts=2",
 )  # fmt: skip
 FAULTS = ("kill", "kill", "kill", "kill", "stop", "stop", "rank")
+FIRST = 6  # the first checkpoint is there then, without which a run does not begin again
 STOPPED_S = 20.0
 LAST = 10
 NOISE = 0.08
@@ -66,7 +67,7 @@ class Striking:
         self.run, self._draw, self._seen = run, random.Random(seed), 0
         self._timers: list[threading.Timer] = []
         self.done: list[str] = []
-        steps = sorted(self._draw.sample(range(2, STEPS - 2), len(FAULTS)))
+        steps = sorted(self._draw.sample(range(FIRST, STEPS - 2), len(FAULTS)))
         self.plan = list(zip(steps, self._draw.sample(FAULTS, len(FAULTS)), strict=True))
 
     def __enter__(self) -> Striking:

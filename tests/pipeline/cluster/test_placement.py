@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.cluster.placement import Placement, PlacementError, place, wait_and_place
+from pipeline.cluster.placement import Placement, PlacementError, another_node, place, wait_and_place
 
 
 def node(name, *, alive=True, head=False, **resources):
@@ -60,3 +60,16 @@ def test_all_machines_of_the_job_are_waited_for_but_not_for_those_that_were_lost
     lost = [first, node("n2", alive=False, CPU=4)]
     assert wait_and_place(1, [1, 1], timeout_s=30, nodes=lambda: lost, **settings).servers == ["n1", "n1"]
     assert wait_and_place(1, [1, 1], timeout_s=0, nodes=lambda: [first], **settings).servers == ["n1", "n1"]
+
+
+def test_a_server_whose_node_is_gone_moves_to_one_that_has_room_beside_the_others():
+    n1, n2, gone = node("n1", GPU=4), node("n2", GPU=4), node("n3", alive=False, GPU=4)
+    placed = Placement(["n1", "n1"], ["n1", "n3", "n3"])
+    assert another_node([n1, n2, gone], placed, 1, [2, 2, 2], gpus=True) == "n2"
+    assert another_node([n1, gone], placed, 1, [2, 2, 2], gpus=True) is None, "ranks and a server fill n1"
+    placed.servers[1] = "n2"
+    assert another_node([n1, n2, gone], placed, 2, [2, 2, 2], gpus=True) == "n2"
+    placed.servers[2] = "n2"
+    assert another_node([n1, n2, gone], placed, 0, [2, 2, 2], gpus=True) == "n1", "what it had itself is free"
+    apart = [node("n1", trainer=4), node("n4", rollout=2)]
+    assert another_node(apart, Placement(["n1"] * 4, ["n3"]), 0, [2], gpus=False) == "n4"

@@ -30,7 +30,7 @@ class Server:
         self.name, self.open, self.asked, self.steered, self.version, self.deaf = name, 0, [], [], 0, False
         self.url, self.log_path, self.living, self.starts = f"http://{name}", Path(f"{name}.log"), True, 1
         self.keys = ServerKeys(f"{name}-api", f"{name}-admin")
-        self.waiting = self.failures = 0
+        self.waiting, self.failures, self.nodeless = 0, 0, False
         self.release, self.aborts, self.loading, self.wide_routes = asyncio.Event(), 0, threading.Event(), 0
         self.loading.set()
 
@@ -44,6 +44,9 @@ class Server:
     def restart(self):
         self.starts += 1
         self.living, self.deaf = True, False
+        if self.nodeless:
+            self.living = False
+            raise NodeGoneError("the node of the server is gone")
         if self.failures:
             self.failures -= 1
             raise ServerError("the SGLang server ended with code -9 while starting\nTraceback ...")
@@ -380,6 +383,39 @@ def test_a_server_that_is_lost_while_it_stands_still_is_not_told_to_go_on():
         assert (a.steered, b.steered) == (["/pause_generation"], ["/pause_generation", "/continue_generation"])
 
     asyncio.run(run())
+
+
+def test_a_server_whose_node_is_gone_leaves_and_joins_again_when_another_node_has_room(monkeypatch):
+    monkeypatch.setattr("pipeline.engine.membership._LOOK_S", 0.01)
+
+    async def run():
+        a, b, said = Server("a"), Server("b"), []
+        fleet, trainers = fleet_of(a, b), Trainers()
+        fleet.transfer(trainers)
+        fleet.members.say, b.nodeless, b.living = said.append, True, False
+        async with fleet:
+            fleet.check_alive()
+            await until(lambda: b.starts > 3)
+            a.release.set()
+            await fleet.sample([1], None)
+            assert said[1:] == ["the run goes on without a server: the node of the server is gone"]
+            b.url, b.nodeless = "http://elsewhere", False
+            await until(lambda: fleet.servers[1].state is ServerState.SERVING)
+            assert trainers.sent[1:] == [(1, ["http://elsewhere"], True)]
+            assert fleet.members.lost == 1
+        fleet.close()
+
+    asyncio.run(run())
+
+
+def test_the_run_ends_where_the_nodes_of_all_servers_are_gone(monkeypatch):
+    monkeypatch.setattr("pipeline.engine.membership._LOOK_S", 0.01)
+    a = Server("a")
+    fleet = fleet_of(a)
+    a.nodeless, a.living = True, False
+    with pytest.raises(NodeGoneError, match="the node of the server is gone"):
+        fleet.transfer(Trainers())
+    fleet.close()
 
 
 def test_a_server_that_starts_again_already_is_not_lost_once_more_with_the_transfer_that_it_was_in():
