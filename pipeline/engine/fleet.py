@@ -227,7 +227,7 @@ class Fleet:
             self._open = asyncio.Event()
             self._refresh()
             for work in (self._watch, self._probe, self._listen):
-                stack.push_async_callback(_end, asyncio.create_task(work()))
+                stack.push_async_callback(_end, asyncio.create_task(self._lasting(work)))
         self._entered.append(stack)
         return self
 
@@ -342,6 +342,15 @@ class Fleet:
         else:
             self._open.clear()
 
+    async def _lasting(self, work: Callable[[], Awaitable[None]]) -> None:
+        """What goes wrong beside the requests, a trainer that dies while it sends weights to a server that came back,
+        ends the run: nothing else may ever ask the trainer, if no server gets weights."""
+        try:
+            await work()
+        except Exception as error:
+            self.members.failure = self.members.failure or error
+            self._refresh()
+
     async def _watch(self) -> None:
         """Give up the requests of lost servers, and bring those that came back up to date."""
         while True:
@@ -376,8 +385,8 @@ class Fleet:
             pairs = zip(asked, found, strict=True)
             said = {s: Load.of(f, n) for (s, n), f in pairs if not isinstance(f, BaseException)}
             for error in found:
-                if isinstance(error, Exception) and not isinstance(error, ServerError | TimeoutError):
-                    raise error  # one that is silent is the probe's
+                if isinstance(error, BaseException) and not isinstance(error, ServerError | TimeoutError):
+                    raise error  # those of a server that is silent are the probe's
             self._pressure.hear(said)
 
 

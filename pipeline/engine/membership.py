@@ -104,7 +104,7 @@ class Membership:
         self._config, self._waits = config, Waiting(say)
         self._lock, self._starting = threading.RLock(), threading.Lock()
         self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
-        self.failure: ServerError | None = None
+        self.failure: Exception | None = None
         self._closing = threading.Event()
         self._coming: set[FleetServer] = set()
 

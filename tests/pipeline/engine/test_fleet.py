@@ -20,6 +20,7 @@ from pipeline.engine.interruption import Updates, must_be_current
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.membership import Membership
 from pipeline.engine.server import NodeGoneError, ServerError
+from pipeline.errors import SamerouteError
 from pipeline.types import Sampled
 
 
@@ -404,6 +405,26 @@ def test_a_server_whose_node_is_gone_leaves_and_joins_again_when_another_node_ha
             assert trainers.sent[1:] == [(1, ["http://elsewhere"], True)]
             assert fleet.members.lost == 1
         fleet.close()
+
+    asyncio.run(run())
+
+
+def test_a_trainer_that_dies_as_it_brings_a_server_up_to_date_ends_the_run():
+    class Dying(Trainers):
+        def send_again(self, version, servers):
+            raise SamerouteError("trainer rank 0 died")
+
+    async def run():
+        a = Server("a")
+        fleet = fleet_of(a)
+        fleet.transfer(Dying())
+        a.living = False
+        async with fleet:
+            fleet.check_alive()
+            with pytest.raises(SamerouteError, match="trainer rank 0 died"):
+                await asyncio.wait_for(fleet.sample([1], None), 5)
+            with pytest.raises(SamerouteError, match="trainer rank 0 died"):
+                fleet.check_alive()
 
     asyncio.run(run())
 
