@@ -36,7 +36,7 @@ class Answer:
 
     def __init__(self, so_far):
         self.so_far = self.rollout = so_far
-        self.begun, self.cuts = so_far is not None, 0
+        self.begun, self.cuts, self.moved = so_far is not None, 0, 0.0
         self.ending = asyncio.get_running_loop().create_future()
 
     async def result(self):
@@ -191,7 +191,10 @@ def test_the_limit_of_a_step_s_wait_begins_anew_with_what_gets_further(monkeypat
         await asyncio.sleep(0.03)
         late = maker.answers.open[0, 1]
         assert late.cuts == 0, "0.006 s ago an answer of its group ended"
-        now[0] = 0.02
+        now[0], late.moved = 0.02, 0.018
+        await asyncio.sleep(0.03)
+        assert late.cuts == 0, "0.002 s ago a token of it came"
+        now[0] = 0.03
         while not late.cuts:
             await asyncio.sleep(0.001)
         assert maker.answers.open[1, 0].cuts == 0, "the step does not wait for this one"
