@@ -52,10 +52,16 @@ def random_faults(place: Place) -> Iterator[Outcome]:
         found = _row(f"asynchronous, seed {SEED}", place, run)
     print("\n".join(striking.done), flush=True)
     if found.code == 0:
-        learnt = rewards(place.directory)[-LAST:].mean()
+        learnt, last = rewards(place.directory)[-LAST:].mean(), rows(place.directory)[-1]
+        counts = ", ".join(
+            f"{name} {last[f'servers/{name}']:g}" for name in ("lost", "restarted", "requests_sent_again")
+        )
+        print(
+            f"{'':<34} reward {learnt:.3f}, without faults {expected:.3f}; since the last start: {counts}", flush=True
+        )
         if abs(learnt - expected) > NOISE:
-            found.differs.append(f"its reward is {learnt:.3f}, and {expected:.3f} without faults")
-        if (restarts := rows(place.directory)[-1]["run/restarts"]) != 1:
+            found.differs.append("its reward is not that of the run without faults")
+        if (restarts := last["run/restarts"]) != 1:
             found.differs.append(f"it began again {restarts:g} times")
     yield found
 
