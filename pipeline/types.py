@@ -40,6 +40,11 @@ class Prompt:
     index: int = 0
     origin: str = ""
 
+    @property
+    def source(self) -> str:
+        """The name before the last colon of `origin`."""
+        return self.origin.rpartition(":")[0]
+
 
 @dataclass(frozen=True)
 class Sampled:

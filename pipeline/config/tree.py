@@ -16,7 +16,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.observe import ObserveConfig
 from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.config.replay import Replay
-from pipeline.config.rewards import ExactMatchReward, GradingConfig, Rewards, check_memory
+from pipeline.config.rewards import ExactMatchReward, GradingConfig, Rewards, check_memory, check_sources
 from pipeline.config.run import (
     ChecksConfig,
     ClusterConfig,
@@ -28,7 +28,7 @@ from pipeline.config.run import (
     TrainConfig,
 )
 from pipeline.config.server import ServerConfig, request_tokens
-from pipeline.config.sources import RowsConfig
+from pipeline.config.sources import RowsConfig, asked_of
 from pipeline.config.sources.evaluation import EvaluationSet
 from pipeline.config.weights import WeightsConfig
 from pipeline.objectives.config import ObjectiveConfig
@@ -118,6 +118,7 @@ class Config(Frozen):
                 "'{kind: token_tis}' (geometric_tis where the ratio is of sequences), or objective.correction=none to "
                 "train without one"
             )
+        self._check_sources()
         self._check_evaluation()
         longest = request_tokens(self.data.max_prompt_tokens, self.longest_answer)
         for name in ("context_length", "max_total_tokens"):
@@ -131,6 +132,15 @@ class Config(Frozen):
         if self.model.tiny is not None:
             self.parallel.check_model(describe(self.model.tiny.hf_config()))
         return self
+
+    def _check_sources(self) -> None:
+        own = asked_of(self.data.origins)
+        sets = {one.name: asked_of(one.sources) or own for one in self.evaluate}
+        inherited = [name for one in self.evaluate if one.rewards is None for name in sets[one.name]]
+        check_sources(self.rewards, [*own, *inherited], [*own, *inherited])
+        for one in self.evaluate:
+            if one.rewards is not None:
+                check_sources(one.rewards, sets[one.name], sets[one.name])
 
     def _check_evaluation(self) -> None:
         names = [one.name for one in self.evaluate]

@@ -21,7 +21,7 @@ from pipeline.data.streams import Part, Questions, Stream, TableQuestions
 from pipeline.data.synthetic import SyntheticTask
 from pipeline.data.tables.arrow import open_huggingface, open_parquet
 from pipeline.data.tables.jsonl import JsonlTable
-from pipeline.data.tables.row_reader import RowReader, Table
+from pipeline.data.tables.row_reader import Lacks, RowReader, Table
 from pipeline.data.tables.screen import screen
 
 if TYPE_CHECKING:
@@ -36,11 +36,13 @@ def open_sources(
     seed: int,
     part: Part,
     supervised: bool,
+    lacks: Lacks,
     say: Callable[[str], None],
 ) -> list[tuple[Questions, float]]:
     """The questions of each source, of reasoning-gym those of each task, with their weights.
 
-    seed: the run's. supervised: answers will be imitated. say: hears of what was left out.
+    seed: the run's. supervised: answers will be imitated. lacks: what verifiers would miss of a row. say: hears of what
+    was left out.
     Raises DataError, naming the row or the task.
     """
     out: list[tuple[Questions, float]] = []
@@ -57,7 +59,7 @@ def open_sources(
         elif isinstance(source, ReasoningGymSource):
             out += _tasks(source, writer, seed, stream)
         else:
-            rows = _rows(source, writer, config, seed=seed, stream=stream, supervised=supervised, say=say)
+            rows = _rows(source, writer, config, seed=seed, stream=stream, supervised=supervised, lacks=lacks, say=say)
             out.append((rows, source.weight))
     names = [questions.name for questions, _ in out]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -79,12 +81,13 @@ def _rows(
     seed: int,
     stream: Stream,
     supervised: bool,
+    lacks: Lacks,
     say: Callable[[str], None],
 ) -> TableQuestions:
     if source.columns.tools is not None:
         check_template(writer.tokenizer, ["tools"])
     table, name = _table(source)
-    reader = RowReader(source, name)
+    reader = RowReader(source, name, lacks)
     screened = screen(table, reader, writer, config, answers=supervised, say=say)
     if screened.report.left_out or screened.report.duplicates:
         say(f"{name}: {screened.report}")
@@ -110,7 +113,7 @@ def _tasks(
     total = sum(weights.values())
     return [
         (
-            GymQuestions(f"{source.name}.{task}" if source.name else task, task, source, writer, seed, stream),
+            GymQuestions(source.name_of(task), task, source, writer, seed, stream),
             source.weight * weight / total,
         )
         for task, weight in weights.items()

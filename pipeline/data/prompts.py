@@ -21,6 +21,7 @@ from pipeline.data.opened import open_sources
 from pipeline.data.pass_rates import pass_rate
 from pipeline.data.pretrained import load_tokenizer, read_json
 from pipeline.data.streams import Order, Part
+from pipeline.data.tables.row_reader import Lacks, nothing
 from pipeline.types import Prompt
 
 if TYPE_CHECKING:
@@ -69,13 +70,15 @@ class PromptSource:
         part: Part = "train",
         supervised: bool = False,
         trust_remote_code: bool = False,
+        lacks: Lacks = nothing,
         say: Callable[[str], None] = _to_standard_error,
     ):
         """model_path: Hugging Face directory whose tokenizer, config.json and generation_config.json count.
 
         part: "held_out" gives what is never trained on; see `Part`.
         supervised: pairs will be taken, so answers of rows are looked at now as well.
-        trust_remote_code: as ModelConfig has it. say: gets a line every few seconds while rows are read.
+        trust_remote_code: as ModelConfig has it. lacks: what verifiers would miss of a row. say: gets a line every few
+        seconds while rows are read.
         Raises DataError (data or tokenizer) before any prompt is taken.
         """
         self.config = config
@@ -83,7 +86,7 @@ class PromptSource:
         self.vocab_size: int = read_hf_config(model_path)["vocab_size"]
         self.stop_token_ids = stop_token_ids(model_path, self.tokenizer)
         opened = open_sources(
-            config, self.tokenizer, self.vocab_size, seed=seed, part=part, supervised=supervised, say=say
+            config, self.tokenizer, self.vocab_size, seed=seed, part=part, supervised=supervised, lacks=lacks, say=say
         )
         self.sources = [questions for questions, _ in opened]
         self._by_name = {questions.name: questions for questions in self.sources}

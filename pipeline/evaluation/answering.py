@@ -79,7 +79,8 @@ async def ask(
         verdict = await judge.ask(asking)
         graded += 1
         done(graded, total)
-        given = asked.given(asking.response_text) if asked.given and rollout.finish_reason == "stop" else None
+        vote = asked.given.get(prompt.source) if rollout.finish_reason == "stop" else None
+        given = None if vote is None else vote(asking.response_text)
         return Answer(prompt, sample, rollout, asking.response_text, verdict, given)
 
     async def watch() -> None:

@@ -90,11 +90,15 @@ def evaluation_of(
     def reward(i: int) -> float:
         return float(np.mean([a.verdict.reward or 0.0 for a in graded[i]])) if graded[i] else math.nan
 
+    def majority(i: int, k: int) -> float:
+        votes = questions[i][0].prompt.source in asked.given
+        return majority_at_k([a.given for a in graded[i]], passed[i], k) if votes else math.nan
+
     scores = {"reward": score(reward)}
     for k in config.ks:
         scores[f"pass@{k}"] = score(lambda i, k=k: pass_at_k(len(passed[i]), sum(passed[i]), k))
-        if k > 1 and asked.given is not None:
-            scores[f"majority@{k}"] = score(lambda i, k=k: majority_at_k([a.given for a in graded[i]], passed[i], k))
+        if k > 1 and asked.given:
+            scores[f"majority@{k}"] = score(lambda i, k=k: majority(i, k))
     kinds = Counter(a.verdict.kind for a in answers if a.verdict.kind is not None)
     numbers = {
         "length_mean": float(np.mean([a.rollout.trained_tokens for a in answers])),

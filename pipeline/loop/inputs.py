@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from pipeline.cluster.address import check_address
 from pipeline.cluster.one_machine import check_gpus
 from pipeline.config import Config
 from pipeline.config.load_config import check_precision
-from pipeline.config.rewards import Rewards
+from pipeline.config.rewards import Rewards, what_lacks
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
 from pipeline.data.tiny_model import make_tiny_model
@@ -93,7 +94,9 @@ def check_prompts(config: Config, scratch: Path) -> tuple[PromptSource, list[Ope
     model_path = prepare_model(config, scratch / "model")
     source = prompt_source(config, model_path)
     beginning = source.state()
-    source.take(config.rollout.prompts_per_step)
+    for prompt in source.take(config.rollout.prompts_per_step):  # of a generator; rows were all looked at
+        if (why := what_lacks(config.rewards, prompt.source, prompt.metadata)) is not None:
+            raise DataError(f"{prompt.origin}: the prompt {why}")
     if config.supervised.steps:
         source.take_supervised(config.supervised.batch_size)
     source.restore(beginning)
@@ -108,6 +111,7 @@ def prompt_source(config: Config, model_path: Path) -> PromptSource:
         seed=config.run.seed,
         supervised=config.supervised.steps > 0,
         trust_remote_code=config.model.trust_remote_code,
+        lacks=functools.partial(what_lacks, config.rewards),
     )
 
 

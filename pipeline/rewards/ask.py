@@ -32,6 +32,7 @@ def ask(url: str, body: dict[str, Any], *, timeout_s: float, key: str | None = N
             wrong = f"{url} cannot be reached: {error or type(error).__name__}"
         if time.monotonic() + pause > deadline:
             raise AskError(f"{wrong}; tried for {timeout_s:g} s")
+        print(wrong, flush=True)  # the last words of a verifier that the grader's time limit ends
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
     if wrong:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pipeline.rewards.protocol import Question
-
-_NAME = re.compile(r"\{(\w+)\}")
+from pipeline.text.named import NAMED
 
 
 def fill(value: Any, question: Question) -> Any:
@@ -17,7 +15,7 @@ def fill(value: Any, question: Question) -> Any:
     """
     known = question.prompt.metadata | {"prompt": question.prompt.text, "response": question.response_text}
     if isinstance(value, str):
-        return _NAME.sub(lambda found: str(known[found[1]]), value)
+        return NAMED.sub(lambda found: str(known[found[1]]), value)
     if isinstance(value, dict):
         return {key: fill(inner, question) for key, inner in value.items()}
     if isinstance(value, list):

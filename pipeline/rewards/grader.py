@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from pipeline.rewards.environment import without_secrets
 from pipeline.rewards.processes import MARK, kill_marked
@@ -44,6 +45,7 @@ RESTARTS = 2
 _ROOT = str(Path(__file__).resolve().parents[2])
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from pipeline.rewards.supervisor import main; main({})"
 _END_S = 5.0
+_CONNECT_S = 5.0
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Set where they are not: there are several workers, and a fork should find no threads."""
 
@@ -95,7 +97,7 @@ class Grader:
         Raises VerifierError where the verifier cannot be loaded at all, RewardError where the supervisor is killed
         again and again.
         """
-        asked: list[list[int]] = []
+        asked: list[tuple[Question, list[int]]] = []
         open_: dict[int, bytes] = {}
         verdicts: dict[int, Verdict] = {}
         outbox = bytearray()
@@ -105,7 +107,7 @@ class Grader:
         while more or open_:
             if more and (question := next(source, None)) is not None:
                 parts = self.parts(question)
-                asked.append(list(parts))
+                asked.append((question, list(parts)))
                 open_ |= parts
                 outbox += b"".join(parts.values())
                 if len(outbox) < 1 << 13:
@@ -125,19 +127,25 @@ class Grader:
                 self.close()
                 self._start()
                 outbox = bytearray(b"".join(open_.values()))
-        return [self.together([verdicts[number] for number in numbers]) for numbers in asked]
+        return [self.together(question, [verdicts[number] for number in numbers]) for question, numbers in asked]
 
     def parts(self, question: Question) -> dict[int, bytes]:
-        """A question to every component, as it is sent: number -> bytes, in the order of the components."""
+        """A question to every component that grades its source, as it is sent: number -> bytes, in the order of the
+        components. Raises RewardError where none does."""
         packed, parts = pack_question(question), {}
-        for component in range(len(self.components)):
+        for component, own in enumerate(self.components):
+            if not own.grades(question.prompt.source):
+                continue
             parts[self._next] = address(self._next, component, packed)
             self._next += 1
+        if not parts:
+            raise RewardError(f"no verifier grades the source {question.prompt.source!r}")
         return parts
 
-    def together(self, verdicts: Sequence[Verdict]) -> Verdict:
-        """Of the components' verdicts, in their order: the weighted sum of rewards, or the first failure."""
-        pairs = list(zip(self.components, verdicts, strict=True))
+    def together(self, question: Question, verdicts: Sequence[Verdict]) -> Verdict:
+        """Of the verdicts on a question, in the order of `parts`: the weighted sum of rewards, or the first failure."""
+        own = [component for component in self.components if component.grades(question.prompt.source)]
+        pairs = list(zip(own, verdicts, strict=True))
         named = [replace(verdict, verifier=component.title) for component, verdict in pairs]
         seconds = max(verdict.seconds for verdict in verdicts)
         parts = {component.name: verdict for (component, _), verdict in zip(pairs, named, strict=True)}
@@ -256,12 +264,26 @@ def check_rewards(rewards: Sequence[RewardConfig], grading: GradingConfig) -> No
     """Load a configuration's verifiers in a process of their own, and end that; a sandbox is tried.
 
     Raises VerifierError, saying what is wrong with one: there is no such function, importing its module raises, exits,
-    crashes or hangs, or its sandbox cannot be had.
+    crashes or hangs, its sandbox cannot be had, or nothing listens at its URL.
     """
+    for reward in rewards:
+        for url in reward.servers:
+            _check_reachable(url, reward.metric)
     grader = _grader(rewards, grading, 1)
     if not all(map(is_quick, grader.components)):
         with grader:
             grader.wait_ready()
+
+
+def _check_reachable(url: str, name: str) -> None:
+    """Raise VerifierError where nothing listens at a URL, which every answer would otherwise wait for in vain."""
+    there = urlsplit(url)
+    try:
+        port = there.port or (443 if there.scheme == "https" else 80)
+        socket.create_connection((there.hostname or "", port), _CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        words = f"the verifier {name!r} asks {url}, which cannot be reached: {error}"
+        raise VerifierError(f"{words}; start that server first, or correct its url") from error
 
 
 def _grader(rewards: Sequence[RewardConfig], grading: GradingConfig, workers: int) -> Grader:
@@ -274,5 +296,5 @@ def _grader(rewards: Sequence[RewardConfig], grading: GradingConfig, workers: in
 
 
 def _component(reward: RewardConfig, grading: GradingConfig) -> Component:
-    settings = reward.model_dump(mode="json", exclude={"name", "weight", "timeout_s"})
-    return Component(reward.metric, settings, reward.weight, reward.limit_s(grading.timeout_s))
+    settings = reward.model_dump(mode="json", exclude={"name", "weight", "timeout_s", "sources"})
+    return Component(reward.metric, settings, reward.weight, reward.limit_s(grading.timeout_s), reward.sources)

@@ -43,7 +43,7 @@ class Asking:
         self._outbox += b"".join(parts.values())
         self._exchange()
         try:
-            return self.grader.together(await asyncio.gather(*futures))
+            return self.grader.together(question, await asyncio.gather(*futures))
         finally:
             for number in parts:
                 self._open.pop(number, None)

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.rewards.protocol import Question
+from pipeline.text.named import is_among
 
 Verifier = Callable[[Question], float | Awaitable[float]]
 """From an answer to its reward, a finite number of float32; it may be an `async def`."""
@@ -64,13 +65,14 @@ class Component:
     """One verifier of a run, a part of the reward.
 
     name: of its metric. settings: its kind and what that needs, plain values. weight: in the reward. timeout_s: of one
-    answer; None: the grader's.
+    answer; None: the grader's. sources: whose prompts it grades; empty: all.
     """
 
     name: str
     settings: Mapping[str, Any]
     weight: float = 1.0
     timeout_s: float | None = None
+    sources: Sequence[str] = ()
 
     @classmethod
     def named(cls, text: str) -> Component:
@@ -83,6 +85,10 @@ class Component:
         if text not in KINDS:
             raise VerifierError(unknown(text))
         return cls(text, {"kind": text})
+
+    def grades(self, source: str) -> bool:
+        """Whether prompts of a source are its own."""
+        return is_among(source, self.sources)
 
     @property
     def title(self) -> str:

@@ -8,6 +8,8 @@ from pipeline.config.rewards.listed import (
     RewardConfig,
     Rewards,
     check_memory,
+    check_sources,
+    what_lacks,
 )
 from pipeline.config.rewards.verifiers import (
     CodeReward,
@@ -34,4 +36,6 @@ __all__ = [
     "Rewards",
     "SandboxConfig",
     "check_memory",
+    "check_sources",
+    "what_lacks",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -21,6 +22,7 @@ from pipeline.config.rewards.verifiers import (
     Reward,
     RewardModelReward,
 )
+from pipeline.text.named import is_among
 
 OnFailure = Literal["exclude", "zero", "drop_group", "stop"]
 """What becomes of an answer that a verifier failed on."""
@@ -120,6 +122,32 @@ def check_memory(rewards: tuple[Reward, ...], grading: GradingConfig) -> None:
                 f"a program's sandbox.memory_mb={reward.sandbox.memory_mb} does not fit grading.memory_gb="
                 f"{grading.memory_gb:g} of its verifier; set that to {least:g} or more"
             )
+
+
+def what_lacks(rewards: Sequence[Reward], source: str, metadata: Mapping[str, Any]) -> str | None:
+    """What the verifiers of a source would miss of one of its prompts, in words; None for nothing."""
+    for reward in rewards:
+        if reward.grades(source) and (key := reward.lacks(metadata)) is not None:
+            return (
+                f'has no "{key}", which the verifier {reward.metric} reads; it has {", ".join(metadata) or "nothing"}'
+            )
+    return None
+
+
+def check_sources(rewards: Sequence[Reward], there: Sequence[str], asked: Sequence[str]) -> None:
+    """Raise ValueError where a verifier names a source that is not there, or a source has no verifier.
+
+    there: sources that may be named. asked: those whose prompts are graded.
+    """
+    for reward in rewards:
+        for name in reward.sources:
+            if not any(is_among(source, (name,)) for source in there):
+                raise ValueError(
+                    f"the verifier {reward.metric} names the source {name!r}; there are {', '.join(there)}"
+                )
+    for source in asked:
+        if not any(reward.grades(source) for reward in rewards):
+            raise ValueError(f"no verifier grades the source {source!r}; name it under `sources` of one of them")
 
 
 MOVED = {

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_ext.config import Frozen
+from pipeline.text.named import is_among, names_in
 
 _AFTER_S = 10.0
 """Seconds that the code verifier has beyond those of its programs."""
+
+
+def _filled_in(value: Any) -> list[str]:
+    """Of texts what their prompt has to have."""
+    return [name for name in names_in(value) if name not in ("prompt", "response")]
+
+
+def _first_missing(keys: Iterable[str], metadata: Mapping[str, Any]) -> str | None:
+    return next((key for key in keys if metadata.get(key) is None), None)
 
 
 class Reward(Frozen):
@@ -24,6 +35,13 @@ class Reward(Frozen):
         description="its metric is reward/ and this; null: its kind, or its function's name",
     )
     timeout_s: float | None = Field(None, gt=0, description="of one answer; null: grading.timeout_s")
+    sources: tuple[str, ...] = Field(
+        (), description="names of the sources whose prompts it grades, where a run has several; empty: of all"
+    )
+
+    def grades(self, source: str) -> bool:
+        """Whether prompts of a source are its own: one that it names, or a task of one of reasoning-gym."""
+        return is_among(source, self.sources)
 
     @property
     def metric(self) -> str:
@@ -35,6 +53,16 @@ class Reward(Frozen):
         """Variables of the environment that it needs."""
         return ()
 
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """URLs that it asks, where no proxy stands in between."""
+        return ()
+
+    def lacks(self, metadata: Mapping[str, Any]) -> str | None:
+        """A key that it needs of a prompt's metadata and that is not there, or null; None: nothing that it is known to
+        need is missing."""
+        return None
+
     def limit_s(self, default: float) -> float:
         """Seconds that it may take on one answer. default: of grading.timeout_s."""
         return default if self.timeout_s is None else self.timeout_s
@@ -44,6 +72,9 @@ class Checked(Reward):
     """What a verifier has that compares with an answer."""
 
     answer: str = Field("answer", description="key of the prompt's metadata that holds what is right")
+
+    def lacks(self, metadata: Mapping[str, Any]) -> str | None:
+        return _first_missing((self.answer,), metadata)
 
 
 class ExactMatchReward(Checked):
@@ -85,6 +116,9 @@ class RegexReward(Checked):
             raise ValueError(f"the pattern {self.pattern!r} is none of Python's re: {error}") from error
         return self
 
+    def lacks(self, metadata: Mapping[str, Any]) -> str | None:
+        return super().lacks(metadata) if "answer" in re.compile(self.pattern).groupindex else None
+
 
 class MathVerifyReward(Checked):
     """1 where the response's last expression equals the answer's, by the library math-verify."""
@@ -105,6 +139,9 @@ class ReasoningGymReward(Reward):
         description="the answer stands in the last <TAG>...</TAG> where there is one; "
         "null: all of the response is the answer",
     )
+
+    def lacks(self, metadata: Mapping[str, Any]) -> str | None:
+        return None if "metadata" in metadata else _first_missing(("reasoning_gym",), metadata)
 
 
 class SandboxConfig(Frozen):
@@ -142,6 +179,13 @@ class CodeReward(Reward):
     share: bool = Field(False, description="the share of tests that it passes, not 1 for all and 0 for less")
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)  # pyright: ignore[reportArgumentType]
 
+    @property
+    def servers(self) -> tuple[str, ...]:
+        return () if self.sandbox.url is None else (self.sandbox.url,)
+
+    def lacks(self, metadata: Mapping[str, Any]) -> str | None:
+        return _first_missing((self.tests,), metadata)
+
     def limit_s(self, default: float) -> float:
         """Beyond the time of its programs: one that takes too long is wrong, and no failure of the verifier."""
         return self.timeout_s or self.sandbox.total_s + self.sandbox.wall_s + _AFTER_S
@@ -160,6 +204,10 @@ class Remote(Reward):
     def variables(self) -> tuple[str, ...]:
         return () if self.key_variable is None else (self.key_variable,)
 
+    @property
+    def servers(self) -> tuple[str, ...]:
+        return () if self.proxies else (self.url,)
+
 
 class RewardModelReward(Remote):
     """The number that a server gives."""
@@ -173,6 +221,9 @@ class RewardModelReward(Remote):
         "reward", description="where the number stands in what comes back: keys and places with dots"
     )
 
+    def lacks(self, metadata: Mapping[str, Any]) -> str | None:
+        return _first_missing(_filled_in(self.body), metadata)
+
 
 class JudgeReward(Remote):
     """The score that a language model gives, over an OpenAI-compatible endpoint."""
@@ -183,7 +234,7 @@ class JudgeReward(Remote):
         description="what it is told; {prompt}, {response} and {KEY} of the prompt's metadata are filled in"
     )
     pattern: str = Field(
-        r"(?i)score\W{1,4}(-?\d+(?:\.\d+)?)", description="finds the score, its one group; the last place counts"
+        r"(?i)score\W{1,4}?(-?\d+(?:\.\d+)?)", description="finds the score, its one group; the last place counts"
     )
     scale: tuple[float, float] = Field((0.0, 10.0), description="scores that are reward 0 and reward 1")
     max_tokens: int = Field(1024, ge=1, description="of what it says")
@@ -202,6 +253,9 @@ class JudgeReward(Remote):
         if "{response}" not in self.template:
             raise ValueError("the template needs {response}, or the judge would not see the answer")
         return self
+
+    def lacks(self, metadata: Mapping[str, Any]) -> str | None:
+        return _first_missing(_filled_in(self.template), metadata)
 
 
 class LengthReward(Reward):

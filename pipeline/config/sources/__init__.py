@@ -1,5 +1,6 @@
 """Where prompts come from: one class a kind of source, told apart by its `kind`."""
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import Field
@@ -26,6 +27,7 @@ __all__ = [
     "SourceConfig",
     "SyntheticSource",
     "SyntheticTaskConfig",
+    "asked_of",
     "names_of",
 ]
 
@@ -33,3 +35,16 @@ __all__ = [
 def names_of(sources: tuple[Source, ...]) -> list[str]:
     """What each source is called; an unnamed one of reasoning-gym has no name of its own, its tasks have."""
     return [source.name or source.default_name for source in sources]
+
+
+def asked_of(sources: Iterable[Source]) -> list[str]:
+    """What questions are called in metrics, and in `sources` of a verifier: each source, and each task of one."""
+    return [
+        name
+        for source in sources
+        for name in (
+            map(source.name_of, source.tasks)
+            if isinstance(source, ReasoningGymSource)
+            else (source.name or source.default_name,)
+        )
+    ]

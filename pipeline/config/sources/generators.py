@@ -72,6 +72,10 @@ class ReasoningGymSource(SourceConfig):
         """Each task is called by its own name."""
         return ""
 
+    def name_of(self, task: str) -> str:
+        """Of one task: behind the source's, where that has one."""
+        return f"{self.name}.{task}" if self.name else task
+
 
 class SyntheticSource(SourceConfig):
     """A synthetic task; a tenth of its questions is held out."""

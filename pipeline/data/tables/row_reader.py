@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, Protocol
@@ -15,6 +15,15 @@ from pipeline.data.chat import Asked, DataError
 
 _NAMED = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
 _EXACT = 2**53  # whole numbers up to here are what a float64 says
+
+
+Lacks = Callable[[str, Mapping[str, Any]], str | None]
+"""From the name of a source and the metadata of one of its rows to what is not there, in words; None for nothing."""
+
+
+def nothing(source: str, metadata: Mapping[str, Any]) -> str | None:
+    """Of rows that nobody needs anything of."""
+    return None
 
 
 class Table(Protocol):
@@ -40,9 +49,10 @@ class Table(Protocol):
 class RowReader:
     """Rows of one source to questions."""
 
-    def __init__(self, config: RowsConfig, name: str):
-        """name: of the source. Raises DataError for an answer_pattern that is no pattern with a group."""
-        self.config, self.name = config, name
+    def __init__(self, config: RowsConfig, name: str, lacks: Lacks = nothing):
+        """name: of the source. lacks: what verifiers would miss, which makes a row wrong. Raises DataError for an
+        answer_pattern that is no pattern with a group."""
+        self.config, self.name, self.lacks = config, name, lacks
         self._pattern = None if config.answer_pattern is None else _pattern(config.answer_pattern)
         columns = config.columns
         self._taken = {columns.prompt, columns.messages, columns.tools}
@@ -54,10 +64,10 @@ class RowReader:
         messages = self._messages(record)
         answer = self._answer(record)
         tools = self._tools(record)
-        metadata = {} if answer is None else {"answer": answer}
-        return Asked(
-            messages, answer, self._kept(record) | metadata | self.config.metadata, tools, where, f"{self.name}:{row}"
-        )
+        metadata = self._kept(record) | ({} if answer is None else {"answer": answer}) | self.config.metadata
+        if (why := self.lacks(self.name, metadata)) is not None:
+            raise DataError(why)
+        return Asked(messages, answer, metadata, tools, where, f"{self.name}:{row}")
 
     def _messages(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         columns = self.config.columns

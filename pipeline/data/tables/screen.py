@@ -57,7 +57,9 @@ class Report:
             if self.left_out[kind]
         )
         held_out = f" and {self.held_out:,} held out" if self.held_out else ""
-        return f"{self.rows:,} rows, {self.prompts:,} prompts{held_out}" + (f"; left out: {kinds}" if kinds else "")
+        twice = f"; {self.duplicates:,} of them a second time" if self.duplicates > self.left_out["duplicate"] else ""
+        kinds = f"; left out: {kinds}" if kinds else ""
+        return f"{self.rows:,} rows, {self.prompts:,} prompts{held_out}{twice}{kinds}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class _Screen:
             return
         if not text.strip() or (asked.answer is not None and not asked.answer.strip()):
             what = "prompt" if not text.strip() else "answer"
-            words = f"{self.table.where(row)}: the {what} is empty; data.filters.empty says what becomes of it"
+            words = f"{self.table.where(row)}: the {what} is empty; data.filters.empty=drop leaves such rows out"
             if self._filtered(self.config.filters.empty, "empty", DataError(words)):
                 return
         self.rows.append(row)
@@ -162,7 +164,7 @@ class _Screen:
         again = rows[kept & ~first]
         report.duplicates = len(again)
         if len(again):
-            words = "an earlier row has this prompt too; data.filters.duplicates says what becomes of it"
+            words = "an earlier row has this prompt too; data.filters.duplicates=drop leaves such rows out"
             error = DataError(f"{self.table.where(int(again[0]))}: {words}")
             if self._filtered(self.config.filters.duplicates, "duplicate", error):
                 report.left_out["duplicate"] = len(again)

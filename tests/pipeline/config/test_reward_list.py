@@ -76,3 +76,61 @@ def test_what_a_run_writes_down_reads_back_as_it_is():
 def test_what_is_wrong_is_named_with_what_to_write(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(QUICKSTART, [override])
+
+
+SOURCES = (
+    "data={max_prompt_tokens: 16, sources: [{kind: synthetic, name: sorting, task: {}}, "
+    "{kind: reasoning_gym, name: gym, tasks: {countdown: {}, chain_sum: {}}}]}"
+)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        (
+            "[{kind: number, sources: [sort]}, length]",
+            "names the source 'sort'; there are sorting, gym.countdown, gym.",
+        ),
+        (
+            "[{kind: number, sources: [sorting, gym.countdown]}]",
+            "no verifier grades the source 'gym.chain_sum'; name it",
+        ),
+        ("[{kind: number, sources: [sorting]}, {kind: reasoning_gym, sources: [gym]}]", None),
+    ],
+)
+def test_every_source_has_a_verifier_and_every_name_is_that_of_a_source(rewards, message):
+    rewards = rewards.replace("length", "{kind: length, free_tokens: 1, full_tokens: 2}")
+    if message is None:
+        load_config(QUICKSTART, [SOURCES, f"rewards={rewards}"])
+        return
+    with pytest.raises(ConfigError, match=message):
+        load_config(QUICKSTART, [SOURCES, f"rewards={rewards}"])
+
+
+def test_a_set_with_verifiers_of_its_own_names_its_own_sources():
+    one = "{name: one, prompts: 2, sources: [{kind: synthetic, name: sums, task: {}}], rewards: [VERIFIER]}"
+    load_config(QUICKSTART, ["evaluate=[" + one.replace("VERIFIER", "{kind: number, sources: [sums]}") + "]"])
+    with pytest.raises(ConfigError, match="names the source 'digit_sort'; there are sums"):
+        load_config(QUICKSTART, ["evaluate=[" + one.replace("VERIFIER", "{kind: number, sources: [digit_sort]}") + "]"])
+
+
+@pytest.mark.parametrize(
+    ("reward", "metadata", "key"),
+    [
+        ("exact_match", {"answer": "1"}, None),
+        ("exact_match", {}, "answer"),
+        ("{kind: number, answer: truth}", {"answer": "1", "truth": None}, "truth"),
+        ("{kind: regex, pattern: x}", {}, None),
+        ("{kind: regex, pattern: '(?P<answer>x)'}", {}, "answer"),
+        ("code", {"answer": "1"}, "tests"),
+        ("reasoning_gym", {"answer": "1"}, "reasoning_gym"),
+        ("reasoning_gym", {"metadata": {"source_dataset": "countdown"}}, None),
+        ("{kind: reward_model, url: 'http://a', body: {text: ['{prompt}{response}', '{style}']}}", {}, "style"),
+        ("{kind: judge, url: 'http://a', model: m, template: '{response} {answer}'}", {}, "answer"),
+        ("{kind: judge, url: 'http://a', model: m, template: '{response} {\"a\": 1}'}", {}, None),
+        ("{kind: length, free_tokens: 1, full_tokens: 2}", {}, None),
+    ],
+)
+def test_what_a_verifier_needs_of_a_prompt_is_known(reward, metadata, key):
+    (one,) = rewards(f"[{reward}]")
+    assert one.lacks(metadata) == key

@@ -53,6 +53,20 @@ def test_data_that_holds_nothing_out_is_refused(open_quickstart, tmp_path):
         open_quickstart("data.task=null", f"data.path={file}", "evaluate=[{name: held}]")
 
 
+def test_of_several_sources_those_count_that_hold_something_out(open_quickstart, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i:05}", "answer": "1"}) + "\n" for i in range(50)))
+    sources = f"[{{kind: jsonl, path: {file}}}, {{kind: synthetic, task: {{}}}}]"
+    _, (asked,) = open_quickstart("data.task=null", f"data.sources={sources}", f"evaluate=[{HELD}]")
+    assert {prompt.source for prompt in asked.prompts} == {"digit_sort"}
+
+
+def test_a_prompt_without_what_its_verifier_reads_is_named(open_quickstart):
+    rewards = "rewards: [{kind: number, answer: truth}]"
+    with pytest.raises(DataError, match='evaluate, a: digit_sort:0: the prompt has no "truth", which the verifier'):
+        open_quickstart(f"evaluate=[{{name: a, prompts: 2, {rewards}}}]")
+
+
 def test_each_set_draws_and_is_graded_in_its_own_way(open_quickstart):
     _, (one, other) = open_quickstart(
         "evaluate=[{name: a, prompts: 2, temperature: 0, max_new_tokens: 3, rewards: number}, "

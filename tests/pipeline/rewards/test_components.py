@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from pipeline.rewards import Component, Failures, Grader, Question
+from pipeline.rewards import Component, Failures, Grader, Question, RewardError
 from pipeline.rewards.grade import grade
 from pipeline.types import Group, Prompt
 from tests.support.episodes import plain_rollout
@@ -17,6 +18,12 @@ from tests.support.hostile import question
 HOSTILE = {"kind": "function", "function": "tests.support.hostile:verify"}
 LATER = {"kind": "function", "function": "tests.support.hostile:verify_later"}
 LENGTH = {"kind": "length", "free_tokens": 2, "full_tokens": 4}
+
+
+def of(source):
+    """A question that is answered right, of a prompt of a source."""
+    one = question("right")
+    return dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, origin=f"{source}:7"))
 
 
 def test_the_reward_is_the_weighted_sum_and_each_part_is_told():
@@ -34,6 +41,27 @@ def test_one_that_fails_fails_the_answer_and_is_named_and_the_others_are_told():
     assert (raised.reward, raised.kind, raised.verifier) == (None, "raised", "tests.support.hostile:verify")
     assert [part.reward for part in raised.parts.values()] == [-0.5, None]
     assert right.reward == 0.5
+
+
+def test_a_verifier_grades_the_sources_that_it_names_and_no_others():
+    components = [
+        Component("sums", HOSTILE, sources=("sums", "gym")),
+        Component("short", LENGTH),
+        Component("rest", HOSTILE, weight=3.0, sources=("other",)),
+    ]
+    named = [of(name) for name in ("sums", "gym.countdown", "other", "third")]
+    with Grader(components, workers=2) as grader:
+        verdicts = grader.ask(named)
+    assert [list(verdict.parts) for verdict in verdicts] == [["sums", "short"]] * 2 + [["short", "rest"], ["short"]]
+    assert [verdict.reward for verdict in verdicts] == [0.5, 0.5, 2.5, -0.5]
+
+
+def test_a_question_that_no_verifier_grades_ends_the_run():
+    with (
+        Grader([Component("sums", HOSTILE, sources=("sums",))], workers=1) as grader,
+        pytest.raises(RewardError, match="no verifier grades the source 'third'"),
+    ):
+        grader.ask([of("third")])
 
 
 def test_each_has_a_time_limit_of_its_own():

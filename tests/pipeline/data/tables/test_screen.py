@@ -1,11 +1,13 @@
 """Rows are looked at before a run starts: wrong ones named or counted, filters counted, little tokenized."""
 
+import functools
 import json
 
 import pytest
 
 from pipeline.config.data import DataConfig
 from pipeline.config.model import TinyModelConfig
+from pipeline.config.rewards import CodeReward, what_lacks
 from pipeline.data.chat import DataError
 from pipeline.data.held_out import held_out_share
 from pipeline.data.prompts import PromptSource
@@ -22,14 +24,15 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def opened(tmp_path, model):
-    def make(*lines, supervised=False, said=None, raw=None, columns=None, **fields):
+    def make(*lines, supervised=False, said=None, raw=None, columns=None, rewards=(), **fields):
         path = tmp_path / "data.jsonl"
         text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
         path.write_bytes(raw if raw is not None else text.encode())
         source = {"kind": "jsonl", "path": path, "columns": columns or {}}
         config = DataConfig.model_validate({"sources": [source], "shuffle": False} | fields)
         say = (lambda line: None) if said is None else said.append
-        return PromptSource(config, model, seed=0, supervised=supervised, say=say)
+        lacks = functools.partial(what_lacks, rewards)
+        return PromptSource(config, model, seed=0, supervised=supervised, lacks=lacks, say=say)
 
     return make
 
@@ -134,3 +137,18 @@ def test_a_tenth_of_texts_is_below_a_tenth_and_a_quarter_below_a_quarter():
     assert all(0 <= share < 1 for share in shares)
     for part in (0.01, 0.1, 0.25, 0.9):
         assert sum(share < part for share in shares) / 20_000 == pytest.approx(part, abs=0.01)
+
+
+def test_a_row_without_what_a_verifier_reads_is_wrong(opened):
+    rows = [GOOD | {"tests": ["assert f() == 1"]}, GOOD]
+    words = r'data.jsonl, line 2: has no "tests", which the verifier code reads; it has answer'
+    with pytest.raises(DataError, match=words):
+        opened(*rows, rewards=[CodeReward()])
+    assert opened(*rows, rewards=[CodeReward()], on_bad_line="skip").size == 1
+    assert opened(*rows, rewards=[CodeReward(sources=("other",))]).size == 2
+
+
+def test_duplicates_that_are_kept_are_counted_too(opened):
+    said = []
+    opened(GOOD, GOOD, GOOD, said=said)
+    assert said == ["data: 3 rows, 3 prompts; 2 of them a second time"]

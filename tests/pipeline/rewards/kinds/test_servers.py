@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from pipeline.config.rewards import GradingConfig, JudgeReward, RewardModelReward
+from pipeline.config.rewards import CodeReward, GradingConfig, JudgeReward, RewardModelReward
 from pipeline.rewards import Question, VerifierError, check_rewards, open_grader
 from pipeline.types import Prompt
 from tests.support.http_service import HttpService
@@ -86,6 +86,19 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_hangs_is_a_timeout():
     assert (verdict.kind, verdict.what) == ("timeout", "took more than 0.5 s")
     (verdict,) = asked(RewardModelReward(url="http://127.0.0.1:9", timeout_s=0.5), question())
     assert verdict.kind == "timeout"
+    assert verdict.what.startswith("took more than 0.5 s; it had printed ")
+    assert "http://127.0.0.1:9 cannot be reached: " in verdict.what
+
+
+def test_a_server_that_does_not_listen_is_refused_before_anything_starts():
+    words = r"the verifier 'reward_model' asks http://127.0.0.1:9, which cannot be reached: .*; start that server first"
+    with pytest.raises(VerifierError, match=words):
+        check_rewards([RewardModelReward(url="http://127.0.0.1:9")], FAST)
+    sandbox = {"mode": "remote", "url": "http://127.0.0.1:9"}
+    with pytest.raises(VerifierError, match=r"the verifier 'code' asks http://127.0.0.1:9, which cannot be reached"):
+        check_rewards([CodeReward.model_validate({"sandbox": sandbox})], FAST)
+    with Server(lambda body: (200, {"reward": 1.0})) as server:
+        check_rewards([RewardModelReward(url=server.url)], FAST)
 
 
 def test_eight_answers_wait_for_a_server_at_the_same_time():
@@ -127,10 +140,18 @@ def test_a_judge_scores_on_its_scale(content, reward):
     assert body["messages"] == [{"role": "user", "content": words}]
 
 
+@pytest.mark.parametrize(("content", "reward"), [("Score: -1", 0.0), ("**Score:** -0.5", 0.25), ("Score:1", 1.0)])
+def test_a_score_below_0_keeps_its_sign(content, reward):
+    with Server(says(content)) as server:
+        (verdict,) = asked(judge(server.url, scale=(-1, 1)), question(answer="42"))
+    assert verdict.reward == pytest.approx(reward)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("I cannot say.", "the judge names no score: 'I cannot say.'"),
+        ("Score: -3", "the judge's score -3 is off the scale from 0 to 10"),
         ("Score: 11", "the judge's score 11 is off the scale from 0 to 10"),
         (None, "the judge's message is None, no text"),
     ],
@@ -147,8 +168,11 @@ def test_a_name_that_the_prompt_lacks_and_a_key_that_is_not_set_are_named(monkey
         (verdict,) = asked(judge(server.url), question())
     assert "raised KeyError: 'answer'" in verdict.what
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    with pytest.raises(VerifierError, match="key_variable: the environment has no NO_SUCH_KEY; set it"):
-        check_rewards([judge("http://127.0.0.1:9", key_variable="NO_SUCH_KEY")], FAST)
+    with (
+        Server(says("Score: 1")) as server,
+        pytest.raises(VerifierError, match="key_variable: the environment has no NO_SUCH_KEY; set it"),
+    ):
+        check_rewards([judge(server.url, key_variable="NO_SUCH_KEY")], FAST)
 
 
 def test_a_key_is_there_for_the_verifier_that_names_it_alone(monkeypatch):
