@@ -62,7 +62,7 @@ def chat(
     with (
         scratch_folder() as logs,
         weights_of(model) as directory,
-        start_servers(config, directory, read_description(directory), logs) as fleet,
+        start_servers(config, directory, read_description(directory), logs, most=1) as fleet,
     ):
         for line in _lines() if said is None else said:
             if line.strip() == _NEW:

@@ -85,21 +85,15 @@ def start_engines(
 
 
 @contextlib.contextmanager
-def start_servers(config: Config, model_path: Path, model: ModelDescription, logs: Path) -> Iterator[Fleet]:
+def start_servers(
+    config: Config, model_path: Path, model: ModelDescription, logs: Path, *, most: int | None = None
+) -> Iterator[Fleet]:
     """Servers on this machine that hold the weights of a model directory, ready for requests, and no trainer; nothing
-    of them is left when the block ends. On GPUs they take all that this process sees.
+    of them is left when the block ends. On GPUs they take all that this process sees. most: servers.
 
     Raises ServerError, and PlacementError where the machine has too few GPUs for one.
     """
-    gpus = 0 if config_device(config) == "cpu" else torch.cuda.device_count()
-    width = config.server.tensor_parallel
-    if gpus and gpus < width:
-        raise PlacementError(f"server.tensor_parallel={width} needs as many GPUs, and this machine has {gpus}")
-    count = gpus // width if gpus else config.server.replicas or 1
-    own = config.server if count == 1 else config.server.model_copy(update={"port": None})  # nobody else asks them
-    environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
-    settings = [(own, number * width) for number in range(count)]
-    processes = _made(config, model_path, logs, settings, seed=config.run.seed, routes=False, environment=environment)
+    processes = servers_alone(config, model_path, logs, most=most)
     with contextlib.ExitStack() as stack:
         for process in processes:
             stack.callback(process.stop)
@@ -109,6 +103,20 @@ def start_servers(config: Config, model_path: Path, model: ModelDescription, log
         stack.callback(fleet.close)
         fleet.wait_ready()
         yield fleet
+
+
+def servers_alone(config: Config, model_path: Path, logs: Path, *, most: int | None = None) -> list[SGLangServer]:
+    """Those of `start_servers`, not started."""
+    gpus = 0 if config_device(config) == "cpu" else torch.cuda.device_count()
+    width = config.server.tensor_parallel
+    if gpus and gpus < width:
+        raise PlacementError(f"server.tensor_parallel={width} needs as many GPUs, and this machine has {gpus}")
+    count = gpus // width if gpus else config.server.replicas or 1
+    count = count if most is None else min(count, most)
+    own = config.server if count == 1 else config.server.model_copy(update={"port": None})  # nobody else asks them
+    settings = [(own, number * width if gpus else 0) for number in range(count)]
+    environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
+    return _made(config, model_path, logs, settings, seed=config.run.seed, routes=False, environment=environment)
 
 
 def _gpus(config: Config) -> int:

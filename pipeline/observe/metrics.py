@@ -28,11 +28,16 @@ class Timer:
 
 
 def batch_metrics(batch: Batch) -> dict[str, float]:
-    """Rewards and lengths of a step; lengths count the tokens that the policy sampled."""
+    """Rewards, what each verifier gave, and lengths of a step, over the answers that are trained on; lengths count the
+    tokens that the policy sampled."""
     groups = [group for group in batch.groups if len(group.rewards)]
     lengths = np.array([rollout.trained_tokens for rollout in batch.rollouts])
     ends = [episode.last.finish_reason for episode in batch.episodes]
-    return {
+    given: dict[str, list[float]] = {}
+    for episode in batch.episodes:
+        for name, reward in episode.parts.items():
+            given.setdefault(f"reward/{name}", []).append(reward)
+    return {name: float(np.mean(rewards)) for name, rewards in given.items()} | {
         "reward/mean": float(batch.rewards.mean()),
         "reward/std": float(batch.rewards.std()),
         "reward/uninformative_groups": float(np.mean([np.ptp(group.rewards) == 0 for group in groups])),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,22 +26,18 @@ class Asks(Protocol):
 
 @dataclass(frozen=True)
 class Failures:
-    """Answers of a step that a verifier failed on, and what the others came to by component.
+    """Answers of a step that a verifier failed on.
 
     answers:  how many were asked about.
     by_kind:  failures by their kind; protocol.py has the kinds.
     groups:   with failures, of which nothing is trained on.
     first:    what happened at the first of them.
-    sums:     of each component's own rewards, before its weight, over the answers that it could grade.
-    counts:   of those answers.
     """
 
     answers: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
     groups: int = 0
     first: str = ""
-    sums: Mapping[str, float] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: Failures) -> Failures:
         return Failures(
@@ -49,16 +45,12 @@ class Failures:
             self.by_kind + other.by_kind,
             self.groups + other.groups,
             self.first or other.first,
-            {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in {**self.sums, **other.sums}},
-            self.counts + other.counts,
         )
 
     def metrics(self) -> dict[str, float]:
-        """Counts, of every kind, and the mean of every component."""
+        """Counts, of every kind."""
         counts = {f"reward/failures_{kind}": float(self.by_kind[kind]) for kind in KINDS}
-        means = {f"reward/{name}": self.sums[name] / count for name, count in self.counts.items() if count}
-        failed = {"reward/failed": float(self.by_kind.total()), "reward/groups_dropped": float(self.groups)}
-        return failed | counts | means
+        return {"reward/failed": float(self.by_kind.total()), "reward/groups_dropped": float(self.groups)} | counts
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.by_kind.most_common())
@@ -118,7 +110,7 @@ def settle(
         enough = min(least, len(episodes)) if on_failure == "exclude" else len(episodes)
         if len(graded.rewards) < max(1, enough):
             graded, lost = _without_rewards(graded, first), 1
-    return graded, Failures(len(episodes), kinds, lost, first, *_by_component(verdicts))
+    return graded, Failures(len(episodes), kinds, lost, first)
 
 
 def question(prompt: Prompt, episode: Episode, tokenizer: PreTrainedTokenizerBase) -> Question:
@@ -126,18 +118,6 @@ def question(prompt: Prompt, episode: Episode, tokenizer: PreTrainedTokenizerBas
     last = episode.last
     trained = sum(rollout.trained_tokens for rollout in episode.rollouts)
     return Question(prompt, response_text(last, tokenizer), last.response_ids, last.finish_reason, trained)
-
-
-def _by_component(verdicts: Sequence[Verdict]) -> tuple[Counter[str], Counter[str]]:
-    """Sums and counts of what each component gave."""
-    sums: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for verdict in verdicts:
-        for name, part in verdict.parts.items():
-            if part.reward is not None:
-                sums[name] += part.reward  # pyright: ignore[reportArgumentType]  a Counter holds any numbers
-                counts[name] += 1
-    return sums, counts
 
 
 def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:

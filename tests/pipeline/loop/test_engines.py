@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.engine.server import ServerError
-from pipeline.loop.engines import server_count, shares_gpus, weights_config
+from pipeline.loop.engines import server_count, servers_alone, shares_gpus, weights_config
 
 JOINED = ["cluster={address: auto, nodes: 2, gpus_per_node: 8}"]
 
@@ -47,3 +47,22 @@ def test_weights_go_by_a_group_to_servers_on_gpus_of_their_own():
     assert chosen(1) == "auto"  # shared by both
     assert chosen(2) == chosen(8, *JOINED) == "distributed"
     assert chosen(8, *JOINED, "weights.transport=shared_memory") == "shared_memory"
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "first_gpus"),
+    [
+        ("cpu", ["server.replicas=3"], [0, 0, 0]),  # SGLang looks for a NUMA node of that number
+        ("cpu", [], [0]),
+        ("cuda", [], [0, 1, 2, 3]),
+        ("cuda", ["server.tensor_parallel=2"], [0, 2]),
+    ],
+)
+def test_servers_without_a_trainer_take_every_gpu_and_no_number_where_there_is_none(
+    device, settings, first_gpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipeline.loop.engines.torch.cuda.device_count", lambda: 4)
+    precision = "bfloat16" if device == "cuda" else "float32"
+    config = load_config("configs/quickstart.yaml", [f"device={device}", f"precision.weights={precision}", *settings])
+    assert [server.base_gpu for server in servers_alone(config, tmp_path, tmp_path)] == first_gpus
+    assert len(servers_alone(config, tmp_path, tmp_path, most=1)) == 1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
 
-from pipeline.rewards import Component, Failures, Grader, Question, RewardError
+from pipeline.observe.metrics import batch_metrics
+from pipeline.rewards import Component, Grader, Question, RewardError
 from pipeline.rewards.grade import grade
-from pipeline.types import Group, Prompt
+from pipeline.types import Batch, Episode, Group, Prompt
 from tests.support.episodes import plain_rollout
 from tests.support.hostile import question
 
@@ -97,15 +97,21 @@ def test_length_counts_sampled_tokens_of_the_whole_episode_and_each_component_is
 
     group = Group.of_single_turns(Prompt(np.zeros(1, np.int32), "q", {}, 0), [plain_rollout([1, 2, 3], np.zeros(3))])
     with Grader([Component("short", LENGTH), Component("long", LENGTH | {"full_tokens": 3})]) as grader:
-        (graded,), failures = grade([group], Words(), grader)
+        (graded,), _ = grade([group], Words(), grader)
     assert graded.episodes[0].reward == -1.5
-    metrics = (failures + failures).metrics()
+    metrics = batch_metrics(Batch(1, 0, (graded,)))
     assert (metrics["reward/short"], metrics["reward/long"]) == (-0.5, -1.0)
 
 
-def test_a_component_that_fails_on_some_has_the_mean_of_the_others():
-    failures = Failures(sums={"a": 3.0}, counts=Counter(a=2)) + Failures(sums={"a": 0.0}, counts=Counter(a=0))
-    assert failures.metrics()["reward/a"] == 1.5
+def test_the_metrics_of_components_add_up_to_the_reward_of_what_a_step_trains_on():
+    def episode(reward, **parts):
+        one = Episode((plain_rollout([1, 2, 3], np.zeros(3)),), reward=reward, parts=parts)
+        return one if reward is not None else dataclasses.replace(one, failure="it raised")
+
+    prompt = Prompt(np.zeros(1, np.int32), "q", {}, 0)
+    own = (episode(2.5, a=1.0, b=0.5), episode(0.0, a=0.0, b=0.0), episode(None, a=1.0))
+    metrics = batch_metrics(Batch(1, 0, (Group(prompt, own),)))
+    assert (metrics["reward/a"], metrics["reward/b"], metrics["reward/mean"]) == (0.5, 0.25, 1.25)
 
 
 @pytest.mark.parametrize("count", [1, 2])
