@@ -1,8 +1,9 @@
 """What the kernel tells of processes, and how all of those that somebody started are ended.
 
-Two ways to find them, because each has a hole. A process whose parent dies becomes a child of its nearest ancestor
-that is a subreaper: that finds what runs below a living supervisor, whatever it did to its environment or its session.
-A mark in the environment is inherited: that finds what is left where the supervisor itself was killed.
+A process whose parent dies becomes a child of its nearest ancestor that is a subreaper: so whatever it does to its
+environment or its session, it is found below one that lives. A supervisor is one, and so is its guard: either ends
+what runs below it when the other is killed. A mark in the environment, which is inherited, finds what is left where
+both are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from pathlib import Path
 MARK = "SAMEROUTE_GRADER"
 """The variable that every process of a grader inherits; its value is the grader's own."""
 
+DYING_S = 4.0
+"""How long the end may take."""
+
+_LOOK_S = 0.5  # between two looks at whether the driver lives
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of linux/prctl.h
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,6 +38,42 @@ def die_with(parent: int) -> None:
     _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it has ended meanwhile
         os._exit(1)
+
+
+def fork_guarded(parent: int) -> int:
+    """Returns in a fork, with the number of this process, which stays as its guard: it ends all that is below it as
+    soon as the fork has ended, however that was, or `parent` has, and then ends as the fork did."""
+    become_subreaper()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    guard = os.getpid()
+    process = os.fork()
+    if process == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        become_subreaper()
+        return guard
+    os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 1 << 20))  # what it held of the driver's would keep that open
+    status = None
+    while status is None and os.getppid() == parent:
+        signal.sigtimedwait([signal.SIGCHLD], _LOOK_S)
+        ended, code = os.waitpid(process, os.WNOHANG)
+        status = code if ended else None
+    end_below()
+    code = 0 if status is None else os.waitstatus_to_exitcode(status)
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(guard, -code)
+    os._exit(max(code, 0))
+
+
+def end_below() -> None:
+    """Nothing below this process is left; in DYING_S seconds at most."""
+    deadline = time.monotonic() + DYING_S
+    while (found := below(os.getpid(), parents())) and time.monotonic() < deadline:
+        kill(found)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.005)
 
 
 def _prctl(option: int, value: int) -> None:

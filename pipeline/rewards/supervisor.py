@@ -4,7 +4,8 @@
 
 It forks workers, which takes milliseconds because it has imported what they share; gives each one answers; kills the
 one that takes too long, too much memory or prints too much, with all that it started; and replaces it. When the
-driver's socket closes or the driver is gone, however it ended, everything below is killed and it ends too.
+driver's socket closes or the driver is gone, however it ended, everything below is killed and it ends too. Between
+driver and supervisor stands a guard, which does the same where the supervisor itself is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections import deque
 from dataclasses import replace
 
 from pipeline.rewards.hired import Hired, fork_worker
-from pipeline.rewards.processes import become_subreaper, below, kill, own_memory, parents
+from pipeline.rewards.processes import below, end_below, fork_guarded, kill, own_memory, parents
 from pipeline.rewards.protocol import (
     READY,
     REFUSED,
@@ -60,9 +61,6 @@ LOAD_ATTEMPTS = 3
 
 _MUTE = "closed what its worker speaks to the run through"
 
-DYING_S = 4.0
-"""How long the end may take."""
-
 
 def main(descriptor: int) -> None:
     """Serve the driver at the other end of a socket; the first line that it sends is the setting, as JSON."""
@@ -76,13 +74,13 @@ def main(descriptor: int) -> None:
     setting = json.loads(line)
     for number in FROM_OUTSIDE:
         signal.signal(number, signal.SIG_IGN)  # the driver decides when grading ends
+    guard = fork_guarded(setting["driver"])
     sys.path[:] = setting["path"]
-    become_subreaper()
     gc.disable()
     components = [Component(**fields) for fields in setting["components"]]
     preload(components)
     gc.freeze()  # pages that the collector does not touch stay shared with the workers
-    Supervisor(driver, components, setting["workers"], Limits(**setting["limits"])).run(setting["driver"])
+    Supervisor(driver, components, setting["workers"], Limits(**setting["limits"])).run(guard)
 
 
 class Supervisor:
@@ -115,15 +113,15 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.selector.register(self.woken, selectors.EVENT_READ)
 
-    def run(self, driver_process: int) -> None:
-        """Until the driver goes."""
+    def run(self, guard: int) -> None:
+        """Until the driver goes, or the guard."""
         self.hire()
-        while os.getppid() == driver_process:
+        while os.getppid() == guard:
             busy = any(w.given or not w.ready for w in self.workers.values()) or self.orphans
             for key, events in self.selector.select(TICK_S if busy else IDLE_S):
                 if key.fileobj is self.driver:
                     if not self.hear_driver(events):
-                        self.end()
+                        end_below()
                         return
                 elif key.fileobj is self.woken:
                     with contextlib.suppress(BlockingIOError):
@@ -136,7 +134,7 @@ class Supervisor:
             self.send()
             if not self.quick and any(len(w.given) > 1 for w in self.workers.values()):
                 time.sleep(NAP_S)
-        self.end()
+        end_below()
 
     # The driver
 
@@ -379,16 +377,6 @@ class Supervisor:
             self.dismiss(hired, "processes", f"started more than {self.limits.processes} processes")
         elif sum(map(own_memory, (hired.process, *started))) > self.limits.memory_gb * 1e9:
             self.dismiss(hired, "memory", f"took more than {self.limits.memory_gb:g} GB of memory")
-
-    def end(self) -> None:
-        """Nothing below this process is left."""
-        deadline = time.monotonic() + DYING_S
-        while (found := below(os.getpid(), parents())) and time.monotonic() < deadline:
-            kill(found)
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            time.sleep(0.005)
 
 
 def _signal_name(number: int) -> str:

@@ -169,6 +169,7 @@ _DO = {
     "close": lambda m: os.closerange(0, 64),
     "close_and_stay": _close_and_stay,
     "read_stdin": lambda m: float(len(sys.stdin.read())) + 1,
+    "forget_and_hang": lambda m: subprocess.Popen(SLEEP, env={}, start_new_session=True) and time.sleep(1000),
     "kill_supervisor": lambda m: os.kill(os.getppid(), signal.SIGKILL) or time.sleep(1000),
     "modules": lambda m: float(sum(name in sys.modules for name in ("torch", "ray", "transformers", "pydantic"))),
     "environment": lambda m: float(m["name"] in os.environ),

@@ -91,10 +91,9 @@ def _loaded(name: str, load: Any) -> Dataset:
         while first.__cause__ is not None:
             first = first.__cause__
         words = " ".join(str(first).split())[:300]
-        raise DataError(
-            f"the data set {name} does not load: {type(first).__name__}: {words}; a machine without a network takes a "
-            "local directory"
-        ) from error
+        here = Path(name).is_absolute() or Path(name).exists()
+        advice = "" if here else "; a machine without a network takes a local directory"
+        raise DataError(f"the data set {name} does not load: {type(first).__name__}: {words}{advice}") from error
     pyarrow.default_memory_pool().release_unused()  # what the files were converted in, half a gigabyte a million rows
     return data
 

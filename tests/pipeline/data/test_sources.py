@@ -156,7 +156,11 @@ def test_a_data_set_that_does_not_load_is_one_sentence(open_source, tmp_path, mo
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match=r"does not load: .*; a machine without a network takes a local directory"):
-        open_source({"kind": "huggingface", "path": str(tmp_path / "nowhere")})
+        open_source({"kind": "huggingface", "path": "some/where"})
+    (tmp_path / "here").mkdir()
+    with pytest.raises(DataError, match="does not load: ") as refused:
+        open_source({"kind": "huggingface", "path": str(tmp_path / "here")})
+    assert "network" not in str(refused.value)
 
 
 def test_a_row_that_json_does_not_hold_is_named(open_source, tmp_path):

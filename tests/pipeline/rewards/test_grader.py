@@ -42,8 +42,8 @@ def left_behind():
 
 
 def processes_of(grader):
-    supervisor = grader._process.pid
-    return [supervisor, *below(supervisor, parents())]
+    """The guard, the supervisor, its workers and what these have started."""
+    return [grader._process.pid, *below(grader._process.pid, parents())]
 
 
 def gone(processes, within_s=5.0):
@@ -252,11 +252,23 @@ def test_a_worker_holds_no_engine_and_no_secret(monkeypatch):
     assert descriptors.reward <= 7  # three, its channel and output, what stdin was opened as, and this list
 
 
+@pytest.mark.parametrize("who", [0, 1])  # the guard, the supervisor
+def test_of_a_grader_that_is_killed_nothing_is_left_whatever_its_verifiers_have_hidden(who):
+    with Grader(HOSTILE, workers=2, limits=Limits(timeout_s=60)) as made:
+        made.wait_ready()
+        outbox = bytearray(b"".join(b"".join(made.parts(question("forget_and_hang")).values()) for _ in range(2)))
+        made.exchange(outbox)
+        while len(processes := processes_of(made)) < 6:  # both workers have a child without mark and session
+            time.sleep(0.02)
+        os.kill(processes[who], signal.SIGKILL)
+        assert gone(processes, 5.0)
+
+
 def test_a_supervisor_that_is_killed_is_replaced_and_one_that_always_is_ends_the_run():
     with Grader(HOSTILE, workers=2, limits=LIMITS) as made:
         made.wait_ready()
         before = processes_of(made)
-        os.kill(before[0], signal.SIGKILL)
+        os.kill(before[1], signal.SIGKILL)
         assert [v.reward for v in made.ask([question()] * 4)] == [1.0] * 4
         assert gone(before, 2)
         with pytest.raises(RewardError, match=r"supervisor of the verifier .* ended with code -9, 3 times in one step"):
@@ -266,8 +278,8 @@ def test_a_supervisor_that_is_killed_is_replaced_and_one_that_always_is_ends_the
 def test_a_signal_to_the_whole_job_costs_no_answer():
     with Grader(HOSTILE, workers=3) as made:
         made.wait_ready()
-        supervisor, *workers = processes_of(made)
-        timer = threading.Timer(0.25, lambda: [os.kill(p, signal.SIGTERM) for p in (supervisor, *workers)])
+        guard, supervisor, *workers = processes_of(made)
+        timer = threading.Timer(0.25, lambda: [os.kill(p, signal.SIGTERM) for p in (guard, supervisor, *workers)])
         timer.start()
         assert [v.reward for v in made.ask([question("slow")] * 6)] == [1.0] * 6
         timer.join()
@@ -279,7 +291,7 @@ def test_the_end_leaves_nothing():
         made.wait_ready()
         mark = made._mark
         processes = processes_of(made)
-        assert len(processes) == 5
+        assert len(processes) == 6
     assert gone(processes, 0.1)
     assert marked(mark) == []
 
@@ -308,7 +320,7 @@ with Grader("tests.support.hostile:verify", workers=3) as grader:
 """
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     processes = json.loads(driver.stdout.readline())
-    assert len(processes) >= 5  # the supervisor, three workers, and what one of these has hidden
+    assert len(processes) >= 6  # guard and supervisor, three workers, and what one of these has hidden
     if how != "error":
         driver.send_signal(how)
     assert driver.wait(30) != 0

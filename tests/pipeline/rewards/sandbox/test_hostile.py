@@ -52,6 +52,7 @@ def test_the_same_holds_for_an_unprivileged_user():
     script = f"""
 import json, os
 from pipeline.rewards import Grader
+from pipeline.rewards.processes import below, parents
 from tests.support.programs import RIGHT, Watch, question, running, verifier
 with Watch() as watch, Grader([verifier(wall_s=1.0, total_s=1.0)], workers=4) as grader:
     programs = [text for what in {kinds} for text in (RIGHT[0], watch.programs()[what])]
@@ -66,22 +67,23 @@ with Watch() as watch, Grader([verifier(wall_s=1.0, total_s=1.0)], workers=4) as
     assert (left, still) == ([], [])
 
 
-@pytest.mark.parametrize("who", ["driver", "supervisor"])
+@pytest.mark.parametrize("who", ["driver", "guard", "supervisor"])
 def test_nothing_outlives_a_grader_that_is_killed(who):
     kinds = ["fork bomb", "signals ignored", "sleep", "endless loops of children"]
     script = f"""
 import os, threading, time
 from pipeline.rewards import Grader
+from pipeline.rewards.processes import below, parents
 from tests.support.programs import HOSTILE, question, verifier
 with Grader([verifier(cpu_s=60, wall_s=60.0, total_s=60.0, memory_mb={LIMITS["memory_mb"]})], workers=4) as grader:
     grader.wait_ready()
-    print(os.getpid(), grader._process.pid, flush=True)
+    print(os.getpid(), grader._process.pid, *below(grader._process.pid, parents())[:1], flush=True)
     grader.ask([question(HOSTILE[what]) for what in {kinds}])
 """
     driver = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    processes = dict(zip(("driver", "supervisor"), map(int, driver.stdout.readline().split()), strict=True))
+    processes = dict(zip(("driver", "guard", "supervisor"), map(int, driver.stdout.readline().split()), strict=True))
     deadline = time.monotonic() + 60
     seen = 0
     while seen < 2 and time.monotonic() < deadline:  # each has bwrap outside and inside, and while it begins one more
@@ -89,7 +91,7 @@ with Grader([verifier(cpu_s=60, wall_s=60.0, total_s=60.0, memory_mb={LIMITS["me
         time.sleep(0.5)
     assert len(running()) >= 2 * len(kinds)
     before = set(running())
-    if who == "supervisor":
+    if who != "driver":
         driver.send_signal(signal.SIGSTOP)  # else it starts another
     os.kill(processes[who], signal.SIGKILL)
     deadline = time.monotonic() + 5
