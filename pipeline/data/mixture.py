@@ -33,7 +33,7 @@ class Mixture:
 
     def __init__(self, names: Sequence[str], weights: Sequence[float]):
         self.names = list(names)
-        self.weights = [Fraction(weight).limit_denominator(1_000_000) for weight in weights]
+        self.weights = [Fraction(str(weight)) for weight in weights]
         self.total = sum(self.weights)
 
     def start(self) -> Cursor:

@@ -1,7 +1,8 @@
 """1 where the response's number is the answer's, whatever both are written like.
 
 A number is digits with an optional sign, thousands separators, decimals and exponent ("-1,234.50", "1e-3"), or a
-fraction of two of them ("3/4"); currency signs, percent signs and units beside it are passed over. "42." is 42.
+fraction of two of them ("3/4"). A dash with a space behind it begins a line of a list, or stands between two; it
+is a sign behind =, :, ( and $. Currency signs, percent signs and units are passed over. "42." is 42.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pipeline.rewards.protocol import Question
 from pipeline.rewards.registry import Verifier
 
 _ONE = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+_SIGN = r"(?:[-+\u2212]|(?:(?<=[=(:$])|(?<=[=(:] ))[-+\u2212] )"  # with a space only where no other meaning is near
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+\u2212]?)\s?[$\u20ac\u00a3]?(?P<top>{_ONE})(?P<exponent>[eE][-+]?\d{{1,6}})?(?![\w]*\d)"
+    rf"(?<![\w.])(?P<sign>{_SIGN}?)[$\u20ac\u00a3]?(?P<top>{_ONE})(?P<exponent>[eE][-+]?\d{{1,6}})?(?![\w]*\d)"
     rf"(?:\s?/\s?(?P<bottom>{_ONE})(?!\w*/))?"
 )
 _CONTEXT = decimal.Context(prec=60, Emax=10**9, Emin=-(10**9), traps=[])
@@ -53,7 +55,7 @@ def find_number(text: str, after: str | None = None, *, must_announce: bool = Fa
         *_, found = [None, *_NUMBER.finditer(text)]
     if found is None:
         return None
-    sign = "-" if found["sign"] in ("-", "\u2212") else ""
+    sign = "-" if found["sign"].strip() in ("-", "\u2212") else ""
     return f"{sign}{found['top']}{found['exponent'] or ''}".replace(",", ""), (found["bottom"] or "1").replace(",", "")
 
 
