@@ -10,12 +10,13 @@ from pathlib import Path
 from megatron_ext.hf.description import read_description
 from pipeline.checkpoints.weights_of import weights_of
 from pipeline.config import Config
+from pipeline.config.load_config import check_precision
 from pipeline.evaluation.opened_set import open_sets
 from pipeline.evaluation.page import write_page
 from pipeline.evaluation.result import Evaluation
 from pipeline.loop.engines import start_servers
 from pipeline.loop.evaluations import evaluate_set
-from pipeline.loop.inputs import check_evaluation, prepare_model
+from pipeline.loop.inputs import check_evaluation, config_device, prepare_model
 from pipeline.say import to_stderr
 
 
@@ -29,6 +30,7 @@ def evaluate_config(
     say: hears how far it is. Raises ConfigError, NoModelError, DataError,
     RewardError and ServerError.
     """
+    check_precision(config, config_device(config))
     check_evaluation(config)
     with weights_of(prepare_model(config, out / "model") if model is None else model) as directory:
         sets = open_sets(config, directory, say)

@@ -39,6 +39,7 @@ def check_inputs(config: Config) -> None:
     Raises ObserveError, ConfigError, PlacementError, RewardError, DataError and PortError.
     """
     check_sinks(config)
+    check_precision(config, config_device(config))
     if config_device(config) == "cuda":
         check_gpus(config, torch.cuda.device_count())
     if config.checkpoint.best is not None and config.checkpoint.best.export is not None:
@@ -70,9 +71,8 @@ def _check_ports(config: Config) -> None:
 def check_evaluation(config: Config, others: Sequence[Rewards] = ()) -> None:
     """The same of what servers and evaluations need. others: verifiers beside theirs.
 
-    Raises ConfigError, RewardError, DataError and PortError.
+    Raises RewardError, DataError and PortError.
     """
-    check_precision(config, config_device(config))
     wanted = list(others)
     for one in config.evaluate:
         wanted += [] if (rewards := one.rewards or config.rewards) in wanted else [rewards]
