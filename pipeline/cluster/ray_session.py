@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -27,6 +28,7 @@ from pipeline.cluster.placement import PlacementError
 from pipeline.cluster.ray_processes import died_said, leave_out_the_raylets_log, only_what_runs_actors
 from pipeline.config.run import ClusterConfig
 from pipeline.deaf import deaf_children
+from pipeline.errors import SamerouteError
 from pipeline.imports import own_folder
 from pipeline.socket_folder import make_socket_folder
 
@@ -34,9 +36,14 @@ from pipeline.socket_folder import make_socket_folder
 _LONGEST_FOLDER = 40
 
 
+class RayError(SamerouteError):
+    """Ray cannot be had; the message has its own words."""
+
+
 @contextlib.contextmanager
 def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
-    """Ray is up inside. cpus: that a cluster started here has. Raises PlacementError for no place for its sockets."""
+    """Ray is up inside. cpus: that a cluster started here has. Raises PlacementError for no place for its sockets,
+    RayError where it does not start."""
     on_termination = signal.getsignal(signal.SIGTERM)
     leave_out_the_raylets_log()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -49,7 +56,7 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
             stack.callback(ray.shutdown)  # before: Ray's processes write there until they end
             with _environment(_of_cluster(folder)), _at_loopback(), only_what_runs_actors(), deaf_children():
                 _read_token()
-                ray.init(
+                _init(
                     address="local",  # never another run's cluster on this machine
                     num_cpus=cpus,
                     _node_ip_address=loopback.ADDRESS,
@@ -62,12 +69,23 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
                 )
         else:
             stack.callback(ray.shutdown)
-            ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False, job_config=_own_path())
+            _init(address=config.address, logging_level=logging.ERROR, log_to_driver=False, job_config=_own_path())
         # Ray takes SIGTERM over and aborts the process in the middle of its own clean-up (2.60); the caller's stays.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_termination)
         with died_said():
             yield
+
+
+def _init(**arguments: Any) -> None:
+    try:
+        ray.init(**arguments)
+    except Exception as error:  # of any kind, a plain one too (2.60)
+        words = " ".join(str(error).split())[:300]
+        raise RayError(
+            f"Ray did not start (address={arguments['address']}): {words}; a machine that is very busy, or short of "
+            "memory, may have it at another try"
+        ) from error
 
 
 def _own_path() -> JobConfig:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import ray
 
-from pipeline.cluster.ray_session import ray_session
+from pipeline.cluster.ray_session import RayError, ray_session
 from pipeline.config.run import ClusterConfig
 from tests.support import preloaded
 from tests.support.processes import command_line, name_of
@@ -95,3 +95,15 @@ def test_ray_listens_on_this_machine_only_and_whoever_joins_needs_the_token():
         assert all("oken" in text and "Failed to connect" in text for text in said[1:]), said
     changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
     assert not changed & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TMPDIR"}
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_ray_that_does_not_start_is_one_sentence(address, monkeypatch):
+    def slow(**_):
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+    monkeypatch.setattr(ray, "init", slow)
+    where = address or "local"
+    words = rf"Ray did not start \(address={where}\): The current node timed out during startup. This could"
+    with pytest.raises(RayError, match=words), ray_session(ClusterConfig(address=address), cpus=1):
+        pass
