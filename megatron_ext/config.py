@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_ext.hf.description import ModelDescription
 
@@ -13,10 +15,31 @@ Head = Literal["bf16", "fp32_accumulate", "fp32"]
 """How the LM head makes logits; `logprobs.linear_logprobs` says what each rounds."""
 
 
-class Frozen(BaseModel):
-    """The base of every part of the configuration: fixed once made, and no key that it does not know."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux's file systems
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Frozen(BaseModel):
+    """The base of every part of the configuration: fixed once made, no key that it does not know, no infinite number,
+    and paths that a file system takes, with ~ for the home directory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return _usable(value) if isinstance(value, Path) else value
+
+
+def _usable(path: Path) -> Path:
+    """The path, its ~ written out. Raises ValueError for one that no file system takes."""
+    if "\0" in str(path):
+        raise ValueError("a path has no NUL in it")
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts) or len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ValueError(f"a name in a path has at most {_LONGEST_NAME} bytes, and a path {_LONGEST_PATH}")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such user's home directory; write the whole path") from error
 
 
 class TrainerPrecision(Frozen):

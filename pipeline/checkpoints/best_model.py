@@ -20,9 +20,9 @@ class ExportError(SamerouteError):
     exit_code = NOT_STARTED
 
 
-def check_export(where: str, model: Path | None = None) -> None:
-    """Raise ExportError for what can be known to fail before anything starts. model: that the run begins with, which is
-    not to be replaced."""
+def check_export(where: str, model: Path | None, run: Path) -> None:
+    """Raise ExportError for what can be known to fail before anything starts. model: that the run begins with; run: its
+    directory. An export replaces a whole directory, and neither of these."""
     if where.startswith(HUB):
         from huggingface_hub import get_token
 
@@ -32,6 +32,8 @@ def check_export(where: str, model: Path | None = None) -> None:
             raise ExportError(f"checkpoint.best.export={where} needs a token: set HF_TOKEN, or export to a path")
         return
     target = Path(where)
+    if target.resolve() in (run.resolve(), *run.resolve().parents):
+        raise ExportError(f"checkpoint.best.export={where} would replace run.directory={run}; take another path")
     if model is not None and target.resolve() in (model.resolve(), *model.resolve().parents):
         raise ExportError(f"checkpoint.best.export={where} would replace model.path={model}; take another path")
     if target.exists() and not (target / "config.json").is_file():

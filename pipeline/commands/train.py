@@ -65,6 +65,7 @@ def _check_files(config: Config, from_dump: Path | None) -> None:
 
         raise DumpError(f"there is no dump {from_dump}")
     if (missing := config.missing_file) is not None:
+        from pipeline.config.data import not_read
         from pipeline.data.chat import DataError
 
-        raise DataError(f"there is no data file {missing}")
+        raise DataError(not_read(missing))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from megatron_ext.config import Frozen
 from pipeline.objectives.composition import DROPS
@@ -12,8 +12,6 @@ from pipeline.objectives.composition import DROPS
 
 class AlertRule(Frozen):
     """When a metric means trouble: one of above, below, falls_by and rises_by, for so many steps in a row."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     metric: str = Field(description="as in metrics.jsonl")
     above: float | None = Field(default=None, description="fires above this value")

@@ -71,8 +71,17 @@ class DataConfig(Frozen):
         return (JsonlSource.model_validate({"path": self.path}),) if self.path is not None else self.sources
 
 
+def not_read(path: Path) -> str:
+    """Why a data file is a missing one, in a sentence."""
+    if path.is_dir():
+        return f"the data file {path} is a directory; name a file in it"
+    if path.exists():
+        return f"the data file {path} is a pipe or a device, and lines are read more than once; write them to a file"
+    return f"there is no data file {path}"
+
+
 def missing_file(sources: Iterable[Source]) -> Path | None:
-    """The first file of a source that is not there; a pattern is missing where nothing matches it."""
+    """The first file of a source that is not there, or is no file; a pattern is missing where nothing matches it."""
     for source in sources:
         if isinstance(source, JsonlSource) and not source.path.is_file():
             return source.path

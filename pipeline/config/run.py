@@ -22,7 +22,7 @@ class RunConfig(Frozen):
         description="delete a run that is already there, unless --resume is given; false: resume it from its newest "
         "checkpoint where it has one, else refuse",
     )
-    seed: int = Field(0, ge=0, description="of weights, prompts and sampling")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of weights, prompts and sampling")
     max_restarts: int = Field(
         0,
         ge=0,

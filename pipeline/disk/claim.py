@@ -35,12 +35,8 @@ def claim(directory: Path, say: Callable[[str], None] = to_stderr) -> Iterator[C
             stack.callback(_remove_empty, made)
             lock = stack.enter_context(hold(directory, say))
             notes = _repair(directory)
-        except FileExistsError as error:
-            raise RunDirectoryError(f"{directory} is a file; set run.directory to another path") from error
-        except NotADirectoryError as error:
-            raise RunDirectoryError(
-                f"{directory} cannot be made: {_file_above(directory)} is a file; set run.directory to another path"
-            ) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunDirectoryError(f"{_in_the_way(directory)}; set run.directory to another path") from error
         except OSError as error:
             raise RunDirectoryError(cannot_write(directory, error)) from error
         yield Claim(lock, notes)
@@ -66,8 +62,12 @@ def _repair(directory: Path) -> list[str]:
     return notes
 
 
-def _file_above(directory: Path) -> Path:
-    return next(p for p in directory.parents if os.path.exists(p))
+def _in_the_way(directory: Path) -> str:
+    """What is no directory, of a path that should be one."""
+    found = next(p for p in (directory, *directory.parents) if os.path.lexists(p) and not os.path.isdir(p))
+    if not os.path.exists(found):
+        return f"{directory} cannot be made: {found} is a link to {os.readlink(found)}, which is not there"
+    return f"{directory} is a file" if found == directory else f"{directory} cannot be made: {found} is a file"
 
 
 def _remove_empty(made: list[Path]) -> None:

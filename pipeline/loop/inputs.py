@@ -13,6 +13,7 @@ from pipeline.checkpoints.best_model import check_export
 from pipeline.cluster.address import check_address
 from pipeline.cluster.one_machine import check_gpus
 from pipeline.config import Config
+from pipeline.config.data import not_read
 from pipeline.config.load_config import check_precision
 from pipeline.config.rewards import Rewards, what_lacks
 from pipeline.data.chat import DataError
@@ -43,7 +44,7 @@ def check_inputs(config: Config) -> None:
     if config_device(config) == "cuda":
         check_gpus(config, torch.cuda.device_count())
     if config.checkpoint.best is not None and config.checkpoint.best.export is not None:
-        check_export(config.checkpoint.best.export, config.model.path)
+        check_export(config.checkpoint.best.export, config.model.path, config.run.directory)
     check_address(config.cluster.address)
     check_evaluation(config, [config.rewards])
 
@@ -79,8 +80,21 @@ def check_evaluation(config: Config, others: Sequence[Rewards] = ()) -> None:
     for rewards in wanted:
         check_rewards(rewards, config.grading)
     if (missing := config.missing_file) is not None:
-        raise DataError(f"there is no data file {missing}")
+        raise DataError(not_read(missing))
     _check_ports(config)
+
+
+def check_not_replaced(config: Config) -> None:
+    """Raise DataError where a new run would begin with something that lies in its own directory: what is there is moved
+    aside, and removed with the first step."""
+    run = config.run.directory.resolve()
+    origins = [*config.data.origins, *(source for one in config.evaluate for source in one.sources)]
+    for path in (config.model.path, *(getattr(source, "path", None) for source in origins)):
+        if path is not None and Path(path).resolve().is_relative_to(run):
+            raise DataError(
+                f"{path} lies in run.directory={config.run.directory}, where a new run replaces all that is there; set "
+                "run.directory to another path"
+            )
 
 
 def check_prompts(config: Config, scratch: Path) -> tuple[PromptSource, list[OpenedSet]]:

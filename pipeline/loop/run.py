@@ -27,7 +27,7 @@ from pipeline.loop.asynchronous import asynchronous
 from pipeline.loop.check_engines import check_first_rollouts
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.evaluations import Evaluations
-from pipeline.loop.inputs import check_inputs, check_prompts, dumped_steps
+from pipeline.loop.inputs import check_inputs, check_not_replaced, check_prompts, dumped_steps
 from pipeline.loop.loop import Loop
 from pipeline.loop.open_loop import open_loop
 from pipeline.loop.restarts import Restarts, engine_failed
@@ -93,6 +93,8 @@ def _claimed(
     """The run, in a directory that is its own. asked: its prompts and its evaluations, checked."""
     source, sets = asked
     start = choose_start(config, store, asked=resume)
+    if start is None:
+        check_not_replaced(config)
     steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
     done, last = 0 if start is None else start.progress.step, max(steps, default=0)
     left = [step for step in steps if step > done]

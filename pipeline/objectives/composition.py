@@ -113,7 +113,7 @@ class CorrectionConfig(BaseModel):
 class KLConfig(BaseModel):
     """A penalty on KL(pi || pi_ref), estimated on the sampled tokens; l = log pi_ref - log pi."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     estimator: KLEstimator = Field(
         default="k3",

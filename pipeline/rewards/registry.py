@@ -139,13 +139,16 @@ def load(component: Component) -> Verifier:
         ) from error
     except VerifierError:
         raise
-    except Exception as error:  # a user's module may raise anything
+    except BaseException as error:  # a user's module may raise anything, KeyboardInterrupt too
         raise VerifierError(f"the verifier {component.title!r} cannot be imported: {describe(error)}") from error
 
 
 def describe(error: BaseException, limit: int = 500) -> str:
     """An exception in one line: its type, at most `limit` characters of its message, and where it was raised."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a class of the user's
+        text = "it cannot be printed"
     if len(text) > limit:
         text = f"{text[:limit]}..."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]

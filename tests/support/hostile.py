@@ -32,7 +32,7 @@ def question(do="right", index=0, **metadata):
 def verify(prompt, response_text, response_ids, finish_reason):
     """1.0, or what it was asked to do."""
     value = _DO[prompt.metadata["do"]](prompt.metadata)
-    return 1.0 if value is None else value
+    return 1.0 if value is None else None if value is _NONE else value
 
 
 async def verify_later(prompt, response_text, response_ids, finish_reason):
@@ -121,6 +121,20 @@ def _thread(metadata):
     threading.Thread(target=time.sleep, args=(1000,), name="stays", daemon=metadata.get("daemon", False)).start()
 
 
+def _raise_interrupt(metadata):
+    raise KeyboardInterrupt
+
+
+def _raise_unprintable(metadata):
+    class UnprintableError(Exception):
+        def __str__(self):
+            raise ValueError("no words")
+
+    raise UnprintableError
+
+
+_NONE = object()  # to be returned as None
+
 _DO = {
     "right": lambda m: None,
     "value": lambda m: m["value"],
@@ -137,6 +151,12 @@ _DO = {
     "text": lambda m: "1.0",
     "nothing": lambda m: [],
     "complex": lambda m: 1j,
+    "none": lambda m: _NONE,
+    "generator": lambda m: (score for score in (1.0,)),
+    "list": lambda m: [1.0],
+    "mapping": lambda m: {"score": 1.0},
+    "raise_interrupt": _raise_interrupt,
+    "raise_unprintable": _raise_unprintable,
     "slow": lambda m: time.sleep(0.5),
     "hang": lambda m: time.sleep(1000),
     "hang_deaf": _hang_deaf,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_ext.config import Frozen
 from pipeline.text.named import is_among, names_in
@@ -28,7 +28,7 @@ def _first_missing(keys: Iterable[str], metadata: Mapping[str, Any]) -> str | No
 class Reward(Frozen):
     """What every verifier has."""
 
-    weight: float = Field(1.0, allow_inf_nan=False, description="of its number in the reward, which is their sum")
+    weight: float = Field(1.0, description="of its number in the reward, which is their sum")
     name: str | None = Field(
         None,
         pattern=r"^[a-z][a-z0-9_]*$",
@@ -276,12 +276,24 @@ class FunctionReward(Reward):
     """What a Python function of your own returns."""
 
     kind: Literal["function"] = "function"
-    function: str = Field(pattern=r"^[^:]+:[^:]+$", description="package.module:function")
+    function: str = Field(description="package.module:function")
     directory: Path | None = Field(
         None,
         description="folder that its module is looked for in first; null: that of the YAML file, or of its nearest "
         "base, where the module lies there",
     )
+
+    @field_validator("function")
+    @classmethod
+    def _module_and_name(cls, function: str) -> str:
+        module, colon, name = function.partition(":")
+        if module.endswith(".py") or "/" in module:
+            folder, _, file = module.rpartition("/")
+            beside = f", with directory: {folder}, or the file beside the YAML file" if folder else ""
+            raise ValueError(f"{function!r} names a file; write its module, {file.removesuffix('.py')}:{name}{beside}")
+        if not (module and colon and name) or ":" in name:
+            raise ValueError(f"a verifier of your own is package.module:function, not {function!r}")
+        return function
 
     @property
     def metric(self) -> str:

@@ -43,7 +43,7 @@ def test_what_cannot_be_exported_to_is_refused_at_the_start(where, words, tmp_pa
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ExportError, match=words):
-        check_export(where.format(tmp_path))
+        check_export(where.format(tmp_path), None, tmp_path / "run")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -51,8 +51,15 @@ def test_what_cannot_be_exported_to_is_refused_at_the_start(where, words, tmp_pa
 def test_the_model_that_the_run_begins_with_is_not_replaced(where, tmp_path):
     companions(tmp_path / "model")
     with pytest.raises(ExportError, match=r"would replace model\.path"):
-        check_export(str(tmp_path / where), tmp_path / "model")
-    check_export(str(tmp_path / "best"), tmp_path / "model")
+        check_export(str(tmp_path / where), tmp_path / "model", tmp_path.parent / "run")
+    check_export(str(tmp_path / "best"), tmp_path / "model", tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["runs/run", "runs", "link", "runs/run/../run"])
+def test_the_runs_own_directory_is_not_replaced_also_before_it_is_there(where, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    with pytest.raises(ExportError, match=r"would replace run\.directory"):
+        check_export(str(tmp_path / where), None, tmp_path / "runs" / "run")
 
 
 def test_a_hub_that_cannot_be_reached_does_not_end_the_run(tmp_path, monkeypatch):
@@ -63,5 +70,5 @@ def test_a_hub_that_cannot_be_reached_does_not_end_the_run(tmp_path, monkeypatch
 
 def test_an_earlier_export_may_be_replaced(tmp_path):
     companions(tmp_path / "best")
-    check_export(str(tmp_path / "best"))
-    check_export(str(tmp_path / "new" / "best"))
+    check_export(str(tmp_path / "best"), None, tmp_path / "run")
+    check_export(str(tmp_path / "new" / "best"), None, tmp_path / "run")

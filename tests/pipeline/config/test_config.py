@@ -1,6 +1,7 @@
 """A configuration that cannot run is refused before anything starts, with a sentence that says what to change."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -88,6 +89,16 @@ def test_every_step_is_dumped_or_none_or_those_that_are_listed(override, dumped)
         ("train=3", r"train: this is a section of fields, not 3; write train\.FIELD=VALUE, with one of beta1, .*lr"),
         ("model.tiny=true", r"model\.tiny: this is a section of fields, not True; .*with one of experts, "),
         ("objective.correction={kind: token_tis, high: 2}", "sequence"),
+        ("train.lr=inf", r"train\.lr: .*finite"),
+        ("train.lr=.inf", r"train\.lr: .*finite"),
+        ("train.clip_grad=1e999", "1e999 is more than a float64 holds"),
+        ("run.seed=2147483648", r"run\.seed: .*less than or equal to 2147483647"),
+        ("objective={preset: grpo, kl: {beta: .inf}}", r"objective\.kl\.beta: .*finite"),
+        ('run.directory="a\\0b"', r"run\.directory: a path has no NUL in it"),
+        (f"run.directory={'x' * 256}", r"run\.directory: a name in a path has at most 255 bytes"),
+        (f"run.directory={'ü' * 128}", r"at most 255 bytes"),
+        (f"run.directory={'/x' * 2048}", r"and a path 4095"),
+        ("run.directory=~nobody_of_that_name/run", "no such user's home directory"),
     ],
 )
 def test_a_mistake_is_named(override, message):
@@ -193,3 +204,8 @@ def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
 def test_a_mistake_in_a_source_names_what_that_kind_has(source, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_config(QUICKSTART, ["data.task=null", f"data.sources=[{{kind: jsonl, {source}}}]"])
+
+
+def test_a_path_may_begin_with_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    assert load_config(QUICKSTART, ["run.directory=~/runs/a"]).run.directory == Path("/somebody/runs/a")

@@ -162,6 +162,7 @@ def test_a_configuration_for_gpus_is_refused_wherever_it_is_read(weights, tmp_pa
             assert main([*command, f"device={device}", *weights]) == 2
             assert said in capsys.readouterr().err
     monkeypatch.setattr(inputs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(inputs.torch.cuda, "device_count", lambda: 8)
     with pytest.raises(ConfigError, match=said):
         inputs.check_inputs(load_config(QUICKSTART, ["device=auto", f"run.directory={tmp_path}", *weights]))
 

@@ -174,6 +174,24 @@ def test_a_file_in_the_place_of_the_directory_is_named(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("below", ["", "deep/run"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, below):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with (
+        pytest.raises(RunDirectoryError, match=rf"run is a link to {tmp_path / 'gone'}, which is not there; set"),
+        claim(tmp_path / "run" / below),
+    ):
+        pass
+
+
+def test_a_link_to_a_directory_is_that_directory(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    with claim(tmp_path / "run"), pytest.raises(RunDirectoryError, match="a run is going on"), claim(tmp_path / "disk"):
+        pass
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
 def test_errors_of_a_disk_in_a_run_become_a_sentence_and_others_stay(tmp_path):
     path = tmp_path / "run"
     with (

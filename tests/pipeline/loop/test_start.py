@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 
 import pytest
 import yaml
@@ -20,6 +21,33 @@ MISTAKES = {
     "no chat template": "no chat template",
     "no end": "end-of-sequence",
     "no tokenizer": "tokenizer",
+}
+SET = "{name: held, sources: [{kind: jsonl, path: FOLDER/questions.jsonl}]}"
+SETTINGS = {
+    "train.stepz=1": "there is no such key",
+    "train.lr={": "is not YAML",
+    "rewards=no_such_module:grade": "cannot be imported",
+    "data.path=FOLDER/none.jsonl": "there is no data file",
+    "data.path=FOLDER": "is a directory",
+    "data.path=FOLDER/runs/run/metrics.jsonl": "line 1",
+    "data.path=FOLDER/runs/run/kept.jsonl": "lies in run.directory",
+    "model.path=FOLDER/runs/run/hf": "lies in run.directory",
+    "model.path=FOLDER/none": "no Hugging Face model directory",
+    "server.context_length=70": "do not fit server.context_length=70",
+    "server.port=PORT": "cannot listen on",
+    "observe.prometheus_port=PORT": "cannot listen on",
+    "server.extra_args=[--no-such-argument]": "SGLang has no argument",
+    "trainer.extra={no_such_field: 1}": "has no field",
+    "cluster.address=127.0.0.1:1": "no Ray cluster answers",
+    "alerts.command=[no-such-program]": "no-such-program",
+    f"evaluate=[{SET.replace('questions', 'none')}]": "there is no data file",
+    f"evaluate=[{SET.replace('questions', 'broken')}]": "broken.jsonl, line 1",
+    f"evaluate=[{SET}] checkpoint={{every_steps: 1, best: {{score: eval/held/pass@1, export: FOLDER/runs}}}}": (
+        "would replace run.directory"
+    ),
+    f"evaluate=[{SET}] checkpoint={{every_steps: 1, best: {{score: eval/held/pass@1, export: /proc/best}}}}": (
+        "cannot be written"
+    ),
 }
 
 
@@ -51,7 +79,7 @@ def command(folder, model, mistake: str, *, overwrite: bool) -> list[str]:
             settings.pop("eos_token", None)
             (own / name).write_text(json.dumps(settings))
         (own / "special_tokens_map.json").unlink(missing_ok=True)
-    else:
+    elif mistake == "no tokenizer":
         for file in own.glob("*token*"):
             file.unlink()
     data.write_text("\n".join(lines))
@@ -68,19 +96,43 @@ def command(folder, model, mistake: str, *, overwrite: bool) -> list[str]:
     return ["train", str(folder / "config.yaml")]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_an_earlier_run_stays_to_the_byte(tmp_path, model, mistake, capsys):
-    path = tmp_path / "runs" / "run"
+def earlier_run(folder, model):
+    """In the run directory of `command`; returns it, and what it looks like."""
+    path = folder / "runs" / "run"
     with RunDirectory(path, {"name": "old"}) as run:
         run.record({"step": 1})
-    (path / "hf").mkdir()
-    (path / "hf" / "model.safetensors").write_text("old")
-    before = {f: (f.stat().st_ino, f.stat().st_mtime_ns) for f in path.rglob("*")}
+    shutil.copytree(model, path / "hf")
+    return path, looks(path)
+
+
+def looks(path):
+    return {f: (f.lstat().st_ino, f.lstat().st_mtime_ns) for f in path.rglob("*")}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_an_earlier_run_stays_to_the_byte(tmp_path, model, mistake, capsys):
+    path, before = earlier_run(tmp_path, model)
     assert main(command(tmp_path, model, mistake, overwrite=True)) == 2
     said = capsys.readouterr().err
     assert MISTAKES[mistake] in said
     assert "Traceback" not in said
-    assert {f: (f.stat().st_ino, f.stat().st_mtime_ns) for f in path.rglob("*")} == before
+    assert looks(path) == before
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_an_earlier_run_stays_to_the_byte_whatever_setting_is_wrong(tmp_path, model, settings, capsys):
+    path, _ = earlier_run(tmp_path, model)
+    (path / "kept.jsonl").write_text(json.dumps(CHAT))
+    (tmp_path / "broken.jsonl").write_text("{")
+    before = looks(path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        filled = settings.replace("FOLDER", str(tmp_path)).replace("PORT", str(taken.getsockname()[1]))
+        words = command(tmp_path, model, "none", overwrite=True)
+        assert main([*words, *filled.replace(" checkpoint=", "\ncheckpoint=").split("\n")]) == 2
+    said = capsys.readouterr().err
+    assert SETTINGS[settings] in said
+    assert "Traceback" not in said
+    assert looks(path) == before
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -21,6 +21,12 @@ CASES = {
     "raises": ("raise RuntimeError('not\\ntoday')\n", r"RuntimeError: not today \(broken_raises\.py, line 1\)"),
     "exits": ("import sys\nsys.exit(0)\n", r"its module calls sys\.exit\(0\) when it is imported"),
     "ends": ("import os\nos._exit(0)\n", "it ended its process with code 0 while it was imported"),
+    "interrupts": ("raise KeyboardInterrupt\n", r"KeyboardInterrupt \(broken_interrupts\.py, line 1\)"),
+    "leaves": ("raise GeneratorExit('so')\n", r"GeneratorExit: so \(broken_leaves\.py, line 1\)"),
+    "silent": (
+        "class E(Exception):\n    __str__ = None\nraise E\n",
+        r"E: it cannot be printed \(broken_silent\.py, line 3\)",
+    ),
     "dies": ("import os\nprint('words')\nos.kill(os.getpid(), 9)\n", "died of SIGKILL while it was imported; it had"),
     "closes": ("import os\nos.closerange(0, 64)\n", "closed what its worker speaks to the run through while it was"),
 }
