@@ -11,51 +11,93 @@ from pipeline import waiting
 from pipeline.waiting import Waiting
 
 
+class Clock:
+    """Stands in the place of time.monotonic()."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
 @pytest.fixture
-def said(monkeypatch):
-    monkeypatch.setattr(waiting, "FIRST_S", 0.1)
-    monkeypatch.setattr(waiting, "_AGAIN_S", 0.2)
+def said():
     return []
 
 
-def test_who_is_waited_for_is_said_and_said_again(said):
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(waiting, "time", clock)
+    return clock
+
+
+def lines_at(clock, wait, *seconds, who="rank 0"):
+    """Look at these moments after the beginning of a wait."""
+    began = clock.now
+    for moment in seconds:
+        clock.now = began + moment
+        wait.look(lambda: who)
+
+
+def test_who_is_waited_for_is_said_and_said_again_by_a_thread_while_a_call_blocks(said, monkeypatch):
+    monkeypatch.setattr(waiting, "FIRST_S", 0.02)
+    deadline = time.monotonic() + 10
     with Waiting(said.append).during("sampling", lambda: "the server"):
-        time.sleep(0.65)
-    assert len(said) >= 3
+        while len(said) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
     assert all(re.fullmatch(r"waiting for the server in sampling, for \d s", line) for line in said)
 
 
-def test_a_wait_as_long_as_those_before_says_nothing_and_a_longer_one_does(said):
+def test_a_line_comes_after_ten_seconds_and_then_after_twice_the_time(said, clock):
+    lines_at(clock, Waiting(said.append).begin("build"), 9.9, 10, 11, 19, 20, 39, 40, 41)
+    assert said == [f"waiting for rank 0 in build, for {seconds} s" for seconds in (10, 20, 40)]
+
+
+def test_a_line_comes_every_five_minutes_at_least(said, clock):
+    lines_at(clock, Waiting(said.append).begin("build"), 1000, 1299, 1300, 1599, 1600)
+    assert [line.rpartition("for ")[2] for line in said] == ["1000 s", "1300 s", "1600 s"]
+
+
+def test_a_wait_as_long_as_those_before_says_nothing_and_a_longer_one_does(said, clock):
     waits = Waiting(said.append)
-    waits.ended("update_policy", 0.5)
-    with waits.during("update_policy", lambda: "rank 0"):
-        time.sleep(0.3)
+    waits.ended("update_policy", 20)
+    lines_at(clock, waits.begin("update_policy"), 11, 40, 59)
     assert said == []
-    with waits.during("build", lambda: "rank 1"):
-        time.sleep(0.15)
-    assert {line[:18] for line in said} == {"waiting for rank 1"}
-    with waits.during("update_policy", lambda: "rank 2"):
-        time.sleep(1.7)  # more than three times 0.5 s
-    assert said[-1].startswith("waiting for rank 2 in update_policy")
+    lines_at(clock, waits.begin("build"), 11, who="rank 1")
+    lines_at(clock, waits.begin("update_policy"), 61, who="rank 2")
+    assert [line.partition(",")[0] for line in said] == [
+        "waiting for rank 1 in build",
+        "waiting for rank 2 in update_policy",
+    ]
 
 
-def test_a_run_that_once_stood_still_says_so_again(said):
+def test_a_run_that_once_stood_still_says_so_again(said, clock):
     waits = Waiting(said.append)
-    for seconds in (0.01, 60.0, 0.01):
+    for seconds in (1, 600, 1):
         waits.ended("sampling", seconds)
-    with waits.during("sampling", lambda: "the server"):
-        time.sleep(0.2)
-    assert said != []
+    lines_at(clock, waits.begin("sampling"), 11)
+    assert len(said) == 1
 
 
-def test_a_polling_wait_asks_who_only_when_a_line_is_due(said):
+def test_how_long_a_wait_took_is_known_to_the_next(said, clock):
+    waits = Waiting(said.append)
+    wait = waits.begin("load")
+    clock.now += 50
+    wait.done()
+    lines_at(clock, waits.begin("load"), 149, 151)
+    assert [line.rpartition("for ")[2] for line in said] == ["151 s"]
+
+
+def test_a_polling_wait_asks_who_only_when_a_line_is_due(said, clock):
     asked = []
     wait = Waiting(said.append).begin("load")
-    for _ in range(20):
+    for _ in range(250):
+        clock.now += 0.1
         wait.look(lambda: asked.append(1) or "rank 3")
-        time.sleep(0.01)
-    assert 1 <= len(asked) == len(said) < 10
-    wait.done()
+    assert len(asked) == len(said) == 2
 
 
 def test_what_ends_a_wait_passes_through(said):

@@ -14,11 +14,12 @@ import uuid
 
 import numpy as np
 
-from pipeline.rewards.protocol import Question
+from pipeline.rewards.protocol import Question, pack
 from pipeline.types import Prompt
 
-TAG = os.environ.setdefault("SAMEROUTE_LEFT_BEHIND", f"sameroute-test-left-behind-{uuid.uuid4().hex}")
-"""Stands in the command line of every process that is to be left behind."""
+TAG = os.environ.setdefault("LEFT_BEHIND_BY_TESTS", f"sameroute-test-left-behind-{uuid.uuid4().hex}")
+"""Stands in the command line of every process that is to be left behind. A variable of SAMEROUTE_ would not reach the
+workers, which would have a tag of their own."""
 
 SLEEP = [sys.executable, "-c", f"import time; time.sleep(1000)  # {TAG}"]
 
@@ -112,6 +113,15 @@ def _junk(metadata):
             continue
 
 
+def _forge(metadata):
+    """A verdict on another answer."""
+    for descriptor in range(3, 64):
+        try:
+            os.write(descriptor, pack(1 << 40, 0, 1.0))
+        except OSError:
+            continue
+
+
 def _close_and_stay(metadata):
     os.closerange(0, 64)
     time.sleep(1000)
@@ -167,6 +177,7 @@ _DO = {
     "exit": lambda m: os._exit(0),
     "terminate": lambda m: os.kill(os.getpid(), signal.SIGTERM),
     "deaf_grandchild_and_hang": lambda m: _deaf_grandchild(m) or time.sleep(1000),
+    "deaf_grandchild_and_kill": lambda m: _deaf_grandchild(m) or os.kill(os.getpid(), signal.SIGKILL),
     "kill": lambda m: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda m: os.kill(os.getpid(), signal.SIGSTOP),
     "segfault": lambda m: ctypes.string_at(0),
@@ -186,6 +197,7 @@ _DO = {
     "fork": _fork_both_return,
     "bomb": _bomb,
     "junk": _junk,
+    "forge": _forge,
     "close": lambda m: os.closerange(0, 64),
     "close_and_stay": _close_and_stay,
     "read_stdin": lambda m: float(len(sys.stdin.read())) + 1,

@@ -130,6 +130,7 @@ def verdict_on(grader, do, within_s=15.0, **metadata):
         ("child", "left_behind", "returned and left a process running ("),
         ("deaf_grandchild", "left_behind", "returned and left a process running ("),
         ("junk", "crashed", "wrote into what its worker says to the run"),
+        ("forge", "crashed", "wrote into what its worker says to the run"),
         ("close", "crashed", "closed what its worker speaks to the run through"),
         ("close_and_stay", "crashed", "closed what its worker speaks to the run through"),
     ],
@@ -281,6 +282,16 @@ def test_a_supervisor_that_is_killed_is_replaced_and_one_that_always_is_ends_the
             made.ask([question(), question("kill_supervisor")])
 
 
+def test_what_a_verifier_had_hidden_ends_though_its_worker_died_first(grader):
+    tagged = verdict_on(grader, "environment", name="LEFT_BEHIND_BY_TESTS")
+    assert tagged.reward == 1.0, "else what is left behind would not be seen, here and in any test"
+    assert verdict_on(grader, "deaf_grandchild_and_kill").kind == "crashed"
+    deadline = time.monotonic() + 10
+    while left_behind():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_signal_to_the_whole_job_costs_no_answer():
     with Grader(HOSTILE, workers=3) as made:
         made.wait_ready()
@@ -313,8 +324,11 @@ from tests.support.hostile import question
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run behind an `&` of a script
 
 def tell(grader):
-    time.sleep(1.0)
-    print(json.dumps([grader._process.pid, *below(grader._process.pid, parents())]), flush=True)
+    found, deadline = [], time.monotonic() + 60
+    while len(found) < 5 and time.monotonic() < deadline:  # supervisor, three workers, what one of these has hidden
+        found = below(grader._process.pid, parents())
+        time.sleep(0.05)
+    print(json.dumps([grader._process.pid, *found]), flush=True)
     if {how == "error"}:
         os.kill(os.getpid(), 2)
 
@@ -326,7 +340,7 @@ with Grader("tests.support.hostile:verify", workers=3) as grader:
 """
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     processes = json.loads(driver.stdout.readline())
-    assert len(processes) >= 6  # guard and supervisor, three workers, and what one of these has hidden
+    assert len(processes) >= 6
     if how != "error":
         driver.send_signal(how)
     assert driver.wait(30) != 0
