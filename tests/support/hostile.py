@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from multiprocessing import resource_tracker
 
 import numpy as np
 
@@ -205,6 +207,8 @@ _DO = {
     "kill_supervisor": lambda m: os.kill(os.getppid(), signal.SIGKILL) or time.sleep(1000),
     "modules": lambda m: float(sum(name in sys.modules for name in ("torch", "ray", "transformers", "pydantic"))),
     "environment": lambda m: float(m["name"] in os.environ),
+    "helper_of_multiprocessing": lambda m: resource_tracker.ensure_running(),
+    "core": lambda m: float(resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)),
     "process": lambda m: float(os.getpid()),
     "descriptors": lambda m: float(len(os.listdir("/proc/self/fd"))),
     "change": lambda m: float(m.setdefault("count", []).append(1) or len(m["count"])),

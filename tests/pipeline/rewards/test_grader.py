@@ -157,6 +157,8 @@ def test_what_a_verifier_does_wrong_is_a_verdict_and_costs_no_other_answer(grade
         ("thread_that_ends", 1.0),
         ("child_that_ends", 1.0),
         ("child_not_waited_for", 1.0),
+        ("helper_of_multiprocessing", 1.0),
+        ("core", 1.0),  # it cannot leave one, on a disk that is the run's
     ],
 )
 def test_what_is_allowed_is_graded(patient, do, reward):

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.rewards import Component, Question
 from pipeline.rewards.kinds.code import program_in
-from pipeline.rewards.program_tests import read_tests, same_output
+from pipeline.rewards.program_tests import Call, read_tests, same_output, same_value
 from pipeline.rewards.registry import load
 from pipeline.rewards.sandbox.calls import values_of
 from pipeline.types import Prompt
@@ -83,6 +83,27 @@ def test_values_come_back_as_they_are(grade):
     tests = ["assert give('t') == (1, 2.5)", "assert give('s') == {1, 3}", "assert give('d') == {1: 'a'}"]
     tests += ["assert give('n') is None", "assert give('f') == 0.3"]
     assert grade(program, tests) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "right", "same"),
+    [
+        (True, 1.0, False),
+        (1.0, True, False),
+        (1, True, False),
+        (1, 1.0, True),
+        (0.1 + 0.2, 0.3, True),
+        (0.3001, 0.3, False),
+        ("1", 1, False),
+        ([1, 2], (1, 2), True),
+        ([9], [9], True),
+        (9, [9], True),  # data sets write what is right in a list of its own
+        (9, [9, 9], False),
+        (10**400, 1.0, False),
+    ],
+)
+def test_a_value_is_compared_by_its_kind_and_decimals_nearly(value, right, same):
+    assert same_value(value, Call(right)) is same
 
 
 def test_a_method_of_a_solution_is_called_as_a_function(grade):
