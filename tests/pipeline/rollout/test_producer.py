@@ -178,6 +178,14 @@ def test_an_error_of_a_sample_is_raised_to_whoever_waits_and_to_whoever_looks(er
         assert time.monotonic() - began < 5
 
 
+def test_what_cannot_begin_is_raised_where_it_is_begun():
+    def refused():
+        raise ValueError("8 open groups cannot be trained within 1 versions")
+
+    with pytest.raises(ValueError, match="cannot be trained within 1"), Producer(refused):
+        pass
+
+
 def test_who_watches_ends_a_wait():
     def died():
         raise ServerError("the SGLang server died")
