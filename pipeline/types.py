@@ -68,6 +68,21 @@ class Sampled:
     seconds: float = 0.0
 
 
+_INT32 = (np.dtype(np.int32),)
+_BOOL = (np.dtype(bool),)
+_ARRAYS: dict[str, tuple[tuple[np.dtype, ...], int]] = {
+    "prompt_ids": (_INT32, 1),
+    "response_ids": (_INT32, 1),
+    "rollout_logprobs": ((np.dtype(np.float32),), 1),
+    "weight_versions": (_INT32, 1),
+    "trained": (_BOOL, 1),
+    "routes": ((np.dtype(np.uint8), np.dtype(np.int16)), 3),
+    "kept": (_INT32, 2),
+    "mixed_kv": (_BOOL, 1),
+}
+"""Dtypes and dimensions of what a rollout holds."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sequence that the policy sampled, all of it or parts of it, exactly as the rollout engine returned it.
@@ -115,37 +130,34 @@ class Rollout:
         self._check_values()
 
     def _check_shapes(self) -> None:
-        count, rows = len(self.response_ids), len(self.prompt_ids) + len(self.response_ids) - 1
-        _must(len(self.prompt_ids) > 0, "a rollout needs a prompt of at least one token")
-        expected: dict[str, tuple[tuple[str, ...], int, int]] = {
-            "prompt_ids": (("int32",), 1, len(self.prompt_ids)),
-            "response_ids": (("int32",), 1, count),
-            "rollout_logprobs": (("float32",), 1, count),
-            "weight_versions": (("int32",), 1, count),
-            "trained": (("bool",), 1, count),
-            "routes": (("uint8", "int16"), 3, rows),
-            "kept": (("int32",), 2, count),
-            "mixed_kv": (("bool",), 1, count),
-        }
-        for name, (dtypes, dimensions, length) in expected.items():
-            array = getattr(self, name)
+        """Messages are written where something is wrong only: a step makes thousands of rollouts."""
+        count, prompt = len(self.response_ids), len(self.prompt_ids)
+        _must(prompt > 0, "a rollout needs a prompt of at least one token")
+        lengths = {"prompt_ids": prompt, "routes": prompt + count - 1}
+        for name, (dtypes, dimensions) in _ARRAYS.items():
+            array, length = getattr(self, name), lengths.get(name, count)
             if array is None:
                 continue
-            _must(array.dtype.name in dtypes, f"{name} is {array.dtype}, not {' or '.join(dtypes)}")
-            _must(array.ndim == dimensions, f"{name} has shape {list(array.shape)}")
-            _must(len(array) == length, f"{name} has {len(array)} rows for {length} tokens")
+            if array.dtype not in dtypes:
+                raise ValueError(f"{name} is {array.dtype}, not {' or '.join(map(str, dtypes))}")
+            if array.ndim != dimensions:
+                raise ValueError(f"{name} has shape {list(array.shape)}")
+            if len(array) != length:
+                raise ValueError(f"{name} has {len(array)} rows for {length} tokens")
 
     def _check_values(self) -> None:
         trained, logprobs, versions = self.trained, self.rollout_logprobs, self.weight_versions
         for name in ("prompt_ids", "response_ids", "routes"):
             array = getattr(self, name)
-            least = 0 if array is None else array.min(initial=0)
-            _must(least >= 0, f"{name} holds {least}")
+            if array is not None and (least := array.min(initial=0)) < 0:
+                raise ValueError(f"{name} holds {least}")
         largest = logprobs.max(initial=-np.inf) if np.isfinite(logprobs).all() else np.nan
-        _must(largest <= LARGEST_LOGPROB, f"log-probs must be at most 0, got {largest}")  # NaN fails too
+        if not largest <= LARGEST_LOGPROB:  # NaN fails too
+            raise ValueError(f"log-probs must be at most 0, got {largest}")
         _must((versions[trained] >= 0).all(), "a sampled token has no weight version")
-        _must((versions[~trained] == -1).all(), "a token that was not sampled has a weight version")
-        _must((logprobs[~trained] == 0).all(), "a token that was not sampled has a log-prob")
+        if not trained.all():
+            _must((versions[~trained] == -1).all(), "a token that was not sampled has a weight version")
+            _must((logprobs[~trained] == 0).all(), "a token that was not sampled has a log-prob")
         if self.mixed_kv is not None:
             _must(not self.mixed_kv[~trained].any(), "a token that was not sampled is marked mixed_kv")
         if self.kept is not None:

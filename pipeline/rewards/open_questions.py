@@ -19,6 +19,7 @@ class Asking:
         self._open: dict[int, tuple[bytes, asyncio.Future[Verdict]]] = {}
         self._descriptor = -1
         self._writing = False
+        self._soon: asyncio.Handle | None = None
         self._restarts = 0
         self._asked_again: set[int] = set()
         """Questions that were open at the last restart: while they are, another restart counts with it."""
@@ -30,6 +31,9 @@ class Asking:
 
     async def __aexit__(self, *details: object) -> None:
         self._forget()
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
         for _, future in self._open.values():
             future.cancel()
         self._open.clear()
@@ -41,12 +45,17 @@ class Asking:
         futures = [self._loop.create_future() for _ in parts]
         self._open |= {number: (packed, f) for (number, packed), f in zip(parts.items(), futures, strict=True)}
         self._outbox += b"".join(parts.values())
-        self._exchange()
+        if self._soon is None:  # what ends at one moment is asked at once: each write wakes two processes
+            self._soon = self._loop.call_soon(self._send)
         try:
             return self.grader.together(question, await asyncio.gather(*futures))
         finally:
             for number in parts:
                 self._open.pop(number, None)
+
+    def _send(self) -> None:
+        self._soon = None
+        self._exchange()
 
     def _exchange(self) -> None:
         """Whatever can be sent or taken now."""

@@ -246,8 +246,8 @@ class Maker:
 
     def _fill(self) -> None:
         """Admit what there is room for."""
-        while self.admission.room:
-            (prompt,) = self.prompts.take(1)
+        room = self.admission.room
+        for prompt in self.prompts.take(room) if room else ():
             self.admission.admit(prompt.index)
             making = self.making[prompt.index] = self._new(prompt)
             self._begin(making)
@@ -370,4 +370,4 @@ def _trained(group: Group) -> list[Rollout]:
 
 def _oldest(rollouts: Iterable[Rollout], version: int) -> int:
     """The oldest version of any sampled token, `version` where there is none."""
-    return min([version, *(int(v) for r in rollouts for v in r.weight_versions[r.trained])])
+    return min([version, *(int(r.weight_versions[r.trained].min(initial=version)) for r in rollouts)])

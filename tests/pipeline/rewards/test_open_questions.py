@@ -143,3 +143,15 @@ def test_a_death_long_after_another_is_a_first_one_and_asks_nothing_again_that_w
     assert mortal.sent == [b"<1>", b"<2>", b"<3>", b"<4>"]
     for end in mortal.ends:
         end.close()
+
+
+def test_what_is_asked_at_one_moment_goes_out_in_one_write(grader, monkeypatch):
+    sent, exchange = [], grader.exchange
+    monkeypatch.setattr(grader, "exchange", lambda outbox: sent.append(len(outbox)) or exchange(outbox))
+
+    async def many():
+        async with Asking(grader) as asking:
+            return await asyncio.gather(*(asking.ask(question()) for _ in range(50)))
+
+    assert [v.reward for v in asyncio.run(many())] == [1.0] * 50
+    assert len([size for size in sent if size]) == 1
