@@ -5,12 +5,17 @@
 One run of both engines for each `rollout.max_staleness`, one after another, from the same weights. The model is not
 trained before, so that answers have the lengths that --lengths says, drawn log-uniformly by prompt and sample: without
 it answers end as they end.
+
+A core each: all processes of the servers run on the last core that this one may use, and everything else (trainer,
+controller, Ray) on the first, whatever max_staleness is. --cores any lets the kernel decide. A second table has the
+processor seconds that a step took of each; beside training a step takes at least as long as the busier core works.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 import statistics
 import tempfile
@@ -18,7 +23,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from pipeline.config import load_config
+from pipeline.engine.fleet import Fleet
+from pipeline.engine.server import SGLangServer
 from pipeline.loop.asynchronous import asynchronous
 from pipeline.loop.open_loop import open_loop
 from pipeline.rollout import answers, sampler
@@ -40,25 +49,56 @@ def draw_lengths(shortest: int, longest: int) -> None:
     sampler.of_sample = answers.of_sample = drawn
 
 
-def measure(staleness: int, steps: int, overrides: list[str]) -> dict[str, float]:
-    """Medians over the steps of one run."""
+def processes(fleet: Fleet) -> dict[str, list[psutil.Process]]:
+    """All of a run, by whose core they belong on."""
+    me = psutil.Process()
+    everything = [me, *me.children(recursive=True)]
+    heads = [psutil.Process(s.process.pid) for s in fleet.servers if isinstance(s.process, SGLangServer)]
+    servers = [found for head in heads for found in (head, *head.children(recursive=True))]
+    trainers = [p for p in everything if "TrainerRank" in p.name() or "TrainerRank" in " ".join(p.cmdline())]
+    rest = [p for p in everything if p not in servers and p not in trainers and p != me]
+    return {"servers": servers, "trainer": trainers, "controller": [me], "others": rest}
+
+
+def a_core_each(found: dict[str, list[psutil.Process]]) -> None:
+    """Every thread of the servers on the last core, of everything else on the first."""
+    cores = sorted(os.sched_getaffinity(0))
+    for name, members in found.items():
+        for process in members:
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, {cores[-1 if name == "servers" else 0]})
+
+
+def processor_seconds(found: dict[str, list[psutil.Process]]) -> dict[str, float]:
+    """Since they began."""
+    times = {name: [p.cpu_times() for p in members if p.is_running()] for name, members in found.items()}
+    return {name: sum(t.user + t.system for t in members) for name, members in times.items()}
+
+
+def measure(staleness: int, steps: int, overrides: list[str], *, pin: bool) -> dict[str, float]:
+    """Means over the steps of one run."""
     config = load_config(CONFIG, [*SETTINGS, f"rollout.max_staleness={staleness}", *overrides])
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder) / "logs"
         logs.mkdir()
         with open_loop(config, Path(folder), logs) as (loop, _), asynchronous(loop, WARM + steps + 9, None):
-            rows, began = [], 0.0
+            rows, began, before, found = [], 0.0, {}, {}
             for number in range(1, WARM + steps + 1):
+                if number == 2 and pin:  # whatever the first step started is there
+                    a_core_each(processes(loop.fleet))
                 if number == WARM + 1:
-                    began = time.monotonic()
+                    found = processes(loop.fleet)
+                    before, began = processor_seconds(found), time.monotonic()
                 rows.append(loop.step(number).metrics)
             seconds = (time.monotonic() - began) / steps
+            after = processor_seconds(found)
     rows = rows[WARM:]
     means = {
         key: statistics.fmean(row.get(key, 0.0) for row in rows)
         for key in ("rollout/lag_mean", "idle/trainer", "idle/servers", "reward/mean", "response/length_mean")
     }
-    return {"seconds": seconds} | means
+    used = {f"cpu/{name}": (after[name] - before[name]) / steps for name in after}
+    return {"seconds": seconds} | means | used
 
 
 def main() -> None:
@@ -66,6 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help=f"timed steps, after {WARM} that warm up")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--lengths", type=int, nargs=2, metavar=("SHORTEST", "LONGEST"))
+    parser.add_argument("--cores", choices=("each", "any"), default="each", help="who runs where")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_args()
     overrides = list(options.overrides)
@@ -76,10 +117,10 @@ def main() -> None:
                      "server.max_total_tokens=65536", *overrides]  # fmt: skip
     print("| max_staleness | steps a second | against 0 | lag | trainer idle | servers idle | tokens an answer |")
     print("|---|---|---|---|---|---|---|")
-    first = None
+    runs = {}
     for staleness in options.staleness:
-        found = measure(staleness, options.steps, overrides)
-        first = first or found["seconds"]
+        found = runs[staleness] = measure(staleness, options.steps, overrides, pin=options.cores == "each")
+        first = runs[options.staleness[0]]["seconds"]
         cells = [
             str(staleness),
             f"{1 / found['seconds']:.2f}",
@@ -89,6 +130,11 @@ def main() -> None:
             f"{found['response/length_mean']:.1f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
+    parts = [key for key in runs[options.staleness[0]] if key.startswith("cpu/")]
+    print(f"\nprocessor seconds a step\n\n| max_staleness | {' | '.join(parts).replace('cpu/', '')} |")
+    print("|---" * (1 + len(parts)) + "|")
+    for staleness, found in runs.items():
+        print(f"| {staleness} | {' | '.join(f'{found[key]:.3f}' for key in parts)} |")
 
 
 if __name__ == "__main__":
