@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import traceback
+import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ KINDS = {
     "length": Kind(quick=True),
     "regex": Kind(),
     "math_verify": Kind(imports=("math_verify",)),
-    "reasoning_gym": Kind(),
+    "reasoning_gym": Kind(imports=("reasoning_gym",)),
     "code": Kind(),
     "reward_model": Kind(imports=("aiohttp",)),
     "judge": Kind(imports=("aiohttp",)),
@@ -121,10 +122,12 @@ def title(components: Sequence[Component]) -> str:
 
 def preload(components: Sequence[Component]) -> None:
     """Import what workers are to share. A library that is not there is no error here: `load` says which it is."""
-    for component in components:
-        for library in component.kind.imports:
-            if importlib.util.find_spec(library) is not None:
-                importlib.import_module(library)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of cellpylib 2.4.0, which reasoning_gym imports
+        for component in components:
+            for library in component.kind.imports:
+                if importlib.util.find_spec(library) is not None:
+                    importlib.import_module(library)
 
 
 def load(component: Component) -> Verifier:

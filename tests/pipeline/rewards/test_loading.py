@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -116,3 +119,16 @@ def test_a_function_with_other_parameters_is_named_before_anything_starts(broken
     with pytest.raises(VerifierError, match=words) as caught:
         check_rewards([FunctionReward(function=name)], GradingConfig())
     assert caught.value.exit_code == 2
+
+
+def test_what_workers_share_is_imported_once_without_a_word_and_leaves_no_thread_before_they_are_forked():
+    script = """
+import os, sys
+from pipeline.rewards.registry import KINDS, Component, preload
+preload([Component(kind, {"kind": kind}) for kind in KINDS])
+assert {"math_verify", "reasoning_gym", "aiohttp"} <= sys.modules.keys(), sys.modules.keys()
+assert len(os.listdir("/proc/self/task")) == 1
+"""
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | one_thread)
+    assert (done.returncode, done.stderr) == (0, "")
