@@ -46,9 +46,16 @@ def test_one_inside_another_is_the_same():
     assert not folder.exists()
 
 
-def test_it_is_short_whatever_the_temporary_folder_is(tmp_path, monkeypatch):
-    long = tmp_path / ("long" * 20)
-    long.mkdir()
+@pytest.fixture(params=[20, 60, 98, 200])
+def long(request):
+    """A temporary folder whose path has so many bytes."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as parent:
+        folder = Path(parent) / ("x" * (request.param - len(parent) - 1))
+        folder.mkdir()
+        yield folder
+
+
+def test_it_is_short_whatever_the_temporary_folder_is(long, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(long))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with scratch_folder() as folder:
