@@ -93,14 +93,13 @@ class RemoteServer:
     def restart(self) -> None:
         """As SGLangServer.restart, on the same node; on another where that was found gone before. Raises NodeGoneError
         where it is gone, or no other has room."""
-        if not self._node_gone:
-            self._url = self._ask(lambda: self._actor.restart.remote(), None)
-            return
-        node = self._another()
-        if node is None:
-            raise NodeGoneError(f"no node has room for the server that was at {self._url}; its log: {self.log_path}")
-        self._actor, self._node_gone = self._host_on(node), False
-        self.start()
+        if self._node_gone:
+            node = self._another()
+            if node is None:
+                what = f"the server that was at {self._url}; its log: {self.log_path}"
+                raise NodeGoneError(f"no node has room for {what}")
+            self._actor, self._node_gone = self._host_on(node), False
+        self._url = self._ask(lambda: self._actor.restart.remote(), None)
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Block until the server answers; as SGLangServer.wait_ready."""

@@ -132,6 +132,19 @@ def test_an_asynchronous_run_with_a_server_on_each_node_survives_the_loss_of_the
         assert no_processes(slurm)
 
 
+def test_a_job_that_loses_its_last_server_with_the_node_goes_back_into_the_queue():
+    with SlurmCluster("SlurmdTimeout=10") as slurm:
+        saved = ["train.steps=9999", "checkpoint.every_steps=2", "server.probe_timeout_s=10"]
+        job = Job(slurm, "last", ["--nodes=2"], saved, SAMEROUTE_ROLLOUT_NODES="1")
+        slurm.wait_for_text(job.log("node1"), "step    3/9999")
+        slurm.lose_second_node()
+        slurm.wait_for_text(job.output, "ended with exit code 1")
+        assert "the run goes on without a server" in job.log("node1").read_text()
+        assert slurm.wait_for_state(job.number, "PENDING")["Restarts"] == "1"
+        assert "a node of the job is lost" in job.output.read_text()
+        assert no_processes(slurm)
+
+
 @pytest.mark.timeout(900)
 def test_a_thousand_hostile_programs_are_contained_and_graded_right_inside_a_job(slurm):
     """As a user without rights, and a tenth of them as root."""

@@ -55,6 +55,7 @@ def test_a_server_whose_node_is_lost_serves_from_the_next_node_that_joins(tiny_m
         server.wait_ready()
         assert server.alive()
         assert sampled(server) == before
+        assert server.log_path.read_text().count("fired up") == 2, "the log of the first stays"
     finally:
         server.stop()
 
