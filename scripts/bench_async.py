@@ -34,7 +34,7 @@ from pipeline.rollout import answers, sampler
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SETTINGS = ["supervised.steps=60", "checks.first_rollouts=0", "checks.probe_every=0"]
-WARM = 5
+WARM, LAST = 5, 5
 
 
 def draw_lengths(shortest: int, longest: int) -> None:
@@ -95,8 +95,10 @@ def measure(staleness: int, steps: int, overrides: list[str], *, pin: bool) -> d
     rows = rows[WARM:]
     means = {
         key: statistics.fmean(row.get(key, 0.0) for row in rows)
-        for key in ("rollout/lag_mean", "idle/trainer", "idle/servers", "reward/mean", "response/length_mean")
-    }
+        for key in ("rollout/lag_mean", "rollout/spanning_versions", "idle/trainer", "idle/servers",
+                    "response/length_mean")
+    }  # fmt: skip
+    means["reward"] = statistics.fmean(row["reward/mean"] for row in rows[-LAST:])
     used = {f"cpu/{name}": (after[name] - before[name]) / steps for name in after}
     return {"seconds": seconds} | means | used
 
@@ -114,9 +116,11 @@ def main() -> None:
         draw_lengths(*options.lengths)
         longest = options.lengths[1]
         overrides = [f"rollout.max_new_tokens={longest}", f"server.context_length={longest + 64}",
-                     "server.max_total_tokens=65536", *overrides]  # fmt: skip
-    print("| max_staleness | steps a second | against 0 | lag | trainer idle | servers idle | tokens an answer |")
-    print("|---|---|---|---|---|---|---|")
+                     "server.max_total_tokens=131072", *overrides]  # fmt: skip
+    titles = ["max_staleness", "steps a second", f"against {options.staleness[0]}", "lag", "of several versions",
+              "trainer idle", "servers idle", "tokens an answer", f"reward, last {LAST}"]  # fmt: skip
+    print(f"| {' | '.join(titles)} |")
+    print("|---" * len(titles) + "|")
     runs = {}
     for staleness in options.staleness:
         found = runs[staleness] = measure(staleness, options.steps, overrides, pin=options.cores == "each")
@@ -126,8 +130,10 @@ def main() -> None:
             f"{1 / found['seconds']:.2f}",
             f"{first / found['seconds']:.2f} times",
             f"{found['rollout/lag_mean']:.1f}",
+            f"{found['rollout/spanning_versions']:.0%}",
             *(f"{found[key]:.0%}" if staleness else "" for key in ("idle/trainer", "idle/servers")),
             f"{found['response/length_mean']:.1f}",
+            f"{found['reward']:.3f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
     parts = [key for key in runs[options.staleness[0]] if key.startswith("cpu/")]
