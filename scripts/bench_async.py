@@ -6,9 +6,9 @@ One run of both engines for each `rollout.max_staleness`, one after another, fro
 trained before, so that answers have the lengths that --lengths says, drawn log-uniformly by prompt and sample: without
 it answers end as they end.
 
-A core each: all processes of the servers run on the last core that this one may use, and everything else (trainer,
-controller, Ray) on the first, whatever max_staleness is. --cores any lets the kernel decide. A second table has the
-processor seconds that a step took of each; beside training a step takes at least as long as the busier core works.
+A core each: the trainer and Ray run on the first core that this process may use; the servers, and this process, which
+samples and decodes, on the last, whatever max_staleness is. --cores any lets the kernel decide. A second table has the
+processor seconds that each used in a step: beside training a step takes at least as long as the busier core works.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pipeline.rollout import answers, sampler
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SETTINGS = ["supervised.steps=60", "checks.first_rollouts=0", "checks.probe_every=0"]
 WARM, LAST = 5, 5
+CORES = sorted(os.sched_getaffinity(0))  # before any run takes some away
 
 
 def draw_lengths(shortest: int, longest: int) -> None:
@@ -61,12 +62,11 @@ def processes(fleet: Fleet) -> dict[str, list[psutil.Process]]:
 
 
 def a_core_each(found: dict[str, list[psutil.Process]]) -> None:
-    """Every thread of the servers on the last core, of everything else on the first."""
-    cores = sorted(os.sched_getaffinity(0))
+    """Every thread of the servers and of this process on the last core, of everything else on the first."""
     for name, members in found.items():
         for process in members:
             for thread in process.threads():
-                os.sched_setaffinity(thread.id, {cores[-1 if name == "servers" else 0]})
+                os.sched_setaffinity(thread.id, {CORES[-1 if name in ("servers", "controller") else 0]})
 
 
 def processor_seconds(found: dict[str, list[psutil.Process]]) -> dict[str, float]:
@@ -92,6 +92,7 @@ def measure(staleness: int, steps: int, overrides: list[str], *, pin: bool) -> d
                 rows.append(loop.step(number).metrics)
             seconds = (time.monotonic() - began) / steps
             after = processor_seconds(found)
+        os.sched_setaffinity(0, CORES)
     rows = rows[WARM:]
     means = {
         key: statistics.fmean(row.get(key, 0.0) for row in rows)
