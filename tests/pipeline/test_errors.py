@@ -20,6 +20,7 @@ CODES = {
     "pipeline.cluster.address.NoClusterError": 2,
     "pipeline.cluster.one_machine.TooFewGPUs": 2,
     "pipeline.cluster.placement.PlacementError": 1,
+    "pipeline.cluster.ray_session.RayError": 1,
     "pipeline.cluster.slurm.LaunchError": 2,
     "pipeline.cluster.slurm.SubmissionError": 1,
     "pipeline.commands.convert.CannotConvertError": 2,
