@@ -127,8 +127,9 @@ def test_an_asynchronous_run_with_a_server_on_each_node_survives_the_loss_of_the
         assert "node2 down" in slurm.run("sinfo", "-h", "-N", "-o", "%N %T")
         rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, 101))
-        assert rows[4]["servers/serving"] == 2
-        assert rows[-1]["servers/serving"] == 1
+        serving = [row["servers/serving"] for row in rows]
+        assert serving[4] == 2
+        assert 1 in serving[5:]  # until the other is up again, on the first node
         assert no_processes(slurm)
 
 
