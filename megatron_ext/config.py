@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -20,14 +21,28 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux's file systems
 
 class Frozen(BaseModel):
     """The base of every part of the configuration: fixed once made, no key that it does not know, no infinite number,
-    and paths that a file system takes, with ~ for the home directory."""
+    no truth value for a number, and paths that a file system takes, with ~ for the home directory."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and _is_number(field.annotation):
+                raise ValueError(f"{name}={str(value).lower()} is no number")
+        return data
 
     @field_validator("*")
     @classmethod
     def _path(cls, value: Any) -> Any:
         return _usable(value) if isinstance(value, Path) else value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a field holds numbers, or nothing, and no truth value."""
+    return set(get_args(annotation) or (annotation,)) <= {int, float, NoneType}
 
 
 def _usable(path: Path) -> Path:
