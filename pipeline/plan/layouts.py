@@ -7,6 +7,7 @@ recomputation or a smaller micro-batch, which cost time, then how a model is div
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def differences(old: Config, new: Config) -> Iterator[str]:
         for name in type(before).model_fields:
             if getattr(before, name) != getattr(after, name):
                 value = getattr(after, name)
-                text = {True: "true", False: "false", None: "null"}.get(value, value)
+                text = json.dumps(value) if value is None or isinstance(value, bool) else value  # 1 == True
                 yield f"{section}.{name}={text}"
 
 
