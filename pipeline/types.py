@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_ext.batch.routes import Routed, check_routes
+from pipeline.stored import Routes, StoredRoutes, join_routes
 
 FinishReason = Literal["stop", "length", "abort", "time"]
 
@@ -58,7 +59,7 @@ class Sampled:
 
     ids: np.ndarray
     logprobs: np.ndarray
-    routes: np.ndarray | None
+    routes: Routes | None
     weight_versions: np.ndarray
     finish_reason: FinishReason
     kept: np.ndarray | None = None
@@ -91,7 +92,8 @@ class Rollout:
     response_ids:     [N] int32: everything after the prompt, the stop token included where there was one.
     rollout_logprobs: [N] float32, log mu(y_t | x, y_<t) at the sampling temperature, over the kept tokens if any.
     routes:           [P + N - 1, layers, topk] uint8 or int16: row t holds the experts chosen where token t was the
-                      input. The last token was never an input, so it has no row. None: not asked for.
+                      input. The last token was never an input, so it has no row. None: not asked for. Stored ones were
+                      checked where they were decoded.
     weight_versions:  [N] int32, the version of the weights that sampled each token.
     finish_reason:    "stop" (a stop token), "length" (the limit), "abort" (interrupted; what is there is valid),
                       "time" (cut, because it got no further).
@@ -113,7 +115,7 @@ class Rollout:
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     rollout_logprobs: np.ndarray
-    routes: np.ndarray | None
+    routes: Routes | None
     weight_versions: np.ndarray
     finish_reason: FinishReason
     kept: np.ndarray | None = None
@@ -140,7 +142,7 @@ class Rollout:
                 continue
             if array.dtype not in dtypes:
                 raise ValueError(f"{name} is {array.dtype}, not {' or '.join(map(str, dtypes))}")
-            if array.ndim != dimensions:
+            if len(array.shape) != dimensions:
                 raise ValueError(f"{name} has shape {list(array.shape)}")
             if len(array) != length:
                 raise ValueError(f"{name} has {len(array)} rows for {length} tokens")
@@ -149,7 +151,7 @@ class Rollout:
         trained, logprobs, versions = self.trained, self.rollout_logprobs, self.weight_versions
         for name in ("prompt_ids", "response_ids", "routes"):
             array = getattr(self, name)
-            if array is not None and (least := array.min(initial=0)) < 0:
+            if array is not None and not isinstance(array, StoredRoutes) and (least := array.min(initial=0)) < 0:
                 raise ValueError(f"{name} holds {least}")
         largest = logprobs.max(initial=-np.inf) if np.isfinite(logprobs).all() else np.nan
         if not largest <= LARGEST_LOGPROB:  # NaN fails too
@@ -173,7 +175,7 @@ class Rollout:
             largest = -1 if array is None else array.max(initial=-1)
             _must(largest < vocab_size, f"{name} holds token {largest}, outside the model's vocabulary of {vocab_size}")
         if self.routes is not None:
-            check_routes(self.routes, model)
+            check_routes(np.asarray(self.routes), model)
 
     def __len__(self) -> int:
         """Tokens after the prompt, N."""
@@ -248,7 +250,7 @@ class Rollout:
             prompt_ids=self.prompt_ids,
             response_ids=np.concatenate([self.response_ids, between, more.ids]),
             rollout_logprobs=_some(joined(self.rollout_logprobs, 0.0, more.logprobs)),
-            routes=None if self.routes is None else np.concatenate([self.routes, _some(more.routes)]),
+            routes=None if self.routes is None or more.routes is None else join_routes(self.routes, more.routes),
             weight_versions=_some(joined(self.weight_versions, -1, more.weight_versions)),
             finish_reason=more.finish_reason,
             kept=kept,

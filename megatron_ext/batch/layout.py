@@ -34,7 +34,7 @@ class Sample:
     tokens:        [P + N] int32.
     prompt_length: P, at least 1.
     row:           what the loss is to know of this sample; the trainer only carries it there (`LossBatch.rows`).
-    routes:        [P + N - 1, layers, topk] unsigned or signed integers, or None.
+    routes:        [P + N - 1, layers, topk] unsigned or signed integers, or what numpy makes into that; or None.
     kept:          [N, K] token ids that each response token was sampled from, -1 behind them; its log-prob and entropy
                    are over these. None: over the vocabulary.
     trained:       [N] bool: the response tokens that the loss counts; the others are read, and no more. None: all.
@@ -43,7 +43,7 @@ class Sample:
     tokens: np.ndarray
     prompt_length: int
     row: Any = None
-    routes: np.ndarray | None = None
+    routes: Any = None
     kept: np.ndarray | None = None
     trained: np.ndarray | None = None
 

@@ -109,6 +109,7 @@ def _routes(samples: Sequence[Sample], layout: TokenLayout, model: ModelDescript
         if sample is None or sample.routes is None:
             rows.append(np.full((n, *shape), -1, np.int16))
             continue
-        check_routes(sample.routes, model)
-        rows.append(sample.routes.astype(np.int16))
+        routes = np.asarray(sample.routes)  # those that lie elsewhere are fetched here, by the ranks that read them
+        check_routes(routes, model)
+        rows.append(routes.astype(np.int16))
     return layout.slice_sequence(layout.pack(rows, fill=-1))

@@ -127,3 +127,8 @@ def wait_and_place(
 def on_node(node: str | None) -> dict[str, Any]:
     """Options of a Ray actor that must run there; None: anywhere."""
     return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def near_node(node: str | None) -> dict[str, Any]:
+    """Options of a Ray actor that runs there while the node lives, else anywhere; None: anywhere."""
+    return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from megatron_ext.config import Frozen, OptimizerConfig
 
@@ -52,6 +52,12 @@ class RolloutConfig(Frozen):
         description="rounds in which dynamic sampling may look for groups whose rewards differ; then the run ends; "
         "with max_staleness: after so many times prompts_per_step groups in a row without one",
     )
+    samplers: int | Literal["auto"] = Field(
+        "auto",
+        description="processes beside the servers that ask them, decode and check their answers, and keep the routes "
+        "in their node's object store (docs/asynchronous.md); 0: the controller does it; auto: one a server where "
+        "cluster.address is set and there are several, else 0",
+    )
     timeout_s: float = Field(
         600.0, gt=0, description="a server that has requests and gets no further for so long fails the run"
     )
@@ -84,6 +90,13 @@ class RolloutConfig(Frozen):
         "on under the new weights; drain: they are waited for; in_place: they go on over the old keys and values; "
         "retract: those are computed again (docs/interruption.md)",
     )
+
+    @field_validator("samplers")
+    @classmethod
+    def _samplers_not_negative(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"samplers={value} is no number of processes; set rollout.samplers=0 for none")
+        return value
 
     @model_validator(mode="after")
     def _ahead_within_staleness(self) -> Self:

@@ -171,13 +171,13 @@ class Bench:
                 self._score("rescored")  # what it says now is gone afterwards
                 self.loop.sync()
 
-            async def score() -> list[tuple[np.ndarray, np.ndarray | None]]:
+            async def score() -> list[tuple[np.ndarray, Any]]:
                 async with fleet:
                     return await asyncio.gather(*(fleet.score(r.token_ids) for r in self.rollouts))
 
             answers = asyncio.run(score())
             logprobs = [row[-len(r) :] for (row, _), r in zip(answers, self.rollouts, strict=True)]
-            routes = [rows for _, rows in answers if rows is not None]
+            routes = [np.asarray(rows) for _, rows in answers if rows is not None]
             self._scored[kind] = logprobs, routes if len(routes) == len(self.rollouts) else None
         return self._scored[kind]
 

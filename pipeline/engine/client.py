@@ -7,7 +7,6 @@ missing log-prob) becomes a wrong gradient later.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import math
 import uuid
@@ -19,6 +18,7 @@ from typing import Any, Self, get_args
 
 import aiohttp
 import numpy as np
+import pybase64
 
 from megatron_ext.batch.routes import check_routes, route_dtype
 from pipeline import http
@@ -26,6 +26,7 @@ from pipeline.engine.control import SGLangControl, cache_key
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
 from pipeline.engine.stream import STREAM_END, RequestStream
+from pipeline.stored import Routes
 from pipeline.types import FinishReason, Sampled
 
 _ROUTE_TYPES = {1: np.uint8, 2: np.int16, 4: np.int32}  # by the bytes of an expert id
@@ -100,6 +101,7 @@ class SGLangClient(SGLangControl):
     wide_routes: answers so far whose routes came as SGLang's own int32, and not in the narrowest type, as the servers
         of this project send them (`inside/hooks.py`).
     version: of the weights that it holds, set by whoever owns it (`Fleet`); the prefix cache is kept apart by it.
+    gather_s: requests of so many seconds share an HTTP request; 0: those of one moment.
 
     Sampling calls belong between `async with client:` and its end; `with` may be nested.
     """
@@ -127,6 +129,7 @@ class SGLangClient(SGLangControl):
         self.routes = routes
         self.version = 0
         self.wide_routes = 0
+        self.gather_s = 0.0
         self._session: aiohttp.ClientSession | None = None
         self._requests: RequestStream | None = None
         self._entered = 0
@@ -135,7 +138,7 @@ class SGLangClient(SGLangControl):
     async def __aenter__(self) -> Self:
         if self._entered == 0:
             self._session = http.session(None)
-            self._requests = RequestStream(self._chunks, self._end_request)
+            self._requests = RequestStream(self._chunks, self._end_request, self.gather_s)
         self._entered += 1
         return self
 
@@ -183,7 +186,7 @@ class SGLangClient(SGLangControl):
         }
         return self._sampled(await self._answer(body, on_tokens), sampling, len(ids) - 1 - routes_from)
 
-    async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, Routes | None]:
         """Log-probs and routes of a given sequence, by one prefill at temperature 1; nothing is sampled.
 
         token_ids: [T]. Returns log p(token t | tokens < t) for t = 1 .. T-1, [T-1] float32, and the routes of the
@@ -359,7 +362,7 @@ class SGLangClient(SGLangControl):
         if part.routes is None:
             return
         try:
-            check_routes(part.routes, self)
+            check_routes(np.asarray(part.routes), self)
         except ValueError as error:
             hint = ""
             if "twice" in str(error):
@@ -375,7 +378,11 @@ class SGLangClient(SGLangControl):
             return None
         if meta.get("routed_experts") is None:
             raise AnswerError("no routes came back: was the server started with return_routed_experts?")
-        sent, shape = base64.b64decode(meta["routed_experts"]), (rows, self.num_layers, self.topk)
+        try:
+            sent = pybase64.b64decode(meta["routed_experts"], validate=True)
+        except ValueError as error:
+            raise AnswerError(f"routes came back that are no base64: {error}") from error
+        shape = (rows, self.num_layers, self.topk)
         width, more = divmod(len(sent), max(1, math.prod(shape)))
         if more or (sent and width not in _ROUTE_TYPES):
             raise AnswerError(f"{len(sent)} bytes of expert ids came back for routes of shape {shape}")
@@ -384,7 +391,7 @@ class SGLangClient(SGLangControl):
         flat = np.frombuffer(sent, _ROUTE_TYPES.get(width, np.uint8))
         if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):  # before they are cut to fewer bits
             raise AnswerError(f"expert ids {flat.min()} .. {flat.max()} are outside [0, {self.num_experts})")
-        return flat.reshape(shape).astype(route_dtype(self.num_experts))
+        return flat.reshape(shape).astype(route_dtype(self.num_experts), copy=False)
 
 
 def _decode_kept(meta: dict[str, Any], count: int) -> np.ndarray:

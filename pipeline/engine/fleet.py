@@ -26,6 +26,7 @@ from pipeline.engine.interruption import Updates, let_requests_go_on, must_be_cu
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
 from pipeline.engine.pressure import Load, Pressure
 from pipeline.engine.server import ServerError
+from pipeline.stored import Routes
 from pipeline.types import Sampled
 
 __all__ = ["Fleet", "FleetServer", "ServerProcess", "ServerState", "Transfer"]
@@ -270,7 +271,7 @@ class Fleet:
             seconds=time.monotonic() - began,
         )
 
-    async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, Routes | None]:
         """SGLangClient.score of one of the servers; asked again where an interruption aborts it."""
         while True:
             with contextlib.suppress(AbortedError):

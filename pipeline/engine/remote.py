@@ -57,13 +57,14 @@ class RemoteServer:
         reachable: bool,
         another: Callable[[], str | None] = lambda: None,
     ):
-        """reachable: from other nodes, at an address of its node whatever `server.host` says. another: a node that has
-        room for it now, where its own is gone."""
+        """node: of Ray. reachable: from other nodes, at an address of it whatever `server.host` says. another: a node
+        that has room for it now, where its own is gone."""
         server.log_path = server.log_path.resolve()
         server.model_path = server.model_path.resolve()
         self._server, self._url, self._another = server, "", another
         self._gpus, self._reachable = server.config.tensor_parallel if gpus else 0, reachable
         self._node_gone = False
+        self.node = node
         self._actor = self._host_on(node)
 
     def _host_on(self, node: str) -> Any:
@@ -98,7 +99,7 @@ class RemoteServer:
             if node is None:
                 what = f"the server that was at {self._url}; its log: {self.log_path}"
                 raise NodeGoneError(f"no node has room for {what}")
-            self._actor, self._node_gone = self._host_on(node), False
+            self._actor, self._node_gone, self.node = self._host_on(node), False, node
         self._url = self._ask(lambda: self._actor.restart.remote(), None)
 
     def wait_ready(self, timeout_s: float | None = None) -> None:

@@ -8,13 +8,15 @@ one stream: the tokens of each now and then, which shows that it gets on, and al
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from pipeline.engine.server import ServerError
 
+_EVENT = b"data: "
 STREAM_END = b"data: [DONE]\n\n"
 _EACH = ("rid", "input_ids", "sampling_params", "extra_key")
 _JOINED = ("output_token_logprobs", "output_token_sampling_mask", "output_token_sampling_logprobs")
@@ -49,14 +51,16 @@ def _joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class RequestStream:
-    """post: the HTTP request, as a stream of bytes. end: aborts a request by its id."""
+    """post: the HTTP request, as a stream of bytes. end: aborts a request by its id. gather_s: how long the first of
+    those that go together waits for others; 0: for what is ready at its moment."""
 
     def __init__(
         self,
         post: Callable[[dict[str, Any]], AsyncIterator[bytes]],
         end: Callable[[str], Coroutine[Any, Any, None]],
+        gather_s: float = 0.0,
     ):
-        self._post, self._end = post, end
+        self._post, self._end, self._gather_s = post, end, gather_s
         self._waiting: list[_Call] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -69,7 +73,8 @@ class RequestStream:
         call = _Call(body | {"sampling_params": body["sampling_params"] | {"stream_interval": _CHUNK}}, on_tokens)
         self._waiting.append(call)
         if len(self._waiting) == 1:  # whatever else is ready now asks before this is called
-            asyncio.get_running_loop().call_soon(self._send)
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._gather_s, self._send) if self._gather_s else loop.call_soon(self._send)
         return await call.answer
 
     def _send(self) -> None:
@@ -144,7 +149,12 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
         start = max(0, len(rest) - 1)
         rest += chunk
         while (end := rest.find(b"\n\n", start)) >= 0:
-            event, start = bytes(rest[:end]).removeprefix(b"data: "), 0
+            with memoryview(rest) as read:
+                event = bytes(read[len(_EVENT) : end] if rest.startswith(_EVENT) else read[:end])
+            start = 0
             del rest[: end + 2]
             if event != b"[DONE]":
-                yield json.loads(event)
+                try:
+                    yield orjson.loads(event)
+                except ValueError as error:
+                    raise ServerError(f"/generate answered what is no JSON: {event[:200]!r}") from error

@@ -25,6 +25,7 @@ from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet, FleetServer, ServerProcess
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.remote import RemoteServer
+from pipeline.engine.samplers.stored_client import through_samplers
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.loop.inputs import config_device
 from pipeline.trainer.group import TrainerGroup
@@ -67,8 +68,10 @@ def start_engines(
     local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
     with contextlib.ExitStack() as stack:
         processes, nodes = stack.enter_context(_processes(config, local, gpus))
-        servers = [FleetServer(process, _client(config, shape, process, routes=routes)) for process in processes]
-        fleet = Fleet(servers, config.server)
+        own = [_client(config, shape, process, routes=routes) for process in processes]
+        at = [process.node if isinstance(process, RemoteServer) else None for process in processes]
+        clients = stack.enter_context(through_samplers(own, sampler_count(config, len(own)), at))
+        fleet = Fleet([FleetServer(*pair) for pair in zip(processes, clients, strict=True)], config.server)
         stack.callback(fleet.close)
         trainers = TrainerGroup(
             config.parallel,
@@ -282,6 +285,13 @@ def server_count(config: Config, gpus: int) -> int:
             "which gives each a free one, or server.replicas=1"
         )
     return count
+
+
+def sampler_count(config: Config, servers: int) -> int:
+    """How many sampler processes the run has: see RolloutConfig.samplers."""
+    if config.rollout.samplers == "auto":
+        return servers if servers > 1 and config.cluster.address is not None else 0
+    return min(config.rollout.samplers, servers)
 
 
 def shares_gpus(config: Config, gpus: int) -> bool:

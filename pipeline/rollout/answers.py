@@ -19,9 +19,10 @@ from pipeline.engine.fleet import Fleet, ServerState
 from pipeline.engine.interruption import HALTS
 from pipeline.rollout.sampler import of_sample
 from pipeline.rollout.session import Session
+from pipeline.stored import Routes
 from pipeline.types import Prompt, Rollout
 
-Scored = tuple[Rollout, np.ndarray, np.ndarray | None]
+Scored = tuple[Rollout, np.ndarray, Routes | None]
 """A rollout, and of all its tokens log-probs [T - 1] and routes under the servers' weights, see SGLangClient.score."""
 
 

@@ -31,6 +31,7 @@ SECONDS = {
     "megatron_ext/test_trainer.py": 15,
     "megatron_ext/batch/test_replay.py": 14,
     "pipeline/cluster/test_ray_session.py": 14,
+    "pipeline/engine/samplers/test_stored_client.py": 14,
     "pipeline/commands/test_main.py": 14,
     "end_to_end/test_replay.py": 13,
     "megatron_ext/convert/test_conversion.py": 13,

@@ -49,9 +49,9 @@ def body(rid, start=0):
     }
 
 
-def run(server, work):
+def run(server, work, gather_s=0.0):
     async def inside():
-        stream = RequestStream(server.post, server.end)
+        stream = RequestStream(server.post, server.end, gather_s)
         try:
             return await work(stream)
         finally:
@@ -159,3 +159,32 @@ def test_a_stream_that_ends_early_fails_what_is_open():
     a, b = run(server, work)
     assert a["output_ids"] == [1]
     assert isinstance(b, ServerError)
+
+
+def test_what_is_no_json_fails_what_is_open():
+    async def garbled(body):
+        yield b"data: {nothing\n\n"
+
+    async def work(stream):
+        return await asyncio.gather(stream.ask(body("a")), return_exceptions=True)
+
+    server = Server()
+    server.post = garbled
+    (error,) = run(server, work)
+    assert isinstance(error, ServerError)
+    assert "no JSON" in str(error)
+
+
+def test_samples_that_come_one_by_one_share_a_request_where_it_waits_for_them():
+    async def work(stream):
+        async def later(rid, turns):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return await stream.ask(body(rid))
+
+        return await asyncio.gather(later("a", 0), later("bb", 5))
+
+    for gather_s, posted in ((0.0, [["a"], ["bb"]]), (0.05, [["a", "bb"]])):
+        server = Server()
+        run(server, work, gather_s)
+        assert server.posted == posted

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import load_config
+from pipeline.config.file import ConfigError
 from pipeline.engine.server import ServerError
-from pipeline.loop.engines import server_count, servers_alone, shares_gpus, weights_config
+from pipeline.loop.engines import sampler_count, server_count, servers_alone, shares_gpus, weights_config
 
 JOINED = ["cluster={address: auto, nodes: 2, gpus_per_node: 8}"]
 
@@ -30,6 +31,26 @@ def test_servers_take_the_gpus_beside_the_trainer(settings, gpus, servers, share
     config = load_config("configs/quickstart.yaml", settings)
     assert server_count(config, gpus) == servers
     assert shares_gpus(config, gpus) == shared
+
+
+@pytest.mark.parametrize(
+    ("settings", "servers", "samplers"),
+    [
+        ([], 8, 0),  # one machine: the controller decodes
+        (JOINED, 1, 0),
+        (JOINED, 8, 8),
+        ([*JOINED, "rollout.samplers=0"], 8, 0),
+        (["rollout.samplers=3"], 8, 3),
+        (["rollout.samplers=3"], 2, 2),
+    ],
+)
+def test_samplers_are_asked_for_or_stand_beside_the_servers_of_a_cluster(settings, servers, samplers):
+    assert sampler_count(load_config("configs/quickstart.yaml", settings), servers) == samplers
+
+
+def test_fewer_than_no_samplers_are_refused():
+    with pytest.raises(ConfigError, match=r"samplers=-1 is no number of processes; set rollout\.samplers=0 for none"):
+        load_config("configs/quickstart.yaml", ["rollout.samplers=-1"])
 
 
 def test_several_servers_do_not_share_a_port_of_one_machine():
