@@ -68,6 +68,7 @@ def test_a_run_whose_trainer_is_killed_begins_again_from_its_checkpoint_so_often
     settings = ["supervised.steps=0", "train.steps=9999", "checkpoint.every_steps=1", "run.max_restarts=1"]
     run = command(*SMALL, *settings, "run.overwrite=false")
     run.wait_for("step    2/9999")
+    run.wait_for("checkpoints/step_1")  # else there is none to begin from
     kill(run, "ray::TrainerRank")
     run.wait_for("restart 1 of 1 within 60 minutes, from ")
     done = len(rows(run))
