@@ -25,7 +25,8 @@ from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from pipeline.config.model import TinyModelConfig
 from pipeline.config.server import ServerConfig
 from pipeline.data.tiny_model import make_tiny_model
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import SGLangServer
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 from pipeline.rollout.sampler import sample_groups_sync

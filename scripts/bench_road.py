@@ -33,9 +33,10 @@ from simulated_servers import Shape, simulated_servers
 
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config.run import ClusterConfig
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet, FleetServer
 from pipeline.engine.samplers.stored_client import through_samplers
+from pipeline.engine.sampling import Sampling
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import to_sample
 from pipeline.types import Prompt

@@ -21,7 +21,8 @@ from pipeline.config.model import TinyModelConfig
 from pipeline.config.server import ServerConfig
 from pipeline.data.tiny_model import make_tiny_model
 from pipeline.data.tokenizer import VOCAB_SIZE
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import CPU_ATTENTION_BACKEND, SGLangServer
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.types import Prompt

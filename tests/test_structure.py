@@ -48,6 +48,7 @@ SAME_NAME = {
     "processes": {"pipeline.engine", "pipeline.rewards"},  # those of an engine or a verifier, and their end
     "replay": {"pipeline.config", "megatron_ext.batch"},  # router replay: its kinds, and the routers
     "run": {"pipeline.config", "pipeline.loop"},  # a run: its settings, and what it does
+    "sampling": {"pipeline.engine", "pipeline.plan"},  # how answers are drawn, and what drawing them takes
     "server": {"pipeline.config", "pipeline.engine"},  # an SGLang server: its settings, and its process
     "types": {"pipeline", "pipeline.objectives"},  # what flows through the folder they stand in
 }

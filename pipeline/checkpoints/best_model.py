@@ -52,19 +52,21 @@ def export_best(where: str, run: Path, save_hf: Callable[[Path], None], companio
     Raises CheckpointError where it cannot be written; what a hub refuses is the line, and the run goes on.
     """
     target = run / "best_hf" if where.startswith(HUB) else Path(where)
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
         companions(partial)
         save_hf(partial)
-        old = target.with_name(f".{target.name}.old")
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise CheckpointError(f"the best model was not exported to {target}: {error}") from error
     return _push(where.removeprefix(HUB), target) if where.startswith(HUB) else f"best model: {target}"
 

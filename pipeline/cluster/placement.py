@@ -124,11 +124,6 @@ def wait_and_place(
         time.sleep(_POLL_S)
 
 
-def on_node(node: str | None) -> dict[str, Any]:
-    """Options of a Ray actor that must run there; None: anywhere."""
-    return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
-
-
-def near_node(node: str | None) -> dict[str, Any]:
-    """Options of a Ray actor that runs there while the node lives, else anywhere; None: anywhere."""
-    return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+def on_node(node: str | None, *, or_elsewhere: bool = False) -> dict[str, Any]:
+    """Options of a Ray actor that must run there; None: anywhere. or_elsewhere: only while the node lives."""
+    return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=or_elsewhere)}

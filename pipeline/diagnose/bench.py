@@ -16,8 +16,8 @@ from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
 from pipeline.config.replay import Replay
 from pipeline.data.prompts import PromptSource
-from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet
+from pipeline.engine.sampling import Sampling
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.types import PolicyTokens, Rollout

@@ -20,11 +20,13 @@ import numpy as np
 
 from pipeline.config.run import InterruptMode
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import AbortedError, AnswerError, Sampling, SGLangClient, UnreachableError
+from pipeline.engine.client import AbortedError, SGLangClient, UnreachableError
 from pipeline.engine.control import ServerAddress
+from pipeline.engine.decoder import AnswerError
 from pipeline.engine.interruption import Updates, let_requests_go_on, must_be_current, stop_requests
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
 from pipeline.engine.pressure import Load, Pressure
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import ServerError
 from pipeline.stored import Routes
 from pipeline.types import Sampled
@@ -121,7 +123,7 @@ class Fleet:
             "servers/restarted": float(self.members.restarted),
             "servers/requests_sent_again": float(self.sent_again),
             "servers/requests_interrupted": float(self.interrupted_requests),
-            "servers/wide_routes": float(sum(s.client.wide_routes for s in self.servers)),
+            "servers/wide_routes": float(sum(s.client.decoder.wide_routes for s in self.servers)),
         } | self._pressure.metrics()
 
     # The weights

@@ -14,7 +14,7 @@ from pipeline.config.sources import CurriculumConfig, SyntheticSource, asked_of
 from pipeline.config.sources.evaluation import EvaluationSet
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
-from pipeline.engine.client import Sampling
+from pipeline.engine.sampling import Sampling
 from pipeline.rewards.given import Given, given_by
 from pipeline.types import Prompt
 

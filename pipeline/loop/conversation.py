@@ -17,8 +17,8 @@ from pipeline.data.chat import chat_text, token_ids
 from pipeline.data.pretrained import load_tokenizer
 from pipeline.data.prompts import stop_token_ids
 from pipeline.disk.scratch import scratch_folder
-from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet
+from pipeline.engine.sampling import Sampling
 from pipeline.loop.engines import start_servers
 from pipeline.loop.evaluations import on_own_loop
 from pipeline.rewards import response_text

@@ -19,8 +19,8 @@ from pipeline.config import Config
 from pipeline.config.replay import Replay
 from pipeline.data.prompts import PromptSource
 from pipeline.dumps.dump import Dump, write_dump
-from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet
+from pipeline.engine.sampling import Sampling
 from pipeline.loop.compare import compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.evaluations import on_own_loop
 from pipeline.loop.update import Update

@@ -133,18 +133,20 @@ class Grader:
         """A question to every component that grades its source, as it is sent: number -> bytes, in the order of the
         components. Raises RewardError where none does."""
         packed, parts = pack_question(question), {}
-        for component, own in enumerate(self.components):
-            if not own.grades(question.prompt.source):
-                continue
+        for component in self._graders(question):
             parts[self._next] = address(self._next, component, packed)
             self._next += 1
         if not parts:
             raise RewardError(f"no verifier grades the source {question.prompt.source!r}")
         return parts
 
+    def _graders(self, question: Question) -> list[int]:
+        """Numbers of the components that grade its source."""
+        return [n for n, component in enumerate(self.components) if component.grades(question.prompt.source)]
+
     def together(self, question: Question, verdicts: Sequence[Verdict]) -> Verdict:
         """Of the verdicts on a question, in the order of `parts`: the weighted sum of rewards, or the first failure."""
-        own = [component for component in self.components if component.grades(question.prompt.source)]
+        own = [self.components[number] for number in self._graders(question)]
         pairs = list(zip(own, verdicts, strict=True))
         named = [replace(verdict, verifier=component.title) for component, verdict in pairs]
         seconds = max(verdict.seconds for verdict in verdicts)

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.forks import end_as
+
 MARK = "SAMEROUTE_GRADER"
 """The variable that every process of a grader inherits; its value is the grader's own."""
 
@@ -58,11 +60,7 @@ def fork_guarded(parent: int) -> int:
         ended, code = os.waitpid(process, os.WNOHANG)
         status = code if ended else None
     end_below()
-    code = 0 if status is None else os.waitstatus_to_exitcode(status)
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
-        os.kill(guard, -code)
-    os._exit(max(code, 0))
+    return end_as(0 if status is None else os.waitstatus_to_exitcode(status))
 
 
 def end_below() -> None:

@@ -14,9 +14,10 @@ from typing import Protocol, Self
 import numpy as np
 
 from pipeline.config.run import InterruptMode
-from pipeline.engine.client import AbortedError, Sampling, UnreachableError
+from pipeline.engine.client import AbortedError, UnreachableError
 from pipeline.engine.fleet import Fleet, ServerState
 from pipeline.engine.interruption import HALTS
+from pipeline.engine.sampling import Sampling
 from pipeline.rollout.sampler import of_sample
 from pipeline.rollout.session import Session
 from pipeline.stored import Routes

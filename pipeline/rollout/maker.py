@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from pipeline.config.rewards import OnFailure
-from pipeline.engine.client import AnswerError, Sampling
+from pipeline.engine.decoder import AnswerError
+from pipeline.engine.sampling import Sampling
 from pipeline.errors import SamerouteError
 from pipeline.rewards import Failures, Question, RewardError, Verdict, question, settle
 from pipeline.rollout.admission import Admission

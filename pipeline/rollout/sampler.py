@@ -8,8 +8,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet
+from pipeline.engine.sampling import Sampling
 from pipeline.rollout.session import Session
 from pipeline.types import Group, Prompt
 

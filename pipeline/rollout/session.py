@@ -18,7 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.engine.client import AnswerError, Sampling
+from pipeline.engine.decoder import AnswerError
+from pipeline.engine.sampling import Sampling
 from pipeline.types import Rollout, Sampled
 
 

@@ -13,7 +13,7 @@ from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import merge_update
 from pipeline.config import load_config
-from pipeline.engine.client import AnswerError
+from pipeline.engine.decoder import AnswerError
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.open_loop import open_loop
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve

@@ -32,7 +32,7 @@ CODES = {
     "pipeline.disk.disk_errors.DiskError": 1,
     "pipeline.dumps.dump.DumpError": 2,
     "pipeline.engine.client.AbortedError": 1,
-    "pipeline.engine.client.AnswerError": 1,
+    "pipeline.engine.decoder.AnswerError": 1,
     "pipeline.engine.client.UnreachableError": 1,
     "pipeline.engine.server.NodeGoneError": 1,
     "pipeline.engine.server.PortError": 2,

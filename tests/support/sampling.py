@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
 from pipeline.engine.control import SGLangControl
 from pipeline.engine.fleet import Fleet, ServerProcess
+from pipeline.engine.sampling import Sampling
 from pipeline.rollout.sampler import all_or_none
 from pipeline.rollout.session import Session
 from pipeline.types import Rollout

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.sampling import Sampling
 
 GATHER_S = 0.002
 """Requests come one by one from the controller: those of so many seconds share an HTTP request."""
@@ -74,7 +75,7 @@ class SamplerProcess:
             work = client.sample(call.token_ids, call.sampling, routes_from=call.routes_from, on_tokens=heard)
             part = await self._done(call, work)
             content, routes = replace(part, routes=None), part.routes
-        wide, client.wide_routes = client.wide_routes, 0
+        wide, client.decoder.wide_routes = client.decoder.wide_routes, 0
         if routes is None:
             return Light(content, (0, 0, 0), None, wide), None
         assert isinstance(routes, np.ndarray), "a client of this process decodes"

@@ -14,9 +14,10 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pipeline.cluster.placement import near_node
-from pipeline.engine.client import Sampling, SGLangClient, UnreachableError
+from pipeline.cluster.placement import on_node
+from pipeline.engine.client import SGLangClient, UnreachableError
 from pipeline.engine.samplers.sampler_process import Call, Light, SamplerProcess
+from pipeline.engine.sampling import Sampling
 from pipeline.say import to_stderr
 from pipeline.stored import Routes, StoredRoutes
 from pipeline.types import Sampled
@@ -40,7 +41,7 @@ class Sampler:
     def _started(self) -> Any:
         actor: Any = ray.remote(SamplerProcess)
         options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": _CALLS}
-        return actor.options(**options, **near_node(self._node)).remote(self._clients)
+        return actor.options(**options, **on_node(self._node, or_elsewhere=True)).remote(self._clients)
 
     async def ask(self, call: Callable[[int], Call], on_tokens: Callable[[], None]) -> tuple[Light, Any]:
         """The answer, and a reference to its routes. call: by its number. on_tokens: called within a second of tokens
@@ -92,12 +93,12 @@ class StoredClient(SGLangClient):
         """number: of the client among those of the sampler."""
         super().__init__(
             client.url,
-            vocab_size=client.vocab_size,
-            num_layers=client.num_layers,
-            topk=client.topk,
-            num_experts=client.num_experts,
-            moe_layers=client.moe_layers,
-            routes=client.routes,
+            vocab_size=client.decoder.vocab_size,
+            num_layers=client.decoder.num_layers,
+            topk=client.decoder.topk,
+            num_experts=client.decoder.num_experts,
+            moe_layers=client.decoder.moe_layers,
+            routes=client.decoder.routes,
             keys=client.keys,
             timeout_s=client.timeout_s,
             log_path=client.log_path,
@@ -122,7 +123,7 @@ class StoredClient(SGLangClient):
     async def _ask(self, ids: np.ndarray, on_tokens: Callable[[], None], *how: Any) -> tuple[Any, StoredRoutes | None]:
         place, url, version = self._number, self.url, self.version
         light, far = await self.sampler.ask(lambda number: Call(number, place, url, version, ids, *how), on_tokens)
-        self.wide_routes += light.wide
+        self.decoder.wide_routes += light.wide
         return light.content, None if light.dtype is None else StoredRoutes((far,), light.rows, light.dtype)
 
 

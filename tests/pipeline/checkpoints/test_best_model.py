@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from pipeline.checkpoints.best_model import ExportError, check_export, export_best
@@ -66,6 +69,25 @@ def test_a_hub_that_cannot_be_reached_does_not_end_the_run(tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     said = export_best("hub:me/best", tmp_path, write("weights"), companions)
     assert "was not pushed to me/best" in said
+
+
+def test_an_export_that_fails_at_its_last_act_leaves_the_earlier_one(tmp_path, monkeypatch):
+    def fails(path, target):
+        if path.name == ".best.partial":
+            raise OSError("the disk is gone")
+        os.rename(path, target)
+
+    export_best(str(tmp_path / "best"), tmp_path, write("old"), companions)
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / ".best.old" / "left").write_text("by a run that was killed in between")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            export_best(str(tmp_path / "best"), tmp_path, write("new"), companions)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "model.safetensors").read_text() == "old"
+    export_best(str(tmp_path / "best"), tmp_path, write("new"), companions)
+    assert (tmp_path / "best" / "model.safetensors").read_text() == "new"
 
 
 def test_an_earlier_export_may_be_replaced(tmp_path):

@@ -58,8 +58,8 @@ def test_what_a_run_writes_down_reads_back_as_it_is():
         ("rewards={function: a:mean}", "the metric reward/mean is another one; give this verifier another name"),
         ("rewards=grading.py:grade", "'grading.py:grade' names a file; write its module, grading:grade$"),
         (
-            "rewards=/home/me/g.py:f",
-            r"names a file; write its module, g:f, with directory: /home/me, or the file beside",
+            "rewards=own/verifiers/g.py:f",
+            r"names a file; write its module, g:f, with directory: own/verifiers, or the file beside",
         ),
         ("rewards=../g:f", r"names a file; write its module, g:f, with directory: \.\.,"),
         ('rewards=":f"', "a verifier of your own is package.module:function, not ':f'"),

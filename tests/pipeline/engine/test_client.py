@@ -10,7 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.engine.client import AnswerError, Sampling, SGLangClient, UnreachableError
+from pipeline.engine.client import SGLangClient, UnreachableError
+from pipeline.engine.decoder import AnswerError
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import ServerError
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.rollout.session import Session
@@ -226,32 +228,18 @@ def test_a_server_that_does_not_get_on_is_given_up(client):
         client.resume()
 
 
-def test_a_layer_whose_routes_the_server_did_not_capture_is_an_error_that_names_it(client):
-    """Zeros, as an engine leaves them where a kernel chose the experts itself; no backend here does."""
-    routes = np.stack([np.tile([0, 1], (5, 1)), np.zeros((5, 2)), *[np.tile([2, 3], (5, 1))] * 2], 1).astype(np.int32)
-    meta = {
-        "finish_reason": {"type": "length"},
-        "num_retractions": 0,
-        "output_token_logprobs": [[-1.0, 7, None]] * 3,
-        "routed_experts": base64.b64encode(routes.tobytes()).decode(),
-        "weight_versions": [{"version": "0", "start": 0, "end": 3}],
-    }
-    with pytest.raises(AnswerError, match=r"layer 1 names expert 0 twice.*set replay=none or r2"):
-        client._sampled({"meta_info": meta, "output_ids": [7] * 3}, Sampling(3, 1.0), 2)
-
-
 def test_routes_come_in_the_narrowest_type_and_what_does_not_is_counted(client):
     (rollout,) = generate(client, [1, 2, 3])
     assert rollout.routes.dtype == np.uint8
-    assert client.wide_routes == 0
+    assert client.decoder.wide_routes == 0
     for dtype, wide in ((np.uint8, 0), (np.int16, 0), (np.int32, 1)):
         sent = base64.b64encode(rollout.routes.astype(dtype).tobytes()).decode()
-        decoded = client._decode_routes({"routed_experts": sent}, len(rollout.routes))
+        decoded = client.decoder.decoded_routes({"routed_experts": sent}, len(rollout.routes))
         assert np.array_equal(decoded, rollout.routes)
-        assert client.wide_routes == wide
+        assert client.decoder.wide_routes == wide
     for bytes_ in (sent[:-8], base64.b64encode(rollout.routes.astype(np.int64).tobytes()).decode(), sent + sent):
         with pytest.raises(AnswerError, match=r"bytes of expert ids came back for routes of shape"):
-            client._decode_routes({"routed_experts": bytes_}, len(rollout.routes))
+            client.decoder.decoded_routes({"routed_experts": bytes_}, len(rollout.routes))
 
 
 def test_a_continuation_that_does_not_follow_on_is_refused(client):
@@ -397,35 +385,3 @@ def test_a_vocabulary_smaller_than_top_k_is_kept_whole(client, model):
 def test_min_p_with_a_seed_would_kill_the_scheduler_and_is_refused():
     with pytest.raises(ValueError, match="dies of min_p with a seed"):
         Sampling(4, 1.0, min_p=0.1, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"output_token_sampling_mask": None}, "None kept sets for 2 tokens"),
-        ({"output_token_sampling_mask": [[5]]}, "1 kept sets for 2 tokens"),
-        ({"output_token_sampling_mask": [[5], [6, 9999]]}, "outside the model's vocabulary"),
-        ({"output_token_sampling_mask": [[5], [7]]}, "is not among those that were kept"),
-        ({"output_token_sampling_mask": [[5, 5], [6]]}, "is not among those that were kept"),
-    ],
-)
-def test_kept_tokens_that_cannot_be_are_refused(client, changes, message):
-    meta = {
-        "id": "r",
-        "finish_reason": {"type": "length"},
-        "num_retractions": 0,
-        "output_token_logprobs": [[-1.0, 5, None], [-1.0, 6, None]],
-        "output_token_sampling_mask": [[5], [6]],
-        "output_token_sampling_logprobs": [0.0, 0.0],
-        "weight_versions": [{"version": "0", "start": 0, "end": 2}],
-    } | changes
-    plain = SGLangClient(
-        client.url, vocab_size=512, num_layers=4, topk=2, num_experts=8, routes=False, keys=client.keys
-    )
-
-    def decode():
-        part = plain._sampled({"meta_info": meta, "output_ids": [5, 6]}, Sampling(2, 1.0, return_kept=True), 0)
-        Session(plain, [1])._take(part)
-
-    with pytest.raises(AnswerError, match=message):
-        decode()

@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.config.server import ServerConfig
 from pipeline.engine import client as client_module
-from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet, FleetServer
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import SGLangServer
 from pipeline.rollout.session import Session
 from tests.conftest import client_of

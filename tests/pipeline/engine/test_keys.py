@@ -11,10 +11,11 @@ import pytest
 
 from pipeline import http
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
 from pipeline.engine.control import ServerAddress, SGLangControl
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import ServerError
 from tests.support.sampling import answers
 

@@ -10,8 +10,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
 from pipeline.engine.remote import RemoteServer
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import NodeGoneError, SGLangServer
 
 

@@ -5,7 +5,9 @@ import asyncio
 import pytest
 
 from pipeline.config.server import ServerConfig, request_tokens
-from pipeline.engine.client import AnswerError, Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.decoder import AnswerError
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import SGLangServer
 from pipeline.rollout.session import Session
 from tests.conftest import TINY

@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
 from pipeline.engine.control import SGLangControl
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of, shared_memory_of
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.forks import FORKS_VARIABLE
 from tests.support.processes import command_line

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import Sampling
 from pipeline.engine.fleet import Fleet, FleetServer, ServerState
 from pipeline.engine.processes import processes_of
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import SGLangServer
 from pipeline.rollout.session import Session
 from tests.conftest import client_of

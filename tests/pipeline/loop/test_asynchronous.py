@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import load_config
-from pipeline.engine.client import Sampling
+from pipeline.engine.sampling import Sampling
 from pipeline.loop.asynchronous import asynchronous
 from pipeline.objectives import resolve
 from pipeline.rollout.admission import Admission

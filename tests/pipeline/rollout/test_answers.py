@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.engine.client import Sampling, UnreachableError
+from pipeline.engine.client import UnreachableError
 from pipeline.engine.fleet import ServerState
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import ServerError
 from pipeline.rollout.answers import FleetAnswers
 from pipeline.rollout.sampler import of_sample

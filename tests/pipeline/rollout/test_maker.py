@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.engine.client import AnswerError, Sampling
+from pipeline.engine.decoder import AnswerError
+from pipeline.engine.sampling import Sampling
 from pipeline.rewards import RewardError, Verdict
 from pipeline.rollout import maker as maker_module
 from pipeline.rollout.admission import Admission

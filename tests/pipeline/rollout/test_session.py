@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.engine.client import AnswerError, Sampling
+from pipeline.engine.decoder import AnswerError
+from pipeline.engine.sampling import Sampling
 from pipeline.rollout.session import Session
 from pipeline.types import Sampled
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.engine.client import Sampling
 from pipeline.engine.control import ServerAddress
+from pipeline.engine.sampling import Sampling
 from pipeline.weights import WeightsConfig, WeightSender, WeightTransferError
 from tests.conftest import save_tiny_model
 from tests.support import reference

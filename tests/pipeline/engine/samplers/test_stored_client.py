@@ -12,19 +12,21 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
+import ray
 
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config.run import ClusterConfig
-from pipeline.engine.client import AnswerError, Sampling, SGLangClient
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.decoder import AnswerError
 from pipeline.engine.fleet import Fleet, FleetServer
 from pipeline.engine.samplers.stored_client import through_samplers
+from pipeline.engine.sampling import Sampling
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.rollout.session import Session
 from pipeline.stored import StoredRoutes
 from pipeline.types import Prompt, Rollout
 from scripts.simulated_servers import Shape, simulated_servers
 from tests.conftest import client_of
-from tests.support.processes import command_line
 from tests.support.sampling import sampling_begins
 
 SHAPE = Shape(num_layers=6, topk=4, num_experts=32, vocab_size=1000)
@@ -88,9 +90,9 @@ def equal(one: Rollout, other: Rollout) -> bool:
     return all(np.array_equal(np.asarray(getattr(one, name)), np.asarray(getattr(other, name))) for name in ARRAYS)
 
 
-def sampler_processes():
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "SamplerProcess" in command_line(process)]
+def process_of(client) -> int:
+    """The process ID of its sampler process."""
+    return ray.get(client.sampler._actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
 def test_two_samplers_of_two_servers_bring_what_the_client_brings_and_keep_the_routes(ray_up, urls):
@@ -134,19 +136,18 @@ def test_a_bad_answer_is_the_same_error(ray_up, urls):
 def test_what_a_killed_sampler_had_in_hand_is_sampled_again_and_what_it_had_brought_stays(ray_up, server, capfd):
     sampling = Sampling(300, 1.0, ignore_eos=True)
 
-    async def run(fleet):
+    async def run(fleet, process):
         async with fleet:
             before = await Session(fleet, prompts(1)[0].ids).sample(replace(sampling, max_new_tokens=4))
             task = asyncio.create_task(Session(fleet, prompts(1)[0].ids).sample(sampling))
             await sampling_begins(server)
-            (process,) = sampler_processes()
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
             return before, await task
 
     with through_samplers([client_of(server, timeout_s=120)], 1, [None]) as (client,):
         fleet = Fleet([FleetServer(server, client)])
         fleet.wait_ready()
-        before, after = asyncio.run(run(fleet))
+        before, after = asyncio.run(run(fleet, process_of(client)))
         assert len(after) == 300
         assert fleet.sent_again == 1
         assert np.asarray(before.routes).shape == before.routes.shape
@@ -176,8 +177,9 @@ def test_a_call_that_is_given_up_ends_on_the_server_and_progress_is_heard_before
 def test_nothing_is_left_of_a_sampler_when_its_block_ends(ray_up, urls):
     with through_samplers([own_client(urls[0])], 1, [None]) as clients:
         sampled(clients)
-        assert len(sampler_processes()) == 1
+        process = process_of(clients[0])
+        assert psutil.pid_exists(process)
     deadline = time.monotonic() + 20
-    while sampler_processes():
+    while psutil.pid_exists(process):
         assert time.monotonic() < deadline, "a sampler process is left"
         time.sleep(0.05)

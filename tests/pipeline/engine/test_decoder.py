@@ -9,8 +9,11 @@ import copy
 import numpy as np
 import pytest
 
-from pipeline.engine.client import AbortedError, AnswerError, Sampling, SGLangClient, UnreachableError
+from pipeline.engine.client import AbortedError, SGLangClient, UnreachableError
 from pipeline.engine.control import cache_key
+from pipeline.engine.decoder import AnswerError, Decoder
+from pipeline.engine.sampling import Sampling
+from pipeline.rollout.session import Session
 
 VOCABULARY, LAYERS, TOPK, EXPERTS = 32, 2, 2, 8
 SAMPLING = Sampling(max_new_tokens=3, temperature=1.0)
@@ -108,7 +111,7 @@ def test_an_answer_that_cannot_be_is_an_error(answer, words):
 def test_routes_of_any_width_are_narrowed_and_wide_ones_counted(dtype, wide):
     part, _, client = asked(answer_of(routed_experts=encoded(routes_of(4, dtype))))
     assert part.routes.dtype == np.uint8
-    assert client.wide_routes == wide
+    assert client.decoder.wide_routes == wide
 
 
 def test_a_request_that_was_aborted_before_it_ran_brings_nothing_and_one_that_ran_what_it_has():
@@ -157,3 +160,54 @@ def test_a_server_may_take_as_long_as_it_gets_on(gets_on):
         with pytest.raises(UnreachableError, match="did not get on"):
             asyncio.run(run())
         assert len(looks) == 2
+
+
+def of_four_layers(*, routes):
+    return Decoder(vocab_size=512, num_layers=4, topk=2, num_experts=8, moe_layers=range(4), routes=routes)
+
+
+def test_a_layer_whose_routes_the_server_did_not_capture_is_an_error_that_names_it():
+    """Zeros, as an engine leaves them where a kernel chose the experts itself; no backend here does."""
+    routes = np.stack([np.tile([0, 1], (5, 1)), np.zeros((5, 2)), *[np.tile([2, 3], (5, 1))] * 2], 1).astype(np.int32)
+    meta = {
+        "finish_reason": {"type": "length"},
+        "num_retractions": 0,
+        "output_token_logprobs": [[-1.0, 7, None]] * 3,
+        "routed_experts": base64.b64encode(routes.tobytes()).decode(),
+        "weight_versions": [{"version": "0", "start": 0, "end": 3}],
+    }
+    with pytest.raises(AnswerError, match=r"layer 1 names expert 0 twice.*set replay=none or r2"):
+        of_four_layers(routes=True).sampled({"meta_info": meta, "output_ids": [7] * 3}, Sampling(3, 1.0), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_token_sampling_mask": None}, "None kept sets for 2 tokens"),
+        ({"output_token_sampling_mask": [[5]]}, "1 kept sets for 2 tokens"),
+        ({"output_token_sampling_mask": [[5], [6, 9999]]}, "outside the model's vocabulary"),
+        ({"output_token_sampling_mask": [[5], [7]]}, "is not among those that were kept"),
+        ({"output_token_sampling_mask": [[5, 5], [6]]}, "is not among those that were kept"),
+    ],
+)
+def test_kept_tokens_that_cannot_be_are_refused(changes, message):
+    meta = {
+        "id": "r",
+        "finish_reason": {"type": "length"},
+        "num_retractions": 0,
+        "output_token_logprobs": [[-1.0, 5, None], [-1.0, 6, None]],
+        "output_token_sampling_mask": [[5], [6]],
+        "output_token_sampling_logprobs": [0.0, 0.0],
+        "weight_versions": [{"version": "0", "start": 0, "end": 2}],
+    } | changes
+
+    def decode():
+        part = of_four_layers(routes=False).sampled(
+            {"meta_info": meta, "output_ids": [5, 6]}, Sampling(2, 1.0, return_kept=True), 0
+        )
+        Session(
+            SGLangClient("http://nowhere", vocab_size=512, num_layers=4, topk=2, num_experts=8, routes=False), [1]
+        )._take(part)
+
+    with pytest.raises(AnswerError, match=message):
+        decode()
