@@ -17,6 +17,7 @@ from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import SGLangServer
 from pipeline.rollout.session import Session
 from tests.conftest import client_of
+from tests.support.sampling import sampling_begins
 from tests.support.two_weights import Alternating, must_equal
 
 pytestmark = pytest.mark.slow
@@ -69,9 +70,9 @@ async def answers_while(fleet, act):
     async with fleet:
         tasks = [asyncio.create_task(s.sample(Sampling(300, 1.0, ignore_eos=True))) for s in sessions]
         victim = fleet.servers[1]
-        async with asyncio.timeout(60):
-            while (await victim.client.current_loads())[0]["num_running_reqs"] < SAMPLES // 2:
-                await asyncio.sleep(0.01)
+        while victim.in_flight < SAMPLES // 2:
+            await asyncio.sleep(0)
+        await sampling_begins(victim.process)
         await act(victim)
         rollouts = await asyncio.wait_for(asyncio.gather(*tasks), 120)
         async with asyncio.timeout(120):
