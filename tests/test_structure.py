@@ -22,12 +22,12 @@ LARGEST_ROOM = 14
 # From the bottom up. A room may import those on the lines before its own, and itself.
 ROOMS = """
 pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.forks pipeline.text pipeline.say
-pipeline.deaf pipeline.engine_fields
+pipeline.deaf pipeline.engine_fields pipeline.waiting
 pipeline.stored
 pipeline.types
 pipeline.objectives
 pipeline.config
-pipeline.rewards pipeline.cluster pipeline.dumps pipeline.disk pipeline.waiting pipeline.restart_budget
+pipeline.rewards pipeline.cluster pipeline.dumps pipeline.disk pipeline.restart_budget
 pipeline.data pipeline.engine pipeline.observe
 pipeline.weights pipeline.rollout
 pipeline.evaluation

@@ -35,6 +35,7 @@ from pipeline.rewards.protocol import (
     pack_question,
 )
 from pipeline.rewards.registry import Component, RewardError, VerifierError, is_quick, title
+from pipeline.waiting import Waiting
 
 if TYPE_CHECKING:
     from pipeline.config.rewards import GradingConfig, RewardConfig
@@ -84,12 +85,13 @@ class Grader:
         self.close()
 
     def wait_ready(self) -> None:
-        """Return when the verifiers are loaded. Raises VerifierError where one cannot be."""
-        while not self._ready:
-            try:
-                self._exchange(bytearray())
-            except _Gone as error:
-                raise RewardError(self._how_it_ended()) from error
+        """Return when the verifiers are loaded; a slow import is said. Raises VerifierError where one cannot be."""
+        with Waiting().during("its import", lambda: title(self.components)):
+            while not self._ready:
+                try:
+                    self._exchange(bytearray())
+                except _Gone as error:
+                    raise RewardError(self._how_it_ended()) from error
 
     def ask(self, questions: Iterable[Question]) -> list[Verdict]:
         """A verdict for each, in order, of all components together; answers are graded while later ones are being made.

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from pipeline import waiting
 from pipeline.commands.main import main
 from pipeline.config.rewards import FunctionReward, GradingConfig
 from pipeline.rewards import VerifierError, check_rewards
@@ -57,7 +58,8 @@ def test_a_module_that_cannot_be_imported_is_named_with_what_is_wrong(broken, ca
     assert caught.value.exit_code == 2
 
 
-def test_a_module_that_hangs_is_named_in_time(broken):
+def test_a_module_that_hangs_is_said_and_named_in_time(broken, monkeypatch, capfd):
+    monkeypatch.setattr(waiting, "FIRST_S", 0.3)
     name = broken("hangs", "import time\ntime.sleep(1000)\n")
     start = time.monotonic()
     with (
@@ -66,6 +68,7 @@ def test_a_module_that_hangs_is_named_in_time(broken):
     ):
         grader.wait_ready()
     assert time.monotonic() - start < 5
+    assert f"waiting for the verifier '{name}' in its import, for " in capfd.readouterr().err
 
 
 def test_what_a_module_starts_at_import_may_stay(broken):
