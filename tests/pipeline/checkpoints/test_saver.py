@@ -108,7 +108,7 @@ def test_what_is_not_completed_when_the_run_ends_is_removed(it, end):
     with pytest.raises(type(end)):
         end_with(saver, end)
     assert list(store.directory.iterdir()) == []
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 20
 
 
 def test_a_rank_that_hangs_keeps_no_signal_waiting(it, monkeypatch):

@@ -78,7 +78,7 @@ def test_components_of_one_answer_are_graded_at_the_same_time():
         grader.wait_ready()
         start = time.monotonic()
         (verdict,) = grader.ask([question("slow")])
-        assert time.monotonic() - start < 2.0  # one after the other: 4 s
+        assert time.monotonic() - start < 3.5  # one after the other: 4 s
     assert verdict.reward == 8.0
     assert 0.5 <= verdict.seconds < 2.0
 

@@ -211,7 +211,7 @@ def test_answers_are_graded_at_the_same_time_and_workers_stay_warm():
         before = set(processes_of(eight))
         start = time.monotonic()
         assert [v.reward for v in eight.ask([question("slow")] * 16)] == [1.0] * 16
-        assert time.monotonic() - start < 3.0  # one after the other: 8 s
+        assert time.monotonic() - start < 6.0  # one after the other: 8 s
         assert len({v.reward for v in eight.ask([question("process")] * 64)}) > 1
         assert set(processes_of(eight)) == before
 
