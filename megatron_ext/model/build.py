@@ -26,6 +26,7 @@ from megatron_ext.mcore import (
     set_tensor_model_parallel_attributes,
 )
 from megatron_ext.model.latent_attention import LatentAttention
+from megatron_ext.model.llama3_rope import stretch
 from megatron_ext.model.top_one import TopOneRouter, mlp_submodules
 from megatron_ext.model.yarn import YarnTransformerConfig
 
@@ -256,6 +257,8 @@ def build_model(
             rotary_base=rope["rope_theta"],
             vp_stage=stage,
         )
+        if rope["rope_type"] == "llama3":
+            stretch(built.rotary_pos_emb, rope)
         if head == "value" and built.post_process:
             built.output_layer = ValueHead(config)
         for name, parameter in built.named_parameters():

@@ -89,7 +89,8 @@ class Update:
         assert proximal is not None
         # Under R3 agreement is the engines', at the proximal weights; under R2 it is the policy's own, as it moves.
         routing = proximal.routing if self.replay.from_server else np.sum(passes, 0)
-        metrics |= routing_metrics(routing)
+        if self.model.num_experts:
+            metrics |= routing_metrics(routing)
         metrics |= {n: float(np.mean([p[n] for p in parts if n in p])) for n in set().union(*parts)}
         return StepResult(
             metrics=metrics,

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
-from tests.support.tiny_families import FAMILIES, tiny_config
+from tests.support.tiny_families import DENSE_FAMILIES, FAMILIES, tiny_config
 
 
 def configs() -> dict[str, dict[str, Any]]:
     """A config.json of each kind of model there is."""
-    tiny = {name: tiny_config(name) for name in FAMILIES}
+    tiny = {name: tiny_config(name) for name in (*FAMILIES, *DENSE_FAMILIES)}
     tiny["kimi_k2"] = tiny["moonlight"] | {"model_type": "kimi_k2"}
     sparse = tiny["qwen3_moe with dense layers"]
     tiny["qwen3_moe"] = sparse | {"mlp_only_layers": []}
-    dense = {k: v for k, v in sparse.items() if "expert" not in k and "moe" not in k}
-    tiny["qwen3, tied"] = dense | {"model_type": "qwen3", "tie_word_embeddings": True}
     return tiny
 
 

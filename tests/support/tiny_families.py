@@ -86,14 +86,36 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
 }
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.25,  # not Llama 3.1's own three numbers, which Megatron-Core has as its defaults
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 40,
+}
+"""Of the wavelengths of a head of 16, one stays as it is, one falls in between, and six are stretched."""
+DENSE_FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {"rope_parameters": _LLAMA3, "tie_word_embeddings": True}),
+    "llama, untied": ("llama", {"head_dim": 32}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+def _settings(name: str, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """model_type and all arguments of a config."""
+    model_type, settings = (FAMILIES | DENSE_FAMILIES)[name]
+    common = {k: v for k, v in _COMMON.items() if name in FAMILIES or k != "num_experts_per_tok"}
+    return model_type, common | settings | changes
 
 
 def tiny_config(name: str) -> dict[str, Any]:
     """config.json of one."""
     from transformers import AutoConfig
 
-    model_type, settings = FAMILIES[name]
-    return AutoConfig.for_model(model_type, **(_COMMON | settings)).to_dict()
+    model_type, settings = _settings(name)
+    return AutoConfig.for_model(model_type, **settings).to_dict()
 
 
 def save_family(name: str, folder: Path, **changes: Any) -> Path:
@@ -102,9 +124,9 @@ def save_family(name: str, folder: Path, **changes: Any) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, settings = FAMILIES[name]
+    model_type, settings = _settings(name, **changes)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(_COMMON | settings | changes))).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).float()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.dim() == 1 or name.endswith("_bias"):
@@ -140,7 +162,7 @@ def transformers_says(folder: Path, samples: Sequence) -> tuple[np.ndarray, list
         with torch.no_grad():
             scores = torch.log_softmax(model(ids[None]).logits[0].double(), -1)
         logprobs.append(scores[:-1].gather(1, ids[1:, None])[sample.prompt_length - 1 :, 0].numpy())
-        rows = np.zeros((len(ids) - 1, LAYERS, model.config.num_experts_per_tok), np.uint8)
+        rows = np.zeros((len(ids) - 1, LAYERS, getattr(model.config, "num_experts_per_tok", 0)), np.uint8)
         for layer, selection in chosen.items():
             rows[:, layer] = selection
         routes.append(rows)

@@ -4,12 +4,15 @@ from megatron_ext.hf.families.deepseek import DEEPSEEK_V3
 from megatron_ext.hf.families.family import Family
 from megatron_ext.hf.families.glm import GLM4_MOE
 from megatron_ext.hf.families.gpt_oss import GPT_OSS
+from megatron_ext.hf.families.llama import LLAMA
 from megatron_ext.hf.families.mixtral import MIXTRAL
-from megatron_ext.hf.families.qwen import QWEN2_MOE, QWEN3, QWEN3_MOE
+from megatron_ext.hf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
     "qwen3": QWEN3,
+    "qwen2": QWEN2,
+    "llama": LLAMA,
     "qwen2_moe": QWEN2_MOE,
     "mixtral": MIXTRAL,
     "deepseek_v3": DEEPSEEK_V3,  # Moonlight too

@@ -1,4 +1,4 @@
-"""Qwen3 and Qwen3-MoE; Qwen2-MoE, of which Qwen1.5-MoE is one: biases of QKV, and a shared expert behind a gate."""
+"""Qwen2 and Qwen3; Qwen3-MoE; Qwen2-MoE, of which Qwen1.5-MoE is one: biases of QKV, and a shared expert behind a gate."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ SHARED_EXPERT = (
 def _moe_layers(hf: HFConfig) -> list[int]:
     dense, every = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
     return [i for i in range(hf["num_hidden_layers"]) if i not in dense and (i + 1) % every == 0]
+
+
+def _qwen2(hf: HFConfig) -> dict[str, Any]:
+    return {"add_qkv_bias": True}
 
 
 def _qwen3(hf: HFConfig) -> dict[str, Any]:
@@ -43,6 +47,7 @@ def _output_bias(hf: HFConfig) -> Iterator[str]:
         yield "attention_bias=true (a bias of the attention's output)"
 
 
+QWEN2 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen2, server_ties=True)
 QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias, server_ties=True)
 QWEN3_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE), _qwen3_moe, _moe_layers, _output_bias, server_dense=False)
 QWEN2_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT), _qwen2_moe, _moe_layers, server_dense=False)

@@ -4,12 +4,12 @@ import pytest
 
 from pipeline.data.tokenizer import write_character_tokenizer
 from tests.support.convert_cli import TO_MEGATRON, convert
-from tests.support.tiny_families import FAMILIES, save_family
+from tests.support.tiny_families import DENSE_FAMILIES, FAMILIES, save_family
 
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
-    return {name: save_family(name, tmp_path_factory.mktemp("family")) for name in FAMILIES}
+    return {name: save_family(name, tmp_path_factory.mktemp("family")) for name in (*FAMILIES, *DENSE_FAMILIES)}
 
 
 @pytest.fixture(scope="session")

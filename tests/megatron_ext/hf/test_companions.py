@@ -12,12 +12,13 @@ from megatron_ext.hf.companions import exported_config, write_companions
 from megatron_ext.hf.writer import write_weights
 from tests.support.tiny_families import FAMILIES, save_family
 
+ALL = (*FAMILIES, "llama")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    return {name: save_family(name, tmp_path_factory.mktemp("family")) for name in FAMILIES}
+    return {name: save_family(name, tmp_path_factory.mktemp("family")) for name in ALL}
 
 
 def edit_config(folder, **fields):
@@ -25,7 +26,7 @@ def edit_config(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_written_model_loads_in_transformers_with_every_value_that_was_written(families, tmp_path, family, dtype):
     """The source says another dtype, and promises draft layers: bfloat16 trained in float32, or the opposite."""

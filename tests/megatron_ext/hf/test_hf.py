@@ -203,7 +203,7 @@ YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings":
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "'llama' is not supported"),
+        ({"model_type": "mamba"}, "'mamba' is not supported"),
         (QWEN3 | {"attention_bias": True, "use_sliding_window": True}, "attention_bias=true.*use_sliding_window"),
         (QWEN3 | {"rope_parameters": YARN}, "'yarn'"),
         (QWEN3 | {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),

@@ -71,6 +71,8 @@ def test_sglangs_loader_joins_what_the_family_says():
     [
         ("qwen3_moe.py", 1157, 1283, "def load_weights("),
         ("qwen3.py", 686, 757, "def load_weights("),
+        ("qwen2.py", 644, 716, "def load_weights("),
+        ("llama.py", 708, 778, "def _legacy_load_weights("),
         ("qwen2_moe.py", 1324, 1408, "def load_weights("),
         ("mixtral.py", 392, 459, "def load_weights("),
         ("glm4_moe.py", 1071, 1237, "def load_weights("),

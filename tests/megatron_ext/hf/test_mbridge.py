@@ -10,7 +10,7 @@ from tests.support.tiny_families import save_family
 
 LAYOUT = ParallelConfig(ranks=2, tensor=2, sequence=True, expert=2, expert_tensor=1)
 DENSE = ParallelConfig(ranks=2, tensor=2, sequence=True)  # the same groups, without experts
-FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe"]
+FAMILIES = ["llama", "llama, untied", "qwen2", "qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe"]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,12 @@ def loaded_by_both(config: ParallelConfig, models: dict[str, str]) -> dict[str, 
     """Runs on a rank: for each family, how many tensors were compared and which differ."""
     import torch
 
+    from megatron_ext.hf.description import read_description
     from megatron_ext.trainer import Trainer
 
     out = {}
     for family, model in models.items():
-        layout = DENSE if family == "qwen3" else config
+        layout = config if read_description(model).num_experts else DENSE
         policy = Trainer(model, layout, TrainerConfig(), OptimizerConfig(), replay=False).policy
         ours = [{n: t.clone() for n, t in chunk.state_dict().items() if t is not None} for chunk in policy.chunks]
         with torch.no_grad():

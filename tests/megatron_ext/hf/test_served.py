@@ -14,6 +14,8 @@ from tests.support.tiny_families import tiny_config
 
 SGLANG_FILES = {
     "qwen3": "qwen3.py",
+    "qwen2": "qwen2.py",
+    "llama": "llama.py",
     "qwen3_moe": "qwen3_moe.py",
     "qwen2_moe": "qwen2_moe.py",
     "mixtral": "mixtral.py",
@@ -57,7 +59,7 @@ def test_ties_that_the_server_does_not_make_are_refused_with_a_server_only(name,
     assert config_of(hf | {"tie_word_embeddings": False}, tmp_path).model.path == tmp_path
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "llama", "qwen2", "qwen3"])
 def test_ties_that_the_server_makes_are_no_reason(name, tmp_path):
     assert config_of(tiny_config(name) | TIED, tmp_path).model.path == tmp_path
 

@@ -27,6 +27,18 @@ GPT_OSS_20B = {
     "tie_word_embeddings": False, "rope_theta": 150000.0, "quantization_config": {"quant_method": "mxfp4"},
 }  # fmt: skip
 GPT_OSS_120B = GPT_OSS_20B | {"num_hidden_layers": 36, "num_local_experts": 128}
+LLAMA_8B = {
+    "model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_1B = LLAMA_8B | {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN2_7B = {
+    "model_type": "qwen2", "rms_norm_eps": 1e-6, "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def published(name):
@@ -45,6 +57,9 @@ def published(name):
         (MIXTRAL, 46.7e9, 0.01),
         (GPT_OSS_20B, 20.91e9, 0.0005),
         (GPT_OSS_120B, 116.83e9, 0.0005),
+        (LLAMA_8B, 8.03e9, 0.001),
+        (LLAMA_1B, 1.236e9, 0.001),
+        (QWEN2_7B, 7.62e9, 0.001),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
