@@ -185,7 +185,9 @@ class _Run:
             write_facts(directory.path, loop.trainers)
             loop.say = self.console.say
             if config.replay.any and not loop.replay.any:
-                self.console.say(f"replay={config.replay} replays nothing: the model has no experts, so there are no routes")
+                self.console.say(
+                    f"replay={config.replay} replays nothing: the model has no experts, so there are no routes"
+                )
             if serve and config.checks.first_rollouts:
                 check_first_rollouts(loop, model_path, directory, self.console)
             self.stop.arm()

@@ -1,4 +1,4 @@
-"""Models without experts through the whole loop: Llama with a stretched rotary embedding and one embedding, and Qwen2."""
+"""Models without experts through the whole loop: Llama, tied and with a stretched rotary embedding, and Qwen2."""
 
 from __future__ import annotations
 

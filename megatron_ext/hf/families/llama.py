@@ -1,4 +1,4 @@
-"""Llama: the dense model that others are compared with. Llama 3.1 and later stretch its rotary embedding by wavelength."""
+"""Llama: the dense model that others are compared with. From 3.1 on its rotary embedding is stretched by wavelength."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3; Qwen3-MoE; Qwen2-MoE, of which Qwen1.5-MoE is one: biases of QKV, and a shared expert behind a gate."""
+"""Qwen2 and Qwen3; Qwen3-MoE; Qwen2-MoE, of which Qwen1.5-MoE is one: QKV biases, a shared expert behind a gate."""
 
 from __future__ import annotations
 
