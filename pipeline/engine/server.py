@@ -210,6 +210,8 @@ class SGLangServer:
         environment["TMPDIR"] = str(self._scratch)
         environment["SPT_NOENV"] = "1"  # else setproctitle overwrites the environment that carries the token
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
+        if not _may_write(Path("~/.cache/sglang").expanduser()):  # where it keeps what it compiles, unless it is told
+            environment.setdefault("SGLANG_CACHE_DIR", str(self._scratch))
         environment |= _without_proxy(self.config.host)
         if is_loopback(self.config.host):
             environment |= loopback_environment()
@@ -314,6 +316,12 @@ class SGLangServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether this user may make files in a folder that need not be there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(there, os.W_OK)
 
 
 def _without_proxy(host: str) -> dict[str, str]:

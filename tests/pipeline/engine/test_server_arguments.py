@@ -1,5 +1,6 @@
 """What the server's command line says, without a server."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,3 +52,22 @@ def test_the_servers_process_finds_the_packages_before_anything_on_pythonpath(tm
     monkeypatch.setattr(server, "_scratch", tmp_path)
     root = str(Path(sys.modules["pipeline"].__file__).parent.parent)
     assert server._environment()["PYTHONPATH"].split(":") == [root, "/somebody/else"]
+
+
+CACHE = """
+from pathlib import Path
+from pipeline.config.server import ServerConfig
+from pipeline.engine.server import SGLangServer
+
+server = SGLangServer(ServerConfig(), "m", Path("log"), device="cuda", seed=0, return_routed_experts=False)
+server._scratch = "scratch"
+print(server._environment().get("SGLANG_CACHE_DIR"))
+"""
+
+
+@pytest.mark.parametrize(("bind", "cache"), [("--bind", "None"), ("--ro-bind", "scratch")])
+def test_a_server_keeps_what_it_compiles_with_its_scratch_where_home_cannot_be_written(tmp_path, bind, cache):
+    home = ["--setenv", "HOME", str(tmp_path), "--unsetenv", "SGLANG_CACHE_DIR"]
+    words = ["bwrap", "--dev-bind", "/", "/", bind, str(tmp_path), str(tmp_path), *home, "--", sys.executable, "-c"]
+    done = subprocess.run([*words, CACHE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [cache]
