@@ -11,31 +11,20 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_ext import parallel
 from megatron_ext.checkpoint.names import HF_FOLDER
 from megatron_ext.config import ParallelConfig
-from megatron_ext.convert.output import OutputError, output_directory, size_text
+from megatron_ext.convert.comparison import Comparison, compare, source_dtype
+from megatron_ext.convert.output import OutputError, keep_apart, output_directory, progress, size_text
 from megatron_ext.convert.ranks import run_ranks
-from megatron_ext.convert.tensors import (
-    Advance,
-    CheckpointTensors,
-    Comparison,
-    compare,
-    hf_of_checkpoint,
-    source_dtype,
-    write_checkpoint,
-    write_hf,
-)
+from megatron_ext.convert.tensors import CheckpointTensors, hf_of_checkpoint, write_checkpoint, write_hf
 from megatron_ext.hf.companions import Dtype, write_companions
 from megatron_ext.hf.config_json import draft_tensors
 from megatron_ext.hf.description import ModelDescription, read_description
@@ -100,7 +89,7 @@ def to_megatron(
     dtype: None is the source's. verify: read the checkpoint back and compare.
     """
     began = time.monotonic()
-    _keep_apart(hf_dir, out)
+    keep_apart(hf_dir, out)
     model = read_description(hf_dir)
     layout.check_model(model)
     check_tied_head(hf_dir, model)
@@ -137,7 +126,7 @@ def to_megatron(
 
 def _write_rank(hf_dir: Path, partial: Path, layout: ParallelConfig, dtype: Dtype) -> None:
     """On a rank: its part. The first rank shows its progress."""
-    watch = functools.partial(_progress, "writing", shown=dist.get_rank() == 0)
+    watch = functools.partial(progress, "writing", shown=dist.get_rank() == 0)
     write_checkpoint(hf_dir, partial, layout, dtype, watch)
 
 
@@ -158,7 +147,7 @@ def _agree_on(out: Path, nbytes: int, overwrite: bool, stack: contextlib.ExitSta
 def _compare_checkpoint(
     partial: Path, model: ModelDescription, files: TensorFiles, nbytes: int, results: list[Comparison]
 ) -> None:
-    with _progress("comparing", nbytes) as advance:
+    with progress("comparing", nbytes) as advance:
         results.append(compare(CheckpointTensors(partial, model), files, to_hf=False, advance=advance))
 
 
@@ -179,8 +168,8 @@ def to_hf(
     """
     began = time.monotonic()
     companions = hf_of_checkpoint(checkpoint, hf_dir)
-    _keep_apart(checkpoint, out)
-    _keep_apart(companions, out)
+    keep_apart(checkpoint, out)
+    keep_apart(companions, out)
     results: list[Report] = []
 
     def convert() -> None:
@@ -190,28 +179,13 @@ def to_hf(
         nbytes = sum(t.numel() * width for _, t in tensors.outputs())
         compared = None
         with output_directory(out, needed_bytes=nbytes, overwrite=overwrite) as partial:
-            with _progress("writing", nbytes) as advance:
+            with progress("writing", nbytes) as advance:
                 write_hf(tensors, partial, target, shard_bytes, advance)
             write_companions(companions, partial, target)
             if verify:
-                with _progress("comparing", nbytes) as advance:
+                with progress("comparing", nbytes) as advance:
                     compared = compare(tensors, TensorFiles(partial), to_hf=True, advance=advance)
         results.append(Report(out, target, nbytes, time.monotonic() - began, [], compared))
 
     run_ranks(convert, ParallelConfig())
     return results[0]
-
-
-def _keep_apart(source: Path, out: Path) -> None:
-    """An output never replaces, holds or lies in what it is made from."""
-    source, out = source.resolve(), out.resolve()
-    if source == out or source in out.parents or out in source.parents:
-        raise OutputError(f"{out} and {source}, which is read, lie in one another; give another directory")
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int, *, shown: bool = True) -> Iterator[Advance]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)

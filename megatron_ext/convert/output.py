@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_ext.convert.comparison import Advance
+
 
 class OutputError(RuntimeError):
     """The output cannot be written there; the message says what to do."""
@@ -86,3 +91,19 @@ def _to_disk(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def keep_apart(source: Path, out: Path) -> None:
+    """An output never replaces, holds or lies in what it is made from."""
+    source, out = source.resolve(), out.resolve()
+    if source == out or source in out.parents or out in source.parents:
+        raise OutputError(f"{out} and {source}, which is read, lie in one another; give another directory")
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Advance]:
+    """A bar on standard error. total: bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)

@@ -6,13 +6,10 @@ table says what is in them, and no rank ever holds more than a few tensors.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,6 +24,7 @@ from megatron_ext.checkpoint.shards import (
     stored_tensors,
 )
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.convert.comparison import TORCH_DTYPES, Advance, ahead
 from megatron_ext.convert.reader import CheckpointReader
 from megatron_ext.hf.companions import Dtype
 from megatron_ext.hf.description import ModelDescription, read_description
@@ -39,27 +37,10 @@ from megatron_ext.hf.writer import write_weights
 from megatron_ext.mcore import GPTModel, is_main_replica
 from megatron_ext.model.build import build_model
 
-Advance = Callable[[int], None]
-"""Called with the bytes of each tensor that is done."""
 Watch = Callable[[int], AbstractContextManager[Advance]]
 """From the bytes that there are to do."""
 
-_TORCH: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _EMBEDDING = "embedding.word_embeddings.weight"
-
-
-class ConversionError(RuntimeError):
-    """What was written is not what was read; the message names the tensor."""
-
-
-def source_dtype(files: TensorFiles, spare: Collection[str] = ()) -> Dtype:
-    """The dtype of a model directory: that of its largest tensor besides the spare ones, which are not converted.
-    Raises ConversionError where it has to be chosen."""
-    largest = max(files.shapes.keys() - spare, key=lambda name: math.prod(files.shapes[name]))
-    names: dict[str, Dtype] = {"F32": "float32", "BF16": "bfloat16"}
-    if files.dtypes[largest] not in names:
-        raise ConversionError(f"{largest} is {files.dtypes[largest]}; choose --dtype float32 or --dtype bfloat16")
-    return names[files.dtypes[largest]]
 
 
 def meta_model(model: ModelDescription, parallel: ParallelConfig, dtype: Dtype) -> list[GPTModel]:
@@ -159,60 +140,15 @@ def write_hf(checkpoint: CheckpointTensors, out: Path, dtype: Dtype, shard_bytes
     """The weights of a checkpoint as safetensors files with an index, or as one file where that is enough."""
 
     def as_written(name: str, tensor: Tensor) -> Tensor:
-        return tensor if name in checkpoint.own_dtype else tensor.to(_TORCH[dtype])
+        return tensor if name in checkpoint.own_dtype else tensor.to(TORCH_DTYPES[dtype])
 
     write_weights(
         ((name, as_written(name, tensor)) for name, tensor in checkpoint.outputs()),
-        ((name, as_written(name, tensor)) for name, tensor in _ahead(checkpoint.stream())),
+        ((name, as_written(name, tensor)) for name, tensor in ahead(checkpoint.stream())),
         out,
         shard_bytes=shard_bytes,
         done=advance,
     )
-
-
-@dataclass
-class Comparison:
-    """tensors: compared and equal, bit for bit after the cast. cast: of these, changed by the cast."""
-
-    tensors: int = 0
-    cast: list[str] = field(default_factory=list)
-
-
-def compare(checkpoint: CheckpointTensors, files: TensorFiles, *, to_hf: bool, advance: Advance) -> Comparison:
-    """Read both sides back: each tensor of one side, cast to the dtype of the other, is that of the other.
-
-    to_hf: which side was made from which. Raises ConversionError naming the first tensor that differs.
-    """
-    out = Comparison()
-    for name, ours in _ahead(checkpoint.stream()):
-        theirs = files[name]
-        source, target = (ours, theirs) if to_hf else (theirs, ours)
-        expected = source.to(target.dtype)
-        if not _same_bits(expected, target):
-            raise ConversionError(f"{name} was not written as it was read")
-        out.tensors += 1
-        if source.dtype != target.dtype and not torch.equal(expected.to(source.dtype), source):
-            out.cast.append(name)
-        advance(ours.nbytes)
-    return out
-
-
-def _ahead[T](items: Iterator[T]) -> Iterator[T]:
-    """The same items, the next one being made in a thread while one is used: checksums and copies let others run."""
-    end = object()
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        pending = thread.submit(next, items, end)
-        while (item := pending.result()) is not end:
-            pending = thread.submit(next, items, end)
-            yield cast("T", item)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """As integers, so that NaN equals itself and 0 differs from -0; eight bytes at once where they divide."""
-    a, b = (tensor.contiguous().view(-1) for tensor in (a, b))
-    wide = all(t.nbytes % 8 == 0 and t.storage_offset() * t.itemsize % 8 == 0 for t in (a, b))
-    integer = torch.int64 if wide else {2: torch.int16, 4: torch.int32}[a.itemsize]
-    return torch.equal(a.view(integer), b.view(integer))
 
 
 def hf_of_checkpoint(path: Path, given: Path | None) -> Path:

@@ -29,6 +29,8 @@ _FROM_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_la
 _TRUTHS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "qkv_bias", "use_qk_norm", "use_sliding_window")
 _NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "partial_rotary_factor", "swiglu_limit")
 _LISTS = ("mlp_only_layers", "layer_types")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""What rope_type=llama3 is made of, beside its base."""
 _OBJECTS = ("rope_parameters", "rope_scaling", "quantization_config")
 
 
@@ -136,7 +138,7 @@ def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_rope(hf: dict[str, Any]) -> Iterator[str]:
-    """Where the rotary embedding is said twice."""
+    """Where the rotary embedding is said twice, or in part."""
     given = [name for name in ("rope_parameters", "rope_scaling") if hf.get(name) is not None]
     if len(given) == 2:
         alone = [rope_settings(hf | {other: None}) for other in given]
@@ -145,6 +147,9 @@ def _wrong_rope(hf: dict[str, Any]) -> Iterator[str]:
                 "rope_parameters and rope_scaling are both there and differ (transformers would take rope_scaling); "
                 "leave one out"
             )
+    rope = rope_settings(hf)
+    if rope["rope_type"] == "llama3" and (missing := [name for name in LLAMA3_ROPE if rope.get(name) is None]):
+        yield f"rope_type llama3 lacks {', '.join(missing)}; write what the model was trained with"
 
 
 def _without_type(rope: dict[str, Any]) -> dict[str, Any]:

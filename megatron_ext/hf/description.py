@@ -68,6 +68,12 @@ class ModelDescription:
                 "sparse and leaves these without weights; take another model, or train on dumped steps (--from-dump), "
                 "which need no server"
             )
+        served = self.family.server_rope_types
+        if served is not None and (kind := self.rope["rope_type"]) not in served:
+            reasons.append(
+                f"SGLang gives {self.model_type} a plain rotary embedding, whatever rope_type={kind} says; take "
+                "another model, or train on dumped steps (--from-dump), which need no server"
+            )
         return reasons
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.hf.families.llama import LLAMA3_ROPE
+from megatron_ext.hf.config_json import LLAMA3_ROPE
 
 
 def stretch(embedding: Any, rope: Mapping[str, Any]) -> None:

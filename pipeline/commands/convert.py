@@ -67,9 +67,9 @@ def run(options: argparse.Namespace) -> int:
     with lasting_imports():
         from megatron_ext.checkpoint.names import CheckpointError
         from megatron_ext.convert import conversion
+        from megatron_ext.convert.comparison import ConversionError
         from megatron_ext.convert.output import OutputError
         from megatron_ext.convert.ranks import RankError
-        from megatron_ext.convert.tensors import ConversionError
 
     common = {"dtype": options.dtype, "verify": options.verify, "overwrite": options.overwrite}
     try:

@@ -10,7 +10,19 @@ import sys
 import traceback
 from types import TracebackType
 
-from pipeline.commands import chat, convert, diagnose, evaluate, launch, objectives, plan, regrade, report, train
+from pipeline.commands import (
+    chat,
+    convert,
+    diagnose,
+    evaluate,
+    launch,
+    objectives,
+    plan,
+    regrade,
+    report,
+    train,
+    upcycle,
+)
 from pipeline.commands.version import ShowVersion
 from pipeline.errors import INTERRUPTED, SamerouteError
 from pipeline.text.characters import visible
@@ -25,6 +37,7 @@ COMMANDS = {
     "report": (report, "figures of a finished or running run, in one HTML file"),
     "regrade": (regrade, "the kept answers of a run, graded again by its rewards or others"),
     "convert": (convert, "Hugging Face directories and Megatron-Core checkpoints"),
+    "upcycle": (upcycle, "a dense model into a mixture of experts that computes the same"),
     "launch": (launch, "submit a configuration to a cluster"),
     "plan": (plan, "whether a configuration fits its machines, and how long a step takes"),
 }

@@ -25,6 +25,8 @@ CODES = {
     "pipeline.cluster.slurm.SubmissionError": 1,
     "pipeline.commands.convert.CannotConvertError": 2,
     "pipeline.commands.convert.ConvertError": 1,
+    "pipeline.commands.upcycle.CannotUpcycleError": 2,
+    "pipeline.commands.upcycle.UpcycleError": 1,
     "pipeline.commands.objectives.NoSuchObjectiveError": 2,
     "pipeline.config.file.ConfigError": 2,
     "pipeline.data.chat.DataError": 2,

@@ -37,6 +37,33 @@ class ServerRouter:
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """Experts of every layer. width: of one, shared: of the shared expert, 0 for none; inner elements."""
+
+    experts: int
+    topk: int
+    width: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What a dense model becomes in this family, whose weights over the chosen experts must sum to 1.
+
+    config: the fields of config.json that say so, beside those that both have, from the experts and from whether
+            queries, keys and values have a bias.
+    qkv_biased: which it can have, False, True or both. qk_norm: whether it has norms of queries and keys. shared:
+            whether it has a shared expert, behind a sigmoid of its own.
+    """
+
+    architecture: str
+    config: Callable[[ExpertShape, bool], HFConfig]
+    qkv_biased: tuple[bool, ...] = (False,)
+    qk_norm: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One or more `model_type`s of Hugging Face that share their tensors' names.
 
@@ -45,6 +72,7 @@ class Family:
     moe_layers:  which layers have a router, counted from 0.
     unsupported: reasons why a model of the family is not built here, a sentence each.
     rope_types:  kinds of rotary embedding that are built.
+    server_rope_types: of these, the kinds that the rollout engine builds; None: all.
     quantization: kinds of quantized weights that are read.
     needs:        what of the precision is not free.
     server_router: how the rollout engine makes a router's logits.
@@ -53,6 +81,7 @@ class Family:
     joined:       sets of Hugging Face tensors of a layer, names with `{layer}`, that the rollout engine's loader joins
                   within one request and drops where one is missing: they travel together. Each is all that its
                   Megatron parameter becomes.
+    sparse:       how a dense model is upcycled into this family; None: it is not.
     """
 
     table: tuple[Row, ...]
@@ -66,6 +95,8 @@ class Family:
     server_ties: bool = False
     server_dense: bool = True
     joined: tuple[tuple[str, ...], ...] = ()
+    server_rope_types: tuple[str, ...] | None = None
+    sparse: Sparse | None = None
 
     def joined_set(self, name: str) -> tuple[int, str] | None:
         """(number in `joined`, layer) of the set that a Hugging Face tensor belongs to; None: to none."""

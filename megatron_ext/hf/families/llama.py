@@ -9,9 +9,6 @@ from megatron_ext.hf.config_json import rope_settings
 from megatron_ext.hf.families.family import Family, HFConfig
 from megatron_ext.hf.tables import ATTENTION, DENSE_MLP, ENDS
 
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-"""What rope_type=llama3 is made of, beside its base."""
-
 
 def _fields(hf: HFConfig) -> dict[str, Any]:
     return {}
@@ -24,9 +21,6 @@ def _unsupported(hf: HFConfig) -> Iterator[str]:
     rope = rope_settings(hf)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"partial_rotary_factor={rope['partial_rotary_factor']}"
-    missing = [name for name in LLAMA3_ROPE if rope.get(name) is None]
-    if rope["rope_type"] == "llama3" and missing:
-        yield f"a llama3 rope that lacks {', '.join(missing)}"
 
 
 LLAMA = Family(

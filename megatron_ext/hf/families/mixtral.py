@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.families.family import Family, HFConfig, own_rope_theta
+from megatron_ext.hf.families.family import ExpertShape, Family, HFConfig, Sparse, own_rope_theta
 from megatron_ext.hf.tables import ATTENTION, ENDS, HF_LAYER, LAYER, MOE_NORM, Row, gated_mlp
 from megatron_ext.hf.transforms import Replicated
 
@@ -22,6 +22,16 @@ def _unsupported(hf: HFConfig) -> Iterator[str]:
         yield "sliding_window"
 
 
+def _sparse(shape: ExpertShape, qkv_biased: bool) -> HFConfig:
+    return {
+        "intermediate_size": shape.width,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.topk,
+        "sliding_window": None,
+        "router_jitter_noise": 0.0,
+    }
+
+
 MIXTRAL = Family(
     (
         *ENDS,
@@ -33,4 +43,7 @@ MIXTRAL = Family(
     _fields,
     moe_layers=lambda hf: range(hf["num_hidden_layers"]),
     unsupported=_unsupported,
+    rope_types=("default", "llama3"),
+    server_rope_types=("default",),  # SGLang 0.5.23, models/mixtral.py:174, hands on the base alone
+    sparse=Sparse("MixtralForCausalLM", _sparse),
 )

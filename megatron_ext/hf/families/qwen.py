@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_ext.hf.families.family import Family, HFConfig, own_head_dim, softmax_router
+from megatron_ext.hf.families.family import ExpertShape, Family, HFConfig, Sparse, own_head_dim, softmax_router
 from megatron_ext.hf.tables import ATTENTION, DENSE_MLP, ENDS, HF_LAYER, LAYER, MOE, Row, gated_mlp
 from megatron_ext.hf.transforms import Replicated
 
@@ -47,7 +47,41 @@ def _output_bias(hf: HFConfig) -> Iterator[str]:
         yield "attention_bias=true (a bias of the attention's output)"
 
 
+def _sparse(shape: ExpertShape) -> HFConfig:
+    return {
+        "moe_intermediate_size": shape.width,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.topk,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+    }
+
+
+def _sparse_qwen2(shape: ExpertShape, qkv_biased: bool) -> HFConfig:
+    return _sparse(shape) | {"shared_expert_intermediate_size": shape.shared, "qkv_bias": qkv_biased}
+
+
+def _sparse_qwen3(shape: ExpertShape, qkv_biased: bool) -> HFConfig:
+    return _sparse(shape) | {"attention_bias": False}
+
+
 QWEN2 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen2, server_ties=True)
 QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias, server_ties=True)
-QWEN3_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE), _qwen3_moe, _moe_layers, _output_bias, server_dense=False)
-QWEN2_MOE = Family((*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT), _qwen2_moe, _moe_layers, server_dense=False)
+QWEN3_MOE = Family(
+    (*ENDS, *ATTENTION, *DENSE_MLP, *MOE),
+    _qwen3_moe,
+    _moe_layers,
+    _output_bias,
+    server_dense=False,
+    sparse=Sparse("Qwen3MoeForCausalLM", _sparse_qwen3, qk_norm=True),
+)
+QWEN2_MOE = Family(
+    (*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT),
+    _qwen2_moe,
+    _moe_layers,
+    rope_types=("default", "llama3"),
+    server_dense=False,
+    sparse=Sparse("Qwen2MoeForCausalLM", _sparse_qwen2, qkv_biased=(False, True), shared=True),
+)

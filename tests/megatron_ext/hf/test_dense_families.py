@@ -114,10 +114,14 @@ def test_a_stretched_rotary_embedding_is_not_the_one_that_megatron_core_has_by_d
     [
         ("llama", {"attention_bias": True, "mlp_bias": True}, "attention_bias=true; with mlp_bias=true"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "a llama3 rope that lacks low_freq_fac"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            "config.json: rope_type llama3 lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
+        ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true"),
-        ("qwen2", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
+        ("qwen2", {"rope_parameters": tiny_config("llama")["rope_parameters"]}, "rope_type 'llama3'"),
     ],
 )
 def test_a_dense_model_that_is_not_built_here_is_refused(name, change, message):

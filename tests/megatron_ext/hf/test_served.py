@@ -41,6 +41,10 @@ def test_a_family_says_of_the_server_what_sglangs_source_says(name):
     assert spec.origin is not None
     source = (Path(spec.origin).parent / "srt" / "models" / SGLANG_FILES[name]).read_text()
     assert FAMILIES[name].server_ties == ("self.lm_head = self.model.embed_tokens" in source)
+    if FAMILIES[name].server_rope_types is not None:
+        assert "rope_scaling" not in source
+    elif "llama3" in FAMILIES[name].rope_types:
+        assert "rope_scaling=rope_scaling" in source
     if name in MAY_HAVE_DENSE_LAYERS:
         assert FAMILIES[name].server_dense == ("    is_layer_sparse = True\n" not in source)
 
@@ -57,6 +61,15 @@ def test_ties_that_the_server_does_not_make_are_refused_with_a_server_only(name,
     assert config_of(hf, tmp_path, served=False).model.path == tmp_path
     assert config_of(hf, tmp_path, "train.steps=0").model.path == tmp_path
     assert config_of(hf | {"tie_word_embeddings": False}, tmp_path).model.path == tmp_path
+
+
+def test_a_stretched_rotary_embedding_that_the_server_does_not_make_is_refused_with_a_server_only(tmp_path):
+    rope = {"rope_parameters": tiny_config("llama")["rope_parameters"], "tie_word_embeddings": False}
+    hf = tiny_config("mixtral") | rope
+    with pytest.raises(ConfigError, match=r"SGLang gives mixtral a plain rotary embedding, .* rope_type=llama3"):
+        config_of(hf, tmp_path)
+    assert config_of(hf, tmp_path, served=False).model.path == tmp_path
+    assert config_of(tiny_config("qwen2_moe") | rope, tmp_path).model.path == tmp_path
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "llama", "qwen2", "qwen3"])
