@@ -47,6 +47,7 @@ SECONDS = {
     "megatron_ext/batch/test_replay_mutations.py": 9,
     "megatron_ext/hf/test_mbridge.py": 9,
     "megatron_ext/hf/test_one_expert.py": 9,
+    "megatron_ext/convert/test_upcycling.py": 9,
     "megatron_ext/hf/test_dense_families.py": 9,
     "pipeline/rewards/kinds/test_servers.py": 9,
     "pipeline/weights/test_packed_experts.py": 9,

@@ -170,7 +170,7 @@ def test_a_model_directory_that_is_damaged_or_another_model_is_refused_in_words(
             2,
             ["o_proj.weight [64, 48]", "the model has (64, 64)"],
         ),
-        ([TO_MEGATRON, with_config(source, tmp_path / "llama", model_type="llama"), out], 2, ["'llama'"]),
+        ([TO_MEGATRON, with_config(source, tmp_path / "mamba", model_type="mamba"), out], 2, ["'mamba'"]),
         ([TO_MEGATRON, source, out, "--tp", 3], 2, ["4 attention heads do not divide"]),
         ([TO_MEGATRON, source, out, "--tp", 2, "--vpp", 2], 2, ["virtual_pipeline needs pipeline"]),
         ([TO_MEGATRON, source, tmp_path / "whole"], 1, ["already there", "--overwrite"]),
