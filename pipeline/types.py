@@ -286,7 +286,9 @@ class Episode:
     reward:   of the whole attempt; None until it is graded, and where grading failed.
     failure:  why there is no reward, where the verifier failed. Such an episode is no part of a baseline or a loss.
     parts:    what each component of the reward gave, before its weight; none of those that failed.
-    grade_s:  seconds that grading took. parts and grade_s are of this process only: no dump and no checkpoint has them.
+    grade_s:  seconds that grading took.
+    answer:   the text of the last response, as the verifiers read it; None: nobody has made it.
+              parts, grade_s and answer are of this process only: no dump and no checkpoint has them.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -294,6 +296,7 @@ class Episode:
     failure: str | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     grade_s: float | None = None
+    answer: str | None = None
 
     def __post_init__(self):
         _must(len(self.rollouts) > 0, "an episode has at least one rollout")

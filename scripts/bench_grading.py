@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.rewards import Component, Grader, grade, question
 from pipeline.rewards.registry import load
+from pipeline.rollout.grading import OwnGrading
 from pipeline.types import Group, Prompt, Rollout
 
 PROMPTS, SAMPLES, ROUNDS = 32, 8, 60
@@ -30,6 +31,7 @@ def main() -> None:
     called, graded = [], []
     with Grader("exact_match") as grader:
         grader.wait_ready()
+        grading = OwnGrading(grader, tokenizer)
         for _ in range(ROUNDS):
             start = time.perf_counter()
             for group in groups:
@@ -37,7 +39,7 @@ def main() -> None:
                     verifier(question(group.prompt, episode, tokenizer))
             called.append(time.perf_counter() - start)
             start = time.perf_counter()
-            grade(groups, tokenizer, grader)
+            grade(groups, grading)
             graded.append(time.perf_counter() - start)
     for name, seconds in (("called here", called), ("graded in a process", graded)):
         print(f"{name}: least {1e3 * min(seconds):.1f} ms, median {1e3 * float(np.median(seconds)):.1f} ms")

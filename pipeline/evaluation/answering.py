@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from pipeline.errors import SamerouteError
 from pipeline.evaluation.opened_set import OpenedSet
-from pipeline.rewards import Grader, Verdict, question
-from pipeline.rewards.open_questions import Asking
+from pipeline.rewards import Verdict
+from pipeline.rollout.grading import Grading, Judge
 from pipeline.rollout.sampler import all_or_none, of_sample
 from pipeline.rollout.session import Engine, Session
 from pipeline.types import Episode, Prompt, Rollout
@@ -49,7 +49,7 @@ class Answer:
 async def ask(
     asked: OpenedSet,
     servers: Servers,
-    grader: Grader,
+    grading: Grading,
     *,
     at_once: int,
     give_up: Callable[[], str | None] = lambda: None,
@@ -64,7 +64,7 @@ async def ask(
     version, places = servers.version, asyncio.Semaphore(at_once)
     total, graded = len(asked.prompts) * asked.config.samples, 0
 
-    async def one(prompt: Prompt, sample: int, judge: Asking) -> Answer:
+    async def one(prompt: Prompt, sample: int, judge: Judge) -> Answer:
         nonlocal graded
         async with places:
             session = Session(servers, prompt.ids, group=(asked.name, prompt.index))
@@ -75,20 +75,19 @@ async def ask(
                 f"the evaluation {asked.name} is of version {version} of the weights, and an answer to question "
                 f"{prompt.index} has tokens of {found}"
             )
-        asking = question(prompt, Episode((rollout,)), asked.tokenizer)
-        verdict = await judge.ask(asking)
+        verdict = await judge.ask(prompt, Episode((rollout,)))
         graded += 1
         done(graded, total)
         vote = asked.given.get(prompt.source) if rollout.finish_reason == "stop" else None
-        given = None if vote is None else vote(asking.response_text)
-        return Answer(prompt, sample, rollout, asking.response_text, verdict, given)
+        given = None if vote is None else vote(verdict.response)
+        return Answer(prompt, sample, rollout, verdict.response, verdict, given)
 
     async def watch() -> None:
         while (why := give_up()) is None:
             await asyncio.sleep(_LOOK_S)
         raise GivenUp(why)
 
-    async with servers, Asking(grader) as judge:
+    async with servers, grading.judge() as judge:
         answers = asyncio.create_task(
             all_or_none([one(p, i, judge) for p in asked.prompts for i in range(asked.config.samples)])
         )

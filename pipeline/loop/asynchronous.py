@@ -9,7 +9,6 @@ import torch
 
 from pipeline.loop.loop import Loop
 from pipeline.objectives import is_informative
-from pipeline.rewards import Asking
 from pipeline.rollout.admission import Admission
 from pipeline.rollout.answers import FleetAnswers
 from pipeline.rollout.maker import Maker, Recipe
@@ -24,7 +23,7 @@ def asynchronous(loop: Loop, steps: int, saved: Saved | None) -> Iterator[None]:
 
     steps: that follow. saved: what the checkpoint that the run goes on from has of them.
     """
-    if not (loop.config.rollout.max_staleness and steps and loop.grader is not None):
+    if not (loop.config.rollout.max_staleness and steps and loop.grading is not None):
         yield
         return
     others = loop.trainers.watch
@@ -43,11 +42,10 @@ def asynchronous(loop: Loop, steps: int, saved: Saved | None) -> Iterator[None]:
 
 def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
     rollout, version = loop.config.rollout, loop.fleet.version
-    assert loop.grader is not None
+    assert loop.grading is not None
     recipe = Recipe(
         samples=rollout.samples_per_prompt,
         sampling=loop.sampling,
-        tokenizer=loop.source.tokenizer,
         informative=(lambda rewards: is_informative(torch.from_numpy(rewards)))
         if loop.objective.composition.dynamic_sampling
         else None,
@@ -65,7 +63,8 @@ def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
         version=version,
         last=version + steps - 1,
     )
-    maker = Maker(admission, loop.source, FleetAnswers(loop.fleet, rollout.interrupt), Asking(loop.grader), recipe)
+    answers = FleetAnswers(loop.fleet, rollout.interrupt)
+    maker = Maker(admission, loop.source, answers, loop.grading.judge(), recipe)
     if saved is not None:
         maker.restore(saved)
     return maker

@@ -28,6 +28,7 @@ from pipeline.engine.remote import RemoteServer
 from pipeline.engine.samplers.stored_client import through_samplers
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.loop.inputs import config_device
+from pipeline.rollout.remote_grading import RemoteGraders, remote_graders
 from pipeline.trainer.group import TrainerGroup
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,13 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Engines:
     """fleet: its servers are started, and load. trainers: started, without a model yet. gpus: of this machine; 0: the
-    run uses none."""
+    run uses none. graders: beside the samplers; None: there are none."""
 
     config: Config
     fleet: Fleet
     trainers: TrainerGroup
     gpus: int
+    graders: RemoteGraders | None = None
 
     def connect(self) -> None:
         """Wait for the servers, and make the way that weights take to them. Raises ServerError, TrainerError."""
@@ -70,7 +72,10 @@ def start_engines(
         processes, nodes = stack.enter_context(_processes(config, local, gpus))
         own = [_client(config, shape, process, routes=routes) for process in processes]
         at = [process.node if isinstance(process, RemoteServer) else None for process in processes]
-        clients = stack.enter_context(through_samplers(own, sampler_count(config, len(own)), at))
+        samplers, trust = sampler_count(config, len(own)), config.model.trust_remote_code
+        clients = stack.enter_context(through_samplers(own, samplers, at))
+        beside = list(dict.fromkeys(at)) if samplers else []
+        graders = stack.enter_context(remote_graders(beside, model_path, trust)) if beside else None
         fleet = Fleet([FleetServer(*pair) for pair in zip(processes, clients, strict=True)], config.server)
         stack.callback(fleet.close)
         trainers = TrainerGroup(
@@ -84,7 +89,7 @@ def start_engines(
             environment=environment,
         )
         stack.callback(trainers.stop)
-        yield Engines(config, fleet, trainers, gpus)
+        yield Engines(config, fleet, trainers, gpus, graders)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pipeline.evaluation.answering import GivenUp, Servers, ask
 from pipeline.evaluation.best import Best
 from pipeline.evaluation.opened_set import OpenedSet
 from pipeline.evaluation.result import Evaluation, evaluation_of
-from pipeline.rewards import open_grader
+from pipeline.rollout.grading import Graders, OwnGraders
 
 _SAYS_S = 30.0  # between two lines on how far a long evaluation is
 
@@ -43,11 +43,13 @@ def evaluate_set(
     config: Config,
     *,
     step: int,
+    graders: Graders | None = None,
     on_servers: OnServers = on_own_loop,
     give_up: Callable[[], str | None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """One set, with a grader of its own. say: hears how far a long one is. Else as `evaluation.answering.ask`."""
+    """One set, with a grader of its own. graders: where it grades; None: in children of this process. say: hears how
+    far a long one is. Else as `evaluation.answering.ask`."""
     began, told = time.monotonic(), time.monotonic()
 
     def done(graded: int, total: int) -> None:
@@ -58,8 +60,8 @@ def evaluate_set(
 
     at_once = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     version = servers.version
-    with open_grader(asked.rewards, config.grading) as grader:
-        answers = on_servers(lambda: ask(asked, servers, grader, at_once=at_once, give_up=give_up, done=done))
+    with (graders or OwnGraders(asked.tokenizer)).open(asked.rewards, config.grading) as grading:
+        answers = on_servers(lambda: ask(asked, servers, grading, at_once=at_once, give_up=give_up, done=done))
     return evaluation_of(asked, answers, step=step, version=version, seconds=time.monotonic() - began)
 
 
@@ -74,7 +76,7 @@ class Evaluations:
     """Of a run, from its first step to its last.
 
     servers, on_servers: what answers. last: step of the run. records: where they are written. give_up: why to end one
-    that is going on, or None. done: of each set the step that it was last evaluated after.
+    that is going on, or None. done: of each set the step that it was last evaluated after. graders: see evaluate_set.
     """
 
     config: Config
@@ -87,6 +89,7 @@ class Evaluations:
     give_up: Callable[[], str | None] = lambda: None
     done: dict[str, int] = field(default_factory=dict)
     best: Best | None = None
+    graders: Graders | None = None
 
     def __post_init__(self):
         if self.best is None and self.config.checkpoint.best is not None:
@@ -135,6 +138,7 @@ class Evaluations:
             self.servers,
             self.config,
             step=step,
+            graders=self.graders,
             on_servers=self.on_servers,
             give_up=self.give_up,
             say=self.say,

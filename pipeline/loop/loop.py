@@ -26,7 +26,8 @@ from pipeline.loop.evaluations import on_own_loop
 from pipeline.loop.update import Update
 from pipeline.objectives import is_informative, resolve
 from pipeline.observe.metrics import Timer, batch_metrics, lag_metrics
-from pipeline.rewards import Failures, Grader, RewardError, grade
+from pipeline.rewards import Failures, RewardError, grade
+from pipeline.rollout.grading import Graders, Grading
 from pipeline.rollout.maker import NothingToLearnError
 from pipeline.rollout.producer import Producer, Taken
 from pipeline.rollout.sampler import sample_groups_sync
@@ -43,7 +44,8 @@ def _to_standard_error(line: str) -> None:
 class Loop:
     """What a step needs.
 
-    fleet, grader: the servers and what grades their answers; without any, every step is a dumped one.
+    fleet, grading: the servers and what grades their answers; without any, every step is a dumped one.
+    graders: where another set of verifiers would grade, those of an evaluation.
     producer: makes groups beside the training, where rollout.max_staleness is more than 0; see `asynchronous`.
     dumps: where steps are written that debug.dump_rollouts names.
     say: hears of answers that could not be graded.
@@ -55,7 +57,8 @@ class Loop:
     fleet: Fleet
     trainers: TrainerGroup
     dumps: Path | None = None
-    grader: Grader | None = None
+    grading: Grading | None = None
+    graders: Graders | None = None
     producer: Producer | None = None
     say: Callable[[str], None] = _to_standard_error
 
@@ -218,9 +221,9 @@ class Loop:
 
     def grade(self, groups: Sequence[Group]) -> tuple[list[Group], Failures]:
         """With rewards, or why there are none."""
-        assert self.grader is not None
+        assert self.grading is not None
         on_failure = self.config.grading.on_failure
-        return grade(groups, self.source.tokenizer, self.grader, on_failure=on_failure, least=self.least_graded)
+        return grade(groups, self.grading, on_failure=on_failure, least=self.least_graded)
 
     @property
     def least_graded(self) -> int:

@@ -15,7 +15,7 @@ from pipeline.loop.engines import start_engines
 from pipeline.loop.inputs import prepare_model, prompt_source
 from pipeline.loop.loop import Loop, supervise
 from pipeline.objectives import resolve
-from pipeline.rewards import open_grader
+from pipeline.rollout.grading import OwnGraders
 from pipeline.trainer.group import TrainerGroup
 
 OnSupervised = Callable[[int, float], None]
@@ -52,9 +52,12 @@ def open_loop(
     seed = config.run.seed + (0 if start is None else start.progress.step)
     with (
         scratch_folder(),
-        open_grader(config.rewards, config.grading) if serve else contextlib.nullcontext() as grader,
         start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines,
+        contextlib.ExitStack() as stack,
     ):
+        graders = engines.graders or OwnGraders(source.tokenizer)
+        # Verifiers are loaded while the engines load.
+        grading = stack.enter_context(graders.open(config.rewards, config.grading)) if serve else None
         trainers, fleet = engines.trainers, engines.fleet
         _prepare_trainers(config, model_path, trainers, source, start, on_supervised, may_stop)
         engines.connect()
@@ -63,7 +66,8 @@ def open_loop(
             fleet.begin_at(start.progress.version)
         if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
             fleet.transfer(trainers)
-        yield Loop(config, shape, source, fleet, trainers, dumps=directory / "dumps", grader=grader), model_path
+        dumps = directory / "dumps"
+        yield Loop(config, shape, source, fleet, trainers, dumps=dumps, grading=grading, graders=graders), model_path
         trainers.close()
 
 

@@ -216,6 +216,7 @@ class _Run:
             self.directory,
             self.console.say,
             give_up=lambda: self.stop.signal_name,
+            graders=loop.graders,
         )
         done = 0
         if start is not None:

@@ -189,4 +189,5 @@ def _ends(versions: Any) -> tuple[int, int]:
 
 
 def _answer(episode: Episode, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {"answer": response_text(episode.last, tokenizer), "answer_ids": episode.last.response_ids}
+    text = response_text(episode.last, tokenizer) if episode.answer is None else episode.answer
+    return {"answer": text, "answer_ids": episode.last.response_ids}

@@ -1,6 +1,6 @@
 """Verifiers: from a prompt and a response to a number, in processes that can be killed."""
 
-from pipeline.rewards.grade import Failures, grade, question, response_text, settle
+from pipeline.rewards.grade import Failures, grade, question, response_text, settle, text_of
 from pipeline.rewards.grader import Grader, check_rewards, open_grader
 from pipeline.rewards.open_questions import Asking
 from pipeline.rewards.protocol import Limits, Question, Verdict
@@ -23,4 +23,5 @@ __all__ = [
     "question",
     "response_text",
     "settle",
+    "text_of",
 ]

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Protocol
 
 from pipeline.rewards.protocol import KINDS, Question, Verdict
 from pipeline.rewards.registry import RewardError
-from pipeline.types import Episode, Group, Prompt, Rollout
+from pipeline.types import Episode, FinishReason, Group, Prompt, Rollout
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.config.rewards import OnFailure
 
 
 class Asks(Protocol):
-    """What of a Grader is needed here."""
+    """What grades, see `rollout.grading`."""
 
-    def ask(self, questions: Iterable[Question]) -> list[Verdict]: ...
+    def ask(self, answers: Iterable[tuple[Prompt, Episode]]) -> list[Verdict]: ...
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,7 @@ class Failures:
 
 
 def grade(
-    groups: Sequence[Group],
-    tokenizer: PreTrainedTokenizerBase,
-    grader: Asks,
-    *,
-    on_failure: OnFailure = "exclude",
-    least: int = 1,
+    groups: Sequence[Group], grading: Asks, *, on_failure: OnFailure = "exclude", least: int = 1
 ) -> tuple[list[Group], Failures]:
     """The same groups, every episode with its reward or with why it has none; and how many have none.
 
@@ -72,25 +68,20 @@ def grade(
     failed episode has reward 0.
     Raises RewardError at the first failure where on_failure is "stop".
     """
-    questions = (question(group.prompt, episode, tokenizer) for group in groups for episode in group.episodes)
-    verdicts = iter(grader.ask(questions))
+    answers = ((group.prompt, episode) for group in groups for episode in group.episodes)
+    verdicts = iter(grading.ask(answers))
     out: list[Group] = []
     failures = Failures()
     for group in groups:
         own = [next(verdicts) for _ in group.episodes]
-        graded, failed = settle(group, own, tokenizer, on_failure=on_failure, least=least)
+        graded, failed = settle(group, own, on_failure=on_failure, least=least)
         out.append(graded)
         failures += failed
     return out, failures
 
 
 def settle(
-    group: Group,
-    verdicts: Sequence[Verdict],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    on_failure: OnFailure = "exclude",
-    least: int = 1,
+    group: Group, verdicts: Sequence[Verdict], *, on_failure: OnFailure = "exclude", least: int = 1
 ) -> tuple[Group, Failures]:
     """One group with its verdicts, one for each episode; else as `grade`."""
     episodes = []
@@ -99,7 +90,7 @@ def settle(
     for episode, verdict in zip(group.episodes, verdicts, strict=True):
         reason = ""
         if verdict.kind is not None:
-            reason = _reason(verdict, group, response_text(episode.last, tokenizer))
+            reason = _reason(verdict, group.prompt)
             if on_failure == "stop":
                 raise RewardError(reason)
             kinds[verdict.kind] += 1
@@ -121,11 +112,16 @@ def question(prompt: Prompt, episode: Episode, tokenizer: PreTrainedTokenizerBas
 
 
 def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The response without the stop token that ended it.
+    """See `text_of`."""
+    return text_of(rollout.response_ids, rollout.finish_reason, tokenizer)
+
+
+def text_of(ids: np.ndarray, finish_reason: FinishReason, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A response [N] without the stop token that ended it.
 
     Other special tokens stay: left out, "12<|user|>34" would read as the right answer 1234.
     """
-    ids = rollout.response_ids[:-1] if rollout.finish_reason == "stop" else rollout.response_ids
+    ids = ids[:-1] if finish_reason == "stop" else ids
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert isinstance(text, str)
     return text
@@ -133,7 +129,7 @@ def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _graded(episode: Episode, verdict: Verdict, reason: str, *, zero: bool) -> Episode:
     parts = {name: part.reward for name, part in verdict.parts.items() if part.reward is not None}
-    episode = dataclasses.replace(episode, parts=parts, grade_s=verdict.seconds)
+    episode = dataclasses.replace(episode, parts=parts, grade_s=verdict.seconds, answer=verdict.response)
     if verdict.kind is None:
         return dataclasses.replace(episode, reward=verdict.reward, failure=None)
     if zero:
@@ -148,9 +144,8 @@ def _without_rewards(group: Group, why: str) -> Group:
     return dataclasses.replace(group, episodes=tuple(episodes))
 
 
-def _reason(verdict: Verdict, group: Group, response: str) -> str:
-    prompt = group.prompt
+def _reason(verdict: Verdict, prompt: Prompt) -> str:
     return (
         f"the verifier {verdict.verifier!r} {verdict.what}, on prompt {prompt.index} ({prompt.text[:200]!r}), "
-        f"response {response[:200]!r}"
+        f"response {verdict.response[:200]!r}"
     )

@@ -15,8 +15,8 @@ import selectors
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -55,6 +55,22 @@ class _Gone(Exception):
     """The supervisor has ended."""
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What verifiers find around them: variables of the environment, where modules are looked for, and the working
+    folder."""
+
+    variables: Mapping[str, str]
+    path: tuple[str, ...]
+    folder: str
+
+    @classmethod
+    def here(cls, allowed: Sequence[str] = ()) -> Surroundings:
+        """This process's, without secrets. allowed: variables that go along though their names look like some."""
+        variables, path = without_secrets(os.environ, allowed), tuple(part or os.getcwd() for part in sys.path)
+        return cls(variables, path, os.getcwd())
+
+
 class Grader:
     """A context. It starts at once, and does not wait: verifiers are loaded while engines start."""
 
@@ -64,16 +80,16 @@ class Grader:
         *,
         workers: int = 8,
         limits: Limits | None = None,
-        environment: Sequence[str] = (),
+        surroundings: Surroundings | None = None,
     ):
-        """components: the verifiers; a text is the short form of one, found as this process would find it.
+        """components: the verifiers; a text is the short form of one.
 
-        workers: processes. environment: variables that verifiers get though their names look like secrets.
-        Raises VerifierError for a text that names none.
+        workers: processes. surroundings: that they have; None: this process's. Raises VerifierError for a text that
+        names none.
         """
         self.components = (Component.named(components),) if isinstance(components, str) else tuple(components)
         self.workers, self.limits = workers, limits or Limits()
-        self.environment = tuple(environment)
+        self.surroundings = surroundings or Surroundings.here()
         self._process: subprocess.Popen[bytes] | None = None
         self._next = 1
 
@@ -151,15 +167,16 @@ class Grader:
         own = [self.components[number] for number in self._graders(question)]
         pairs = list(zip(own, verdicts, strict=True))
         named = [replace(verdict, verifier=component.title) for component, verdict in pairs]
-        seconds = max(verdict.seconds for verdict in verdicts)
         parts = {component.name: verdict for (component, _), verdict in zip(pairs, named, strict=True)}
+        seconds = max(verdict.seconds for verdict in verdicts)
+        all_ = Verdict(seconds=seconds, verifier=named[0].verifier, parts=parts, response=question.response_text)
         if (failed := next((v for v in named if v.kind is not None), None)) is not None:
-            return replace(failed, seconds=seconds, parts=parts)
+            return replace(all_, kind=failed.kind, what=failed.what, verifier=failed.verifier)
         reward = math.fsum(c.weight * v.reward for c, v in pairs if v.reward is not None)
         if abs(reward) <= LARGEST:
-            return Verdict(reward, seconds=seconds, parts=parts)
+            return replace(all_, reward=reward, verifier="")
         what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
-        return Verdict(kind="not_a_number", what=what, seconds=seconds, verifier=named[0].verifier, parts=parts)
+        return replace(all_, kind="not_a_number", what=what)
 
     def exchange(self, outbox: bytearray) -> list[tuple[int, Verdict]] | None:
         """Without waiting: send what the socket takes of the outbox, and take what has come. None where the supervisor
@@ -197,8 +214,7 @@ class Grader:
     def _start(self) -> None:
         self._mark = secrets.token_hex(16)
         self._socket, theirs = socket.socketpair()
-        environment = without_secrets(os.environ, self.environment)
-        environment = dict.fromkeys(_ONE_THREAD, "1") | environment | {MARK: self._mark}
+        environment = dict.fromkeys(_ONE_THREAD, "1") | dict(self.surroundings.variables) | {MARK: self._mark}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _BOOT.format(theirs.fileno()), _ROOT],
@@ -206,6 +222,7 @@ class Grader:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=environment,
+                cwd=self.surroundings.folder,
                 start_new_session=True,  # Ctrl-C is the driver's
             )
         setting = {
@@ -213,7 +230,7 @@ class Grader:
             "workers": self.workers,
             "limits": asdict(self.limits),
             "driver": os.getpid(),
-            "path": [part or os.getcwd() for part in sys.path],
+            "path": list(self.surroundings.path),
         }
         self._socket.sendall(json.dumps(setting).encode() + b"\n")
         self._socket.setblocking(False)
@@ -259,9 +276,16 @@ class Grader:
         return f"the supervisor of {title(self.components)} ended with code {code}"
 
 
-def open_grader(rewards: Sequence[RewardConfig], grading: GradingConfig) -> Grader:
-    """The grader of a configuration."""
-    return _grader(rewards, grading, grading.workers)
+def open_grader(
+    rewards: Sequence[RewardConfig], grading: GradingConfig, surroundings: Surroundings | None = None
+) -> Grader:
+    """The grader of a configuration. surroundings: of its verifiers; None: this process's."""
+    return _grader(rewards, grading, grading.workers, surroundings)
+
+
+def surroundings_of(rewards: Sequence[RewardConfig], grading: GradingConfig) -> Surroundings:
+    """Those that this process has for the verifiers of a configuration."""
+    return Surroundings.here((*grading.environment, *(name for reward in rewards for name in reward.variables)))
 
 
 def check_rewards(rewards: Sequence[RewardConfig], grading: GradingConfig) -> None:
@@ -290,12 +314,14 @@ def _check_reachable(url: str, name: str) -> None:
         raise VerifierError(f"{words}; start that server first, or correct its url") from error
 
 
-def _grader(rewards: Sequence[RewardConfig], grading: GradingConfig, workers: int) -> Grader:
+def _grader(
+    rewards: Sequence[RewardConfig], grading: GradingConfig, workers: int, surroundings: Surroundings | None = None
+) -> Grader:
     return Grader(
         [_component(reward, grading) for reward in rewards],
         workers=workers,
         limits=Limits(timeout_s=grading.timeout_s, memory_gb=grading.memory_gb),
-        environment=(*grading.environment, *(name for reward in rewards for name in reward.variables)),
+        surroundings=surroundings or surroundings_of(rewards, grading),
     )
 
 

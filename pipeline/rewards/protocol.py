@@ -73,7 +73,8 @@ class Verdict:
     """A reward, or a kind of failure and what happened ("took more than 30 s"), which goes on from "the verifier".
 
     seconds: that grading took, from when a worker had the answer. verifier: which one spoke, or failed; empty where
-    that is known. parts: of each component by its name, where this is of all of them together.
+    that is known. Where this is of all components together, parts: of each by its name; response: the text of the
+    answer, as they read it.
     """
 
     reward: float | None = None
@@ -82,6 +83,7 @@ class Verdict:
     seconds: float = 0.0
     verifier: str = ""
     parts: Mapping[str, Verdict] = field(default_factory=dict)
+    response: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -23,27 +23,17 @@ from pipeline.config.rewards import OnFailure
 from pipeline.engine.decoder import AnswerError
 from pipeline.engine.sampling import Sampling
 from pipeline.errors import SamerouteError
-from pipeline.rewards import Failures, Question, RewardError, Verdict, question, settle
+from pipeline.rewards import Failures, RewardError, Verdict, settle
 from pipeline.rollout.admission import Admission
 from pipeline.rollout.answers import Answer, Answers, Scored
+from pipeline.rollout.grading import Judge
 from pipeline.rollout.saved import Saved
 from pipeline.rollout.tally import Tally
 from pipeline.types import Ended, Episode, Group, Prompt, Rollout
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 class NothingToLearnError(SamerouteError):
     """Dynamic sampling found too few groups whose rewards differ."""
-
-
-class Judge(Protocol):
-    """What of `Asking` is needed here."""
-
-    async def __aenter__(self) -> Self: ...
-    async def __aexit__(self, *_: object) -> None: ...
-    async def ask(self, question: Question) -> Verdict: ...
 
 
 class Prompts(Protocol):
@@ -69,7 +59,6 @@ class Recipe:
 
     samples: int
     sampling: Sampling
-    tokenizer: PreTrainedTokenizerBase
     informative: Callable[[np.ndarray], bool] | None
     on_failure: OnFailure
     least: int
@@ -79,7 +68,7 @@ class Recipe:
 
     def settle(self, group: Group, verdicts: Sequence[Verdict]) -> tuple[Group, Failures]:
         """See `rewards.settle`."""
-        return settle(group, verdicts, self.tokenizer, on_failure=self.on_failure, least=self.least)
+        return settle(group, verdicts, on_failure=self.on_failure, least=self.least)
 
 
 @dataclass
@@ -292,7 +281,7 @@ class Maker:
         return rollout
 
     async def _verdict(self, prompt: Prompt, episode: Episode) -> Verdict:
-        verdict = await self.judge.ask(question(prompt, episode, self.recipe.tokenizer))
+        verdict = await self.judge.ask(prompt, episode)
         if self.recipe.on_failure == "stop":  # at once, not when the group is complete
             self.recipe.settle(Group(prompt, (episode,)), [verdict])
         return verdict

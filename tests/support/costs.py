@@ -21,6 +21,7 @@ SECONDS = {
     "megatron_ext/checkpoint/test_training.py": 22,
     "pipeline/engine/test_server.py": 22,
     "pipeline/rewards/test_grader.py": 22,
+    "pipeline/rollout/test_remote_grading.py": 18,
     "end_to_end/test_run.py": 20,
     "megatron_ext/hf/test_families.py": 20,
     "pipeline/rewards/sandbox/test_hostile.py": 20,

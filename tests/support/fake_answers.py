@@ -137,6 +137,6 @@ class FakeJudge:
     async def __aexit__(self, *_):
         pass
 
-    async def ask(self, question):
+    async def ask(self, prompt, episode):
         await asyncio.sleep(self.seconds)
-        return self.verdict(question.prompt.index, int(question.response_ids[0]))
+        return self.verdict(prompt.index, int(episode.last.response_ids[0]))

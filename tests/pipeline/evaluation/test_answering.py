@@ -13,15 +13,16 @@ from pipeline.config import load_config
 from pipeline.evaluation.answering import EvaluationError, GivenUp, ask
 from pipeline.evaluation.result import evaluation_of
 from pipeline.loop.evaluations import evaluate_set
-from pipeline.rewards import Grader, RewardError, open_grader
+from pipeline.rewards import Grader, RewardError
+from pipeline.rollout.grading import OwnGraders, OwnGrading
 
 SMALL_STEPS = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2"]
 GRADING = load_config("configs/quickstart.yaml").grading
 
 
 def answers_of(three, servers, **settings):
-    with open_grader(three.rewards, GRADING) as grader:
-        return asyncio.run(ask(three, servers, grader, **({"at_once": 99} | settings)))
+    with OwnGraders(three.tokenizer).open(three.rewards, GRADING) as grading:
+        return asyncio.run(ask(three, servers, grading, **({"at_once": 99} | settings)))
 
 
 def test_scores_are_those_of_the_answers_counted_by_hand(three, fake_servers):
@@ -99,7 +100,7 @@ def test_an_error_of_a_server_is_what_is_seen(three, fake_servers):
 def test_answers_that_a_verifier_fails_on_are_in_no_score_and_counted(three, fake_servers):
     servers = fake_servers(text=lambda question, sample: "!" if sample == 0 or question == 0 else "1")
     with Grader("tests.support.hostile:number", workers=1) as grader:  # "!" is no number
-        answers = asyncio.run(ask(three, servers, grader, at_once=99))
+        answers = asyncio.run(ask(three, servers, OwnGrading(grader, three.tokenizer), at_once=99))
     found = evaluation_of(three, answers, step=0, version=3, seconds=1)
     assert found.numbers["failed"] == 6
     assert found.scores["pass@1"].questions == 2, "the first question has no answer that was graded"

@@ -10,14 +10,15 @@ from pipeline.config import load_config
 from pipeline.evaluation.answering import ask
 from pipeline.evaluation.page import pass_rates, table, write_page
 from pipeline.evaluation.result import evaluation_of
-from pipeline.rewards import open_grader
+from pipeline.rollout.grading import OwnGraders
 
 
 @pytest.fixture
 def found(three, fake_servers):
     """Question i has i right answers of four."""
-    with open_grader(three.rewards, load_config("configs/quickstart.yaml").grading) as grader:
-        answers = asyncio.run(ask(three, fake_servers(), grader, at_once=12))
+    config = load_config("configs/quickstart.yaml")
+    with OwnGraders(three.tokenizer).open(three.rewards, config.grading) as grading:
+        answers = asyncio.run(ask(three, fake_servers(), grading, at_once=12))
     return evaluation_of(three, answers, step=0, version=3, seconds=1.0)
 
 

@@ -40,12 +40,15 @@ def fake(monkeypatch):
     monkeypatch.setattr("pipeline.loop.asynchronous.Producer", Producer)
 
 
-def loop_of(*overrides, grader="a grader"):
+GRADING = SimpleNamespace(judge=lambda: "a judge")
+
+
+def loop_of(*overrides, grading=GRADING):
     config = load_config("configs/quickstart.yaml", list(overrides))
     return SimpleNamespace(
         config=config,
         objective=resolve(config.objective),
-        grader=grader,
+        grading=grading,
         fleet=SimpleNamespace(version=5, check_alive=lambda: None),
         trainers=SimpleNamespace(watch=lambda: None),
         source=SimpleNamespace(tokenizer="a tokenizer"),
@@ -114,9 +117,9 @@ def test_a_trainer_s_wait_looks_at_the_producer_too_and_no_longer_when_that_has_
 
 
 @pytest.mark.parametrize(
-    ("overrides", "steps", "grader"), [((), 4, "a grader"), (STALE, 0, "a grader"), (STALE, 4, None)]
+    ("overrides", "steps", "grading"), [((), 4, "a grading"), (STALE, 0, "a grading"), (STALE, 4, None)]
 )
-def test_a_synchronous_run_one_without_steps_and_one_of_dumps_make_nothing(overrides, steps, grader):
-    loop = loop_of(*overrides, grader=grader)
+def test_a_synchronous_run_one_without_steps_and_one_of_dumps_make_nothing(overrides, steps, grading):
+    loop = loop_of(*overrides, grading=grading)
     with asynchronous(loop, steps, None):
         assert loop.producer is None

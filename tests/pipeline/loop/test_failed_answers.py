@@ -20,6 +20,7 @@ from pipeline.observe.metrics import Timer, batch_metrics
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
 from pipeline.rewards import Grader, RewardError
+from pipeline.rollout.grading import OwnGrading
 from pipeline.types import Batch, Group, Prompt
 from tests.support.episodes import plain_rollout
 from tests.support.fake_trainers import FakeTrainers
@@ -63,7 +64,9 @@ def make_loop(tokenizer, grader, monkeypatch, tmp_path):
         config = load_config("configs/quickstart.yaml", ["rollout.prompts_per_step=4", *overrides])
         trainers = FakeTrainers([])
         model = SimpleNamespace(num_experts=8, num_layers=4)
-        loop = Loop(config, model, source, Fleet(), trainers, dumps=tmp_path / "dumps", grader=grader)
+        loop = Loop(
+            config, model, source, Fleet(), trainers, dumps=tmp_path / "dumps", grading=OwnGrading(grader, tokenizer)
+        )
         loop.load = lambda rollouts: setattr(trainers, "rollouts", list(rollouts))
         loop.said, loop.learned = [], []
         loop.say = loop.said.append

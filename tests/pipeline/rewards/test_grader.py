@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pipeline.rewards.environment import without_secrets
-from pipeline.rewards.grader import Grader
+from pipeline.rewards.grader import Grader, Surroundings
 from pipeline.rewards.processes import below, marked, parents
 from pipeline.rewards.protocol import Limits
 from pipeline.rewards.registry import RewardError
@@ -251,7 +251,7 @@ def test_a_worker_holds_no_engine_and_no_secret(monkeypatch):
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     assert set(without_secrets(secrets)) == {"PLAIN_SETTING"}
-    with Grader(HOSTILE, workers=1, environment=("JUDGE_KEY",)) as made:
+    with Grader(HOSTILE, workers=1, surroundings=Surroundings.here(("JUDGE_KEY",))) as made:
         verdicts = made.ask([question("environment", name=name) for name in secrets])
         (modules,) = made.ask([question("modules")])
         (descriptors,) = made.ask([question("descriptors")])

@@ -21,6 +21,7 @@ from pipeline.rewards import (
 )
 from pipeline.rewards.kinds.function import find
 from pipeline.rewards.registry import load
+from pipeline.rollout.grading import OwnGrading
 from pipeline.types import Episode, Group, Prompt, Rollout
 
 
@@ -56,7 +57,7 @@ class Said:
     def ask(self, questions):
         self.asked = list(questions)
         assert len(self.asked) == len(self.verdicts)
-        return self.verdicts
+        return [replace(v, response=q.response_text) for v, q in zip(self.verdicts, self.asked, strict=True)]
 
 
 HUNG = Verdict(kind="timeout", what="took more than 5 s")
@@ -76,7 +77,7 @@ def test_exact_match_takes_the_answer_and_nothing_else(tokenizer):
         ("123<|eos|><|eos|>",),
     ]
     with Grader("exact_match") as grader:
-        groups, failures = grade([group(tokenizer, *responses)], tokenizer, grader)
+        groups, failures = grade([group(tokenizer, *responses)], OwnGrading(grader, tokenizer))
     assert groups[0].rewards.dtype == np.float32
     assert groups[0].rewards.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert failures == Failures(answers=9)
@@ -86,7 +87,9 @@ def test_exact_match_takes_the_answer_and_nothing_else(tokenizer):
 def test_a_prompt_without_an_answer_is_a_failure_of_exact_match(tokenizer):
     prompt = Prompt(np.zeros(2, np.int32), "a question", {}, index=3)
     with Grader("exact_match") as grader:
-        groups, failures = grade([Group.of_single_turns(prompt, [rollout(tokenizer, "1<|eos|>")])], tokenizer, grader)
+        groups, failures = grade(
+            [Group.of_single_turns(prompt, [rollout(tokenizer, "1<|eos|>")])], OwnGrading(grader, tokenizer)
+        )
     failure = groups[0].episodes[0].failure
     assert failure.startswith("the verifier 'exact_match' raised KeyError: 'answer' (exact_match.py, line ")
     assert failure.endswith(", on prompt 3 ('a question'), response '1'")
@@ -95,7 +98,7 @@ def test_a_prompt_without_an_answer_is_a_failure_of_exact_match(tokenizer):
 
 def test_grading_leaves_everything_else_as_it_was(tokenizer):
     before = group(tokenizer, ("1<|eos|>",), ("2<|eos|>",))
-    (after,), _ = grade([before], tokenizer, Said(1, 2))
+    (after,), _ = grade([before], OwnGrading(Said(1, 2), tokenizer))
     assert after.prompt is before.prompt
     assert all(a is b for a, b in zip(after.rollouts, before.rollouts, strict=True))
     assert after.rewards.tolist() == [1, 2]
@@ -104,7 +107,7 @@ def test_grading_leaves_everything_else_as_it_was(tokenizer):
 
 def test_a_verifier_sees_text_without_the_stop_token_and_ids_with_it(tokenizer):
     grader = Said(1, 1)
-    grade([group(tokenizer, ("12<|eos|>",), ("12", "length"))], tokenizer, grader)
+    grade([group(tokenizer, ("12<|eos|>",), ("12", "length"))], OwnGrading(grader, tokenizer))
     seen = [(q.response_text, len(q.response_ids), q.finish_reason, q.prompt.index) for q in grader.asked]
     assert seen == [("12", 3, "stop", 7), ("12", 2, "length", 7)]
     assert response_text(rollout(tokenizer, "a<|pad|>b", "length"), tokenizer) == "a<|pad|>b"
@@ -119,7 +122,7 @@ def three(tokenizer):
 
 
 def test_an_answer_that_cannot_be_graded_is_left_out_with_its_reason(tokenizer):
-    groups, failures = grade([three(tokenizer)] * 2, tokenizer, Said(1, HUNG, 0, 1, 1, 0), least=2)
+    groups, failures = grade([three(tokenizer)] * 2, OwnGrading(Said(1, HUNG, 0, 1, 1, 0), tokenizer), least=2)
     assert [rewards_of(g) for g in groups] == [[1, None, 0], [1, 1, 0]]
     assert groups[0].episodes[1].failure == (
         "the verifier 'some:verifier' took more than 5 s, on prompt 7 ('<|user|>312<|assistant|>'), response '2'"
@@ -133,37 +136,39 @@ def test_an_answer_that_cannot_be_graded_is_left_out_with_its_reason(tokenizer):
 
 def test_a_group_of_which_one_answer_is_left_is_dropped_where_a_baseline_needs_two(tokenizer):
     verdicts = (1, HUNG, RAISED)
-    (left,), failures = grade([three(tokenizer)], tokenizer, Said(*verdicts), least=2)
+    (left,), failures = grade([three(tokenizer)], OwnGrading(Said(*verdicts), tokenizer), least=2)
     assert rewards_of(left) == [None, None, None]
     assert "too few answers of its group could be graded: the verifier" in left.episodes[0].failure
     assert (failures.groups, failures.by_kind.total()) == (1, 2)
-    (left,), failures = grade([three(tokenizer)], tokenizer, Said(*verdicts), least=1)
+    (left,), failures = grade([three(tokenizer)], OwnGrading(Said(*verdicts), tokenizer), least=1)
     assert (rewards_of(left), failures.groups) == ([1, None, None], 0)
 
 
 def test_groups_that_are_of_one_from_the_start_stay(tokenizer):
     single = group(tokenizer, ("1<|eos|>",))
-    groups, failures = grade([single, single], tokenizer, Said(1, HUNG), least=2)
+    groups, failures = grade([single, single], OwnGrading(Said(1, HUNG), tokenizer), least=2)
     assert [rewards_of(g) for g in groups] == [[1], [None]]
     assert failures.groups == 1
 
 
 def test_failures_may_count_as_nothing_take_their_group_along_or_end_the_run(tokenizer):
     verdicts = (1, HUNG, 0, 1, 1, 0)
-    zero, failures = grade([three(tokenizer)] * 2, tokenizer, Said(*verdicts), on_failure="zero", least=2)
+    zero, failures = grade([three(tokenizer)] * 2, OwnGrading(Said(*verdicts), tokenizer), on_failure="zero", least=2)
     assert [rewards_of(g) for g in zero] == [[1, 0, 0], [1, 1, 0]]
     assert failures.metrics()["reward/failed"] == 1
-    dropped, failures = grade([three(tokenizer)] * 2, tokenizer, Said(*verdicts), on_failure="drop_group", least=2)
+    dropped, failures = grade(
+        [three(tokenizer)] * 2, OwnGrading(Said(*verdicts), tokenizer), on_failure="drop_group", least=2
+    )
     assert [rewards_of(g) for g in dropped] == [[None] * 3, [1, 1, 0]]
     assert failures.groups == 1
     with pytest.raises(RewardError, match=r"took more than 5 s, on prompt 7 .*312.*, response '2'"):
-        grade([three(tokenizer)] * 2, tokenizer, Said(*verdicts), on_failure="stop", least=2)
+        grade([three(tokenizer)] * 2, OwnGrading(Said(*verdicts), tokenizer), on_failure="stop", least=2)
 
 
 def test_the_first_of_several_failures_is_told_and_components_that_could_grade_are_kept(tokenizer):
     mixed = Verdict(parts={"format": Verdict(0.5), "code": HUNG}, kind="timeout", what="took more than 5 s")
     whole = group(tokenizer, ("1<|eos|>",), ("2<|eos|>",), ("3<|eos|>",))
-    graded, failures = settle(whole, [mixed, RAISED, Verdict(1.0)], tokenizer)
+    graded, failures = settle(whole, [mixed, RAISED, Verdict(1.0)])
     assert "took more than 5 s" in failures.first
     assert "KeyError" not in failures.first
     assert graded.episodes[0].parts == {"format": 0.5}
@@ -179,8 +184,8 @@ def test_what_was_cut_keeps_its_last_token_and_an_episode_counts_what_was_sample
 
 
 def test_failures_of_several_rounds_add_up(tokenizer):
-    _, first = grade([three(tokenizer)], tokenizer, Said(1, HUNG, 0))
-    _, second = grade([three(tokenizer)], tokenizer, Said(RAISED, HUNG, RAISED))
+    _, first = grade([three(tokenizer)], OwnGrading(Said(1, HUNG, 0), tokenizer))
+    _, second = grade([three(tokenizer)], OwnGrading(Said(RAISED, HUNG, RAISED), tokenizer))
     both = Failures() + first + second
     assert (both.answers, both.groups, dict(both.by_kind)) == (6, 1, {"timeout": 2, "raised": 2})
     assert both.first == first.first

@@ -81,7 +81,7 @@ class Answers:
 
 def maker_of(groups=1, staleness=2, ahead=1, *, verdict=None, order="finish", version=1, **changes):
     setting = {"samples": 1, "sampling": Sampling(4, 1.0), "informative": None, "on_failure": "exclude", "least": 1}
-    setting |= {"tokenizer": SimpleNamespace(decode=lambda ids, skip_special_tokens: ""), "most_dropped": 9}
+    setting |= {"most_dropped": 9}
     recipe = Recipe(**setting | {"scored": 2, "limit_s": 60.0} | changes)
     judge = FakeJudge(verdict or (lambda *_: Verdict(reward=1.0)))
     admission = Admission(groups, staleness, ahead, order=order, version=version)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from pipeline.rollout.producer import Producer
 from pipeline.rollout.saved import read_saved
 from tests.support.fake_answers import FakeAnswers, FakeJudge, FakePrompts
 
-TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
 B, N = 3, 2
 
 
@@ -28,7 +26,6 @@ def recipe(**changes):
     setting = {
         "samples": N,
         "sampling": Sampling(max_new_tokens=4, temperature=1.0),
-        "tokenizer": TOKENIZER,
         "informative": None,
         "on_failure": "exclude",
         "least": 1,
