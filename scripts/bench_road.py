@@ -72,7 +72,7 @@ def main() -> None:
         return
     print(f"{options.steps} steps of {options.answers} answers of {options.tokens} tokens", flush=True)
     print(
-        "| road | servers | tokens/s | controller, us a token | of that grading | bytes a token | RSS, MB: first step, last |"
+        "| road | servers | tokens/s | controller, us a token | grading | bytes a token | RSS, MB: first, last step |"
     )
     print("|---|---|---|---|---|---|---|", flush=True)
     for servers in options.servers:

@@ -55,8 +55,8 @@ class RolloutConfig(Frozen):
     samplers: int | Literal["auto"] = Field(
         "auto",
         description="processes beside the servers that ask them, decode and check their answers, and keep the routes "
-        "in their node's object store (docs/asynchronous.md); 0: the controller does it; auto: one a server where "
-        "cluster.address is set and there are several, else 0",
+        "in their node's object store; another on each of their nodes grades (docs/asynchronous.md); 0: the controller "
+        "does it all; auto: one a server where cluster.address is set and there are several, else 0",
     )
     timeout_s: float = Field(
         600.0, gt=0, description="a server that has requests and gets no further for so long fails the run"

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.data.pretrained import load_tokenizer
 from pipeline.errors import SamerouteError
-from pipeline.rewards import Asking, Question, Verdict, open_grader, text_of
+from pipeline.rewards import Asking, Question, Verdict, VerifierError, open_grader, text_of
 from pipeline.rewards.grader import Surroundings
 from pipeline.types import Episode, Prompt
 
@@ -112,6 +112,11 @@ class GraderProcess:
         if self._tokenizer is None:
             load = asyncio.to_thread(load_tokenizer, self._model_path, trust_remote_code=self._trust)
             self._tokenizer = asyncio.create_task(load)
+        if not Path(surroundings.folder).is_dir():
+            raise VerifierError(
+                f"{surroundings.folder}, where the run was started, is no folder on the node that grades; start it in "
+                "one that every node sees, or set rollout.samplers=0"
+            )
         grader = open_grader(rewards, grading, surroundings).__enter__()
         try:
             tokenizer = await self._tokenizer

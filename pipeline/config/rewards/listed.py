@@ -38,7 +38,10 @@ class GradingConfig(Frozen):
     """How verifiers are run, and what becomes of answers that one fails on."""
 
     workers: int = Field(
-        8, ge=1, description="processes that grade, so many answers at a time; one where all verifiers are quick"
+        8,
+        ge=1,
+        description="processes that grade, so many answers at a time, on each node that has samplers where there are "
+        "any (rollout.samplers); one where all verifiers are quick",
     )
     timeout_s: float = Field(30.0, gt=0, description="a verifier that takes longer on one answer is killed")
     memory_gb: float = Field(

@@ -161,6 +161,15 @@ def test_variables_and_modules_are_found_as_this_process_would(graders, answer, 
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0]
 
 
+def test_a_folder_that_the_node_does_not_have_is_an_error_with_words(graders, answer, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setattr(os, "getcwd", lambda: str(tmp_path / "gone"))
+    with graders.open((HOSTILE,), GRADING) as grading, pytest.raises(VerifierError, match="gone, where the run was"):
+        grading.ask([answer()])
+
+
 def test_what_cannot_be_loaded_or_is_graded_by_nobody_is_the_same_error(graders, answer):
     missing, sums = FunctionReward(function="no_such_module:verify"), ExactMatchReward(sources=("sums",))
     with graders.open((missing,), GRADING) as grading, pytest.raises(VerifierError, match="no_such_module"):

@@ -179,4 +179,4 @@ def test_a_key_is_there_for_the_verifier_that_names_it_alone(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "one")
     monkeypatch.setenv("OTHER_KEY", "two")
     grader = open_grader([judge("http://127.0.0.1:9", key_variable="JUDGE_KEY")], FAST)
-    assert grader.environment == ("JUDGE_KEY",)
+    assert grader.surroundings.variables.keys() & {"JUDGE_KEY", "OTHER_KEY"} == {"JUDGE_KEY"}
