@@ -11,6 +11,7 @@ import pytest
 from pipeline.observe.metrics import batch_metrics
 from pipeline.rewards import Component, Grader, Question, RewardError
 from pipeline.rewards.grade import grade
+from pipeline.rollout.grading import OwnGrading
 from pipeline.types import Batch, Episode, Group, Prompt
 from tests.support.episodes import plain_rollout
 from tests.support.hostile import question
@@ -97,7 +98,7 @@ def test_length_counts_sampled_tokens_of_the_whole_episode_and_each_component_is
 
     group = Group.of_single_turns(Prompt(np.zeros(1, np.int32), "q", {}, 0), [plain_rollout([1, 2, 3], np.zeros(3))])
     with Grader([Component("short", LENGTH), Component("long", LENGTH | {"full_tokens": 3})]) as grader:
-        (graded,), _ = grade([group], Words(), grader)
+        (graded,), _ = grade([group], OwnGrading(grader, Words()))
     assert graded.episodes[0].reward == -1.5
     metrics = batch_metrics(Batch(1, 0, (graded,)))
     assert (metrics["reward/short"], metrics["reward/long"]) == (-0.5, -1.0)
