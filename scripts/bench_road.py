@@ -123,6 +123,9 @@ class Simulated:
         """It does not end."""
         return True
 
+    def stop(self) -> None:
+        """Whoever started it does that."""
+
     def send_weights(self, *_: Any, **__: Any) -> None:
         """As a trainer: the servers' weights need not come."""
 

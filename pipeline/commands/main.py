@@ -23,6 +23,7 @@ from pipeline.commands import (
     train,
     upcycle,
 )
+from pipeline.commands.running import servers_of_run
 from pipeline.commands.version import ShowVersion
 from pipeline.errors import INTERRUPTED, SamerouteError
 from pipeline.text.characters import visible
@@ -35,6 +36,7 @@ COMMANDS = {
     "diagnose": (diagnose, "why trainer and server disagree, by exchanging one part at a time"),
     "objectives": (objectives, "the table of objectives, or one with its equation"),
     "report": (report, "figures of a finished or running run, in one HTML file"),
+    "servers": (servers_of_run, "the servers of a run that goes on: add one, take one out, start one for it"),
     "regrade": (regrade, "the kept answers of a run, graded again by its rewards or others"),
     "convert": (convert, "Hugging Face directories and Megatron-Core checkpoints"),
     "upcycle": (upcycle, "a dense model into a mixture of experts that computes the same"),

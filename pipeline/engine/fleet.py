@@ -70,7 +70,7 @@ class Fleet:
         self._sending = threading.Lock()
         self._interrupt: InterruptMode | None = None
         self._open: asyncio.Event | None = None
-        self._entered: list[AsyncExitStack] = []
+        self.entered: list[AsyncExitStack] = []  # each with the clients of all servers
 
     @property
     def servers(self) -> list[FleetServer]:
@@ -117,14 +117,12 @@ class Fleet:
         """Counts since the run began, and how many servers take requests; nothing where there are none."""
         if not self.serves:
             return {}
-        return {
-            "servers/serving": float(sum(s.state is ServerState.SERVING for s in self.servers)),
-            "servers/lost": float(self.members.lost),
-            "servers/restarted": float(self.members.restarted),
+        counts = {
             "servers/requests_sent_again": float(self.sent_again),
             "servers/requests_interrupted": float(self.interrupted_requests),
             "servers/wide_routes": float(sum(s.client.decoder.wide_routes for s in self.servers)),
-        } | self._pressure.metrics()
+        }
+        return self.members.metrics() | counts | self._pressure.metrics()
 
     # The weights
 
@@ -226,19 +224,19 @@ class Fleet:
         stack = AsyncExitStack()
         for server in self.servers:
             await stack.enter_async_context(server.client)
-        if not self._entered:
+        if not self.entered:
             self._open = asyncio.Event()
             self._refresh()
             for work in (self._watch, self._probe, self._listen):
                 stack.push_async_callback(_end, asyncio.create_task(self._lasting(work)))
-        self._entered.append(stack)
+        self.entered.append(stack)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._entered.pop().aclose()
-        if not self._entered:
+        await self.entered.pop().aclose()
+        if not self.entered:
             self._open = None
 
     async def sample(

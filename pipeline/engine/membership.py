@@ -39,19 +39,23 @@ class ServerProcess(Protocol):
     def alive(self) -> bool: ...
     def log_tail(self) -> str: ...
     def restart(self) -> None: ...
+    def stop(self) -> None: ...
 
 
 class ServerState(Enum):
     """starting: it loads. pending_weights: it is up, with weights that are not the current ones. serving: it gets
-    requests. paused: it holds the current weights, or is about to, and gets no requests. lost: it ended, or hangs."""
+    requests. paused: it holds the current weights, or is about to, and gets no requests. lost: it ended, or hangs.
+    left: it was taken out."""
 
     STARTING = "starting"
     PENDING_WEIGHTS = "pending_weights"
     SERVING = "serving"
     PAUSED = "paused"
     LOST = "lost"
+    LEFT = "left"
 
 
+OUT = (ServerState.LOST, ServerState.LEFT)
 _LOOK_S = 5.0  # between two looks for a node that has room for a server
 UP = (ServerState.PENDING_WEIGHTS, ServerState.SERVING, ServerState.PAUSED)
 
@@ -62,11 +66,13 @@ class FleetServer:
 
     client: its HTTP interface, for sampling and for control. in_flight: requests that it works on, and groups: how many
     of each group. losses: how often it was lost. calls: tasks of its requests, and `losses` when they began: those of
-    before are given up. halted: its schedulers stand still.
+    before are given up. halted: its schedulers stand still. added: somebody else started it; once it is lost, it has
+    left.
     """
 
     process: ServerProcess
     client: SGLangClient
+    added: bool = False
     state: ServerState = field(default=ServerState.STARTING, init=False)
     in_flight: int = field(default=0, init=False)
     groups: Counter[object] = field(default_factory=Counter, init=False)
@@ -95,12 +101,12 @@ class FleetServer:
 class Membership:
     """All servers of a run. May be called from any thread.
 
-    lost, restarted: how often. failure: why the run is to end, once it is. say: hears of what is lost.
+    lost, restarted, joined, left: how often. failure: why the run is to end, once it is. say: hears of what is lost.
     """
 
     def __init__(self, servers: Sequence[FleetServer], config: ServerConfig, say: Callable[[str], None] = to_stderr):
         self.servers, self.say = list(servers), say
-        self.lost = self.restarted = 0
+        self.lost = self.restarted = self.joined = self.left = 0
         self._config, self._waits = config, Waiting(say)
         self._lock, self._starting = threading.RLock(), threading.Lock()
         self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
@@ -153,18 +159,22 @@ class Membership:
     @property
     def hopeful(self) -> bool:
         """Whether a server will come, or wait for weights."""
-        return bool(self._coming) or any(s.state is not ServerState.LOST for s in self.servers)
+        return bool(self._coming) or any(s.state not in OUT for s in self.servers)
 
     def lose(self, server: FleetServer, why: str, losses: int | None = None) -> None:
         """Kill what is left of a server and start it again, in the background; after `max_restarts` of all servers in
         `restart_window_s`, give the run up. losses: its own when the fault began; one of before is known already."""
         with self._lock:
-            known = server.state is ServerState.LOST or (losses is not None and losses != server.losses)
+            known = server.state in OUT or (losses is not None and losses != server.losses)
             if known or self._closing.is_set():
                 return
             server.state, server.halted = ServerState.LOST, False
             server.losses += 1
             self.lost += 1
+            if server.added:
+                server.state = ServerState.LEFT
+                self.say(f"the run goes on without the added server {server.process.url}, which {why}")
+                return
             if not self._budget.take():
                 most, within_s = self._budget.most, self._budget.within_s
                 limit = f"server.max_restarts={most} in {within_s:g} s are used up"
@@ -173,6 +183,32 @@ class Membership:
             self.say(f"the SGLang server {why} and is started again (log: {server.process.log_path})")
             self._coming.add(server)
         threading.Thread(target=self._restart, args=(server,), name="sameroute restart", daemon=True).start()
+
+    def add(self, server: FleetServer) -> None:
+        """A server more. Numbers of servers stay: one that has left keeps its own."""
+        with self._lock:
+            self.servers.append(server)
+            self.joined += 1
+
+    def leave(self, server: FleetServer) -> None:
+        """It is taken out, and what is left of its requests given up."""
+        with self._lock:
+            server.state, server.halted = ServerState.LEFT, False
+            self.left += 1
+
+    def bring_back(self, server: FleetServer) -> None:
+        """Start one that has left again, in the background; it gets requests once it holds the current weights."""
+        with self._lock:
+            server.state = ServerState.LOST
+            self.joined += 1
+            self._coming.add(server)
+        threading.Thread(target=self._restart, args=(server,), name="sameroute restart", daemon=True).start()
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the run began, and how many servers take requests."""
+        counts = {"lost": self.lost, "restarted": self.restarted, "joined": self.joined, "left": self.left}
+        serving = sum(server.state is ServerState.SERVING for server in self.servers)
+        return {f"servers/{name}": float(count) for name, count in ({"serving": serving} | counts).items()}
 
     def _restart(self, server: FleetServer) -> None:
         losses = server.losses
@@ -214,7 +250,7 @@ class Membership:
                 return
             self._coming.discard(server)
             self.say(f"the run goes on without a server: {error}")
-            if all(s.state is ServerState.LOST for s in self.servers) and not self._coming:
+            if all(s.state in OUT for s in self.servers) and not self._coming:
                 self.failure = error
 
     def close(self) -> None:

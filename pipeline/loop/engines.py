@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def start_engines(
     local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
     with contextlib.ExitStack() as stack:
         processes, nodes = stack.enter_context(_processes(config, local, gpus))
-        own = [_client(config, shape, process, routes=routes) for process in processes]
+        own = [client_of(config, shape, process, routes=routes) for process in processes]
         at = [process.node if isinstance(process, RemoteServer) else None for process in processes]
         samplers, trust = sampler_count(config, len(own)), config.model.trust_remote_code
         clients = stack.enter_context(through_samplers(own, samplers, at))
@@ -106,7 +107,7 @@ def start_servers(
         for process in processes:
             stack.callback(process.stop)
             process.start()
-        servers = [FleetServer(process, _client(config, model, process, routes=False)) for process in processes]
+        servers = [FleetServer(process, client_of(config, model, process, routes=False)) for process in processes]
         fleet = Fleet(servers, config.server)
         stack.callback(fleet.close)
         fleet.wait_ready()
@@ -125,6 +126,19 @@ def servers_alone(config: Config, model_path: Path, logs: Path, *, most: int | N
     settings = [(own, number * width if gpus else 0) for number in range(count)]
     environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
     return _made(config, model_path, logs, settings, seed=config.run.seed, routes=False, environment=environment)
+
+
+def server_beside(config: Config, model_path: Path, log: Path, *, routes: bool) -> SGLangServer:
+    """One for a run that goes on elsewhere, with keys of its own, not started. On GPUs it takes the first of those that
+    this process sees. routes: requests may ask for them."""
+    gpus = config_device(config) != "cpu"
+    environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
+    setting = [(config.server, 0)]
+    (server,) = _made(
+        config, model_path, log.parent, setting, seed=secrets.randbelow(1 << 31), routes=routes, environment=environment
+    )
+    server.log_path = log
+    return server
 
 
 def _gpus(config: Config) -> int:
@@ -203,7 +217,8 @@ def _made(
     ]
 
 
-def _client(config: Config, shape: ModelDescription, process: ServerProcess, *, routes: bool) -> SGLangClient:
+def client_of(config: Config, shape: ModelDescription, process: ServerProcess, *, routes: bool) -> SGLangClient:
+    """Of a server of a run. routes: it is asked for them."""
     return SGLangClient(
         process.url,
         vocab_size=shape.vocab_size,

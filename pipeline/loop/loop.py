@@ -27,6 +27,7 @@ from pipeline.loop.update import Update
 from pipeline.objectives import is_informative, resolve
 from pipeline.observe.metrics import Timer, batch_metrics, lag_metrics
 from pipeline.rewards import Failures, RewardError, grade
+from pipeline.rollout.answers import Scored
 from pipeline.rollout.grading import Graders, Grading
 from pipeline.rollout.maker import NothingToLearnError
 from pipeline.rollout.producer import Producer, Taken
@@ -161,16 +162,21 @@ class Loop:
     def check_servers(self, taken: Taken) -> dict[str, float]:
         """Hold the trainer against what the servers scored under its weights, or sampled under them alone: the rollouts
         of a step may all be of older ones. Raises DisagreementError."""
-        version, exchange = self.fleet.version, None
         if taken.scored:
-            rollouts = scored_rollouts(taken.scored, version)
-            exchange = None if self.sampling.temperature == 1 else Exchange(temperature=1.0)
-        else:
-            own = (rollout for group in taken.groups for rollout in group.rollouts if rollout.is_of(version))
-            rollouts = list(itertools.islice(own, self.config.checks.scored_rollouts * len(self.fleet.servers)))
+            return self.compare_scored(taken.scored)
+        own = (r for group in taken.groups for r in group.rollouts if r.is_of(self.fleet.version))
+        rollouts = itertools.islice(own, self.config.checks.scored_rollouts * len(self.fleet.servers))
+        return self._compare(list(rollouts), None)
+
+    def compare_scored(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Hold the trainer against sequences that servers scored under its weights. Raises DisagreementError."""
+        exchange = None if self.sampling.temperature == 1 else Exchange(temperature=1.0)
+        return self._compare(scored_rollouts(scored, self.fleet.version), exchange)
+
+    def _compare(self, rollouts: Sequence[Rollout], exchange: Exchange | None) -> dict[str, float]:
         self.load(rollouts)
         policy = self.trainers.logprobs("replay" if self.replay.from_server else "native", exchange=exchange)
-        return compare_scored(rollouts, policy, version=version, bound=self.config.logprob_bound)
+        return compare_scored(rollouts, policy, version=self.fleet.version, bound=self.config.logprob_bound)
 
     def sample(self, timer: Timer, number: int) -> tuple[list[Group], dict[str, float]]:
         """The graded groups of step `number`, and what sampling them took.

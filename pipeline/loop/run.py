@@ -28,6 +28,7 @@ from pipeline.loop.check_engines import check_first_rollouts
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.evaluations import Evaluations
 from pipeline.loop.inputs import check_inputs, check_not_replaced, check_prompts, dumped_steps
+from pipeline.loop.joining.changes import ServerChanges
 from pipeline.loop.loop import Loop
 from pipeline.loop.open_loop import open_loop
 from pipeline.loop.restarts import Restarts, engine_failed
@@ -194,12 +195,15 @@ class _Run:
             if sets and not serve:
                 self.console.say("no set of evaluate is answered: this run starts no server")
             evaluations = self._evaluations(loop, sets if serve else (), start, sinks)
-            with asynchronous(loop, len(steps), None if start is None else start.saved):
+            with (
+                asynchronous(loop, len(steps), None if start is None else start.saved),
+                ServerChanges(loop, directory.path, self.console.say) as changes,
+            ):
                 for number in steps:
                     if evaluations.exhausted:
                         self.console.say(f"the run ends here (checkpoint.best.patience): {evaluations.best}")
                         break
-                    self._step(loop, dumped, number, saver, sinks, evaluations)
+                    changes.after(self._step(loop, dumped, number, saver, sinks, evaluations).batch.rollouts)
             saver.wait()  # whatever the last check finds, the last checkpoint is there
             if loop.fleet.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
@@ -237,7 +241,7 @@ class _Run:
         saver: Saver,
         sinks: Sinks,
         evaluations: Evaluations,
-    ) -> None:
+    ) -> StepResult:
         """One RL step, its evaluations and its records."""
         result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
         began = time.perf_counter()
@@ -254,6 +258,7 @@ class _Run:
         self._step_done(loop, saver, number, evaluations, save=better)
         if better:
             self._export(loop.trainers)
+        return result
 
     def _export(self, trainers: TrainerGroup) -> None:
         """The best model so far, to where the configuration wants it."""

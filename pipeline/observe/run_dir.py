@@ -86,6 +86,7 @@ _DIRECTORIES = (
     "rollouts",
     "evaluations",
     "episodes",
+    "servers",
     "dumps",
     "model",
     "hf",

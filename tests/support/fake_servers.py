@@ -47,6 +47,9 @@ class Server:
             self.failures -= 1
             raise ServerError("the SGLang server ended with code -9 while starting\nTraceback ...")
 
+    def stop(self):
+        self.living = False
+
     def log_tail(self):
         return f"{self.log_path}:\nthe last words"
 

@@ -1,0 +1,1 @@
+"""Servers that join a run and leave it while it goes on."""
