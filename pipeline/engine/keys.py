@@ -4,7 +4,8 @@ SGLang (0.5.23) knows two keys and lets each open only its own: the API key what
 changes the server. /ready, /health and /metrics are open. A key is sent as `Authorization: Bearer KEY`.
 
 Keys travel in memory, by a pipe to the server's process and by Ray to another node: never on a command line, in an
-environment, in a file.
+environment, in a file. But those of a server that a person starts for a run (`sameroute servers RUN --start`) lie in
+a file of the run's directory, as long as it runs, that its owner alone can read.
 """
 
 from __future__ import annotations

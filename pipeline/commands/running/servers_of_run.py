@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,8 +80,10 @@ def _start(options: argparse.Namespace) -> int:
     folder.mkdir(exist_ok=True)
     name = f"added_{time.strftime('%Y%m%d_%H%M%S')}"
     log, keys = options.run / "logs" / f"sglang_{name}.log", folder / f"{name}.keys"
-    with server_beside(config, model, log, routes=routes) as server:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(server_beside(config, model, log, routes=routes))
         write_keys(keys, server.keys)
+        stack.callback(keys.unlink, missing_ok=True)
         print(f"{server.url} is up; its log: {log}, its keys: {keys}", flush=True)
         told = _waited_for(options.run, ask(options.run, "add", server.url, keys, log))
         print(told.words, flush=True)
