@@ -69,7 +69,7 @@ def test_open_answers_of_a_server_that_leaves_go_on_at_another_with_what_they_ha
         assert (fleet.sent_again, fleet.members.restarted) == (0, 0)
         assert fleet.metrics()["servers/left"] == 1
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_answers_of_a_server_that_leaves_and_hangs_are_sampled_again():
@@ -87,7 +87,7 @@ def test_answers_of_a_server_that_leaves_and_hangs_are_sampled_again():
         assert fleet.sent_again == 1
         assert fleet.members.lost == 0
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_one_whose_answers_do_not_end_in_time_leaves_all_the_same(monkeypatch):
@@ -105,7 +105,7 @@ def test_one_whose_answers_do_not_end_in_time_leaves_all_the_same(monkeypatch):
     async def _busy():
         return [load(running=1)]
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_the_last_server_cannot_leave_and_goes_on():
@@ -119,7 +119,7 @@ def test_the_last_server_cannot_leave_and_goes_on():
             a.release.set()
             assert len(await answer(fleet, "x")) == 4
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_a_server_that_joined_gets_requests_and_transfers_and_keeps_the_numbers_of_the_others():
@@ -141,7 +141,7 @@ def test_a_server_that_joined_gets_requests_and_transfers_and_keeps_the_numbers_
         assert a.open == b.open == 0
         assert fleet.metrics()["servers/joined"] == 1
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_one_that_joins_between_two_synchronous_steps_is_entered_with_the_others():
@@ -175,7 +175,7 @@ def test_an_added_server_that_is_lost_has_left_and_costs_no_restart_nor_an_answe
         assert said == ["the run goes on without the added server http://b, which does not answer"]
         fleet.check_alive()
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_one_of_the_runs_own_that_left_is_started_again_and_waits_for_the_current_weights():
