@@ -11,17 +11,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from megatron_ext.batch.routes import Routed, check_routes
 from pipeline.stored import Routes, StoredRoutes, join_routes
 
+if TYPE_CHECKING:
+    from pipeline.rewards import Verdict
+
 FinishReason = Literal["stop", "length", "abort", "time"]
 
 LARGEST_LOGPROB = 1e-3
 """A log-prob may exceed 0 by rounding, and not by more."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a conversation begins with, as its chat template is given it: messages, tools and other variables."""
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Prompt:
     metadata: what the verifier needs (the answer, the numbers, ...).
     index:    position in the data stream; a prompt drawn again has a new index.
     origin:   "source:row" or "task:entry", the same each time it is drawn; "" where it is of no source.
+    opening:  what the chat template made `ids` of; None: not known, as in a dump.
     """
 
     ids: np.ndarray
@@ -40,6 +53,7 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     index: int = 0
     origin: str = ""
+    opening: Opening | None = None
 
     @property
     def source(self) -> str:
@@ -288,7 +302,10 @@ class Episode:
     parts:    what each component of the reward gave, before its weight; none of those that failed.
     grade_s:  seconds that grading took.
     answer:   the text of the last response, as the verifiers read it; None: nobody has made it.
-              parts, grade_s and answer are of this process only: no dump and no checkpoint has them.
+    verdict:  what the environment that made it says of it; None: verifiers are asked.
+    turn_rewards: of each turn in order, where the environment gives them; a turn is what was sampled in one go.
+    note:     of the environment, for people.
+              parts, grade_s, answer, verdict and note are of this process only: no dump and no checkpoint has them.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -297,6 +314,9 @@ class Episode:
     parts: Mapping[str, float] = field(default_factory=dict)
     grade_s: float | None = None
     answer: str | None = None
+    verdict: Verdict | None = None
+    turn_rewards: tuple[float, ...] | None = None
+    note: str = ""
 
     def __post_init__(self):
         _must(len(self.rollouts) > 0, "an episode has at least one rollout")
@@ -306,6 +326,11 @@ class Episode:
     def graded(self) -> bool:
         """Whether the verifier has spoken, or failed."""
         return self.reward is not None or self.failure is not None
+
+    @property
+    def trained_tokens(self) -> int:
+        """That the policy sampled, of all its rollouts."""
+        return sum(rollout.trained_tokens for rollout in self.rollouts)
 
     @property
     def last(self) -> Rollout:

@@ -30,6 +30,7 @@ pipeline.config
 pipeline.rewards pipeline.cluster pipeline.dumps pipeline.disk pipeline.restart_budget
 pipeline.data pipeline.engine pipeline.observe
 pipeline.weights pipeline.rollout
+pipeline.environments
 pipeline.evaluation
 pipeline.plan
 pipeline.trainer

@@ -28,8 +28,8 @@ def run(options: argparse.Namespace) -> int:
     if not (options.run / "config.yaml").is_file():  # known before imports that take seconds
         raise ConfigError(f"{options.run} is no run directory: it has no config.yaml")
     with lasting_imports():
-        from pipeline.loop.conversation import chat
         from pipeline.loop.stop import StopRequest
+        from pipeline.loop.talk import chat
 
     StopRequest(None).listen()
     chat(

@@ -64,7 +64,7 @@ def load_rewards(run: Path, other: Path | None = None) -> tuple[rewards.Rewards,
         tree |= {key: theirs[key] for key in ("rewards", "grading") if key in theirs}
     _check_hidden({key: tree[key] for key in ("rewards", "grading") if key in tree})
     try:
-        config = _with_reward_directories(Config.model_validate(tree), files)
+        config = _with_directories(Config.model_validate(tree), files)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
     return config.rewards, config.grading
@@ -105,25 +105,32 @@ def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[P
         raise ConfigError(_explain(error)) from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return _with_reward_directories(config, files), files
+    return _with_directories(config, files), files
 
 
-def _with_reward_directories(config: Config, files: list[Path]) -> Config:
-    """The configuration with the folder of each function that lies beside one of its files."""
+def _with_directories(config: Config, files: list[Path]) -> Config:
+    """The configuration with the folder of each function, or environment, that lies beside one of its files."""
+
+    def beside(function: str) -> Path | None:
+        name = re.split("[.:]", function)[0]
+        folders = (file.resolve().parent for file in files)
+        return next((f for f in folders if (f / f"{name}.py").is_file() or (f / name).is_dir()), None)
 
     def found(reward: rewards.RewardConfig) -> rewards.RewardConfig:
         if not isinstance(reward, rewards.FunctionReward) or reward.directory is not None:
             return reward
-        name = re.split("[.:]", reward.function)[0]
-        folders = (file.resolve().parent for file in files)
-        folder = next((f for f in folders if (f / f"{name}.py").is_file() or (f / name).is_dir()), None)
-        return reward.model_copy(update={"directory": folder})
+        return reward.model_copy(update={"directory": beside(reward.function)})
 
     sets = [
         one if one.rewards is None else one.model_copy(update={"rewards": tuple(map(found, one.rewards))})
         for one in config.evaluate
     ]
-    return config.model_copy(update={"rewards": tuple(map(found, config.rewards)), "evaluate": tuple(sets)})
+    own = config.environment
+    if own is not None and own.directory is None:
+        own = own.model_copy(update={"directory": beside(own.function)})
+    return config.model_copy(
+        update={"rewards": tuple(map(found, config.rewards)), "evaluate": tuple(sets), "environment": own}
+    )
 
 
 def _check_model(config: Config, directory: Path, served: bool) -> ModelDescription:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_ext.config import Frozen, ParallelConfig, TrainerConfig
 from megatron_ext.hf.description import describe
@@ -17,6 +17,7 @@ from pipeline.config.observe import ObserveConfig
 from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.config.replay import Replay
 from pipeline.config.rewards import ExactMatchReward, GradingConfig, Rewards, check_memory, check_sources
+from pipeline.config.rewards.conversations import EnvironmentConfig
 from pipeline.config.run import (
     ChecksConfig,
     ClusterConfig,
@@ -48,6 +49,11 @@ class Config(Frozen):
         (ExactMatchReward(),),  # pyright: ignore[reportCallIssue]
         description="verifiers, each a mapping with a kind, or in short a kind or package.module:function",
     )
+    environment: EnvironmentConfig | None = Field(
+        None,
+        description="what leads conversations of many turns and gives their reward, in place of verifiers "
+        "(docs/environments.md); in short package.module:NAME. null: an answer is one turn",
+    )
     grading: GradingConfig = Field(default_factory=GradingConfig)  # pyright: ignore[reportArgumentType]
     evaluate: tuple[EvaluationSet, ...] = Field(
         (), description="sets that are answered during the run, each with a name"
@@ -74,8 +80,14 @@ class Config(Frozen):
     alerts: AlertsConfig = Field(default_factory=AlertsConfig)  # pyright: ignore[reportArgumentType]
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # pyright: ignore[reportArgumentType]
 
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _environment_in_full(cls, value: Any) -> Any:
+        return {"function": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _together(self):
+        self._check_environment()
         if self.replay.any:
             self.trainer.check_replay()
         if self.trainer.offload_optimizer and self.precision.weights != "bfloat16":
@@ -133,6 +145,18 @@ class Config(Frozen):
             self.parallel.check_model(describe(self.model.tiny.hf_config()))
         return self
 
+    def _check_environment(self) -> None:
+        if self.environment is None:
+            return
+        default = type(self).model_fields["rewards"].default
+        if self.rewards != default or any(one.rewards is not None for one in self.evaluate):
+            raise ValueError("environment gives the reward, of evaluations too; leave out rewards, or environment")
+        if self.rollout.max_new_tokens > self.environment.max_tokens:
+            raise ValueError(
+                f"a turn may have rollout.max_new_tokens={self.rollout.max_new_tokens}, and the whole conversation "
+                f"environment.max_tokens={self.environment.max_tokens}; raise that, or lower a turn's"
+            )
+
     def _check_sources(self) -> None:
         own = asked_of(self.data.origins)
         sets = {one.name: asked_of(one.sources) or own for one in self.evaluate}
@@ -176,13 +200,19 @@ class Config(Frozen):
     @property
     def longest_answer(self) -> int:
         """Tokens, of a rollout or of an evaluation."""
-        return max([self.rollout.max_new_tokens, *(one.max_new_tokens or 0 for one in self.evaluate)])
+        return max([self.longest_rollout, *(one.max_new_tokens or 0 for one in self.evaluate)])
+
+    @property
+    def longest_rollout(self) -> int:
+        """Tokens after a prompt that a step may train on: of an answer, or of a conversation."""
+        return self.rollout.max_new_tokens if self.environment is None else self.environment.max_tokens
 
     @property
     def longest_from(self) -> str:
         """The field that `longest_answer` is of."""
-        own = self.longest_answer == self.rollout.max_new_tokens
-        return "rollout.max_new_tokens" if own else "max_new_tokens of evaluate"
+        if self.longest_answer != self.longest_rollout:
+            return "max_new_tokens of evaluate"
+        return "rollout.max_new_tokens" if self.environment is None else "environment.max_tokens"
 
     @property
     def rollout_gpus(self) -> int:

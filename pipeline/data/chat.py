@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config.sources import ChatConfig
 from pipeline.errors import NOT_STARTED, SamerouteError
-from pipeline.types import Prompt
+from pipeline.types import Opening, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,11 +65,16 @@ class PromptWriter:
 
     def text(self, asked: Asked) -> str:
         """Raises DataError, which does not say where."""
+        opening = self.opening(asked)
+        return chat_text(self.tokenizer, opening.messages, opening.tools, opening.variables)
+
+    def opening(self, asked: Asked) -> Opening:
+        """What the chat template is given."""
         messages = asked.messages
         if self.chat.system_prompt is not None:
             own = messages[0]["role"] == "system"
             messages = [{"role": "system", "content": self.chat.system_prompt}, *messages[own:]]
-        return chat_text(self.tokenizer, messages, [*self.chat.tools, *(asked.tools or ())], self.variables)
+        return Opening(tuple(messages), (*self.chat.tools, *(asked.tools or ())), self.variables)
 
     def prompts(self, asked: Sequence[Asked], indices: Sequence[int]) -> list[Prompt | DataError]:
         """A prompt for each question, or why there is none."""
@@ -82,7 +87,7 @@ class PromptWriter:
             if isinstance(result, DataError):
                 out.append(type(result)(f"{one.where}: {result}"))
             else:
-                out.append(Prompt(result, str(text), one.metadata, index, one.origin))
+                out.append(Prompt(result, str(text), one.metadata, index, one.origin, self.opening(one)))
         return out
 
     def answer(self, asked: Asked) -> np.ndarray:
@@ -141,8 +146,10 @@ def chat_text(
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] = (),
     variables: Mapping[str, Any] | None = None,
+    *,
+    to_answer: bool = True,
 ) -> str:
-    """Messages with the opening of the assistant's turn behind them.
+    """Messages, and with `to_answer` the opening of the assistant's turn behind them.
 
     Raises DataError: no chat template, or a template that refuses the messages.
     """
@@ -152,7 +159,11 @@ def chat_text(
         raise DataError("the tokenizer has no chat template; add chat_template.jinja to the model directory")
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True, **(variables or {})
+            list(messages),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=to_answer,
+            **(variables or {}),
         )
     except TemplateError as error:
         raise DataError(f"the chat template refused the messages: {error}") from error

@@ -17,7 +17,7 @@ from pipeline.config.sources import (
 )
 from pipeline.data.chat import DataError, PromptWriter, check_template
 from pipeline.data.procedural import GymQuestions
-from pipeline.data.streams import Part, Questions, Stream, TableQuestions
+from pipeline.data.streams import Order, Part, Questions, Stream, TableQuestions
 from pipeline.data.synthetic import SyntheticTask
 from pipeline.data.tables.arrow import open_huggingface, open_parquet
 from pipeline.data.tables.jsonl import JsonlTable
@@ -38,14 +38,14 @@ def open_sources(
     supervised: bool,
     lacks: Lacks,
     say: Callable[[str], None],
-) -> list[tuple[Questions, float]]:
-    """The questions of each source, of reasoning-gym those of each task, with their weights.
+) -> list[tuple[Questions, dict[Order, float]]]:
+    """The questions of each source, of reasoning-gym those of each task, with their weights in each order.
 
     seed: the run's. supervised: answers will be imitated. lacks: what verifiers would miss of a row. say: hears of what
     was left out.
     Raises DataError, naming the row or the task.
     """
-    out: list[tuple[Questions, float]] = []
+    out: list[tuple[Questions, dict[Order, float]]] = []
     general = PromptWriter(tokenizer, vocab_size, config.max_prompt_tokens, config.chat)
     for source in config.origins:
         own, stream = source.chat, _stream(source, part)
@@ -55,16 +55,22 @@ def open_sources(
         if isinstance(source, SyntheticSource):
             name = source.name or source.default_name
             task = SyntheticTask(source.task, writer, seed, stream=stream, name=name, metadata=source.metadata)
-            out.append((task, source.weight))
+            out.append((task, _weights(source)))
         elif isinstance(source, ReasoningGymSource):
-            out += _tasks(source, writer, seed, stream)
+            out += [(task, _weights(source, share)) for task, share in _tasks(source, writer, seed, stream)]
         else:
             rows = _rows(source, writer, config, seed=seed, stream=stream, supervised=supervised, lacks=lacks, say=say)
-            out.append((rows, source.weight))
+            out.append((rows, _weights(source)))
     names = [questions.name for questions, _ in out]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"two of data.sources are called {twice!r}; give one of them another `name`")
     return out
+
+
+def _weights(source: Source, share: float = 1.0) -> dict[Order, float]:
+    """Of a source, or of a share of it, in each order; 0 where it is not for that."""
+    orders: tuple[Order, ...] = ("prompts", "supervised")
+    return {order: source.weight * share if source.use in ("both", order) else 0.0 for order in orders}
 
 
 def _stream(source: Source, part: Part) -> Stream:
@@ -108,13 +114,13 @@ def _table(source: Source | RowsConfig) -> tuple[Table, str]:
 def _tasks(
     source: ReasoningGymSource, writer: PromptWriter, seed: int, stream: Stream
 ) -> list[tuple[Questions, float]]:
-    """Each task is called by its own name, behind the source's where that has one."""
+    """Each task, called by its own name behind the source's where that has one, and its share of the source."""
     weights = {task: float(parameters.get("weight", 1)) for task, parameters in source.tasks.items()}
     total = sum(weights.values())
     return [
         (
             GymQuestions(source.name_of(task), task, source, writer, seed, stream),
-            source.weight * weight / total,
+            weight / total,
         )
         for task, weight in weights.items()
     ]

@@ -7,7 +7,7 @@ import sys
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,12 @@ class PromptSource:
         )
         self.sources = [questions for questions, _ in opened]
         self._by_name = {questions.name: questions for questions in self.sources}
-        self._mixture = Mixture(list(self._by_name), [weight for _, weight in opened])
-        self._cursors: dict[Order, Cursor] = {"prompts": self._mixture.start(), "supervised": self._mixture.start()}
+        orders: tuple[Order, ...] = ("prompts", "supervised")
+        self._mixtures = {o: Mixture(list(self._by_name), [weights[o] for _, weights in opened]) for o in orders}
+        for order, mixture in self._mixtures.items():
+            if not mixture.total and (order == "prompts" or supervised):
+                raise DataError(f"no source of data.sources is for {order}; correct `use` of one of them")
+        self._cursors: dict[Order, Cursor] = {order: self._mixtures[order].start() for order in orders}
         self._visits: dict[str, list[float]] = {}
         self._dropped = Counter[str]()
         self._recent: deque[str] = deque(maxlen=_REMEMBERED)
@@ -186,7 +190,7 @@ class PromptSource:
         """Go on where `state` was taken. Raises DataError for anything that `state` does not return."""
         try:
             cursors: dict[Order, Cursor] = {
-                o: self._mixture.restored(_count(state[o]), state["sources"][o]) for o in self._cursors
+                o: self._mixtures[o].restored(_count(state[o]), state["sources"][o]) for o in self._cursors
             }
             rates = {name: str(packed) for name, packed in state["pass_rates"].items()}
             recent = zlib.decompress(base64.b64decode(state["recent"])).decode().split("\n")
@@ -215,7 +219,7 @@ class PromptSource:
                 elif isinstance(prompt, DataError):
                     raise prompt
                 else:
-                    out.append(Prompt(prompt.ids, prompt.text, prompt.metadata, first, prompt.origin))
+                    out.append(replace(prompt, index=first))
                     first += 1
         return out, Cursor(self._cursors["prompts"].count + n, cursor.positions, cursor.credits), dropped
 
@@ -223,7 +227,7 @@ class PromptSource:
         """The next n questions of a cursor, which source each is of, and the cursor behind them."""
         asked, which = [], []
         for _ in range(n):
-            chosen, credit = self._mixture.next(cursor)
+            chosen, credit = self._mixtures[order].next(cursor)
             source, positions = self.sources[chosen], list(cursor.positions)
             position = source.due(positions[chosen], order)
             asked.append(source.asked(position, order))

@@ -27,15 +27,15 @@ __all__ = [
 ]
 
 PAD, EOS, BOS, UNKNOWN = "<|pad|>", "<|eos|>", "<|bos|>", "<|unk|>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 CHARACTERS = string.digits + string.ascii_lowercase + " \n+-*/=().,:;?!"
 VOCAB_SIZE = TINY_VOCABULARIES["characters"]
 
 # No bos: the role token in front serves as one, and a prompt stays one token shorter.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('the role of a message is system, user or assistant, not ' ~ message.role) }}"
+    "{% if message.role not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('the role of a message is system, user, assistant or tool, not ' ~ message.role) }}"
     "{% endif %}"
     "<|{{ message.role }}|>{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"

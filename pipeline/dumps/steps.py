@@ -50,8 +50,9 @@ class DumpedSteps:
         if not rollouts or not min(r.trained_tokens for r in rollouts):
             raise DumpError(f"{file}: a rollout has no response, so there is nothing to train on")
         longest = max(r.trained_tokens for r in rollouts)
-        if longest > config.rollout.max_new_tokens:
-            raise DumpError(f"{file}: a response has {longest} tokens; set rollout.max_new_tokens={longest}")
+        if longest > config.longest_rollout:
+            field = "rollout.max_new_tokens" if config.environment is None else "environment.max_tokens"
+            raise DumpError(f"{file}: a response has {longest} tokens; set {field}={longest}")
         if dump.temperature != config.precision.temperature:
             raise DumpError(
                 f"{file}: its log-probs are at another temperature; set precision.temperature={dump.temperature}"

@@ -12,7 +12,7 @@ from pipeline.errors import SamerouteError
 from pipeline.evaluation.opened_set import OpenedSet
 from pipeline.rewards import Verdict
 from pipeline.rollout.grading import Grading, Judge
-from pipeline.rollout.sampler import all_or_none, of_sample
+from pipeline.rollout.sampler import Attempts, all_or_none, of_sample
 from pipeline.rollout.session import Engine, Session
 from pipeline.types import Episode, Prompt, Rollout
 
@@ -54,28 +54,33 @@ async def ask(
     at_once: int,
     give_up: Callable[[], str | None] = lambda: None,
     done: Callable[[int, int], None] = lambda *_: None,
+    attempts: Attempts | None = None,
 ) -> list[Answer]:
     """Answers in the order of the questions, the samples of each in theirs.
 
     at_once: answers in flight. give_up: looked at meanwhile; why to end, or None. done: told how many answers are
-    graded, and of how many. Raises GivenUp, EvaluationError where a token is of other weights, and what sampling and
-    grading raise.
+    graded, and of how many. attempts: make episodes of many turns; None: each is one answer. Raises GivenUp,
+    EvaluationError where a token is of other weights, and what sampling and grading raise.
     """
     version, places = servers.version, asyncio.Semaphore(at_once)
     total, graded = len(asked.prompts) * asked.config.samples, 0
 
     async def one(prompt: Prompt, sample: int, judge: Judge) -> Answer:
         nonlocal graded
+        own, group = of_sample(asked.sampling, prompt, sample), (asked.name, prompt.index)
         async with places:
-            session = Session(servers, prompt.ids, group=(asked.name, prompt.index))
-            rollout = await session.sample(of_sample(asked.sampling, prompt, sample))
-        if not rollout.is_of(version):
-            found = sorted({int(v) for v in rollout.weight_versions})
+            if attempts is None:
+                episode = Episode((await Session(servers, prompt.ids, group=group).sample(own),))
+            else:
+                episode = await attempts.begin(servers, prompt, own, group).play()
+        rollout = episode.last
+        if not all(one.is_of(version) for one in episode.rollouts if one.trained_tokens):
+            found = sorted({int(v) for one in episode.rollouts for v in one.weight_versions[one.trained]})
             raise EvaluationError(
                 f"the evaluation {asked.name} is of version {version} of the weights, and an answer to question "
                 f"{prompt.index} has tokens of {found}"
             )
-        verdict = await judge.ask(prompt, Episode((rollout,)))
+        verdict = episode.verdict or await judge.ask(prompt, episode)
         graded += 1
         done(graded, total)
         vote = asked.given.get(prompt.source) if rollout.finish_reason == "stop" else None

@@ -76,7 +76,7 @@ def _open(one: EvaluationSet, config: Config, model_path: Path, say: Callable[[s
             raise DataError(f"{wanted:,} questions are asked for, and there are {size:,}; lower `prompts`")
         prompts, rewards = source.take(wanted), one.rewards or config.rewards
         for prompt in prompts:
-            if (why := what_lacks(rewards, prompt.source, prompt.metadata)) is not None:
+            if config.environment is None and (why := what_lacks(rewards, prompt.source, prompt.metadata)) is not None:
                 raise DataError(f"{prompt.origin}: the prompt {why}")
     except DataError as error:
         raise DataError(f"evaluate, {one.name}: {error}") from error
@@ -90,7 +90,9 @@ def _open(one: EvaluationSet, config: Config, model_path: Path, say: Callable[[s
         seed=_SEED if config.server.deterministic else None,
         with_routes=False,
     )
-    given, best = _given(rewards, {prompt.source for prompt in prompts}), config.checkpoint.best
+    votes = config.environment is None  # an environment compares no answers
+    given = _given(rewards, {prompt.source for prompt in prompts}) if votes else {}
+    best = config.checkpoint.best
     if not given and best is not None and best.score.startswith(f"eval/{one.name}/majority@"):
         raise DataError(
             f"checkpoint.best.score={best.score}: {best.score.rpartition('/')[2]} needs a verifier that compares an "

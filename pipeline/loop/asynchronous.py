@@ -63,7 +63,7 @@ def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
         version=version,
         last=version + steps - 1,
     )
-    answers = FleetAnswers(loop.fleet, rollout.interrupt)
+    answers = FleetAnswers(loop.fleet, rollout.interrupt, loop.environments)
     maker = Maker(admission, loop.source, answers, loop.grading.judge(), recipe)
     if saved is not None:
         maker.restore(saved)

@@ -11,6 +11,7 @@ from megatron_ext.hf.description import read_description
 from pipeline.checkpoints.weights_of import weights_of
 from pipeline.config import Config
 from pipeline.config.load_config import check_precision
+from pipeline.environments.loading import open_environments
 from pipeline.evaluation.opened_set import open_sets
 from pipeline.evaluation.page import write_page
 from pipeline.evaluation.result import Evaluation
@@ -39,7 +40,8 @@ def evaluate_config(
         found = []
         with start_servers(config, directory, read_description(directory), logs) as fleet:
             for asked in sets:
-                found.append(evaluate_set(asked, fleet, config, step=0, say=say))
+                with open_environments(config.environment, asked.tokenizer, asked.sampling.stop_token_ids) as attempts:
+                    found.append(evaluate_set(asked, fleet, config, step=0, say=say, attempts=attempts))
                 _write(out / f"{asked.name}.jsonl", "".join(json.dumps(a) + "\n" for a in found[-1].answers))
     rows = [{key: value for key, value in one.row().items() if key not in ("step", "version")} for one in found]
     what = str(model or config.model.path or "tiny model")

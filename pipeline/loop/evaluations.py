@@ -15,6 +15,7 @@ from pipeline.evaluation.best import Best
 from pipeline.evaluation.opened_set import OpenedSet
 from pipeline.evaluation.result import Evaluation, evaluation_of
 from pipeline.rollout.grading import Graders, OwnGraders
+from pipeline.rollout.sampler import Attempts
 
 _SAYS_S = 30.0  # between two lines on how far a long evaluation is
 
@@ -47,9 +48,10 @@ def evaluate_set(
     on_servers: OnServers = on_own_loop,
     give_up: Callable[[], str | None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
+    attempts: Attempts | None = None,
 ) -> Evaluation:
-    """One set, with a grader of its own. graders: where it grades; None: in children of this process. say: hears how
-    far a long one is. Else as `evaluation.answering.ask`."""
+    """One set, with a grader of its own. graders: where it grades; None: in children of this process. attempts: of an
+    environment. say: hears how far a long one is. Else as `evaluation.answering.ask`."""
     began, told = time.monotonic(), time.monotonic()
 
     def done(graded: int, total: int) -> None:
@@ -61,7 +63,9 @@ def evaluate_set(
     at_once = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     version = servers.version
     with (graders or OwnGraders(asked.tokenizer)).open(asked.rewards, config.grading) as grading:
-        answers = on_servers(lambda: ask(asked, servers, grading, at_once=at_once, give_up=give_up, done=done))
+        answers = on_servers(
+            lambda: ask(asked, servers, grading, at_once=at_once, give_up=give_up, done=done, attempts=attempts)
+        )
     return evaluation_of(asked, answers, step=step, version=version, seconds=time.monotonic() - began)
 
 
@@ -76,7 +80,8 @@ class Evaluations:
     """Of a run, from its first step to its last.
 
     servers, on_servers: what answers. last: step of the run. records: where they are written. give_up: why to end one
-    that is going on, or None. done: of each set the step that it was last evaluated after. graders: see evaluate_set.
+    that is going on, or None. done: of each set the step that it was last evaluated after. graders, attempts: see
+    evaluate_set.
     """
 
     config: Config
@@ -90,6 +95,7 @@ class Evaluations:
     done: dict[str, int] = field(default_factory=dict)
     best: Best | None = None
     graders: Graders | None = None
+    attempts: Attempts | None = None
 
     def __post_init__(self):
         if self.best is None and self.config.checkpoint.best is not None:
@@ -142,6 +148,7 @@ class Evaluations:
             on_servers=self.on_servers,
             give_up=self.give_up,
             say=self.say,
+            attempts=self.attempts,
         )
         self.records.record_evaluation(found.row(), found.answers)
         self.done[asked.name] = step

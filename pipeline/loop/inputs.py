@@ -18,10 +18,12 @@ from pipeline.config.load_config import check_precision
 from pipeline.config.rewards import Rewards, what_lacks
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
+from pipeline.data.tables.row_reader import Lacks, nothing
 from pipeline.data.tiny_model import make_tiny_model
 from pipeline.dumps.groups import DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.server import PortError, ServerError, reserve_port
+from pipeline.environments.loading import check_conversation, environment_of
 from pipeline.evaluation.opened_set import OpenedSet, open_sets
 from pipeline.observe.sinks.sinks import check_sinks
 from pipeline.rewards import check_rewards
@@ -35,9 +37,9 @@ def config_device(config: Config) -> Literal["cpu", "cuda"]:
 
 def check_inputs(config: Config) -> None:
     """What can be known to be wrong before anything starts: sinks, a precision that this device does not have, GPUs
-    that this machine does not have, the verifier, the data file, the port.
+    that this machine does not have, the verifier, the environment, the data file, the port.
 
-    Raises ObserveError, ConfigError, PlacementError, RewardError, DataError and PortError.
+    Raises ObserveError, ConfigError, LoadingError, PlacementError, RewardError, DataError and PortError.
     """
     check_sinks(config)
     check_precision(config, config_device(config))
@@ -46,6 +48,8 @@ def check_inputs(config: Config) -> None:
     if config.checkpoint.best is not None and config.checkpoint.best.export is not None:
         check_export(config.checkpoint.best.export, config.model.path, config.run.directory)
     check_address(config.cluster.address)
+    if config.environment is not None:
+        environment_of(config.environment)
     check_evaluation(config, [config.rewards])
 
 
@@ -109,8 +113,9 @@ def check_prompts(config: Config, scratch: Path) -> tuple[PromptSource, list[Ope
     source = prompt_source(config, model_path)
     beginning = source.state()
     for prompt in source.take(config.rollout.prompts_per_step):  # of a generator; rows were all looked at
-        if (why := what_lacks(config.rewards, prompt.source, prompt.metadata)) is not None:
+        if (why := lacking(config)(prompt.source, prompt.metadata)) is not None:
             raise DataError(f"{prompt.origin}: the prompt {why}")
+        check_conversation(config.environment, source.tokenizer, source.stop_token_ids, prompt)
     if config.supervised.steps:
         source.take_supervised(config.supervised.batch_size)
     source.restore(beginning)
@@ -125,8 +130,13 @@ def prompt_source(config: Config, model_path: Path) -> PromptSource:
         seed=config.run.seed,
         supervised=config.supervised.steps > 0,
         trust_remote_code=config.model.trust_remote_code,
-        lacks=functools.partial(what_lacks, config.rewards),
+        lacks=lacking(config),
     )
+
+
+def lacking(config: Config) -> Lacks:
+    """What verifiers would miss of a prompt; an environment says itself what it misses."""
+    return nothing if config.environment is not None else functools.partial(what_lacks, config.rewards)
 
 
 def dumped_steps(path: Path, config: Config) -> DumpedSteps:

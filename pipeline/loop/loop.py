@@ -21,6 +21,7 @@ from pipeline.data.prompts import PromptSource
 from pipeline.dumps.dump import Dump, write_dump
 from pipeline.engine.fleet import Fleet
 from pipeline.engine.sampling import Sampling
+from pipeline.environments.running import Environments
 from pipeline.loop.compare import compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.evaluations import on_own_loop
 from pipeline.loop.update import Update
@@ -48,6 +49,7 @@ class Loop:
     fleet, grading: the servers and what grades their answers; without any, every step is a dumped one.
     graders: where another set of verifiers would grade, those of an evaluation.
     producer: makes groups beside the training, where rollout.max_staleness is more than 0; see `asynchronous`.
+    environments: lead the conversations of a run with an environment.
     dumps: where steps are written that debug.dump_rollouts names.
     say: hears of answers that could not be graded.
     """
@@ -61,6 +63,7 @@ class Loop:
     grading: Grading | None = None
     graders: Graders | None = None
     producer: Producer | None = None
+    environments: Environments | None = None
     say: Callable[[str], None] = _to_standard_error
 
     def __post_init__(self):
@@ -101,6 +104,7 @@ class Loop:
             self.transfer(timer)
         read = sum(len(r.prompt_ids) + len(r) for r in batch.rollouts)
         metrics |= result.metrics | batch_metrics(batch) | self.fleet.metrics()
+        metrics |= {} if self.environments is None else self.environments.metrics()
         metrics |= {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
         if self.config.rollout.max_staleness:
             metrics |= lag_metrics(batch)
@@ -190,7 +194,9 @@ class Loop:
         for _ in range(rollout.max_sampling_rounds):
             with timer("rollout"), self._waits_for_servers("sampling"):
                 prompts = self.source.take(rollout.prompts_per_step - len(groups))
-                new = sample_groups_sync(self.fleet, prompts, rollout.samples_per_prompt, self.sampling)
+                new = sample_groups_sync(
+                    self.fleet, prompts, rollout.samples_per_prompt, self.sampling, attempts=self.environments
+                )
             with timer("reward"):
                 new, failed = self.grade(new)
             for group in new:

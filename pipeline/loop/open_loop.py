@@ -11,6 +11,7 @@ from pipeline.checkpoints.resume import Start
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
 from pipeline.disk.scratch import scratch_folder
+from pipeline.environments.loading import open_environments
 from pipeline.loop.engines import start_engines
 from pipeline.loop.inputs import prepare_model, prompt_source
 from pipeline.loop.loop import Loop, supervise
@@ -52,6 +53,7 @@ def open_loop(
     seed = config.run.seed + (0 if start is None else start.progress.step)
     with (
         scratch_folder(),
+        open_environments(config.environment if serve else None, source.tokenizer, source.stop_token_ids) as leads,
         start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines,
         contextlib.ExitStack() as stack,
     ):
@@ -66,8 +68,9 @@ def open_loop(
             fleet.begin_at(start.progress.version)
         if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
             fleet.transfer(trainers)
-        dumps = directory / "dumps"
-        yield Loop(config, shape, source, fleet, trainers, dumps=dumps, grading=grading, graders=graders), model_path
+        loop = Loop(config, shape, source, fleet, trainers, directory / "dumps", grading=grading, graders=graders)
+        loop.environments = leads
+        yield loop, model_path
         trainers.close()
 
 

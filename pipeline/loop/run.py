@@ -221,6 +221,7 @@ class _Run:
             self.console.say,
             give_up=lambda: self.stop.signal_name,
             graders=loop.graders,
+            attempts=loop.environments,
         )
         done = 0
         if start is not None:

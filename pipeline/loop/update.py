@@ -74,7 +74,7 @@ class Update:
             metrics |= self.compare(batch, measured.proximal)
         if self.objective.kl_in_reward:
             metrics["kl/reference"] = mean_kl(self.objective, batch, measured)
-        rows = loss_rows(self.objective, batch, measured, max_new_tokens=self.config.rollout.max_new_tokens)
+        rows = loss_rows(self.objective, batch, measured, max_new_tokens=self.config.longest_rollout)
         parts, passes = [], []
         current: dict[int, np.ndarray] = {}
         proximal = measured.proximal
@@ -129,7 +129,7 @@ class Update:
         denominators = Denominators(
             sequences=len(rows),
             tokens=sum(batch.rollouts[i].trained_tokens for i in rows),
-            max_length=self.config.rollout.max_new_tokens,
+            max_length=self.config.longest_rollout,
             prompts=len({int(groups[i]) for i in rows}),
         )
         metrics, seen = self.trainers.update_policy(self.config.objective, denominators, rows)

@@ -103,7 +103,7 @@ class Plan:
 
 def expected_lengths(config: Config, mean: float | None = None) -> Lengths:
     """Of answers: a lognormal around `mean`, or a third of the longest, where nobody knows yet."""
-    longest = config.rollout.max_new_tokens
+    longest = config.longest_rollout
     return Lengths(mean or longest / 3, longest)
 
 
@@ -221,7 +221,7 @@ def step_work(config: Config, model: ModelDescription, sequences: np.ndarray) ->
 def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, efficiency: Efficiency) -> Memory:
     """Of the rank that holds most. A sequence longer than a micro-batch has one of its own."""
     objective = config.objective.composition()
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    longest = config.data.max_prompt_tokens + config.longest_rollout
     return worst_rank(
         model,
         config.parallel,
@@ -244,7 +244,7 @@ def server_of(config: Config, model: ModelDescription, card: GPU, tokens_each: f
         weight_bytes=item_bytes(config.precision),
         cache_bytes=cache_bytes(config),
         tokens_each=tokens_each,
-        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        longest=config.data.max_prompt_tokens + config.longest_rollout,
         most=config.server.max_running_requests,
         most_tokens=config.server.max_total_tokens,
         static=config.server.mem_fraction_static,
@@ -296,7 +296,7 @@ def _reasons(config: Config, card: GPU, memory: Memory, one: Server):
             f"of {card.host / GIB:.0f} a GPU"
         )
     if not one.fits:
-        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        longest = config.data.max_prompt_tokens + config.longest_rollout
         yield (
             f"a server on {one.gpus} GPUs holds {one.weights / GIB:.1f} GiB of weights on each and has room for "
             f"{one.cache_tokens:,} tokens of KV cache, less than one sequence of {longest:,}"

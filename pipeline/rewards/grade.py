@@ -66,14 +66,15 @@ def grade(
     on_failure: "exclude": a failed episode has no reward, and a group with failures needs `least` graded episodes (or
     all, where it has fewer), else none of its episodes has a reward. "drop_group": none has where one failed. "zero": a
     failed episode has reward 0.
-    Raises RewardError at the first failure where on_failure is "stop".
+    Episodes that come with a verdict are not asked about. Raises RewardError at the first failure where on_failure is
+    "stop".
     """
-    answers = ((group.prompt, episode) for group in groups for episode in group.episodes)
-    verdicts = iter(grading.ask(answers))
+    answers = ((g.prompt, episode) for g in groups for episode in g.episodes if episode.verdict is None)
+    asked = iter(grading.ask(answers))
     out: list[Group] = []
     failures = Failures()
     for group in groups:
-        own = [next(verdicts) for _ in group.episodes]
+        own = [episode.verdict or next(asked) for episode in group.episodes]
         graded, failed = settle(group, own, on_failure=on_failure, least=least)
         out.append(graded)
         failures += failed
@@ -90,7 +91,7 @@ def settle(
     for episode, verdict in zip(group.episodes, verdicts, strict=True):
         reason = ""
         if verdict.kind is not None:
-            reason = _reason(verdict, group.prompt)
+            reason = _reason(verdict, group.prompt, episode)
             if on_failure == "stop":
                 raise RewardError(reason)
             kinds[verdict.kind] += 1
@@ -107,8 +108,9 @@ def settle(
 def question(prompt: Prompt, episode: Episode, tokenizer: PreTrainedTokenizerBase) -> Question:
     """What the verifiers are asked of an episode of a prompt."""
     last = episode.last
-    trained = sum(rollout.trained_tokens for rollout in episode.rollouts)
-    return Question(prompt, response_text(last, tokenizer), last.response_ids, last.finish_reason, trained)
+    return Question(
+        prompt, response_text(last, tokenizer), last.response_ids, last.finish_reason, episode.trained_tokens
+    )
 
 
 def response_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -132,7 +134,7 @@ def _graded(episode: Episode, verdict: Verdict, reason: str, *, zero: bool) -> E
     episode = dataclasses.replace(episode, parts=parts, grade_s=verdict.seconds, answer=verdict.response)
     if verdict.kind is None:
         return dataclasses.replace(episode, reward=verdict.reward, failure=None)
-    if zero:
+    if zero and episode.trained_tokens:  # else there is nothing that could have a reward
         return dataclasses.replace(episode, reward=0.0, failure=None)
     return dataclasses.replace(episode, reward=None, failure=reason)
 
@@ -144,8 +146,8 @@ def _without_rewards(group: Group, why: str) -> Group:
     return dataclasses.replace(group, episodes=tuple(episodes))
 
 
-def _reason(verdict: Verdict, prompt: Prompt) -> str:
+def _reason(verdict: Verdict, prompt: Prompt, episode: Episode) -> str:
+    who = "the environment" if episode.verdict is not None else f"the verifier {verdict.verifier!r}"
     return (
-        f"the verifier {verdict.verifier!r} {verdict.what}, on prompt {prompt.index} ({prompt.text[:200]!r}), "
-        f"response {verdict.response[:200]!r}"
+        f"{who} {verdict.what}, on prompt {prompt.index} ({prompt.text[:200]!r}), response {verdict.response[:200]!r}"
     )

@@ -18,10 +18,10 @@ from pipeline.engine.client import AbortedError, UnreachableError
 from pipeline.engine.fleet import Fleet, ServerState
 from pipeline.engine.interruption import HALTS
 from pipeline.engine.sampling import Sampling
-from pipeline.rollout.sampler import of_sample
+from pipeline.rollout.sampler import Attempt, Attempts, of_sample
 from pipeline.rollout.session import Session
 from pipeline.stored import Routes
-from pipeline.types import Prompt, Rollout
+from pipeline.types import Episode, Prompt, Rollout
 
 Scored = tuple[Rollout, np.ndarray, Routes | None]
 """A rollout, and of all its tokens log-probs [T - 1] and routes under the servers' weights, see SGLangClient.score."""
@@ -45,12 +45,13 @@ class Answer(Protocol):
         """When it last got further, seconds of time.monotonic()."""
         ...
 
-    async def result(self) -> Rollout | None:
-        """Sample it to its end; None where it was cut before its first token. Raises ServerError, AnswerError."""
+    async def result(self) -> Rollout | Episode | None:
+        """Sample it to its end; None where it was cut before its first token. An episode has a verdict. Raises
+        ServerError, AnswerError."""
         ...
 
     def cut(self) -> None:
-        """It ends with what it has, finish_reason "time"."""
+        """It ends with what it has, finish_reason "time"; a conversation ends without anything."""
         ...
 
 
@@ -81,9 +82,9 @@ class Answers(Protocol):
 class FleetAnswers:
     """Answers of a fleet, a session each."""
 
-    def __init__(self, fleet: Fleet, how: InterruptMode):
-        """how: weights change while answers are in flight."""
-        self.fleet = fleet
+    def __init__(self, fleet: Fleet, how: InterruptMode, attempts: Attempts | None = None):
+        """how: weights change while answers are in flight. attempts: of many turns; None: each is one answer."""
+        self.fleet, self.attempts = fleet, attempts
         self.how: InterruptMode = how
 
     async def __aenter__(self) -> Self:
@@ -94,7 +95,10 @@ class FleetAnswers:
         await self.fleet.__aexit__(None, None, None)
 
     def begin(self, prompt: Prompt, number: int, sampling: Sampling, so_far: Rollout | None = None) -> Answer:
-        return _SessionAnswer(self, prompt, of_sample(sampling, prompt, number), so_far)
+        own = of_sample(sampling, prompt, number)
+        if self.attempts is not None:
+            return _AttemptAnswer(self.attempts.begin(self.fleet, prompt, own, prompt.index))
+        return _SessionAnswer(self, prompt, own, so_far)
 
     def interrupted(self) -> AbstractAsyncContextManager[None]:
         return self.fleet.interrupted(self.how)
@@ -159,6 +163,40 @@ class _SessionAnswer:
             assert self.rollout is not None
             return replace(self.rollout, finish_reason="length")
         return await self._session.sample(self._sampling)
+
+    def cut(self) -> None:
+        self._cut = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+class _AttemptAnswer:
+    """One attempt of many turns. No part of it is saved: a run that is resumed begins it again."""
+
+    rollout = None
+
+    def __init__(self, attempt: Attempt):
+        self._attempt = attempt
+        self._task: asyncio.Task[Episode] | None = None
+        self._cut = False
+
+    @property
+    def begun(self) -> bool:
+        return self._attempt.begun
+
+    @property
+    def moved(self) -> float:
+        return self._attempt.moved
+
+    async def result(self) -> Episode | None:
+        self._task = asyncio.ensure_future(self._attempt.play())
+        try:
+            return await self._task
+        except asyncio.CancelledError:
+            self._task.cancel()
+            if not self._cut:
+                raise
+        return None
 
     def cut(self) -> None:
         self._cut = True

@@ -75,13 +75,13 @@ class Recipe:
 class Making:
     """A group on its way.
 
-    rollouts, verdicts: by sample; None: not there yet.  lost: samples that were cut before their first token.
+    episodes, verdicts: by sample; None: not there yet.  lost: samples that were cut before their first token.
     begun: of answers that a checkpoint had a part of, that part.
     moved: when an answer of it was last sampled to its end or graded, seconds of time.monotonic().
     """
 
     prompt: Prompt
-    rollouts: list[Rollout | None]
+    episodes: list[Episode | None]
     verdicts: list[Verdict | None]
     moved: float
     lost: set[int] = field(default_factory=set)
@@ -89,16 +89,17 @@ class Making:
     answers: dict[int, Answer] = field(default_factory=dict)
 
     @property
-    def sampled(self) -> dict[int, Rollout]:
+    def sampled(self) -> dict[int, Episode]:
         """Whole answers."""
-        return {number: rollout for number, rollout in enumerate(self.rollouts) if rollout is not None}
+        return {number: episode for number, episode in enumerate(self.episodes) if episode is not None}
 
     @property
     def so_far(self) -> dict[int, Rollout]:
-        """Whole answers, and the parts that are known of others, which have finish_reason "abort"."""
+        """Whole answers, and the parts that are known of others, which have finish_reason "abort". What an environment
+        made is not among them: nobody else could grade it, so it is made again."""
         parts = {number: a.rollout for number, a in self.answers.items() if a.rollout is not None}
         aborted = {number: dataclasses.replace(r, finish_reason="abort") for number, r in parts.items()}
-        return self.begun | aborted | self.sampled
+        return self.begun | aborted | {n: e.last for n, e in self.sampled.items() if e.verdict is None}
 
     @property
     def last_move(self) -> float:
@@ -215,7 +216,7 @@ class Maker:
                 if rollout.finish_reason == "abort":
                     making.begun[number] = rollout
                 else:
-                    making.rollouts[number] = rollout
+                    making.episodes[number] = Episode((rollout,))
             self.admission.renew(index, _oldest(so_far.values(), self.admission.version))
 
     def metrics(self) -> tuple[dict[str, float], Failures]:
@@ -257,31 +258,32 @@ class Maker:
 
     async def _answer(self, making: Making, number: int) -> None:
         """One answer from its first token to its verdict."""
-        rollout = making.rollouts[number]
-        if rollout is None:
-            rollout = await self._sampled(making, number)
+        episode = making.episodes[number]
+        if episode is None:
+            episode = await self._sampled(making, number)
         making.moved = time.monotonic()
-        if rollout is None:
+        if episode is None:
             making.lost.add(number)
         else:
-            verdict = await self._verdict(making.prompt, Episode((rollout,)))
+            verdict = await self._verdict(making.prompt, episode)
             making.verdicts[number], making.moved = verdict, time.monotonic()
         if making.complete:
             self._end(making)
 
-    async def _sampled(self, making: Making, number: int) -> Rollout | None:
+    async def _sampled(self, making: Making, number: int) -> Episode | None:
         begun = making.begun.pop(number, None)
         answer = self.answers.begin(making.prompt, number, self.recipe.sampling, begun)
         making.answers[number] = answer
         asyncio.get_running_loop().call_soon(self._look)
-        rollout = making.rollouts[number] = await answer.result()
+        result = await answer.result()
+        episode = making.episodes[number] = Episode((result,)) if isinstance(result, Rollout) else result
         del making.answers[number]
-        self.tally.answer(rollout)
+        self.tally.answer(episode)
         self._look()
-        return rollout
+        return episode
 
     async def _verdict(self, prompt: Prompt, episode: Episode) -> Verdict:
-        verdict = await self.judge.ask(prompt, episode)
+        verdict = episode.verdict or await self.judge.ask(prompt, episode)
         if self.recipe.on_failure == "stop":  # at once, not when the group is complete
             self.recipe.settle(Group(prompt, (episode,)), [verdict])
         return verdict
@@ -289,7 +291,7 @@ class Maker:
     def _end(self, making: Making) -> None:
         """Every answer of a group is graded: it is finished, or it ends here and another takes its place."""
         recipe, index = self.recipe, making.prompt.index
-        group = Group.of_single_turns(making.prompt, list(making.sampled.values()))
+        group = Group(making.prompt, tuple(making.sampled.values()))
         verdicts = [verdict for verdict in making.verdicts if verdict is not None]
         graded, failures = recipe.settle(group, verdicts)
         del self.making[index]

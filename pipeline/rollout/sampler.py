@@ -6,13 +6,39 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet
 from pipeline.engine.sampling import Sampling
-from pipeline.rollout.session import Session
-from pipeline.types import Group, Prompt
+from pipeline.rollout.session import Engine, Session
+from pipeline.types import Episode, Group, Prompt
+
+
+class Attempt(Protocol):
+    """One attempt at a prompt, of many turns."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token of it may have been sampled."""
+        ...
+
+    @property
+    def moved(self) -> float:
+        """When it last got further, seconds of time.monotonic()."""
+        ...
+
+    async def play(self) -> Episode:
+        """To its end; the episode has a verdict. Raises what sampling raises."""
+        ...
+
+
+class Attempts(Protocol):
+    """Who makes attempts: see `environments.running.Environments`."""
+
+    def begin(self, engine: Engine, prompt: Prompt, sampling: Sampling, group: object) -> Attempt:
+        """On the event loop that the engine is used on."""
+        ...
 
 
 async def sample_groups(
@@ -21,8 +47,11 @@ async def sample_groups(
     n: int,
     sampling: Sampling,
     on_group: Callable[[int, Group], None] | None = None,
+    attempts: Attempts | None = None,
 ) -> list[Group]:
     """Sample n answers to every prompt; the server decides what runs together.
+
+    attempts: make episodes of many turns; None: each is one answer.
 
     sampling.seed: each prompt draws from streams of its own, that depend on this seed and on the prompt's index.
 
@@ -32,9 +61,13 @@ async def sample_groups(
     """
 
     async def one(position: int, prompt: Prompt) -> Group:
-        sessions = [Session(client, prompt.ids, group=prompt.index) for _ in range(n)]
-        answers = [s.sample(of_sample(sampling, prompt, i)) for i, s in enumerate(sessions)]
-        group = Group.of_single_turns(prompt, await all_or_none(answers))
+        own = [of_sample(sampling, prompt, i) for i in range(n)]
+        if attempts is None:
+            answers = [Session(client, prompt.ids, group=prompt.index).sample(s) for s in own]
+            group = Group.of_single_turns(prompt, await all_or_none(answers))
+        else:
+            plays = [attempts.begin(client, prompt, s, prompt.index).play() for s in own]
+            group = Group(prompt, tuple(await all_or_none(plays)))
         if on_group is not None:
             on_group(position, group)
         return group
@@ -68,6 +101,7 @@ def sample_groups_sync(
     n: int,
     sampling: Sampling,
     on_group: Callable[[int, Group], None] | None = None,
+    attempts: Attempts | None = None,
 ) -> list[Group]:
     """`sample_groups` for a caller without an event loop."""
     groups: list[Group] = []
@@ -75,7 +109,7 @@ def sample_groups_sync(
     # Not asyncio.run(sample_groups(...)): asyncio 3.12 formats the main task's result when it puts the interrupt
     # handler back, and to format thousands of arrays takes 0.2 s.
     async def run() -> None:
-        groups.extend(await sample_groups(client, prompts, n, sampling, on_group))
+        groups.extend(await sample_groups(client, prompts, n, sampling, on_group, attempts))
 
     asyncio.run(run())
     return groups

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.dumps.groups import DumpError, read_groups, write_groups
-from pipeline.types import Ended, Group, Prompt, Rollout
+from pipeline.types import Ended, Group, Opening, Prompt, Rollout
 
 FOLDER = "rollouts"
 _STATE, _FINISHED, _OPEN = "admission.json", "finished.safetensors", "open.safetensors"
@@ -76,7 +76,8 @@ def read_saved(checkpoint: Path, cursor: dict[str, Any]) -> Saved | None:
         for row in tree["open"]:
             samples, ids = row.pop("samples"), np.array(row.pop("ids"), np.int32)
             own = dict(zip(samples, rollouts.get(row["index"], []), strict=True))
-            open_[row["index"]] = Prompt(ids, **row), own
+            opening = None if (said := row.pop("opening", None)) is None else Opening(**said)
+            open_[row["index"]] = Prompt(ids, **row, opening=opening), own
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, DumpError) else DumpError(f"{folder} is damaged: {error}") from error
     return Saved(tree["admission"], cursor, {g.prompt.index: g for g in finished}, open_)

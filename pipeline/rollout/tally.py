@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pipeline.rewards import Failures
-from pipeline.types import Rollout
+from pipeline.types import Episode
 
 
 class Tally:
@@ -22,11 +22,11 @@ class Tally:
         self._ended: Counter[str] = Counter()
         self.failures = Failures()
 
-    def answer(self, rollout: Rollout | None) -> None:
+    def answer(self, episode: Episode | None) -> None:
         """One is sampled. None: it was cut before its first token."""
         self._answers += 1
-        self._tokens += 0 if rollout is None else rollout.trained_tokens
-        self._cut += rollout is None or rollout.finish_reason == "time"
+        self._tokens += 0 if episode is None else episode.trained_tokens
+        self._cut += episode is None or episode.last.finish_reason == "time"
 
     def group(self, end: str, failures: Failures) -> None:
         """One is graded. end: "finished", "uninformative", "failed"."""

@@ -11,7 +11,7 @@ import torch
 from pipeline.checkpoints.store import CheckpointStore
 from pipeline.checkpoints.weights_of import NoModelError, model_of_run
 from pipeline.commands.main import main
-from pipeline.loop.conversation import chat
+from pipeline.loop.talk import chat
 from pipeline.observe.report.page import write_report
 from tests.support.command import QUICKSTART, SMALL, Command
 

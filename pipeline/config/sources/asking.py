@@ -35,6 +35,9 @@ class SourceConfig(Frozen):
 
     name: str = Field("", description="what it is called in metrics and messages; empty: made from what it reads")
     weight: float = Field(1.0, gt=0, description="share of the prompts, against the weights of the other sources")
+    use: Literal["both", "prompts", "supervised"] = Field(
+        "both", description="what it is for: prompts that are sampled from, answers that supervised steps imitate"
+    )
     chat: ChatConfig | None = Field(None, description="as data.chat, for this source; null: data.chat")
     metadata: dict[str, Any] = Field({}, description="keys that verifiers get with each of its prompts")
 

@@ -52,7 +52,7 @@ def find(name: str, directory: Path | None = None) -> RewardFunction:
     when it is imported.
     """
     module_name, _, attribute = name.partition(":")
-    module = _import(module_name, directory)
+    module = import_from(module_name, directory)
     function = getattr(module, attribute, None)
     if not callable(function):
         where = getattr(module, "__file__", None) or module_name
@@ -75,7 +75,9 @@ def _check_signature(name: str, function: Callable[..., object]) -> None:
         ) from error
 
 
-def _import(name: str, directory: Path | None) -> ModuleType:
+def import_from(name: str, directory: Path | None) -> ModuleType:
+    """The module of a name. directory: where it is looked for first. Raises VerifierError where another one hides it,
+    and whatever it raises."""
     if directory is None:
         return importlib.import_module(name)
     if str(directory) not in sys.path:

@@ -57,7 +57,7 @@ def chat(
         stop_token_ids=stop_token_ids(without_weights(model), tokenizer),
         with_routes=False,
     )
-    talk = Conversation(config, tokenizer, sampling, config.data.chat.system_prompt if system is None else system)
+    talk = Talk(config, tokenizer, sampling, config.data.chat.system_prompt if system is None else system)
     to_stderr(f"starting a server with {model}")
     with (
         scratch_folder() as logs,
@@ -71,7 +71,7 @@ def chat(
                 print(visible(reply), file=out, flush=True)
 
 
-class Conversation:
+class Talk:
     """What was said so far, a message each."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, system: str | None):

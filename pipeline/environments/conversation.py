@@ -1,0 +1,218 @@
+"""A conversation in exact tokens: what the policy samples, and what others say in between.
+
+    turn = await conversation.sample()                     # the policy speaks; turn.text, turn.message
+    conversation.append([{"role": "tool", "content": "12"}])
+    turn = await conversation.sample()                     # the next turn, of the same sequence
+
+Tokens of the past are never made again from text. What is appended becomes the ids of the new suffix alone, which
+nobody sampled and nobody is trained on. Where the chat template would change what stands there, the conversation is
+refused, or goes on as another rollout: a new prompt made of all messages, of which only what is sampled from then on is
+trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from pipeline.engine.sampling import Sampling
+from pipeline.environments.templates import HistoryError, Message, TemplateWriter
+from pipeline.rollout.session import Engine, Session
+from pipeline.types import FinishReason, Opening, Prompt, Rollout
+
+History = Literal["refuse", "split"]
+CutBy = Literal["turns", "tokens"]
+
+
+class LimitReached(Exception):
+    """A conversation may not go on. An environment may catch it, and give the reward of what there is."""
+
+
+class Misuse(Exception):
+    """An environment asks a conversation for what it cannot do; the message says what to write instead."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the policy said in one go.
+
+    message: as the chat template takes it, part of `Conversation.messages`; an environment that has found tool calls or
+             thinking in the text sets them there, by the names that the template reads.
+    token_ids: [N] int32, the stop token included.  text: without it.
+    finish_reason: "stop", or "length" where it was cut at a limit.
+    """
+
+    message: Message
+    text: str
+    token_ids: np.ndarray
+    finish_reason: FinishReason
+
+
+class Conversation:
+    """One attempt at a prompt.
+
+    messages: all that was said, in order, as dicts of role, content and what else the template reads.
+    turns: sampled so far.  cut: by which limit it was ended; None: by none.
+    moved: when a token of it last came, seconds of time.monotonic().
+    seams: turns that ended with another token than the template writes there.
+
+    It may be used from another event loop than the one that it was made on, which the servers' connections belong to.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Prompt,
+        writer: TemplateWriter,
+        sampling: Sampling,
+        *,
+        max_turns: int,
+        max_tokens: int,
+        history: History = "refuse",
+        group: object = None,
+    ):
+        """prompt: with an opening. sampling.max_new_tokens: of one turn. max_tokens: of all that follows
+        the prompt. group: as Session has it."""
+        assert prompt.opening is not None, "a prompt of a dump begins no conversation"
+        self._engine, self._writer, self._sampling, self._group = engine, writer, sampling, group
+        self._max_turns, self._max_tokens, self._history = max_turns, max_tokens, history
+        self._room = len(prompt.ids) + max_tokens
+        self._home = asyncio.get_running_loop()
+        self._error: BaseException | None = None
+        self._busy = False
+        self._done: list[Rollout] = []
+        self.turns = self.seams = 0
+        self.cut: CutBy | None = None
+        self.messages: list[Message] = list(prompt.opening.messages)
+        self._begin(prompt.ids, prompt.text)
+
+    def _begin(self, ids: np.ndarray, text: str) -> None:
+        self._session = Session(self._engine, ids, group=self._group)
+        self._before, self._spoken = text, ""
+        self._stop: str | None = None
+        self._new: list[Message] = []
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """What has been sampled so far, each sampled token in one of them."""
+        last = self._session.rollout
+        return (*self._done, *([] if last is None else [last]))
+
+    @property
+    def error(self) -> BaseException | None:
+        """What a server did, whatever an environment made of it: the run ends of it."""
+        return self._error
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token of it may have been sampled."""
+        return self._busy or bool(self.rollouts)
+
+    @property
+    def moved(self) -> float:
+        return self._session.moved
+
+    @property
+    def opening(self) -> Opening:
+        """Tools and variables that the template is given."""
+        return self._writer.opening
+
+    def append(self, messages: Sequence[Message]) -> None:
+        """What others say; the next `sample` answers it. Raises Misuse for what is no message, and before the first
+        turn: what is asked belongs to the prompt."""
+        if not self.turns:
+            raise Misuse("nothing was sampled yet; what stands before the first turn belongs to the prompt")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise Misuse(f"a message is a mapping with a role and a content, not {message!r}")
+            if message["role"] == "assistant":
+                raise Misuse("only the policy speaks as assistant; branch() begins anew with other messages")
+        self._new += [dict(message) for message in messages]
+
+    async def sample(self, *, max_new_tokens: int | None = None) -> Turn:
+        """What the policy says to all that stands there. Without new messages a turn that was cut goes on.
+
+        max_new_tokens: of this turn; null: of the run's. Raises LimitReached where the conversation has had its turns
+        or its tokens, Misuse where the policy has said all and nothing was appended, HistoryError where the template
+        would change what stands there, and what sampling raises.
+        """
+        work = self._sample(max_new_tokens)
+        if asyncio.get_running_loop() is self._home:
+            return await work
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._home))
+
+    def branch(self, messages: Sequence[Message]) -> None:
+        """Begin another rollout, whose prompt is these messages: for what does not continue the conversation. What was
+        sampled before stays, and is trained on as the rollout that it is in."""
+        text = self._writer.render(messages)
+        if (last := self._session.rollout) is not None:
+            self._done.append(last)
+        self.messages = [dict(message) for message in messages]
+        self._begin(self._writer.ids(text), text)
+
+    async def _sample(self, asked: int | None) -> Turn:
+        try:
+            self._grow()
+            left, goes_on = self._room - len(self._session.token_ids), self._goes_on
+            self._limit("turns", self._max_turns - self.turns + goes_on)
+            self._limit("tokens", left)
+            limit = min(left, self._sampling.max_new_tokens if asked is None else asked)
+            known, self._busy = len(self._session.token_ids), True
+            rollout = await self._session.sample(replace(self._sampling, max_new_tokens=limit))
+        except (LimitReached, Misuse, HistoryError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            self._error = self._error or error
+            raise
+        return self._take(rollout, known, goes_on=goes_on)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether what stands there ends inside a turn of the policy."""
+        last = self._session.rollout
+        return last is not None and len(self._session.token_ids) == len(last.token_ids)
+
+    def _limit(self, kind: CutBy, left: int) -> None:
+        if left < 1:
+            self.cut = self.cut or kind
+            allowed = self._max_turns if kind == "turns" else self._max_tokens
+            raise LimitReached(f"the conversation has had its {allowed} {kind} (environment.max_{kind})")
+
+    def _grow(self) -> None:
+        """The new messages become tokens."""
+        if not self._new:
+            if self._goes_on and self._stop is not None:
+                raise Misuse("the policy has ended its turn; append what others say before it is sampled again")
+            return
+        messages = [*self.messages, *self._new]
+        try:
+            suffix, whole = self._writer.suffix(self._before, self._spoken, self._stop, self.messages, self._new)
+        except HistoryError:
+            if self._history == "refuse":
+                raise
+            self.branch(messages)
+            return
+        self.seams += self._stop is not None and suffix.startswith(self._writer.stops)
+        self._session.append(self._writer.ids(suffix))
+        self.messages, self._new = messages, []
+        self._before, self._spoken, self._stop = whole, "", None
+
+    def _take(self, rollout: Rollout, known: int, *, goes_on: bool) -> Turn:
+        """What was sampled behind `known` tokens. goes_on: the rest of a turn that was cut."""
+        ids = rollout.token_ids[known:]
+        stopped = rollout.finish_reason == "stop"
+        text = self._writer.text(ids[:-1] if stopped else ids)
+        self._stop = self._writer.text(ids[-1:]) if stopped else None
+        if goes_on:
+            message = self.messages[-1]
+            message["content"] = self._spoken + text
+        else:
+            message = {"role": "assistant", "content": text}
+            self.messages.append(message)
+            self.turns += 1
+        self._spoken += text
+        return Turn(message, text, ids, rollout.finish_reason)

@@ -1,0 +1,94 @@
+"""The environment that a configuration names: found, tried with its chat template, and opened in its threads."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from pipeline.config.rewards.conversations import EnvironmentConfig
+from pipeline.environments.reward import Environment
+from pipeline.environments.running import Environments
+from pipeline.environments.templates import TemplateWriter, check_growth
+from pipeline.errors import NOT_STARTED, SamerouteError
+from pipeline.rewards.kinds.function import import_from
+from pipeline.rewards.registry import describe
+from pipeline.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LoadingError(SamerouteError):
+    """An environment cannot be used; the message says what to change."""
+
+    exit_code = NOT_STARTED
+
+
+class _Function:
+    """A plain function as an environment."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
+        self.run = functools.partial(function, **options)
+
+
+def environment_of(config: EnvironmentConfig) -> Callable[[], Environment]:
+    """What makes the environment, once for each thread. It is made here once, so that what is wrong is known before
+    anything starts. Raises LoadingError."""
+    name = config.function
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_from(module_name, config.directory), attribute, None)
+        if found is None:
+            raise LoadingError(f"environment: {module_name} has no {attribute!r}; correct environment.function={name}")
+        make: Callable[..., Any] = functools.partial(_Function, found, config.options)
+        if inspect.isclass(found):
+            make = functools.partial(found, **config.options)
+        environment = make()
+    except SamerouteError:
+        raise
+    except BaseException as error:  # a user's module may raise anything
+        raise LoadingError(f"environment: {name} cannot be used: {describe(error)}") from error
+    _check(name, environment)
+    return cast(Callable[[], Environment], make)
+
+
+def _check(name: str, environment: Any) -> None:
+    """Raise LoadingError for what cannot be called as environments are."""
+    run = getattr(environment, "run", None)
+    called = run.func if isinstance(run, functools.partial) else run
+    if not inspect.iscoroutinefunction(called):
+        raise LoadingError(f"environment: {name} has no `async def run(conversation, prompt)`")
+    assert run is not None
+    try:
+        inspect.signature(run).bind("conversation", "prompt")
+    except TypeError as error:
+        raise LoadingError(
+            f"environment: {name} is called with (conversation, prompt) and environment.options, and it takes "
+            f"{inspect.signature(called)}: {error}"
+        ) from error
+
+
+def check_conversation(
+    config: EnvironmentConfig | None, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], prompt: Prompt
+) -> None:
+    """Raise HistoryError where a conversation that begins with this prompt could not grow as the configuration says:
+    the chat template changes what stands there, or has no such role."""
+    if config is not None and config.history == "refuse":
+        assert prompt.opening is not None
+        check_growth(TemplateWriter(tokenizer, prompt.opening, stop_token_ids), config.replies)
+
+
+@contextlib.contextmanager
+def open_environments(
+    config: EnvironmentConfig | None, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
+) -> Iterator[Environments | None]:
+    """Those of a run, in their threads; None where it has none. stop_token_ids: that end an answer. Raises
+    LoadingError."""
+    if config is None:
+        yield None
+        return
+    with Environments(config, environment_of(config), tokenizer, stop_token_ids) as opened:
+        yield opened

@@ -1,0 +1,236 @@
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from pipeline.engine.sampling import Sampling
+from pipeline.environments.conversation import Conversation, LimitReached, Misuse
+from pipeline.environments.templates import HistoryError, TemplateWriter
+from pipeline.types import Opening, Prompt, Sampled
+from tests.support.templates import FAMILIES, tokenizer_of
+
+ASKED = ({"role": "user", "content": "question"},)
+SAMPLING = Sampling(max_new_tokens=40, temperature=1.0)
+
+
+class Scripted:
+    """An engine that says what it is told, in tokens that the tokenizer would not have made: one a character.
+
+    asked: token ids and routes_from of each request.  cut: longest request, tokens, after which it is aborted.
+    """
+
+    def __init__(self, tokenizer, said, cut=10**6):
+        self.tokenizer, self.said, self.cut = tokenizer, list(said), cut
+        self.asked, self.rest = [], []
+
+    def ids(self, text):
+        specials = self.tokenizer.all_special_tokens + list(self.tokenizer.get_added_vocab())
+        out, i = [], 0
+        while i < len(text):
+            special = next((s for s in specials if text.startswith(s, i)), None)
+            out += [self.tokenizer.convert_tokens_to_ids(special)] if special else self.tokenizer(text[i])["input_ids"]
+            i += len(special or "x")
+        return out
+
+    async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=lambda: None):
+        await asyncio.sleep(0)
+        self.asked.append((np.array(token_ids), routes_from))
+        if not self.rest:
+            self.rest = self.ids(self.said.pop(0))
+        most = min(self.cut, sampling.max_new_tokens)
+        ids, self.rest = np.array(self.rest[:most], np.int32), self.rest[most:]
+        reason = "stop" if not self.rest else ("length" if most == sampling.max_new_tokens else "abort")
+        self.rest = [] if reason == "length" else self.rest
+        rows = len(token_ids) + len(ids) - 1 - routes_from
+        routes = (np.arange(routes_from, routes_from + rows) % 8).astype(np.uint8)[:, None, None]
+        return Sampled(ids, np.full(len(ids), -1.0, np.float32), routes, np.zeros(len(ids), np.int32), reason)
+
+
+def conversation(name, tmp_path, said, *, cut=10**6, wrap=lambda writer: writer, sampling=SAMPLING, **limits):
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family, tmp_path)
+    writer = TemplateWriter(tokenizer, Opening(ASKED), [tokenizer.convert_tokens_to_ids(s) for s in family.stops])
+    text = writer.render(ASKED)
+    prompt = Prompt(writer.ids(text), text, opening=writer.opening)
+    engine = Scripted(tokenizer, said, cut)
+    made = Conversation(engine, prompt, wrap(writer), sampling, **{"max_turns": 9, "max_tokens": 900} | limits)
+    return made, engine, tokenizer
+
+
+def five_turns(name, tmp_path, **options):
+    """(conversation, engine, tokenizer) after five turns with a tool's reply between them."""
+
+    async def run():
+        said = [f"answer 12{i}<|im_end|>" for i in range(5)]
+        made, engine, tokenizer = conversation(name, tmp_path, said, **options)
+        for i in range(5):
+            turn = await made.sample()
+            assert turn.text == f"answer 12{i}"
+            assert turn.finish_reason == "stop"
+            made.append([{"role": "tool", "content": f"answer {i}", "tool_call_id": "f:0"}])
+        return made, engine, tokenizer
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["smollm2", "kimi-k2"])
+def test_every_request_goes_on_exactly_where_the_last_answer_ended(name, tmp_path):
+    made, engine, tokenizer = five_turns(name, tmp_path)
+    (rollout,) = made.rollouts
+    for (asked, _), (then, start) in zip(engine.asked, engine.asked[1:], strict=False):
+        assert np.array_equal(then[: len(asked)], asked)
+        assert start < len(then)
+    last = engine.asked[-1][0]
+    assert np.array_equal(rollout.token_ids[: len(last)], last)
+    text = tokenizer.decode(rollout.token_ids.tolist())
+    assert text + ("\n" if name == "smollm2" else "") == made._writer.render(made.messages, to_answer=False)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "kimi-k2"])
+def test_what_was_sampled_is_trained_on_and_what_others_said_is_not(name, tmp_path):
+    made, engine, _ = five_turns(name, tmp_path)
+    (rollout,) = made.rollouts
+    sampled = np.concatenate([engine.ids(f"answer 12{i}<|im_end|>") for i in range(5)])
+    assert np.array_equal(rollout.response_ids[rollout.trained], sampled)
+    assert (np.diff(rollout.trained.astype(int)) == -1).sum() == 4
+    assert np.array_equal(rollout.routes[:, 0, 0], np.arange(len(rollout.token_ids) - 1) % 8)
+
+
+class Remakes(TemplateWriter):
+    """What a conversation must not do: the answer becomes tokens again, from its text."""
+
+    conversation = None
+
+    def suffix(self, before, spoken, stop, history, new):
+        self.conversation._session._prompt = self.ids(before + spoken + stop)
+        self.conversation._session.rollout = None
+        return super().suffix(before, spoken, stop, history, new)
+
+
+@pytest.mark.parametrize("kind", [TemplateWriter, Remakes])
+def test_tokens_that_the_tokenizer_would_not_have_made_stay_as_they_were_sampled(kind, tmp_path):
+    """The comparison finds the fault: of the kind that makes one answer again, it is not true."""
+
+    async def run():
+        made, engine, _ = conversation("smollm2", tmp_path, ["answer 12<|im_end|>"] * 2)
+        made._writer.__class__, made._writer.conversation = kind, made
+        await made.sample()
+        made.append([{"role": "user", "content": "more"}])
+        await made.sample()
+        return engine
+
+    engine = asyncio.run(run())
+    kept = np.concatenate([engine.asked[0][0], engine.ids("answer 12<|im_end|>")])
+    assert np.array_equal(engine.asked[1][0][: len(kept)], kept) == (kind is TemplateWriter)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 7])
+def test_a_conversation_is_the_same_however_its_turns_were_cut_into_requests(cut, tmp_path):
+    (whole,), (parts,) = (five_turns("smollm2", tmp_path, cut=c)[0].rollouts for c in (10**6, cut))
+    for name in ("prompt_ids", "response_ids", "rollout_logprobs", "routes", "weight_versions", "trained"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
+
+
+def test_what_a_template_drops_is_refused_or_begins_another_rollout_and_each_token_is_trained_on_once(tmp_path):
+    said = [f"<think>\nhm {i}\n</think>\n\nanswer {i}<|im_end|>" for i in range(3)]
+
+    async def run(history):
+        made, engine, tokenizer = conversation("qwen3", tmp_path, said, history=history)
+        for i in range(3):
+            await made.sample()
+            if i < 2:
+                made.append([{"role": "user", "content": f"more {i}"}])
+        return made, engine, tokenizer
+
+    with pytest.raises(HistoryError, match="changes what stands"):
+        asyncio.run(run("refuse"))
+    made, engine, tokenizer = asyncio.run(run("split"))
+    assert len(made.rollouts) == 3
+    trained = np.concatenate([r.response_ids[r.trained] for r in made.rollouts])
+    assert np.array_equal(trained, np.concatenate([engine.ids(text) for text in said]))
+    assert "hm 0" not in tokenizer.decode(made.rollouts[1].prompt_ids.tolist())
+    assert "answer 0" in tokenizer.decode(made.rollouts[1].prompt_ids.tolist())
+
+
+def test_splitting_leaves_whole_what_the_template_only_adds_to(tmp_path):
+    async def run():
+        made, _, _ = conversation("qwen3", tmp_path, ["<think>\nhm\n</think>\n\ncall<|im_end|>"] * 2, history="split")
+        await made.sample()
+        made.append([{"role": "tool", "content": "12"}])
+        await made.sample()
+        return made
+
+    assert len(asyncio.run(run()).rollouts) == 1
+
+
+def test_limits_say_which_they_are_and_what_is_there_stays(tmp_path):
+    async def run(**limits):
+        made, _, _ = conversation("smollm2", tmp_path, ["answer<|im_end|>"] * 9, **limits)
+        try:
+            for _ in range(9):
+                await made.sample()
+                made.append([{"role": "user", "content": "more"}])
+        except LimitReached as error:
+            return made, str(error)
+        pytest.fail("no limit was reached")
+
+    made, why = asyncio.run(run(max_turns=3))
+    assert (made.cut, made.turns) == ("turns", 3)
+    assert "environment.max_turns" in why
+    made, why = asyncio.run(run(max_tokens=100))
+    assert made.cut == "tokens"
+    assert "environment.max_tokens" in why
+    assert all(len(r) <= 100 for r in made.rollouts)
+
+
+def test_a_turn_that_was_cut_goes_on_as_the_same_turn_and_an_ended_one_wants_something_to_answer(tmp_path):
+    async def run():
+        made, _, _ = conversation("smollm2", tmp_path, ["ans"], sampling=Sampling(2, 1.0))
+        first = await made.sample()
+        assert (first.text, first.finish_reason) == ("an", "length")
+        made._engine.said = ["swer<|im_end|>"]
+        await made.sample(max_new_tokens=9)
+        assert made.turns == 1
+        assert made.messages[-1] == {"role": "assistant", "content": "answer"}
+        with pytest.raises(Misuse, match="append what others say"):
+            await made.sample()
+
+    asyncio.run(run())
+
+
+def test_nothing_is_appended_before_the_first_turn_or_as_the_policy(tmp_path):
+    async def run():
+        made, _, _ = conversation("smollm2", tmp_path, ["answer<|im_end|>"])
+        with pytest.raises(Misuse, match="belongs to the prompt"):
+            made.append([{"role": "user", "content": "more"}])
+        await made.sample()
+        with pytest.raises(Misuse, match="only the policy"):
+            made.append([{"role": "assistant", "content": "more"}])
+        with pytest.raises(Misuse, match="a role and a content"):
+            made.append(["more"])
+
+    asyncio.run(run())
+
+
+def test_a_conversation_may_be_led_from_another_event_loop(tmp_path):
+    """Requests are made on the loop that it was made on, where the servers' connections are."""
+    loops = []
+
+    async def run():
+        made, engine, _ = conversation("smollm2", tmp_path, ["answer<|im_end|>"])
+        own = engine.sample
+
+        async def sample(*args, **named):
+            loops.append(asyncio.get_running_loop())
+            return await own(*args, **named)
+
+        engine.sample = sample
+        thread = threading.Thread(target=lambda: texts.append(asyncio.run(made.sample()).text))
+        texts = []
+        thread.start()
+        await asyncio.to_thread(thread.join)
+        assert texts == ["answer"]
+        assert loops == [asyncio.get_running_loop()]
+
+    asyncio.run(run())
