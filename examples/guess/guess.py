@@ -2,7 +2,7 @@
 
     python examples/guess/guess.py runs/guess-data
 
-It begins with digits at random. A point for a first guess that is right, three quarters for a second one, and so on.
+It begins with digits at random. A right guess is worth a point, and one that an earlier hint excludes costs a quarter.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ class Guess:
         self.guesses = guesses
 
     async def run(self, conversation: Conversation, prompt: Prompt) -> Reward:
-        secret = prompt.metadata["secret"]
+        secret, low, high = prompt.metadata["secret"], 0, 9
         turns: list[float] = []
         while True:
             turn = await conversation.sample()
-            found = turn.text == str(secret)
-            turns.append((self.guesses - len(turns)) / self.guesses if found else 0.0)
-            if found or len(turns) == self.guesses or not (len(turn.text) == 1 and turn.text.isdigit()):
+            guess = int(turn.text) if len(turn.text) == 1 and turn.text.isdigit() else -1
+            found = guess == secret
+            turns.append(float(found) - (0.0 if low <= guess <= high else 0.25))
+            if found or len(turns) == self.guesses or guess < 0:
                 return Reward(turns=turns, parts={"found": float(found)}, note=f"{len(turns)} guesses")
-            conversation.append([{"role": "user", "content": "higher" if int(turn.text) < secret else "lower"}])
+            if guess < secret:
+                low = max(low, guess + 1)
+            else:
+                high = min(high, guess - 1)
+            conversation.append([{"role": "user", "content": "higher" if guess < secret else "lower"}])
 
 
 def demonstration(rng: random.Random) -> dict[str, object]:

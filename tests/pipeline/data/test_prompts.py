@@ -141,7 +141,7 @@ def test_messages_go_through_the_chat_template(source, jsonl):
         ({"prompt": 1, "answer": "1"}, '"prompt" is a text'),
         ({"messages": [], "answer": "1"}, '"prompt" is a text'),
         ({"messages": [{"role": "user"}], "answer": "1"}, '"messages" a list of'),
-        ({"messages": [{"role": "tool", "content": "1"}], "answer": "1"}, "chat template refused"),
+        ({"messages": [{"role": "robot", "content": "1"}], "answer": "1"}, "chat template refused"),
         ({"prompt": "É", "answer": "1"}, "no token for some character"),
         ({"prompt": "1" * 30, "answer": "1"}, "has 32 tokens, the limit is 20"),
     ],

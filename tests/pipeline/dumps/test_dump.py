@@ -294,7 +294,8 @@ def test_a_path_without_dumps_says_where_they_might_be(tmp_path, dump):
 
 def config(temperature=1.0, max_new_tokens=5, replay=Replay.R3, masks=False):
     return SimpleNamespace(
-        rollout=SimpleNamespace(max_new_tokens=max_new_tokens),
+        longest_rollout=max_new_tokens,
+        environment=None,
         precision=SimpleNamespace(temperature=temperature, masks_sampling=masks),
         replay=replay,
     )

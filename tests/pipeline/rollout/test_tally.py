@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.rewards import Failures
 from pipeline.rollout.tally import Tally
+from pipeline.types import Episode
 from tests.support.episodes import plain_rollout
 
 
@@ -27,7 +28,7 @@ def test_answers_and_groups_are_counted_since_the_last_reading():
     tally = Tally(0.0)
     whole = plain_rollout([1, 2, 3], -np.ones(3))
     for answer in (whole, None, replace(whole, finish_reason="time")):
-        tally.answer(answer)
+        tally.answer(None if answer is None else Episode((answer,)))
     for end in ("finished", "uninformative", "failed"):
         tally.group(end, Failures(2, Counter(raised=1)))
     metrics, failures = tally.read(2.0)
