@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("pipeline", "megatron_ext", "scripts", "tests", "configs")
 MADE = ("config.md",)
 """Pages made from the code, which cannot know where it is installed."""
-THEIR_OWN = {"grading.py", "pipeline.py", "checks.py"}
+THEIR_OWN = {"grading.py", "pipeline.py", "checks.py", "my_environment.py"}
 """Files that a page tells its reader to write."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -1,0 +1,51 @@
+"""Conversations of many turns teach what single answers could not: the examples, run as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import Command
+
+ROOT = Path(__file__).parents[2]
+
+
+def data_of(example: str, folder: Path) -> None:
+    script = ROOT / "examples" / example / f"{example}.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, cwd=ROOT)
+
+
+def sources(folder: Path, questions: str) -> str:
+    rows = [(questions, "prompts"), ("demonstrations", "supervised")]
+    return (
+        "data.sources=["
+        + ", ".join(f"{{kind: jsonl, path: {folder / name}.jsonl, use: {use}}}" for name, use in rows)
+        + "]"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+def test_a_tiny_model_learns_to_call_a_calculator_and_shows_it_on_held_out_products(tmp_path):
+    data_of("calculator", tmp_path)
+    held_out = f"{{kind: jsonl, path: {tmp_path / 'held_out.jsonl'}}}"
+    run = Command(
+        tmp_path,
+        sources(tmp_path, "questions"),
+        f"evaluate=[{{name: held-out, sources: [{held_out}], every_steps: 1000}}]",
+        config="examples/calculator/calculator.yaml",
+    )
+    assert run.end(600) == 0, run.text()
+    rows = [json.loads(line) for line in (run.run / "evaluations.jsonl").read_text().splitlines()]
+    first, last = (row["scores"]["reward"][0] for row in rows)
+    assert first < 0.3
+    assert last > 0.8
+    steps = [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["environment/turns_mean"] > 1.8
+    assert max(step["mismatch/max_abs_logprob"] for step in steps) < 1e-4
+    assert {step["routing/replayed_fraction"] for step in steps} == {1.0}
+    assert run.orphans() == []
