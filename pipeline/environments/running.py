@@ -11,6 +11,7 @@ that is refused. What the servers do wrong ends the run, whatever the environmen
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import weakref
 from collections import Counter
@@ -25,7 +26,7 @@ from pipeline.environments.conversation import Conversation, LimitReached
 from pipeline.environments.places import Place
 from pipeline.environments.reward import Environment, Reward, reward_of
 from pipeline.environments.templates import TemplateWriter
-from pipeline.rewards import Verdict
+from pipeline.rewards import Verdict, response_text
 from pipeline.rewards.registry import describe
 from pipeline.rollout.session import Engine
 from pipeline.types import Episode, Prompt, Rollout
@@ -120,13 +121,14 @@ class Environments:
         """A conversation that has ended. told: of it."""
         rollouts = conversation.rollouts or (_nothing(prompt),)
         self._count(conversation, rollouts, failed=isinstance(told, Verdict))
+        response = response_text(rollouts[-1], self.tokenizer)
         if isinstance(told, Verdict):
-            return Episode(rollouts, verdict=told)
+            return Episode(rollouts, verdict=dataclasses.replace(told, response=response))
         parts = {name: Verdict(float(value)) for name, value in told.parts.items()}
         cut = "" if conversation.cut is None else f"cut: it had its {conversation.cut}"
         return Episode(
             rollouts,
-            verdict=Verdict(told.total(), seconds=seconds, parts=parts),
+            verdict=Verdict(told.total(), seconds=seconds, parts=parts, response=response),
             turn_rewards=None if told.turns is None else tuple(float(r) for r in told.turns),
             note="; ".join(text for text in (cut, told.note) if text),
         )
