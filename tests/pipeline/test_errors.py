@@ -16,6 +16,8 @@ CODES = {
     "pipeline.checkpoints.best_model.ExportError": 2,
     "pipeline.checkpoints.resume.ResumeError": 2,
     "pipeline.checkpoints.store.CheckpointError": 1,
+    "pipeline.environments.loading.LoadingError": 2,
+    "pipeline.environments.templates.HistoryError": 2,
     "pipeline.checkpoints.weights_of.NoModelError": 2,
     "pipeline.cluster.address.NoClusterError": 2,
     "pipeline.cluster.one_machine.TooFewGPUs": 2,

@@ -134,7 +134,7 @@ def test_a_checkpoint_that_is_found_best_after_a_resumption_is_kept_and_exported
     run = _Run(load_config("configs/quickstart.yaml"), store, None, SimpleNamespace(say=None), None, 9, 0)
     run._export = exported.append
     start = SimpleNamespace(path=path, progress=SimpleNamespace(step=step, evaluations={}))
-    loop = SimpleNamespace(fleet=None, on_servers=None, trainers="trainers", graders=None)
+    loop = SimpleNamespace(fleet=None, on_servers=None, trainers="trainers", graders=None, environments=None)
     run._evaluations(loop, (), start, SimpleNamespace(record_beginning=lambda *row: told.append(row)))
     assert told == [(step, {"eval/a/pass@1": 0.9})]
     assert store.best == (path.resolve() if linked else None)
