@@ -191,4 +191,9 @@ class ClusterConfig(Frozen):
     call_timeout_s: float = Field(
         1800.0, gt=0, description="one call to the trainer ranks that takes longer fails the run"
     )
-    cpu_threads: int = Field(1, ge=1, description="torch threads a trainer rank; small matrices lose by more")
+    cpu_threads: int | None = Field(
+        None,
+        ge=1,
+        description="torch threads a trainer rank, on the CPU; null: one for a small model (width below 256), whose "
+        "matrices lose by more, else the machine's cores divided by the ranks on it",
+    )

@@ -59,6 +59,12 @@ class ServerConfig(Frozen):
     prefix_cache: bool | None = Field(
         None, description="keep the KV cache of finished prompts; null: on GPUs only, where prefill costs more than it"
     )
+    cpu_threads: int | None = Field(
+        None,
+        ge=1,
+        description="torch threads a server, on the CPU; null: one for a small model (width below 256), whose matrices "
+        "lose by more, else the machine's cores divided by the servers on it",
+    )
     deterministic: bool = Field(
         False,
         description="batch-invariant kernels, and samples that depend on run.seed and the prompt only: the same run "

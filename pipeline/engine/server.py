@@ -21,6 +21,7 @@ from typing import Literal, Self
 
 from pipeline import http
 from pipeline.cluster.loopback import is_loopback, loopback_environment
+from pipeline.cluster.threads import thread_environment
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import ServerConfig
 from pipeline.deaf import deaf_children
@@ -221,7 +222,7 @@ class SGLangServer:
         if self.device == "cpu":
             environment["SGLANG_USE_CPU_ENGINE"] = "1"
             environment["CUDA_VISIBLE_DEVICES"] = ""
-            environment["OMP_NUM_THREADS"] = "1"  # small matrices: more threads are ten times slower
+            environment |= thread_environment(self.config.cpu_threads or 1)
             environment["TORCHDYNAMO_DISABLE"] = "1"  # importing and compiling costs more than it brings
             environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "pipeline.engine.inside.cpu.models"
             if self.config.tensor_parallel > 1:  # SGLang wants as many NUMA nodes, or to be told which core each takes

@@ -19,6 +19,7 @@ from pipeline.cluster.nccl import nccl_environment
 from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_servers
 from pipeline.cluster.placement import Placement, PlacementError, another_node, wait_and_place
 from pipeline.cluster.ray_session import ray_session
+from pipeline.cluster.threads import cpu_threads
 from pipeline.config import Config
 from pipeline.config.server import ServerConfig
 from pipeline.config.weights import WeightsConfig
@@ -66,6 +67,7 @@ def start_engines(
     does not hold the run.
     """
     gpus = _gpus(config)
+    config = with_threads(config, shape)
     routes = config.replay.of_model(shape.num_experts).from_server
     environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
     local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
@@ -83,7 +85,7 @@ def start_engines(
             config.parallel,
             gpus=gpus > 0,
             log_directory=logs,
-            threads=config.cluster.cpu_threads,
+            threads=config.cluster.cpu_threads or 1,
             timeout_s=config.cluster.call_timeout_s,
             watch=fleet.check_alive,  # a server that dies ends what the trainer waits for
             nodes=nodes,
@@ -102,7 +104,7 @@ def start_servers(
 
     Raises ServerError, and PlacementError where the machine has too few GPUs for one.
     """
-    processes = servers_alone(config, model_path, logs, most=most)
+    processes = servers_alone(with_threads(config, model), model_path, logs, most=most)
     with contextlib.ExitStack() as stack:
         for process in processes:
             stack.callback(process.stop)
@@ -139,6 +141,21 @@ def server_beside(config: Config, model_path: Path, log: Path, *, routes: bool) 
     )
     server.log_path = log
     return server
+
+
+def with_threads(config: Config, model: ModelDescription) -> Config:
+    """The same with the threads of both engines settled: see ServerConfig.cpu_threads and ClusterConfig.cpu_threads."""
+    if config_device(config) != "cpu":
+        return config
+    servers = (config.server.replicas or 1) * config.server.tensor_parallel
+    server = cpu_threads(config.server.cpu_threads, model.hidden, servers)
+    trainer = cpu_threads(config.cluster.cpu_threads, model.hidden, config.parallel.ranks)
+    return config.model_copy(
+        update={
+            "server": config.server.model_copy(update={"cpu_threads": server}),
+            "cluster": config.cluster.model_copy(update={"cpu_threads": trainer}),
+        }
+    )
 
 
 def _gpus(config: Config) -> int:

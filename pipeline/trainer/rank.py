@@ -15,6 +15,7 @@ import ray
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import TokenPart, UpdatePart
+from pipeline.cluster.threads import thread_environment
 from pipeline.config.precision import RolloutWeights
 from pipeline.imports import lasting_imports
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
@@ -32,7 +33,7 @@ class TrainerRank:
     """One rank. Runs inside a Ray actor; nothing of Megatron is imported before `build`."""
 
     def __init__(self, rank: int, log_path: str, threads: int):
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ |= thread_environment(threads)
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,0 +1,24 @@
+"""How many threads an engine's matrix products get where there is no GPU.
+
+Server and trainer work by turns, so that each may have all cores: what waits leaves its core to the other.
+"""
+
+from __future__ import annotations
+
+import os
+
+_SMALL = 256
+"""Width of the residual stream below which starting threads costs more than they save."""
+
+
+def cpu_threads(configured: int | None, hidden: int, processes: int) -> int:
+    """configured: by the run, or None. hidden: the model's width. processes: of this kind, on this machine."""
+    if configured is not None:
+        return configured
+    return 1 if hidden < _SMALL else max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """What OpenMP is told. A thread that waits must not spin on a core that the other engine wants."""
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if threads > 1 else {}
+    return {"OMP_NUM_THREADS": str(threads)} | waiting
