@@ -6,7 +6,7 @@
 geometric_tis and none are the quickstart's GSPO; token_tis weighs tokens, so that its ratios are of tokens too (GRPO).
 Each run keeps its directory, OUT/staleness_1_token_tis_seed_0, and a run that is there whole is not made again: the
 same command goes on where it was stopped. Without staleness `none` is left out.
-Prints the mean reward of the first and the last steps, over seeds, with the least and the most of them.
+Prints the mean reward of the first and the last steps, over seeds, and the last of each seed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS = {
     "token_tis": ["objective={preset: grpo, correction: {kind: token_tis, high: 2.0}}"],
     "none": ["objective.correction=none"],
 }
-COLUMNS = ("lag", "steps a second", "first {}", "last {}", "last {}, of each seed")
+COLUMNS = ("lag", "first {}", "last {}", "last {}, of each seed")
 EDGE = 5  # steps at either end
 
 
@@ -46,11 +46,10 @@ def reward(rows: list[dict]) -> float:
 
 def row_of(runs: list[list[dict]]) -> list[str]:
     """Cells of one row, of a run for each seed."""
-    seconds = statistics.fmean(row["time/step_s"] for rows in runs for row in rows[EDGE:])
     last = [reward(rows[-EDGE:]) for rows in runs]
     lag = statistics.fmean(row.get("rollout/lag_mean", 0.0) for rows in runs for row in rows)
     first = statistics.fmean(reward(rows[:EDGE]) for rows in runs)
-    cells = [f"{lag:.1f}", f"{1 / seconds:.2f}", f"{first:.3f}", f"{statistics.fmean(last):.3f}"]
+    cells = [f"{lag:.1f}", f"{first:.3f}", f"{statistics.fmean(last):.3f}"]
     return [*cells, ", ".join(f"{value:.3f}" for value in last)]
 
 

@@ -37,6 +37,8 @@ CODES = {
     "pipeline.dumps.dump.DumpError": 2,
     "pipeline.engine.client.AbortedError": 1,
     "pipeline.engine.decoder.AnswerError": 1,
+    "pipeline.engine.joining.join.MembershipError": 1,
+    "pipeline.engine.joining.server_requests.ServerRequestError": 2,
     "pipeline.engine.client.UnreachableError": 1,
     "pipeline.engine.server.NodeGoneError": 1,
     "pipeline.engine.server.PortError": 2,
