@@ -20,10 +20,10 @@ from pipeline.config.rewards import MOVED as MOVED_REWARDS
 from pipeline.observe.sinks.alerts import known_metrics
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("pipeline", "megatron_ext", "scripts", "tests", "configs")
+ROOMS = ("pipeline", "megatron_ext", "scripts", "tests", "configs", "examples")
 MADE = ("config.md",)
 """Pages made from the code, which cannot know where it is installed."""
-THEIR_OWN = {"grading.py", "pipeline.py", "checks.py", "my_environment.py"}
+THEIR_OWN = {"grading.py", "pipeline.py", "checks.py", "my_environment.py", "my_agent.py"}
 """Files that a page tells its reader to write."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -101,7 +101,7 @@ def test_a_file_that_a_page_links_or_runs_is_there():
         linked = [page.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
         run = [
             ROOT / file
-            for file in re.findall(r"\b((?:scripts|tests|configs)/(?!NAME)[\w/.-]+\.(?:py|yaml|sbatch))", text)
+            for file in re.findall(r"\b((?:scripts|tests|configs|examples)/(?!NAME)[\w/.-]+\.(?:py|yaml|sbatch))", text)
         ]
         assert [str(file) for file in (*linked, *run) if not file.exists()] == [], page
     index = (ROOT / "docs" / "README.md").read_text()

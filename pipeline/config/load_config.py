@@ -126,7 +126,7 @@ def _with_directories(config: Config, files: list[Path]) -> Config:
         for one in config.evaluate
     ]
     own = config.environment
-    if own is not None and own.directory is None:
+    if own is not None and own.function is not None and own.directory is None:
         own = own.model_copy(update={"directory": beside(own.function)})
     return config.model_copy(
         update={"rewards": tuple(map(found, config.rewards)), "evaluate": tuple(sets), "environment": own}

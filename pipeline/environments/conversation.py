@@ -13,14 +13,16 @@ trained on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.engine.sampling import Sampling
 from pipeline.environments.templates import HistoryError, Message, TemplateWriter
+from pipeline.environments.turn_parser import TurnParser
 from pipeline.rollout.session import Engine, Session
 from pipeline.types import FinishReason, Opening, Prompt, Rollout
 
@@ -58,6 +60,7 @@ class Conversation:
     messages: all that was said, in order, as dicts of role, content and what else the template reads.
     turns: sampled so far.  cut: by which limit it was ended; None: by none.
     moved: when a token of it last came, seconds of time.monotonic().
+    sampling, writer, parser: how turns are drawn, made of messages, and taken apart for programs that talk over HTTP.
     seams: turns that ended with another token than the template writes there.
 
     It may be used from another event loop than the one that it was made on, which the servers' connections belong to.
@@ -74,11 +77,13 @@ class Conversation:
         max_tokens: int,
         history: History = "refuse",
         group: object = None,
+        parser: TurnParser | None = None,
     ):
         """prompt: with an opening. sampling.max_new_tokens: of one turn. max_tokens: of all that follows
-        the prompt. group: as Session has it."""
+        the prompt. group: as Session has it. parser: of turns, where programs talk to it over HTTP."""
         assert prompt.opening is not None, "a prompt of a dump begins no conversation"
-        self._engine, self._writer, self._sampling, self._group = engine, writer, sampling, group
+        self._engine, self.writer, self.sampling, self._group = engine, writer, sampling, group
+        self.parser = TurnParser() if parser is None else parser
         self._max_turns, self._max_tokens, self._history = max_turns, max_tokens, history
         self._room = len(prompt.ids) + max_tokens
         self._home = asyncio.get_running_loop()
@@ -119,7 +124,7 @@ class Conversation:
     @property
     def opening(self) -> Opening:
         """Tools and variables that the template is given."""
-        return self._writer.opening
+        return self.writer.opening
 
     def append(self, messages: Sequence[Message]) -> None:
         """What others say; the next `sample` answers it. Raises Misuse for what is no message, and before the first
@@ -143,16 +148,46 @@ class Conversation:
         work = self._sample(max_new_tokens)
         if asyncio.get_running_loop() is self._home:
             return await work
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._home))
+        return await self._at_home(work)
 
-    def branch(self, messages: Sequence[Message]) -> None:
+    async def _at_home(self, work: Coroutine[Any, Any, Turn]) -> Turn:
+        """Its result, from another event loop. Who is cancelled there goes on once the work has let go of all this."""
+        ended: Future[Turn] = Future()
+        begun: list[asyncio.Task[Turn]] = []
+
+        def begin() -> None:
+            task = self._home.create_task(work)
+            task.add_done_callback(end)
+            begun.append(task)
+
+        def end(task: asyncio.Task[Turn]) -> None:
+            if task.cancelled():
+                ended.set_exception(asyncio.CancelledError())
+            elif (error := task.exception()) is not None:
+                ended.set_exception(error)
+            else:
+                ended.set_result(task.result())
+
+        self._home.call_soon_threadsafe(begin)
+        waiting = asyncio.wrap_future(ended)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            self._home.call_soon_threadsafe(lambda: begun[0].cancel())
+            await asyncio.wait({waiting})
+            raise
+
+    def branch(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None) -> None:
         """Begin another rollout, whose prompt is these messages: for what does not continue the conversation. What was
-        sampled before stays, and is trained on as the rollout that it is in."""
-        text = self._writer.render(messages)
+        sampled before stays, and is trained on as the rollout that it is in. tools: from now on; None: as before.
+        Raises HistoryError for messages that the template refuses, and leaves all as it is."""
+        writer = self.writer if tools is None else self.writer.with_tools(tools)
+        text = writer.render(messages)
+        self.writer = writer
         if (last := self._session.rollout) is not None:
             self._done.append(last)
         self.messages = [dict(message) for message in messages]
-        self._begin(self._writer.ids(text), text)
+        self._begin(self.writer.ids(text), text)
 
     async def _sample(self, asked: int | None) -> Turn:
         try:
@@ -160,9 +195,9 @@ class Conversation:
             left, goes_on = self._room - len(self._session.token_ids), self._goes_on
             self._limit("turns", self._max_turns - self.turns + goes_on)
             self._limit("tokens", left)
-            limit = min(left, self._sampling.max_new_tokens if asked is None else asked)
+            limit = min(left, self.sampling.max_new_tokens if asked is None else asked)
             known, self._busy = len(self._session.token_ids), True
-            rollout = await self._session.sample(replace(self._sampling, max_new_tokens=limit))
+            rollout = await self._session.sample(replace(self.sampling, max_new_tokens=limit))
         except (LimitReached, Misuse, HistoryError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -190,14 +225,14 @@ class Conversation:
             return
         messages = [*self.messages, *self._new]
         try:
-            suffix, whole = self._writer.suffix(self._before, self._spoken, self._stop, self.messages, self._new)
+            suffix, whole = self.writer.suffix(self._before, self._spoken, self._stop, self.messages, self._new)
         except HistoryError:
             if self._history == "refuse":
                 raise
             self.branch(messages)
             return
-        self.seams += self._stop is not None and suffix.startswith(self._writer.stops)
-        self._session.append(self._writer.ids(suffix))
+        self.seams += self._stop is not None and suffix.startswith(self.writer.stops)
+        self._session.append(self.writer.ids(suffix))
         self.messages, self._new = messages, []
         self._before, self._spoken, self._stop = whole, "", None
 
@@ -205,8 +240,8 @@ class Conversation:
         """What was sampled behind `known` tokens. goes_on: the rest of a turn that was cut."""
         ids = rollout.token_ids[known:]
         stopped = rollout.finish_reason == "stop"
-        text = self._writer.text(ids[:-1] if stopped else ids)
-        self._stop = self._writer.text(ids[-1:]) if stopped else None
+        text = self.writer.text(ids[:-1] if stopped else ids)
+        self._stop = self.writer.text(ids[-1:]) if stopped else None
         if goes_on:
             message = self.messages[-1]
             message["content"] = self._spoken + text

@@ -6,11 +6,13 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.rewards.conversations import EnvironmentConfig
+from pipeline.environments.endpoint.subprogram import Program, which
 from pipeline.environments.reward import Environment
-from pipeline.environments.running import Environments
+from pipeline.environments.running import Environments, turn_parser
 from pipeline.environments.templates import TemplateWriter, check_growth
 from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.rewards.kinds.function import import_from
@@ -37,7 +39,10 @@ class _Function:
 def environment_of(config: EnvironmentConfig) -> Callable[[], Environment]:
     """What makes the environment, once for each thread. It is made here once, so that what is wrong is known before
     anything starts. Raises LoadingError."""
+    if config.command is not None:
+        return functools.partial(Program, _found(config.command, config.directory), config.directory)
     name = config.function
+    assert name is not None
     module_name, _, attribute = name.partition(":")
     try:
         found = getattr(import_from(module_name, config.directory), attribute, None)
@@ -53,6 +58,16 @@ def environment_of(config: EnvironmentConfig) -> Callable[[], Environment]:
         raise LoadingError(f"environment: {name} cannot be used: {describe(error)}") from error
     _check(name, environment)
     return cast(Callable[[], Environment], make)
+
+
+def _found(command: Sequence[str], directory: Path | None) -> tuple[str, ...]:
+    """The command, its program by its path. Raises LoadingError."""
+    if directory is not None and not directory.is_dir():
+        raise LoadingError(f"environment: there is no folder {directory}; correct environment.directory")
+    program = which(command[0], directory)
+    if program is None:
+        raise LoadingError(f"environment: there is no program {command[0]}; correct environment.command")
+    return (program, *command[1:])
 
 
 def _check(name: str, environment: Any) -> None:
@@ -90,5 +105,6 @@ def open_environments(
     if config is None:
         yield None
         return
+    turn_parser(config).load()
     with Environments(config, environment_of(config), tokenizer, stop_token_ids) as opened:
         yield opened

@@ -23,9 +23,11 @@ import numpy as np
 from pipeline.config.rewards.conversations import EnvironmentConfig
 from pipeline.engine.sampling import Sampling
 from pipeline.environments.conversation import Conversation, LimitReached
+from pipeline.environments.endpoint.listener import endpoint_metrics
 from pipeline.environments.places import Place
 from pipeline.environments.reward import Environment, Reward, reward_of
 from pipeline.environments.templates import TemplateWriter
+from pipeline.environments.turn_parser import TurnParser
 from pipeline.rewards import Verdict, response_text
 from pipeline.rewards.registry import describe
 from pipeline.rollout.session import Engine
@@ -76,19 +78,24 @@ class Environments:
         """Of the conversations that ended since the last call; environment/blocked_threads since the first."""
         counts, self._counts = self._counts, Counter()
         number = counts["conversations"]
+        served = endpoint_metrics()
         if not number:
-            return {}
+            return served
         cuts = {f"environment/cut_{by}": float(counts[f"cut_{by}"]) for by in ("turns", "tokens")}
-        return cuts | {
-            "environment/conversations": float(number),
-            "environment/turns_mean": counts["turns"] / number,
-            "environment/rollouts_mean": counts["rollouts"] / number,
-            "environment/sampled_share": counts["sampled"] / max(counts["tokens"], 1),
-            "environment/seams": float(counts["seams"]),
-            "environment/failed": float(counts["failed"]),
-            "environment/timeouts": float(counts["timeouts"]),
-            "environment/blocked_threads": float(self._blocked),
-        }
+        return (
+            cuts
+            | served
+            | {
+                "environment/conversations": float(number),
+                "environment/turns_mean": counts["turns"] / number,
+                "environment/rollouts_mean": counts["rollouts"] / number,
+                "environment/sampled_share": counts["sampled"] / max(counts["tokens"], 1),
+                "environment/seams": float(counts["seams"]),
+                "environment/failed": float(counts["failed"]),
+                "environment/timeouts": float(counts["timeouts"]),
+                "environment/blocked_threads": float(self._blocked),
+            }
+        )
 
     @property
     def gate(self) -> asyncio.Semaphore:
@@ -171,6 +178,7 @@ class Attempt:
             max_tokens=config.max_tokens,
             history=config.history,
             group=group,
+            parser=turn_parser(config),
         )
 
     @property
@@ -210,6 +218,11 @@ async def _run(environment: Environment, conversation: Conversation, prompt: Pro
         return reward_of(told, conversation.turns)
     except (ValueError, TypeError) as error:
         return Verdict(kind="not_a_number", what=str(error))
+
+
+def turn_parser(config: EnvironmentConfig) -> TurnParser:
+    """For programs that talk over HTTP."""
+    return TurnParser(config.tool_parser, config.reasoning_parser)
 
 
 def _nothing(prompt: Prompt) -> Rollout:

@@ -11,9 +11,11 @@ one, or put tools before the last question. Both renderings say so, and nothing 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -45,6 +47,12 @@ class TemplateWriter:
         """opening: its tools and variables count. stop_token_ids: what may end an answer."""
         self.tokenizer, self.opening = tokenizer, opening
         self.stops = tuple(self.text([i]) for i in stop_token_ids)
+
+    def with_tools(self, tools: Sequence[dict[str, Any]]) -> TemplateWriter:
+        """One of the same conversation, with other tools."""
+        other = copy.copy(self)
+        other.opening = replace(self.opening, tools=tuple(tools))
+        return other
 
     def text(self, ids: Sequence[int] | np.ndarray) -> str:
         """Of token ids [N], special tokens included."""

@@ -84,7 +84,7 @@ def test_every_request_goes_on_exactly_where_the_last_answer_ended(name, tmp_pat
     last = engine.asked[-1][0]
     assert np.array_equal(rollout.token_ids[: len(last)], last)
     text = tokenizer.decode(rollout.token_ids.tolist())
-    assert text + ("\n" if name == "smollm2" else "") == made._writer.render(made.messages, to_answer=False)
+    assert text + ("\n" if name == "smollm2" else "") == made.writer.render(made.messages, to_answer=False)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "kimi-k2"])
@@ -114,7 +114,7 @@ def test_tokens_that_the_tokenizer_would_not_have_made_stay_as_they_were_sampled
 
     async def run():
         made, engine, _ = conversation("smollm2", tmp_path, ["answer 12<|im_end|>"] * 2)
-        made._writer.__class__, made._writer.conversation = kind, made
+        made.writer.__class__, made.writer.conversation = kind, made
         await made.sample()
         made.append([{"role": "user", "content": "more"}])
         await made.sample()

@@ -1,0 +1,142 @@
+"""A program that knows an address and leads a conversation: any agent, in a process of its own.
+
+    OPENAI_BASE_URL   http://127.0.0.1:PORT/v1
+    OPENAI_API_KEY    the conversation's
+    OPENAI_MODEL      the model's name there
+    stdin             {"messages": [...], "metadata": {...}}, one line of JSON: the prompt
+
+What it prints last says what its attempt was worth: a number, or {"reward": 1.0, "parts": {...}, "note": "..."}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.environments.conversation import Conversation, LimitReached
+from pipeline.environments.endpoint.listener import Address, serve
+from pipeline.environments.reward import Reward
+from pipeline.types import Prompt
+
+_KEPT = 64 << 10  # bytes of what it prints, the last ones
+_SHOWN = 500  # characters of its last words in a message
+_FIELDS = {"reward", "parts", "note", "turns"}
+
+
+class ProgramError(Exception):
+    """A program did not end well, or said nothing of its reward."""
+
+
+class Program:
+    """The environment `environment.command`."""
+
+    def __init__(self, command: Sequence[str], directory: Path | None = None):
+        """directory: that it is started in; None: the run's."""
+        self.command, self.directory = command, directory
+
+    async def run(self, conversation: Conversation, prompt: Prompt) -> Reward:
+        """Raises ProgramError, and LimitReached where a limit ended the conversation and it gave no reward."""
+        try:
+            async with serve(conversation) as address:
+                printed = await run_program(self.command, address, prompt, directory=self.directory)
+            return reward_in(printed)
+        except ProgramError as error:
+            if conversation.cut is not None:
+                raise LimitReached(str(error)) from error
+            raise
+
+
+async def run_program(
+    command: Sequence[str], address: Address, prompt: Prompt, *, directory: Path | None = None
+) -> str:
+    """Start it, wait for its end; what it printed, its last 64 KiB. Nothing of its session outlives this call.
+
+    Raises ProgramError where it ends with another code than 0, or cannot be started.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment_for(address, os.environ),
+            cwd=directory,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ProgramError(f"{command[0]} cannot be started: {error}") from error
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        _, printed, complained = await asyncio.gather(
+            _tell(process.stdin, prompt), _tail(process.stdout), _tail(process.stderr)
+        )
+        code = await process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    if code != 0:
+        how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        raise ProgramError(f"{command[0]} ended {how}: {(complained or printed).strip()[-_SHOWN:]}")
+    return printed
+
+
+def which(program: str, directory: Path | None) -> str | None:
+    """Where it is, as the program's own PATH has it; None: nowhere."""
+    if os.sep in program:
+        file = Path(directory or ".", program).resolve()
+        return str(file) if os.access(file, os.X_OK) and file.is_file() else None
+    return shutil.which(program, path=_path(os.environ))
+
+
+def environment_for(address: Address, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Variables of a program; `python` is this run's, and no proxy stands before the address."""
+    local = {name: ",".join(filter(None, (inherited.get(name, ""), "127.0.0.1"))) for name in ("NO_PROXY", "no_proxy")}
+    own = {"OPENAI_BASE_URL": address.url, "OPENAI_API_KEY": address.key, "OPENAI_MODEL": address.model}
+    return {**inherited, **local, **own, "PATH": _path(inherited)}
+
+
+def _path(inherited: Mapping[str, str]) -> str:
+    return os.pathsep.join((str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)))
+
+
+def reward_in(printed: str) -> Reward:
+    """Of the last line that is not empty. Raises ProgramError."""
+    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
+    wanted = 'a number, or {"reward": 1.0, "parts": {...}, "note": "..."}'
+    try:
+        said: Any = json.loads(last)
+    except ValueError:
+        raise ProgramError(f"the program's last line was {last[:_SHOWN]!r}, and not {wanted}") from None
+    if isinstance(said, int | float) and not isinstance(said, bool):
+        return Reward(float(said))
+    if not isinstance(said, dict) or (unknown := set(said) - _FIELDS):
+        told = last[:_SHOWN] if not isinstance(said, dict) else f"has {', '.join(sorted(unknown))}"
+        raise ProgramError(f"the program's last line {told!r} is not {wanted}")
+    return Reward(said.get("reward"), said.get("parts") or {}, said.get("turns"), str(said.get("note") or ""))
+
+
+async def _tell(stdin: asyncio.StreamWriter, prompt: Prompt) -> None:
+    assert prompt.opening is not None
+    told = {"messages": list(prompt.opening.messages), "metadata": prompt.metadata}
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it does not read it
+        stdin.write(json.dumps(told, default=str).encode() + b"\n")
+        await stdin.drain()
+        stdin.close()
+
+
+async def _tail(stream: asyncio.StreamReader) -> str:
+    kept = b""
+    while part := await stream.read(1 << 16):
+        kept = (kept + part)[-_KEPT:]
+    return kept.decode("utf-8", "replace")
