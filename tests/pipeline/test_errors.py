@@ -18,6 +18,7 @@ CODES = {
     "pipeline.checkpoints.store.CheckpointError": 1,
     "pipeline.environments.loading.LoadingError": 2,
     "pipeline.environments.templates.HistoryError": 2,
+    "pipeline.environments.turn_parser.ParserError": 2,
     "pipeline.checkpoints.weights_of.NoModelError": 2,
     "pipeline.cluster.address.NoClusterError": 2,
     "pipeline.cluster.one_machine.TooFewGPUs": 2,
