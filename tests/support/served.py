@@ -11,7 +11,7 @@ from pipeline.environments.endpoint import serve
 from pipeline.environments.templates import TemplateWriter
 from pipeline.environments.turn_parser import TurnParser
 from pipeline.types import Opening, Prompt
-from tests.pipeline.environments.test_conversation import Scripted
+from tests.support.scripted import Scripted
 from tests.support.templates import FAMILIES, tokenizer_of
 
 ASKED = [{"role": "user", "content": "question"}]

@@ -16,7 +16,8 @@ from pipeline.environments.endpoint.subprogram import ProgramError, reward_in
 from pipeline.environments.loading import LoadingError, environment_of
 from pipeline.environments.reward import Reward
 from pipeline.environments.running import Environments
-from tests.support.served import END, Scripted, prompt_of
+from tests.support.scripted import Scripted
+from tests.support.served import END, prompt_of
 
 AGENT = Path(__file__).parents[4] / "examples" / "agent" / "tool_agent.py"
 HEAD = """
