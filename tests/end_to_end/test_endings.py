@@ -131,7 +131,7 @@ def test_what_cannot_start_says_so_at_once_and_costs_no_earlier_run(command, tmp
         for overrides, message in cases:
             assert main(["train", QUICKSTART, f"run.directory={earlier}", *overrides]) == 2
             assert message in capsys.readouterr().err
-        assert psutil.Process().children(recursive=True) == before
+        assert set(psutil.Process().children(recursive=True)) <= set(before)  # others of this session may end meanwhile
         run = command(f"run.directory={earlier}", f"server.port={port}")
         assert run.end() == 2
         assert "cannot listen on 127.0.0.1" in run.text()

@@ -79,7 +79,7 @@ def test_a_preset_trains_for_ten_steps(session, name):
 
 
 def everything_earns_one(loop, monkeypatch):
-    monkeypatch.setattr(loop.grader, "ask", lambda questions: [Verdict(1.0) for _ in questions])
+    monkeypatch.setattr(loop.grading, "ask", lambda answers: [Verdict(1.0) for _ in answers])
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ class Loop:
         composition=SimpleNamespace(ratio="token", surrogate="reinforce", clip_low=None, clip_high=None)
     )
     source = SimpleNamespace(tokenizer=None)
-    config, producer, grader = load_config("configs/quickstart.yaml"), None, None
+    config, producer, graders, environments = load_config("configs/quickstart.yaml"), None, None, None
+    replay = config.replay.of_model(8)
 
     def __init__(self, at_step):
         self.at_step, self.on_servers = at_step, None

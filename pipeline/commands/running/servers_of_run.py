@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.file import ConfigError
-
 if TYPE_CHECKING:
     from pipeline.engine.joining.server_requests import ServerRequest
 
@@ -34,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0; 1 where the run refuses. Raises ConfigError, ServerRequestError and ServerError."""
+    from pipeline.config.file import ConfigError
+
     if not (options.run / "config.yaml").is_file():
         raise ConfigError(f"{options.run} is no run directory: it has no config.yaml")
     from pipeline.engine.joining.server_requests import ask, read_now
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _waited_for(run: Path, request: ServerRequest) -> ServerRequest:
     """What the run says to a request. Raises ConfigError where no run goes on there."""
+    from pipeline.config.file import ConfigError
     from pipeline.disk.lock import NAME
     from pipeline.engine.joining.server_requests import answered, withdraw
 

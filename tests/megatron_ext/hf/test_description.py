@@ -27,7 +27,10 @@ DEMANDS = {
 }
 WHOLE = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "router.weight", "_bias")
 """Endings of matrices that SGLang's own quantisation leaves alone."""
-EXCEPTIONS = {"pipeline/config/model.py": "writes the config.json of a tiny model, and so says of which type it is"}
+EXCEPTIONS = {
+    "pipeline/config/model.py": "writes the config.json of a tiny model, and so says of which type it is",
+    "pipeline/environments/turn_parser.py": "a parser of SGLang has the name, and its calls have ids of their own",
+}
 
 
 def test_a_description_is_read_without_torch_transformers_or_megatron():

@@ -55,6 +55,7 @@ def loop_of(*overrides, grading=GRADING):
         sampling=Sampling(4, 1.0),
         least_graded=2,
         producer=None,
+        environments=None,
     )
 
 
