@@ -18,7 +18,7 @@ class Reward:
     value: of all of it; null where `turns` or `parts` are given: their sum.
     parts: components, each a metric reward/NAME.
     turns: of each turn in order; their sum is the reward.
-    note:  for people; it stands in the records of the run.
+    note:  for people; a column of RUN/episodes.
     """
 
     value: float | None = None

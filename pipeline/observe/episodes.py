@@ -112,7 +112,7 @@ def schema(components: Sequence[str]) -> pyarrow.Schema:
     kept = pa.dictionary(pa.int32(), pa.string())
     fields: dict[str, pa.DataType] = {"recorded": pa.int32(), "step": pa.int32(), "prompt": pa.int64()}
     fields |= {"sample": pa.int32(), "origin": pa.string(), "prompt_text": pa.string(), "metadata": pa.string()}
-    fields |= {"ended": kept, "failure": pa.string(), "reward": pa.float32()}
+    fields |= {"ended": kept, "failure": pa.string(), "note": pa.string(), "reward": pa.float32()}
     fields |= {f"reward/{name}": pa.float32() for name in components}
     names = ("first_version", "last_version", "prompt_tokens", "tokens", "trained_tokens")
     fields |= dict.fromkeys(names, pa.int32())
@@ -171,6 +171,7 @@ def _row(episode: Episode) -> dict[str, Any]:
     seconds = sum(rollout.seconds for rollout in rollouts)
     row: dict[str, Any] = {
         "failure": episode.failure,
+        "note": episode.note or None,
         "reward": episode.reward,
         "first_version": min(versions, default=None),
         "last_version": max(versions, default=None),

@@ -39,7 +39,9 @@ def test_every_answer_has_a_row_that_says_how_it_ended(tmp_path):
     failed = Episode((plain_rollout([4], np.full(1, -1.0)),), None, "the verifier raised")
     dropped = Ended(group(8, graded(0.0), graded(0.0)), "uninformative")
     mixed = replace(plain_rollout([5, 6], np.full(2, -1.0)), weight_versions=np.array([2, 4], np.int32))
-    table.add(step(5, group(7, graded(), failed, graded(rollouts=(mixed,))), ended=[dropped]), TOKENIZER)
+    table.add(
+        step(5, group(7, graded(), failed, graded(rollouts=(mixed,), note="2 calls")), ended=[dropped]), TOKENIZER
+    )
     table.write()
     first, second, third, *rest = rows(tmp_path / "episodes")
     assert {key: first[key] for key in ("recorded", "step", "prompt", "sample", "ended", "reward", "tokens")} == {
@@ -50,6 +52,7 @@ def test_every_answer_has_a_row_that_says_how_it_ended(tmp_path):
     assert (second["step"], second["ended"], second["failure"]) == (None, "failed", "the verifier raised")
     assert second["reward"] is None
     assert (third["first_version"], third["last_version"]) == (2, 4)
+    assert (first["note"], third["note"]) == (None, "2 calls")
     assert [(r["prompt"], r["sample"], r["step"], r["ended"]) for r in rest] == [
         (8, 0, None, "uninformative"),
         (8, 1, None, "uninformative"),
