@@ -40,7 +40,7 @@ def environment_of(config: EnvironmentConfig) -> Callable[[], Environment]:
     """What makes the environment, once for each thread. It is made here once, so that what is wrong is known before
     anything starts. Raises LoadingError."""
     if config.command is not None:
-        return functools.partial(Program, _found(config.command, config.directory), config.directory)
+        return functools.partial(Program, _found(config.command, config.directory), config.directory, config.variables)
     name = config.function
     assert name is not None
     module_name, _, attribute = name.partition(":")

@@ -29,6 +29,9 @@ class EnvironmentConfig(Frozen):
         description="where its module is looked for first, or its command is started; null: a module beside the "
         "configuration, where it is there; a command in the run's own working directory",
     )
+    variables: tuple[str, ...] = Field(
+        (), description="variables that a command gets though their names look like secrets"
+    )
     options: dict[str, Any] = Field({}, description="what the class, or the function, gets by name")
     tool_parser: str | None = Field(
         None,

@@ -24,6 +24,7 @@ from typing import Any
 from pipeline.environments.conversation import Conversation, LimitReached
 from pipeline.environments.endpoint.listener import Address, serve
 from pipeline.environments.reward import Reward
+from pipeline.rewards.environment import without_secrets
 from pipeline.types import Prompt
 
 _KEPT = 64 << 10  # bytes of what it prints, the last ones
@@ -38,15 +39,17 @@ class ProgramError(Exception):
 class Program:
     """The environment `environment.command`."""
 
-    def __init__(self, command: Sequence[str], directory: Path | None = None):
-        """directory: that it is started in; None: the run's."""
-        self.command, self.directory = command, directory
+    def __init__(self, command: Sequence[str], directory: Path | None = None, variables: Sequence[str] = ()):
+        """directory: that it is started in; None: the run's. variables: as in run_program."""
+        self.command, self.directory, self.variables = command, directory, variables
 
     async def run(self, conversation: Conversation, prompt: Prompt) -> Reward:
         """Raises ProgramError, and LimitReached where a limit ended the conversation and it gave no reward."""
         try:
             async with serve(conversation) as address:
-                printed = await run_program(self.command, address, prompt, directory=self.directory)
+                printed = await run_program(
+                    self.command, address, prompt, directory=self.directory, variables=self.variables
+                )
             return reward_in(printed)
         except ProgramError as error:
             if conversation.cut is not None:
@@ -55,10 +58,16 @@ class Program:
 
 
 async def run_program(
-    command: Sequence[str], address: Address, prompt: Prompt, *, directory: Path | None = None
+    command: Sequence[str],
+    address: Address,
+    prompt: Prompt,
+    *,
+    directory: Path | None = None,
+    variables: Sequence[str] = (),
 ) -> str:
     """Start it, wait for its end; what it printed, its last 64 KiB. Nothing of its session outlives this call.
 
+    variables: of this process's environment that it gets though their names look like secrets.
     Raises ProgramError where it ends with another code than 0, or cannot be started.
     """
     try:
@@ -67,7 +76,7 @@ async def run_program(
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=environment_for(address, os.environ),
+            env=environment_for(address, os.environ, variables),
             cwd=directory,
             start_new_session=True,
         )
@@ -99,8 +108,10 @@ def which(program: str, directory: Path | None) -> str | None:
     return shutil.which(program, path=_path(os.environ))
 
 
-def environment_for(address: Address, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Variables of a program; `python` is this run's, and no proxy stands before the address."""
+def environment_for(address: Address, environment: Mapping[str, str], variables: Sequence[str] = ()) -> dict[str, str]:
+    """Variables of a program: none that looks like a secret but those named; `python` is this run's, and no proxy
+    stands before the address."""
+    inherited = without_secrets(environment, variables)
     local = {name: ",".join(filter(None, (inherited.get(name, ""), "127.0.0.1"))) for name in ("NO_PROXY", "no_proxy")}
     own = {"OPENAI_BASE_URL": address.url, "OPENAI_API_KEY": address.key, "OPENAI_MODEL": address.model}
     return {**inherited, **local, **own, "PATH": _path(inherited)}

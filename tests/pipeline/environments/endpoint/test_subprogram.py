@@ -95,6 +95,17 @@ def test_an_agent_that_a_limit_ends_has_the_reward_of_a_cut_conversation(tokeniz
     assert metrics["environment/cut_turns"] == 1
 
 
+def test_an_agent_gets_no_secret_but_those_that_are_named(tokenizer, monkeypatch):
+    for name in ("A_TOKEN", "B_TOKEN", "C"):
+        monkeypatch.setenv(name, "1")
+    code = """
+ask(prompt["messages"])
+print(json.dumps({"reward": 0, "note": str([name in os.environ for name in ("A_TOKEN", "B_TOKEN", "C")])}))
+"""
+    episode, _ = played(tokenizer, code, variables=["B_TOKEN"])
+    assert episode.note == "[False, True, True]"
+
+
 def test_an_agent_that_takes_too_long_is_ended_with_all_it_has_started(tokenizer, tmp_path):
     mark = tmp_path / "mark"
     code = f"""
