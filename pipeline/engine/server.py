@@ -29,6 +29,7 @@ from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
 from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.imports import own_folder
+from pipeline.say import to_stderr
 from pipeline.socket_folder import make_socket_folder
 from pipeline.waiting import START_S, Waiting
 
@@ -211,8 +212,12 @@ class SGLangServer:
         environment["TMPDIR"] = str(self._scratch)
         environment["SPT_NOENV"] = "1"  # else setproctitle overwrites the environment that carries the token
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a local folder
-        if not _may_write(Path("~/.cache/sglang").expanduser()):  # where it keeps what it compiles, unless it is told
-            environment.setdefault("SGLANG_CACHE_DIR", str(self._scratch))
+        kept = Path("~/.cache/sglang").expanduser()  # where it keeps what it compiles, unless it is told
+        if "SGLANG_CACHE_DIR" not in environment and not _may_write(kept):
+            to_stderr(
+                f"{kept} cannot be written: a server compiles again at each start; set SGLANG_CACHE_DIR to a folder"
+            )
+            environment["SGLANG_CACHE_DIR"] = str(self._scratch)
         environment |= _without_proxy(self.config.host)
         if is_loopback(self.config.host):
             environment |= loopback_environment()

@@ -71,3 +71,4 @@ def test_a_server_keeps_what_it_compiles_with_its_scratch_where_home_cannot_be_w
     words = ["bwrap", "--dev-bind", "/", "/", bind, str(tmp_path), str(tmp_path), *home, "--", sys.executable, "-c"]
     done = subprocess.run([*words, CACHE], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [cache]
+    assert ("cannot be written: a server compiles again at each start" in done.stderr) == (cache == "scratch")
