@@ -1,6 +1,6 @@
-"""What flows through the loop: a prompt, the episodes that answer it, the group they form, the batch of a step.
+"""What flows through the loop: a prompt, the episodes that answer it, the group they form.
 
-    Batch -> Group (one prompt) -> Episode (one reward, or failed) -> Rollout(s)
+    Batch (pipeline/step.py) -> Group (one prompt) -> Episode (one reward, or failed) -> Rollout(s)
 
 A single-turn answer is an episode of one rollout. A rollout is checked when it is made, and nowhere again.
 All arrays are numpy, so that they travel between processes without a copy of their own serialisation.
@@ -371,84 +371,6 @@ class Ended:
 
     group: Group
     end: Literal["uninformative", "failed"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step trains on.
-
-    step:    its number, from 1.
-    version: of the weights that the trainer held when the step began.
-    groups:  graded.
-    """
-
-    step: int
-    version: int
-    groups: tuple[Group, ...]
-
-    @cached_property
-    def episodes(self) -> list[Episode]:
-        """Those with a reward, in order: the ones that are trained on."""
-        return [episode for group in self.groups for episode in group.episodes if episode.reward is not None]
-
-    @cached_property
-    def rollouts(self) -> list[Rollout]:
-        """Of `episodes`, in order."""
-        return [rollout for episode in self.episodes for rollout in episode.rollouts]
-
-    @cached_property
-    def rewards(self) -> np.ndarray:
-        """[episodes] float32."""
-        return np.array([episode.reward for episode in self.episodes], np.float32)
-
-    @cached_property
-    def group_of_episode(self) -> np.ndarray:
-        """[episodes] int64: position of its group."""
-        return np.repeat(np.arange(len(self.groups)), [len(group.rewards) for group in self.groups])
-
-    @cached_property
-    def episode_of_rollout(self) -> np.ndarray:
-        """[rollouts] int64: position of its episode."""
-        return np.repeat(np.arange(len(self.episodes)), [len(episode.rollouts) for episode in self.episodes])
-
-    @cached_property
-    def group_of_rollout(self) -> np.ndarray:
-        """[rollouts] int64: position of its group."""
-        return self.group_of_episode[self.episode_of_rollout]
-
-
-@dataclass(frozen=True)
-class PolicyTokens:
-    """What the policy says of every response token of some rollouts.
-
-    logprobs, entropy: [N] float32 a rollout; what stands at tokens that were not sampled means nothing.
-    routing: [layers, 3] int64: tokens replayed, of these native selection agreed, tokens fallen back; no layers where
-             nothing is routed.
-    """
-
-    logprobs: list[np.ndarray]
-    entropy: list[np.ndarray]
-    routing: np.ndarray
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did.
-
-    metrics:          name -> number, "step" among them.
-    batch:            what it trained on.
-    proximal:         pi_o on the batch's rollouts.
-    current_logprobs: [N] float32 a rollout, log pi at the start of the mini-batch that trained on it.
-    advantages:       a number, or [N] float32, a rollout.
-    ended:            groups that ended since the step before, and that no step trains on.
-    """
-
-    metrics: dict[str, float]
-    batch: Batch
-    proximal: PolicyTokens
-    current_logprobs: list[np.ndarray]
-    advantages: list[np.ndarray | float]
-    ended: Sequence[Ended] = ()
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -19,8 +19,9 @@ from pipeline.data.prompts import PromptSource
 from pipeline.engine.fleet import Fleet
 from pipeline.engine.sampling import Sampling
 from pipeline.rollout.sampler import sample_groups_sync
+from pipeline.step import PolicyTokens
 from pipeline.trainer.group import TrainerGroup, to_sample
-from pipeline.types import PolicyTokens, Rollout
+from pipeline.types import Rollout
 
 Routes = Literal["native", "rollout", "rescored"]
 Server = Literal["sampled", "rescored", "resent"]

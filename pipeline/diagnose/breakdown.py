@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.diagnose.bench import Engines
 from pipeline.objectives import mismatch_by
-from pipeline.types import PolicyTokens, Rollout, padded
+from pipeline.step import PolicyTokens
+from pipeline.types import Rollout, padded
 
 BUCKETS = 24  # of positions, at most
 WORST = 20

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dumps.groups import DumpError, groups_of, open_groups, write_groups
-from pipeline.types import Batch
+from pipeline.step import Batch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 
 from pipeline.errors import SamerouteError
 from pipeline.observe.metrics import mismatch_by_lag, mismatch_of
-from pipeline.types import PolicyTokens, Rollout
+from pipeline.step import PolicyTokens
+from pipeline.types import Rollout
 
 if TYPE_CHECKING:
     from megatron_ext.network import Routing

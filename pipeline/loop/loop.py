@@ -33,8 +33,9 @@ from pipeline.rollout.grading import Graders, Grading
 from pipeline.rollout.maker import NothingToLearnError
 from pipeline.rollout.producer import Producer, Taken
 from pipeline.rollout.sampler import sample_groups_sync
+from pipeline.step import Batch, StepResult
 from pipeline.trainer.group import TrainerGroup, to_sample
-from pipeline.types import Batch, Ended, Group, Rollout, StepResult
+from pipeline.types import Ended, Group, Rollout
 from pipeline.waiting import Waiting
 
 

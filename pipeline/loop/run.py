@@ -39,8 +39,8 @@ from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.sinks import Sinks
 from pipeline.rollout.saved import Saved
 from pipeline.say import to_stderr
+from pipeline.step import StepResult
 from pipeline.trainer.group import TrainerGroup
-from pipeline.types import StepResult
 
 
 def train(

@@ -15,8 +15,9 @@ from pipeline.loop.compare import compare
 from pipeline.objectives import Denominators, Objective, ObjectiveConfig, overlong_penalty
 from pipeline.objectives.terms.kl import kl_estimate
 from pipeline.observe.metrics import Timer, routing_metrics
+from pipeline.step import Batch, PolicyTokens, StepResult
 from pipeline.trainer.losses import ON_POLICY, LossRow
-from pipeline.types import Batch, PolicyTokens, StepResult, padded
+from pipeline.types import padded
 
 
 class Trainers(Protocol):

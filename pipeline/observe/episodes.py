@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.disk.disk_errors import writing
 from pipeline.rewards import response_text
-from pipeline.types import Episode, Group, StepResult
+from pipeline.step import StepResult
+from pipeline.types import Episode, Group
 
 if TYPE_CHECKING:
     import pyarrow

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pipeline.objectives import mismatch_by, mismatch_metrics
-from pipeline.types import Batch, PolicyTokens, Rollout, padded
+from pipeline.step import Batch, PolicyTokens
+from pipeline.types import Rollout, padded
 
 
 class Timer:

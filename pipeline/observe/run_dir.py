@@ -51,8 +51,8 @@ from pipeline.observe.episodes import EpisodeTable, drop_episodes
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
 from pipeline.say import to_stderr
+from pipeline.step import StepResult
 from pipeline.text.yaml_text import dump
-from pipeline.types import StepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.objectives import Objective
-    from pipeline.types import StepResult
+    from pipeline.step import StepResult
 
 TOKENS_SHOWN = 512
 """Of one rollout; the text file has all."""

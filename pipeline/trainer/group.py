@@ -23,9 +23,10 @@ from pipeline.config.precision import RolloutWeights
 from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, ObjectiveConfig
+from pipeline.step import PolicyTokens
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.rank import TrainerRank
-from pipeline.types import PolicyTokens, Rollout
+from pipeline.types import Rollout
 from pipeline.waiting import START_S, Waiting
 from pipeline.weights.servers import WeightCheckError, WeightTransferError
 

@@ -1,4 +1,4 @@
-"""What a rollout may hold, and how groups become a batch."""
+"""What a rollout and an episode may hold."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.types import Batch, Episode, Group, Prompt, Rollout, Sampled, padded
-from tests.support.episodes import graded_group, plain_rollout
+from pipeline.types import Episode, Rollout, Sampled, padded
+from tests.support.episodes import plain_rollout
 
 MODEL = SimpleNamespace(num_layers=2, topk=2, num_experts=4, moe_layers=(1,))
 
@@ -123,21 +123,6 @@ def test_going_on_adds_what_was_sampled_and_changes_nothing_that_was_there():
     assert (after.finish_reason, after.retractions) == ("length", 3)
     assert (after.servers, after.seconds) == ((0, 3), 0.75)
     assert after.extended(more).servers == (0, 3)
-
-
-def prompt(index=0) -> Prompt:
-    return Prompt(np.zeros(1, np.int32), "question", index=index)
-
-
-def test_a_batch_counts_episodes_once_and_leaves_failures_out():
-    one, two, three = (plain_rollout([n] * n, np.full(n, -1.0)) for n in (1, 2, 3))
-    conversation = Group(prompt(), (Episode((one, two), 1.0), Episode((three,), failure="the verifier hung")))
-    batch = Batch(1, 0, (conversation, graded_group(prompt(1), [three, one], [0.0, 0.5])))
-    assert batch.rewards.tolist() == [1.0, 0.0, 0.5]
-    assert batch.group_of_episode.tolist() == [0, 1, 1]
-    assert batch.episode_of_rollout.tolist() == [0, 0, 1, 2]
-    assert [len(r) for r in batch.rollouts] == [1, 2, 3, 1]
-    assert conversation.rewards.tolist() == [1.0]
 
 
 def test_an_episode_has_a_reward_or_a_failure_and_at_least_one_rollout():

@@ -67,7 +67,7 @@ SECONDS = {
     "pipeline/engine/test_room.py": 6,
     "pipeline/objectives/test_shares.py": 6,
     "pipeline/rewards/sandbox/test_choice.py": 6,
-    "pipeline/rollout/test_admission.py": 6,
+    "pipeline/rollout/test_admission_schedules.py": 6,
     "megatron_ext/logprobs/test_triton_kernels.py": 5,
     "megatron_ext/test_precision.py": 5,
     "test_docs.py": 5,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.types import Batch, Episode, Group, PolicyTokens, Prompt, Rollout, StepResult
+from pipeline.step import Batch, PolicyTokens, StepResult
+from pipeline.types import Episode, Group, Prompt, Rollout
 
 
 def graded_group(prompt: Prompt, rollouts: Sequence[Rollout], rewards: Sequence[float] | np.ndarray) -> Group:

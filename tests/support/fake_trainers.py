@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.types import PolicyTokens, Rollout
+from pipeline.step import PolicyTokens
+from pipeline.types import Rollout
 
 
 class FakeTrainers:

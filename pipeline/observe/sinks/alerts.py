@@ -221,7 +221,8 @@ def known_metrics() -> dict[str, set[str]]:
     from pipeline.objectives import mismatch_metrics
     from pipeline.observe.metrics import batch_metrics
     from pipeline.rewards import Failures
-    from pipeline.types import Batch, Episode, Group, Prompt, Rollout
+    from pipeline.step import Batch
+    from pipeline.types import Episode, Group, Prompt, Rollout
 
     one = torch.zeros(1, 2)
     ids, zeros = np.zeros(2, np.int32), np.zeros(2, np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.diagnose.breakdown import calibration
-from pipeline.types import PolicyTokens
+from pipeline.step import PolicyTokens
 
 VOCABULARY = 64
 

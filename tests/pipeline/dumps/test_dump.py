@@ -17,7 +17,8 @@ from pipeline.config.replay import Replay
 from pipeline.dumps.dump import Dump, dump_path, read_dump, write_dump
 from pipeline.dumps.groups import FINISH_REASONS, DumpError
 from pipeline.dumps.steps import DumpedSteps
-from pipeline.types import Batch, Episode, Group, Prompt, Rollout
+from pipeline.step import Batch
+from pipeline.types import Episode, Group, Prompt, Rollout
 from tests.support.episodes import graded_group
 
 LAYERS, TOPK, EXPERTS, VOCAB = 3, 2, 8, 50

@@ -13,7 +13,8 @@ from pipeline.engine.fleet import Fleet
 from pipeline.loop.compare import DisagreementError, compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.loop import Loop
 from pipeline.observe.metrics import lag_metrics, mismatch_of
-from pipeline.types import Batch, PolicyTokens, Prompt
+from pipeline.step import Batch, PolicyTokens
+from pipeline.types import Prompt
 from tests.support.episodes import graded_group, plain_rollout
 from tests.support.fake_trainers import FakeTrainers
 

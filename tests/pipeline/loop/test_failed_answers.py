@@ -21,7 +21,8 @@ from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.observe.step_record import shown_rollouts, step_record
 from pipeline.rewards import Grader, RewardError
 from pipeline.rollout.grading import OwnGrading
-from pipeline.types import Batch, Group, Prompt
+from pipeline.step import Batch
+from pipeline.types import Group, Prompt
 from tests.support.episodes import plain_rollout
 from tests.support.fake_trainers import FakeTrainers
 

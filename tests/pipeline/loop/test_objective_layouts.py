@@ -13,9 +13,10 @@ from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import merge_tokens, merge_update
 from pipeline.loop.update import Measured, loss_rows
 from pipeline.objectives import PRESETS, Denominators, KLConfig, ObjectiveConfig, resolve
+from pipeline.step import Batch, PolicyTokens
 from pipeline.trainer.group import to_sample
 from pipeline.trainer.losses import critic_loss, policy_loss
-from pipeline.types import Batch, Group, PolicyTokens, Prompt, Rollout
+from pipeline.types import Group, Prompt, Rollout
 from tests.support.episodes import graded_group
 from tests.support.proofs import sampled
 from tests.support.ranks import run_ranks

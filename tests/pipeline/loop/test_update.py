@@ -13,8 +13,9 @@ from pipeline.loop.compare import DisagreementError
 from pipeline.loop.update import Measured, Update, loss_rows, mini_batches
 from pipeline.objectives import PRESETS, ObjectiveConfig, resolve
 from pipeline.observe.metrics import Timer
+from pipeline.step import Batch, PolicyTokens
 from pipeline.trainer.losses import ON_POLICY
-from pipeline.types import Batch, Episode, Group, PolicyTokens, Prompt
+from pipeline.types import Episode, Group, Prompt
 from tests.support.episodes import graded_group, plain_rollout
 from tests.support.fake_trainers import FakeTrainers
 

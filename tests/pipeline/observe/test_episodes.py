@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.disk.disk_errors import DiskError
 from pipeline.observe.episodes import EVERY, EpisodeTable, drop_episodes, part_path
-from pipeline.types import Batch, Ended, Episode, Group, Prompt
+from pipeline.step import Batch
+from pipeline.types import Ended, Episode, Group, Prompt
 from tests.support.episodes import plain_rollout
 
 TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))

@@ -12,7 +12,8 @@ from pipeline.observe.metrics import batch_metrics
 from pipeline.rewards import Component, Grader, Question, RewardError
 from pipeline.rewards.grade import grade
 from pipeline.rollout.grading import OwnGrading
-from pipeline.types import Batch, Episode, Group, Prompt
+from pipeline.step import Batch
+from pipeline.types import Episode, Group, Prompt
 from tests.support.episodes import plain_rollout
 from tests.support.hostile import question
 

@@ -11,8 +11,9 @@ import torch
 
 from pipeline.loop.update import Measured, loss_rows
 from pipeline.objectives import Denominators, NonFiniteInput, NonFiniteRatio, ObjectiveConfig, resolve
+from pipeline.step import Batch
 from pipeline.trainer.losses import LossRow, critic_loss, policy_loss
-from pipeline.types import Batch, Prompt
+from pipeline.types import Prompt
 from tests.support.episodes import graded_group, plain_rollout
 
 NUMBERS = (4, 5, 20, 21)
