@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from megatron_ext.batch.routes import Routed, check_routes
+from pipeline.arrays import stack_kept
 from pipeline.stored import Routes, StoredRoutes, join_routes
 
 if TYPE_CHECKING:
@@ -200,6 +201,17 @@ class Rollout:
         """Tokens that the policy sampled: what every mean, exponent and length penalty counts."""
         return int(self.trained.sum())
 
+    @cached_property
+    def turn_numbers(self) -> np.ndarray:
+        """[N] int64: of each sampled token the number of its turn, from 0; -1 at the others. A turn is what the policy
+        sampled with nobody else's token between, in however many requests."""
+        begins = self.trained & ~np.concatenate([[False], self.trained])[: len(self.trained)]
+        return np.where(self.trained, begins.cumsum() - 1, -1)
+
+    @property
+    def turns(self) -> int:
+        return int(self.turn_numbers.max(initial=-1)) + 1
+
     def is_of(self, version: int) -> bool:
         """Whether every sampled token, and there is one, is of these weights alone."""
         own = self.weight_versions[self.trained] == version
@@ -281,16 +293,6 @@ def _some(array: np.ndarray | None) -> np.ndarray:
     return array
 
 
-def stack_kept(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Kept sets [n, K] of several widths, one behind the other: [sum n, widest K] int32, -1 behind each."""
-    out = np.full((sum(len(p) for p in parts), max(p.shape[1] for p in parts)), -1, np.int32)
-    row = 0
-    for part in parts:
-        out[row : row + len(part), : part.shape[1]] = part
-        row += len(part)
-    return out
-
-
 @dataclass(frozen=True)
 class Episode:
     """One attempt at a prompt.
@@ -303,7 +305,8 @@ class Episode:
     grade_s:  seconds that grading took.
     answer:   the text of the last response, as the verifiers read it; None: nobody has made it.
     verdict:  what the environment that made it says of it; None: verifiers are asked.
-    turn_rewards: of each turn in order, where the environment gives them; a turn is what was sampled in one go.
+    turn_rewards: of each turn in order, where the environment gives them; their sum is the reward. None: all of it is
+              the last turn's.
     note:     of the environment, for people.
               parts, grade_s, answer, verdict and note are of this process only: no dump and no checkpoint has them.
     """
@@ -321,6 +324,20 @@ class Episode:
     def __post_init__(self):
         _must(len(self.rollouts) > 0, "an episode has at least one rollout")
         _must(self.reward is None or self.failure is None, "an episode has a reward or a failure, not both")
+        given = self.turns if self.turn_rewards is None else len(self.turn_rewards)
+        _must(given == self.turns, f"an episode of {self.turns} turns has {given} rewards of turns")
+
+    @property
+    def turns(self) -> int:
+        """Of all its rollouts."""
+        return sum(rollout.turns for rollout in self.rollouts)
+
+    @property
+    def turn_numbers(self) -> np.ndarray:
+        """[N] int64: those of its rollouts, one behind the other, counted on."""
+        before = np.cumsum([0, *(rollout.turns for rollout in self.rollouts)])
+        numbers = [np.where(r.trained, r.turn_numbers + n, -1) for r, n in zip(self.rollouts, before, strict=False)]
+        return np.concatenate(numbers)
 
     @property
     def graded(self) -> bool:
@@ -371,14 +388,6 @@ class Ended:
 
     group: Group
     end: Literal["uninformative", "failed"]
-
-
-def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows [N] of different lengths as one matrix [rows, longest], zeros (False) behind."""
-    out = np.zeros((len(rows), max(len(r) for r in rows)), rows[0].dtype)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = row
-    return out
 
 
 def _must(holds: object, otherwise: str) -> None:

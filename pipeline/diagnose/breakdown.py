@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.arrays import padded
 from pipeline.diagnose.bench import Engines
 from pipeline.objectives import mismatch_by
 from pipeline.step import PolicyTokens
-from pipeline.types import Rollout, padded
+from pipeline.types import Rollout
 
 BUCKETS = 24  # of positions, at most
 WORST = 20

@@ -5,6 +5,8 @@
     episode_sizes     [episodes] int32     rollouts of each
     rewards           [episodes] float32   0 where it failed
     failures          [bytes] uint8        JSON, a list: why an episode has no reward, or null
+    has_turn_rewards  [episodes] bool      and
+    turn_rewards      [sum of turns where has_turn_rewards] float32; both absent where no episode has any
     prompt_lengths    [rollouts] int32     P
     prompt_ids        [sum P] int32        a group's prompt is that of its first rollout
     response_lengths  [rollouts] int32     N
@@ -25,6 +27,7 @@ read.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +36,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.arrays import stack_kept
 from pipeline.errors import NOT_STARTED, SamerouteError
-from pipeline.types import Episode, FinishReason, Group, Prompt, Rollout, stack_kept
+from pipeline.types import Episode, FinishReason, Group, Prompt, Rollout
 
 FORMAT, FORMAT_VERSION = "sameroute.rollouts", 2
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "time")
@@ -44,6 +48,8 @@ _ARRAYS: dict[str, tuple[str, ...]] = {
     "episode_sizes": ("int32",),
     "rewards": ("float32",),
     "failures": ("uint8",),
+    "has_turn_rewards": ("bool",),
+    "turn_rewards": ("float32",),
     "prompt_lengths": ("int32",),
     "prompt_ids": ("int32",),
     "response_lengths": ("int32",),
@@ -58,7 +64,7 @@ _ARRAYS: dict[str, tuple[str, ...]] = {
     "kept": ("int32",),
     "mixed_kv": ("bool",),
 }
-_OPTIONAL = {"routes": 3, "kept": 2, "mixed_kv": 1}
+_OPTIONAL = {"routes": 3, "kept": 2, "mixed_kv": 1, "has_turn_rewards": 1, "turn_rewards": 1}
 """Arrays that a step may lack, and their dimensions; all others have one."""
 
 
@@ -152,10 +158,19 @@ def _flatten(groups: Sequence[Group]) -> dict[str, np.ndarray]:
     }
     for name in ("prompt_ids", "response_ids", "rollout_logprobs", "weight_versions", "trained"):
         arrays[name] = np.concatenate([getattr(r, name) for r in rollouts])
+    arrays |= _turn_rewards(episodes)
     arrays |= {"routes": np.concatenate(routes)} if routes else {}
     arrays |= {"kept": stack_kept(kept)} if kept else {}
     marks = [np.zeros(len(r), bool) if r.mixed_kv is None else r.mixed_kv for r in rollouts]
     return arrays | ({"mixed_kv": np.concatenate(marks)} if any(row.any() for row in marks) else {})
+
+
+def _turn_rewards(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
+    given = [e.turn_rewards for e in episodes if e.turn_rewards is not None]
+    if not given:
+        return {}
+    has = np.array([e.turn_rewards is not None for e in episodes])
+    return {"has_turn_rewards": has, "turn_rewards": np.concatenate([np.array(row, np.float32) for row in given])}
 
 
 def _prompts_json(prompts: Sequence[Prompt]) -> bytes:
@@ -184,7 +199,8 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
     _must(lengths.min(initial=0) >= 0, "a response has a negative length")
     _must(prompts.min(initial=1) > 0, "a prompt has no tokens")
     count = int(episodes.sum(dtype=np.int64))
-    expected = dict.fromkeys(("episode_sizes", "rewards"), int(groups.sum(dtype=np.int64)))
+    of_episode = [name for name in ("episode_sizes", "rewards", "has_turn_rewards") if name in arrays]
+    expected = dict.fromkeys(of_episode, int(groups.sum(dtype=np.int64)))
     expected |= dict.fromkeys(("prompt_lengths", "response_lengths", "finish_reasons", "retractions"), count)
     expected |= {"has_routes": count, "prompt_ids": int(prompts.sum(dtype=np.int64))}
     tokens = int(lengths.sum(dtype=np.int64))
@@ -193,7 +209,10 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
     expected |= {"routes": int(_route_rows(arrays).sum())} if "routes" in arrays else {}
     for name, size in expected.items():
         _must(len(arrays[name]) == size, f"{name} has {len(arrays[name])} entries, not {size}")
-    _must(np.isfinite(arrays["rewards"]).all(), "rewards holds a number that is not finite")
+    for name in ("rewards", "turn_rewards"):
+        _must(np.isfinite(arrays.get(name, 0.0)).all(), f"{name} holds a number that is not finite")
+    both = ("turn_rewards" in arrays) + ("has_turn_rewards" in arrays)
+    _must(both != 1, "turn_rewards and has_turn_rewards come together")
     _must(arrays["finish_reasons"].max(initial=0) < len(FINISH_REASONS), "finish_reasons holds an unknown one")
     _must("routes" in arrays or not arrays["has_routes"].any(), "there are no routes, though has_routes says so")
 
@@ -208,19 +227,27 @@ def _restore(arrays: dict[str, np.ndarray]) -> tuple[Group, ...]:
     """The groups of checked arrays. Raises ValueError for prompts or rollouts that cannot be."""
     failures = _read_json(arrays["failures"], "failures", len(arrays["episode_sizes"]))
     _must(all(why is None or isinstance(why, str) for why in failures), "a failure is a text, or null")
-    rollouts, rewards = _rollouts(arrays), iter(arrays["rewards"].tolist())
-    episodes = iter(
-        [
-            Episode(tuple(next(rollouts) for _ in range(size)), *((reward, None) if why is None else (None, why)))
-            for size, reward, why in zip(arrays["episode_sizes"], rewards, failures, strict=True)
-        ]
-    )
+    episodes = iter(_episodes(arrays, failures))
     prompts = _read_json(arrays["prompts"], "prompts", len(arrays["group_sizes"]))
     groups = []
     for row, size in zip(prompts, arrays["group_sizes"], strict=True):
         own = tuple(next(episodes) for _ in range(size))
         groups.append(Group(_prompt(row, own[0].rollouts[0].prompt_ids), own))
     return tuple(groups)
+
+
+def _episodes(arrays: dict[str, np.ndarray], failures: Sequence[str | None]) -> list[Episode]:
+    out: list[Episode] = []
+    rollouts, sizes = _rollouts(arrays), arrays["episode_sizes"].tolist()
+    by_turn = iter(arrays.get("turn_rewards", np.zeros(0)).tolist())
+    has = arrays.get("has_turn_rewards", np.zeros(len(sizes), bool)).tolist()
+    for size, reward, why, turned in zip(sizes, arrays["rewards"].tolist(), failures, has, strict=True):
+        own = tuple(next(rollouts) for _ in range(size))
+        turns = sum(rollout.turns for rollout in own)
+        rewards = tuple(itertools.islice(by_turn, turns)) if turned else None
+        out.append(Episode(own, reward if why is None else None, why, turn_rewards=rewards))
+    _must(next(by_turn, None) is None, "turn_rewards has more than there are turns")
+    return out
 
 
 def _rollouts(arrays: dict[str, np.ndarray]) -> Iterator[Rollout]:

@@ -58,7 +58,7 @@ class Conversation:
     """One attempt at a prompt.
 
     messages: all that was said, in order, as dicts of role, content and what else the template reads.
-    turns: sampled so far.  cut: by which limit it was ended; None: by none.
+    turns: that `sample` has given back; one that goes on is one.  cut: by which limit it was ended; None: by none.
     moved: when a token of it last came, seconds of time.monotonic().
     sampling, writer, parser: how turns are drawn, made of messages, and taken apart for programs that talk over HTTP.
     seams: turns that ended with another token than the template writes there.
@@ -91,6 +91,7 @@ class Conversation:
         self._busy = False
         self._done: list[Rollout] = []
         self.turns = self.seams = 0
+        self._unheard: list[int] = []
         self.cut: CutBy | None = None
         self.messages: list[Message] = list(prompt.opening.messages)
         self._begin(prompt.ids, prompt.text)
@@ -129,7 +130,7 @@ class Conversation:
     def append(self, messages: Sequence[Message]) -> None:
         """What others say; the next `sample` answers it. Raises Misuse for what is no message, and before the first
         turn: what is asked belongs to the prompt."""
-        if not self.turns:
+        if not self.rollouts:
             raise Misuse("nothing was sampled yet; what stands before the first turn belongs to the prompt")
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -189,21 +190,42 @@ class Conversation:
         self.messages = [dict(message) for message in messages]
         self._begin(self.writer.ids(text), text)
 
+    def turn_rewards(self, told: Sequence[float]) -> tuple[float, ...]:
+        """Of all turns of `rollouts`, from one for each that `sample` gave back: nobody has seen the others, whose
+        sampling was cancelled before its end, and they have 0."""
+        own = iter(told)
+        return tuple(0.0 if k in self._unheard else next(own) for k in range(self.turns + len(self._unheard)))
+
     async def _sample(self, asked: int | None) -> Turn:
         try:
             self._grow()
             left, goes_on = self._room - len(self._session.token_ids), self._goes_on
-            self._limit("turns", self._max_turns - self.turns + goes_on)
+            self._limit("turns", self._max_turns - self.turns + (goes_on and not self._last_unheard))
             self._limit("tokens", left)
             limit = min(left, self.sampling.max_new_tokens if asked is None else asked)
             known, self._busy = len(self._session.token_ids), True
-            rollout = await self._session.sample(replace(self.sampling, max_new_tokens=limit))
+            rollout = await self._sampled(limit, known, goes_on=goes_on)
         except (LimitReached, Misuse, HistoryError, asyncio.CancelledError):
             raise
         except Exception as error:
             self._error = self._error or error
             raise
         return self._take(rollout, known, goes_on=goes_on)
+
+    async def _sampled(self, limit: int, known: int, *, goes_on: bool) -> Rollout:
+        """The rollout with what is sampled now. Of what had come when it is cancelled, a turn is made that goes on."""
+        try:
+            return await self._session.sample(replace(self.sampling, max_new_tokens=limit))
+        except asyncio.CancelledError:
+            cut = self._session.rollout
+            if cut is not None and len(cut.token_ids) > known:
+                self._take(cut, known, goes_on=goes_on, heard=False)
+            raise
+
+    @property
+    def _last_unheard(self) -> bool:
+        """Whether `sample` has given back nothing of the last turn."""
+        return self.turns + len(self._unheard) - 1 in self._unheard
 
     @property
     def _goes_on(self) -> bool:
@@ -232,12 +254,16 @@ class Conversation:
             self.branch(messages)
             return
         self.seams += self._stop is not None and suffix.startswith(self.writer.stops)
-        self._session.append(self.writer.ids(suffix))
+        ids = self.writer.ids(suffix)
+        if not len(ids):
+            raise Misuse(f"the chat template writes nothing for {self._new}, so that two turns would be one")
+        self._session.append(ids)
         self.messages, self._new = messages, []
         self._before, self._spoken, self._stop = whole, "", None
 
-    def _take(self, rollout: Rollout, known: int, *, goes_on: bool) -> Turn:
-        """What was sampled behind `known` tokens. goes_on: the rest of a turn that was cut."""
+    def _take(self, rollout: Rollout, known: int, *, goes_on: bool, heard: bool = True) -> Turn:
+        """What was sampled behind `known` tokens. goes_on: the rest of a turn that was cut. heard: `sample` gives it
+        back."""
         ids = rollout.token_ids[known:]
         stopped = rollout.finish_reason == "stop"
         text = self.writer.text(ids[:-1] if stopped else ids)
@@ -248,6 +274,9 @@ class Conversation:
         else:
             message = {"role": "assistant", "content": text}
             self.messages.append(message)
+            self._unheard.append(self.turns + len(self._unheard))
+        if heard and self._last_unheard:
+            self._unheard.pop()
             self.turns += 1
         self._spoken += text
         return Turn(message, text, ids, rollout.finish_reason)

@@ -17,7 +17,7 @@ class Reward:
 
     value: of all of it; null where `turns` or `parts` are given: their sum.
     parts: components, each a metric reward/NAME.
-    turns: of each turn in order; their sum is the reward.
+    turns: of each turn in order; where `value` is more than their sum, the last turn has the rest.
     note:  for people; a column of RUN/episodes.
     """
 
@@ -25,6 +25,13 @@ class Reward:
     parts: Mapping[str, float] = field(default_factory=dict)
     turns: Sequence[float] | None = None
     note: str = ""
+
+    def by_turn(self) -> list[float]:
+        """Rewards of the turns that add up to `total`; none where they are not given."""
+        own = [float(reward) for reward in self.turns or ()]
+        if own and self.value is not None:
+            own[-1] += float(self.value) - math.fsum(own)
+        return own
 
     def total(self) -> float:
         """The one number. Raises ValueError where there is none, or one that is not finite."""

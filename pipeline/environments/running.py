@@ -136,7 +136,7 @@ class Environments:
         return Episode(
             rollouts,
             verdict=Verdict(told.total(), seconds=seconds, parts=parts, response=response),
-            turn_rewards=None if told.turns is None else tuple(float(r) for r in told.turns),
+            turn_rewards=conversation.turn_rewards(by_turn) if (by_turn := told.by_turn()) else None,
             note="; ".join(text for text in (cut, told.note) if text),
         )
 

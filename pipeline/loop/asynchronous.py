@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
-import torch
-
 from pipeline.loop.loop import Loop
-from pipeline.objectives import is_informative
+from pipeline.loop.update import teaches
 from pipeline.rollout.admission import Admission
 from pipeline.rollout.answers import FleetAnswers
 from pipeline.rollout.maker import Maker, Recipe
@@ -41,14 +40,12 @@ def asynchronous(loop: Loop, steps: int, saved: Saved | None) -> Iterator[None]:
 
 
 def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
-    rollout, version = loop.config.rollout, loop.fleet.version
+    rollout, version, cells = loop.config.rollout, loop.fleet.version, loop.objective.composition
     assert loop.grading is not None
     recipe = Recipe(
         samples=rollout.samples_per_prompt,
         sampling=loop.sampling,
-        informative=(lambda rewards: is_informative(torch.from_numpy(rewards)))
-        if loop.objective.composition.dynamic_sampling
-        else None,
+        informative=functools.partial(teaches, loop.objective) if cells.dynamic_sampling else None,
         on_failure=loop.config.grading.on_failure,
         least=loop.least_graded,
         most_dropped=rollout.max_sampling_rounds * rollout.prompts_per_step,

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_ext.batch.layout import Sample
 from megatron_ext.exchange import Exchange
 from megatron_ext.hf.description import ModelDescription
@@ -24,8 +22,8 @@ from pipeline.engine.sampling import Sampling
 from pipeline.environments.running import Environments
 from pipeline.loop.compare import compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.evaluations import on_own_loop
-from pipeline.loop.update import Update
-from pipeline.objectives import is_informative, resolve
+from pipeline.loop.update import Update, teaches
+from pipeline.objectives import resolve
 from pipeline.observe.metrics import Timer, batch_metrics, lag_metrics
 from pipeline.rewards import Failures, RewardError, grade
 from pipeline.rollout.answers import Scored
@@ -207,7 +205,7 @@ class Loop:
                 raise RewardError(f"step {number}: nothing is left to train on; {failures}")
             drawn, tokens = drawn + len(new), tokens + sum(len(r) for g in new for r in g.rollouts)
             if self.objective.composition.dynamic_sampling:
-                differ = [is_informative(torch.from_numpy(g.rewards)) for g in new]
+                differ = [teaches(self.objective, group) for group in new]
                 dropped = (g for g, kept in zip(new, differ, strict=True) if not kept)
                 self._ended += [Ended(g, "uninformative" if len(g.rewards) else "failed") for g in dropped]
                 new = [g for g, kept in zip(new, differ, strict=True) if kept]

@@ -9,15 +9,23 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pipeline.arrays import padded
 from pipeline.config import Config
 from pipeline.config.replay import Replay
 from pipeline.loop.compare import compare
-from pipeline.objectives import Denominators, Objective, ObjectiveConfig, overlong_penalty
+from pipeline.objectives import (
+    Denominators,
+    Objective,
+    ObjectiveConfig,
+    Turns,
+    is_informative,
+    overlong_penalty,
+)
 from pipeline.objectives.terms.kl import kl_estimate
 from pipeline.observe.metrics import Timer, routing_metrics
 from pipeline.step import Batch, PolicyTokens, StepResult
 from pipeline.trainer.losses import ON_POLICY, LossRow
-from pipeline.types import padded
+from pipeline.types import Episode, Group
 
 
 class Trainers(Protocol):
@@ -167,16 +175,18 @@ def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new
 
     mask = torch.from_numpy(joined([r.trained for r in batch.rollouts]))
     rewards = torch.from_numpy(batch.rewards.astype(np.float64))
+    penalty = torch.zeros_like(rewards)
     if ramp := round(objective.composition.overlong_fraction * max_new_tokens):
-        rewards = rewards + overlong_penalty(mask.sum(-1), max_new_tokens, ramp)
+        penalty = overlong_penalty(mask.sum(-1), max_new_tokens, ramp).double()
     proximal = measured.proximal.logprobs if measured.proximal is not None else None
     out = objective.advantages(
-        rewards,
+        rewards + penalty,
         torch.from_numpy(batch.group_of_episode),
         mask,
         proximal_logprobs=matrix(proximal),
         reference_logprobs=matrix(measured.reference),
         values=matrix(measured.values),
+        turns=turns_of(batch.episodes, penalty) if objective.needs_turns else None,
     )
     of_group = np.bincount(batch.group_of_rollout, [r.trained_tokens for r in batch.rollouts])
     rows: list[LossRow] = []
@@ -198,6 +208,28 @@ def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new
                 )
             )
     return rows
+
+
+def turns_of(episodes: Sequence[Episode], penalty: torch.Tensor) -> Turns:
+    """Turns of graded episodes. penalty: [episodes], added to the reward of each one's last turn."""
+    numbers = padded([episode.turn_numbers + 1 for episode in episodes]) - 1
+    rewards = np.zeros((len(episodes), max(1, *(episode.turns for episode in episodes))))
+    for row, episode, more in zip(rewards, episodes, penalty.tolist(), strict=True):
+        if not episode.turns:
+            continue
+        if episode.turn_rewards is None:
+            row[episode.turns - 1] = np.float32(episode.reward)
+        else:
+            row[: episode.turns] = np.asarray(episode.turn_rewards, np.float32)
+        row[episode.turns - 1] += more
+    return Turns(torch.from_numpy(numbers), torch.from_numpy(rewards))
+
+
+def teaches(objective: Objective, group: Group) -> bool:
+    """Whether the rewards of a group tell its answers apart; of turns too, where the objective reads them."""
+    if is_informative(torch.from_numpy(group.rewards)):
+        return True
+    return objective.needs_turns and len({e.turn_rewards for e in group.episodes if e.reward is not None}) > 1
 
 
 def mean_kl(objective: Objective, batch: Batch, measured: Measured) -> float:

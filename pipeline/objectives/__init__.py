@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.objectives.objective import AdvantageOutputs, Objective, resolve
     from pipeline.objectives.presets import PRESETS, Preset
     from pipeline.objectives.terms.shaping import is_informative, overlong_penalty
+    from pipeline.objectives.terms.turns import Turns
     from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "objective": ("AdvantageOutputs", "Objective", "resolve"),
     "presets": ("PRESETS", "Preset"),
     "terms.shaping": ("is_informative", "overlong_penalty"),
+    "terms.turns": ("Turns",),
     "types": ("Denominators", "LossInputs", "LossOutputs", "Metric"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -50,6 +52,7 @@ __all__ = [
     "ObjectiveConfig",
     "Preset",
     "RunawayRatio",
+    "Turns",
     "is_informative",
     "mismatch_by",
     "mismatch_metrics",

@@ -37,6 +37,7 @@ Reduction = Literal[
     "sequence_mean",
 ]
 Std = Literal["population", "sample"]
+Credit = Literal["episode", "turn"]
 KLEstimator = Literal["k1", "k2", "k3", "unbiased_k3"]
 
 # Where no bound is written. TIS 2 and MIS 2: "Your efficient RL framework secretly brings you off-policy RL training"
@@ -142,6 +143,8 @@ class Composition:
     advantage:     group_mean R - mean; group_std (R - mean)/(std + std_epsilon); leave_one_out; batch_std (the reward,
                    whitened over the batch's tokens); gae.
     std:           of a group or a batch: population divides by the count, sample by the count less one.
+    credit:        episode, one reward for all trained tokens; turn, what a turn and those after it earned (turns.py).
+    turn_gamma:    discount of the next turn's return; gae has gae_gamma, which is per turn there.
     ratio:         token r_t; sequence s; sequence_token s_t.
     ratio_to:      what the ratio's pi stands over: proximal, or rollout (pi/mu: staleness and discrepancy in one).
     surrogate:     see surrogates.py. log_space_clip takes token ratios and gives one term per sequence: ratio sequence.
@@ -171,6 +174,8 @@ class Composition:
     kl: KLConfig | None = None
     whiten: bool = False
     std: Std = "population"
+    credit: Credit = "episode"
+    turn_gamma: float = 1.0
     ratio_to: Literal["proximal", "rollout"] = "proximal"
     std_epsilon: float = 1e-6
     gae_gamma: float = 1.0
@@ -209,6 +214,11 @@ class Composition:
         return self.advantage in ("group_mean", "group_std", "leave_one_out")
 
     @property
+    def needs_turns(self) -> bool:
+        """Whether the advantages read turns and their rewards."""
+        return self.credit == "turn"
+
+    @property
     def needs_prompt_tokens(self) -> bool:
         """Whether the loss reads how many trained tokens each sequence's prompt has."""
         return self.reduction == "prompt_token_mean"
@@ -244,6 +254,7 @@ def _problem(cells: Composition) -> str | None:
         ("surrogate", Surrogate),
         ("reduction", Reduction),
         ("std", Std),
+        ("credit", Credit),
     ):
         if getattr(cells, cell) not in get_args(allowed):
             return f"{cell}: {getattr(cells, cell)!r} is unknown; write one of {', '.join(get_args(allowed))}"
@@ -274,7 +285,23 @@ def _problem(cells: Composition) -> str | None:
             "advantage: batch_std with a KL in the reward gives one advantage per token, and ratio: sequence has one "
             "term per sequence; write ratio: sequence_token, or kl.place: loss"
         )
-    return _correction_problem(cells)
+    return _turn_problem(cells) or _correction_problem(cells)
+
+
+def _turn_problem(cells: Composition) -> str | None:
+    if cells.credit == "turn" and cells.ratio == "sequence":
+        return (
+            "credit: turn gives each turn its own advantage, and ratio: sequence has one term per sequence; write "
+            "ratio: sequence_token (the same ratio, token by token), ratio: token, or credit: episode"
+        )
+    if cells.turn_gamma != 1.0 and cells.credit == "episode":
+        return (
+            f"turn_gamma: {cells.turn_gamma} discounts the rewards of later turns, which credit: episode does not "
+            "tell apart; write credit: turn too"
+        )
+    if cells.turn_gamma != 1.0 and cells.advantage == "gae":
+        return f"advantage: gae discounts turns by gae_gamma; write gae_gamma: {cells.turn_gamma}, and no turn_gamma"
+    return None
 
 
 def _correction_problem(cells: Composition) -> str | None:

@@ -18,6 +18,7 @@ from pipeline.objectives.composition import (
     Advantage,
     Composition,
     CorrectionConfig,
+    Credit,
     KLConfig,
     RatioLevel,
     Reduction,
@@ -61,8 +62,20 @@ class ObjectiveConfig(BaseModel):
         "by the count less one",
     )
     std_epsilon: float | None = Field(default=None, ge=0, description="added to a standard deviation, reward units")
-    gae_gamma: float | None = Field(default=None, ge=0, le=1, description="discount per token")
-    gae_lambda: float | None = Field(default=None, ge=0, le=1, description="lambda of GAE, per token")
+    credit: Credit | None = Field(
+        default=None,
+        description="of conversations. episode: one reward for all that the policy said (every row's default); turn: "
+        "what each turn and those after it earned",
+    )
+    turn_gamma: float | None = Field(
+        default=None, ge=0, le=1, description="discount of what the next turns earn, per turn; for credit: turn"
+    )
+    gae_gamma: float | None = Field(
+        default=None, ge=0, le=1, description="discount per token; per turn with credit: turn"
+    )
+    gae_lambda: float | None = Field(
+        default=None, ge=0, le=1, description="lambda of GAE, per token; per turn with credit: turn"
+    )
     value_coefficient: float | None = Field(default=None, ge=0, description="factor of the critic's loss")
     value_clip: float | None = Field(
         default=None, ge=0, description="largest move of a value in one update, reward units; 0 is no clip"

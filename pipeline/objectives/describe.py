@@ -14,7 +14,7 @@ mu: the rollout engine that sampled the tokens.  pi_o: the trainer at the start 
 r_t = pi/pi_o   w_t = pi_o/mu   rho_t = pi/mu   s = exp(mean_t log r_t)   N: tokens of a response   S: responses
 A: advantage   R: reward   G: samples per prompt   sg: held constant   k1 = log pi_o - log pi_ref"""
 
-_HIDDEN = ("advantage", "ratio", "surrogate", "reduction", "corrections", "std", "ratio_to")
+_HIDDEN = ("advantage", "ratio", "surrogate", "reduction", "corrections", "std", "ratio_to", "credit", "turn_gamma")
 
 
 _COLUMNS = ("preset", "advantage", "ratio", "surrogate", "reduction")

@@ -25,6 +25,7 @@ from pipeline.objectives.terms.critic import value_loss
 from pipeline.objectives.terms.kl import kl_estimate
 from pipeline.objectives.terms.reduce import is_per_token, reduce, token_weights
 from pipeline.objectives.terms.surrogates import Term
+from pipeline.objectives.terms.turns import Turns, turn_advantages
 from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric, check_dtype
 
 
@@ -88,6 +89,10 @@ class Objective:
         return self.composition.needs_prompt_tokens
 
     @property
+    def needs_turns(self) -> bool:
+        return self.composition.needs_turns
+
+    @property
     def kl_in_reward(self) -> bool:
         return self.composition.kl_in_reward
 
@@ -104,41 +109,60 @@ class Objective:
         proximal_logprobs: Tensor | None = None,
         reference_logprobs: Tensor | None = None,
         values: Tensor | None = None,
+        turns: Turns | None = None,
     ) -> AdvantageOutputs:
         """Advantages of a whole batch; call it once, before the batch is split.
 
         rewards: [S] float32 or float64. group_ids: [S] integer, equal for the samples of one prompt. mask: [S, T] bool,
         trained tokens. proximal_logprobs, reference_logprobs: [S, T], for a KL in the reward. values: [S, T], for GAE.
+        turns: for credit by turns, which reads their rewards in place of `rewards`.
         Raises ValueError for a missing input, and with the sequence where a reward, a value or a ratio that is read is
         not finite.
         """
         check_dtype("rewards", rewards)
-        log_ratios.finite(rewards[:, None], torch.ones_like(rewards[:, None], dtype=torch.bool), "the reward")
         cells = self.composition
+        if cells.needs_turns:
+            if turns is None:
+                raise ValueError(f"{self.name} gives credit by turns: pass turns")
+            check_dtype("turns.rewards", turns.rewards)
+            if not torch.equal(turns.numbers >= 0, mask):
+                raise ValueError("turns.numbers has a turn for each trained token, and for no other")
+        read = turns.rewards if cells.needs_turns and turns is not None else rewards[:, None]
+        log_ratios.finite(read, torch.ones_like(read, dtype=torch.bool), "the reward")
         penalty = self._reward_penalty(mask, proximal_logprobs, reference_logprobs)
-        returns = None
-        if cells.advantage == "gae":
+        known = None
+        if cells.needs_critic:
             if values is None:
                 raise ValueError(f"{self.name} estimates advantages with a critic: pass values")
             known = log_ratios.finite(values.detach(), mask, "values")
-            dense = adv.token_rewards(rewards, mask, penalty)
-            advantages, returns = adv.gae(dense, known, mask, cells.gae_gamma, cells.gae_lambda)
-        elif cells.advantage == "batch_std":
-            if penalty is not None:
-                rewards = adv.returns_to_go(adv.token_rewards(rewards, mask, penalty), mask)
-            advantages = adv.whiten(rewards, mask, cells.std_epsilon, cells.std)
+        if cells.needs_turns and turns is not None:
+            advantages, returns = turn_advantages(cells, turns, group_ids, penalty, known)
         else:
-            if penalty is not None:
-                rewards = rewards - penalty.sum(-1)
-            if cells.advantage == "group_mean":
-                advantages = adv.group_mean(rewards, group_ids)
-            elif cells.advantage == "group_std":
-                advantages = adv.group_std(rewards, group_ids, cells.std_epsilon, cells.std)
-            else:
-                advantages = adv.leave_one_out(rewards, group_ids)
+            advantages, returns = self._of_episodes(rewards, group_ids, mask, penalty, known)
         if cells.whiten:
             advantages = adv.whiten(advantages, mask, cells.std_epsilon, cells.std)
         return AdvantageOutputs(advantages, returns)
+
+    def _of_episodes(
+        self, rewards: Tensor, group_ids: Tensor, mask: Tensor, penalty: Tensor | None, values: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(A [S] or [S, T], R [S, T] or None): one reward for all that a sequence's policy said."""
+        cells = self.composition
+        if cells.advantage == "gae":
+            assert values is not None
+            dense = adv.token_rewards(rewards, mask, penalty)
+            return adv.gae(dense, values, mask, cells.gae_gamma, cells.gae_lambda)
+        if cells.advantage == "batch_std":
+            if penalty is not None:
+                rewards = adv.returns_to_go(adv.token_rewards(rewards, mask, penalty), mask)
+            return adv.whiten(rewards, mask, cells.std_epsilon, cells.std), None
+        if penalty is not None:
+            rewards = rewards - penalty.sum(-1)
+        if cells.advantage == "group_mean":
+            return adv.group_mean(rewards, group_ids), None
+        if cells.advantage == "group_std":
+            return adv.group_std(rewards, group_ids, cells.std_epsilon, cells.std), None
+        return adv.leave_one_out(rewards, group_ids), None
 
     def _reward_penalty(self, mask: Tensor, proximal: Tensor | None, reference: Tensor | None) -> Tensor | None:
         """beta times the KL estimate at each trained token, where it belongs in the reward."""

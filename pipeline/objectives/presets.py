@@ -120,6 +120,7 @@ PRESETS: dict[str, Preset] = {
         sources={
             "clip": "table 1 of the paper",
             "gae": "lambda 0.95: tables 3 and 4 of the paper; gamma 1: InstructGPT, 2203.02155, appendix C.4",
+            "credit": "episode: GAE's steps are tokens; write credit: turn for turns as steps (2512.17008)",
             "value": "coefficient 0.5 and clip 0.2: its authors' code (baselines, ppo2)",
             "dual_clip": "off; write surrogate: dual_clip and dual_clip: 3 (1912.09729)",
         },

@@ -13,6 +13,7 @@ counts, and a run that is resumed drops those of later steps.
     ended             string   trained, uninformative (rewards of its group do not differ), failed (see failure)
     failure           string   why there is no reward; null: there is one
     reward            float32
+    turns, turn_rewards    int32, list<float32>    of a conversation; null rewards: all of it is the last turn's
     reward/NAME       float32  of each component, before its weight; null: it failed, or is not known
     first_version, last_version    int32    of the weights that sampled its tokens; null: no token
     prompt_tokens, tokens, trained_tokens   int32
@@ -114,6 +115,7 @@ def schema(components: Sequence[str]) -> pyarrow.Schema:
     fields: dict[str, pa.DataType] = {"recorded": pa.int32(), "step": pa.int32(), "prompt": pa.int64()}
     fields |= {"sample": pa.int32(), "origin": pa.string(), "prompt_text": pa.string(), "metadata": pa.string()}
     fields |= {"ended": kept, "failure": pa.string(), "note": pa.string(), "reward": pa.float32()}
+    fields |= {"turns": pa.int32(), "turn_rewards": pa.list_(pa.float32())}
     fields |= {f"reward/{name}": pa.float32() for name in components}
     names = ("first_version", "last_version", "prompt_tokens", "tokens", "trained_tokens")
     fields |= dict.fromkeys(names, pa.int32())
@@ -174,6 +176,8 @@ def _row(episode: Episode) -> dict[str, Any]:
         "failure": episode.failure,
         "note": episode.note or None,
         "reward": episode.reward,
+        "turns": episode.turns,
+        "turn_rewards": episode.turn_rewards,
         "first_version": min(versions, default=None),
         "last_version": max(versions, default=None),
         "tokens": sum(map(len, rollouts)),

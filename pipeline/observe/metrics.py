@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from pipeline.arrays import padded
 from pipeline.objectives import mismatch_by, mismatch_metrics
 from pipeline.step import Batch, PolicyTokens
-from pipeline.types import Rollout, padded
+from pipeline.types import Rollout
 
 
 class Timer:

@@ -50,7 +50,7 @@ class Recipe:
     """What a group is made of, and whether it counts.
 
     samples:      answers of a prompt.  sampling: how they are drawn.
-    informative:  whether rewards [n] float32 have something to teach; None: all do.
+    informative:  whether a graded group has something to teach; None: all do.
     on_failure, least: of answers that cannot be graded, see `grade`.
     most_dropped: groups in a row that may end without being trained on.
     scored:       rollouts that each server scores after a transfer.
@@ -59,7 +59,7 @@ class Recipe:
 
     samples: int
     sampling: Sampling
-    informative: Callable[[np.ndarray], bool] | None
+    informative: Callable[[Group], bool] | None
     on_failure: OnFailure
     least: int
     most_dropped: int
@@ -298,7 +298,7 @@ class Maker:
         self.prompts.learned(graded.prompt, graded.rewards)
         if not len(graded.rewards):
             self._drop(Ended(graded, "failed"), failures)
-        elif recipe.informative is not None and not recipe.informative(graded.rewards):
+        elif recipe.informative is not None and not recipe.informative(graded):
             self._drop(Ended(graded, "uninformative"), failures)
         else:
             self._finish(index, graded, failures)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.arrays import padded
 from pipeline.objectives import Denominators, LossInputs, LossOutputs, Objective
-from pipeline.types import padded
 
 if TYPE_CHECKING:
     from megatron_ext.parts import Metrics

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.types import Episode, Rollout, Sampled, padded
+from pipeline.arrays import padded
+from pipeline.types import Episode, Rollout, Sampled
 from tests.support.episodes import plain_rollout
 
 MODEL = SimpleNamespace(num_layers=2, topk=2, num_experts=4, moe_layers=(1,))
@@ -143,3 +144,18 @@ def test_rows_are_padded_behind():
 def test_a_rollout_is_not_changed_by_accident():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_rollout().retractions = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_turns_are_runs_of_sampled_tokens_and_an_episode_has_a_reward_for_each():
+    trained = np.array([True, True, False, True, False, False, True])
+    versions = np.where(trained, 0, -1).astype(np.int32)
+    one = plain_rollout(range(7), np.where(trained, -1, 0), trained=trained, weight_versions=versions)
+    assert one.turn_numbers.tolist() == [0, 0, -1, 1, -1, -1, 2]
+    late = ~trained
+    versions = np.where(late, 0, -1).astype(np.int32)
+    other = plain_rollout(range(7), np.where(late, -1, 0), trained=late, weight_versions=versions)
+    assert other.turn_numbers.tolist() == [-1, -1, 0, -1, 1, 1, -1]
+    episode = Episode((one, other), 1.0, turn_rewards=(0.0,) * 5)
+    assert episode.turn_numbers.tolist() == [0, 0, -1, 1, -1, -1, 2, -1, -1, 3, -1, 4, 4, -1]
+    with pytest.raises(ValueError, match="an episode of 5 turns has 4 rewards of turns"):
+        Episode((one, other), 1.0, turn_rewards=(0.0,) * 4)

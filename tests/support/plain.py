@@ -315,3 +315,29 @@ def gae(reward: float, penalties: list[float], values: list[float], gamma: float
     after = [*values[1:], 0.0]
     deltas = [(reward if t == n - 1 else 0.0) - penalties[t] + gamma * after[t] - values[t] for t in range(n)]
     return [sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t)) for t in range(n)]
+
+
+# Credit by turns: r[k] is the reward of turn k of one episode, G[i][k] the return of turn k of episode i.
+
+
+def returns_by_turn(r: list[float], gamma: float) -> list[float]:
+    return [sum(gamma ** (j - k) * r[j] for j in range(k, len(r))) for k in range(len(r))]
+
+
+def over_turn(rule: Callable[..., list[float]], G: list[list[float]], prompts: list[int], **cells: Any) -> Any:
+    """A[i][k]: a rule of groups over turn k of those episodes of a prompt that have one; 0 where there is one only."""
+    A = [[0.0] * len(row) for row in G]
+    for k in range(max(map(len, G))):
+        for prompt in set(prompts):
+            there = [i for i in range(len(G)) if prompts[i] == prompt and len(G[i]) > k]
+            if len(there) > 1:
+                for i, a in zip(there, rule([G[i][k] for i in there], [prompt] * len(there), **cells), strict=True):
+                    A[i][k] = a
+    return A
+
+
+def gae_by_turn(r: list[float], V: list[float], gamma: float, lam: float) -> list[float]:
+    """V[k]: where turn k begins."""
+    after = [*V[1:], 0.0]
+    deltas = [r[k] + gamma * after[k] - V[k] for k in range(len(r))]
+    return [sum((gamma * lam) ** j * deltas[k + j] for j in range(len(r) - k)) for k in range(len(r))]

@@ -46,11 +46,20 @@ def group_std(rewards: Tensor, group_ids: Tensor, epsilon: float = 1e-6, std: St
     return centred / (variance.sqrt()[index] + epsilon)
 
 
-def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
+def leave_one_out(rewards: Tensor, group_ids: Tensor, *, alone: bool = False) -> Tensor:
     """A_i = R_i - mean of the others of its group = G/(G-1) (R_i - mean) (RLOO, 2402.14740).
 
-    Shapes as in group_mean. Raises ValueError for a group of one: it has no others.
+    Shapes as in group_mean. alone: a group of one has A = 0. Else it raises ValueError: it has no others.
     """
+    if not alone:
+        refuse_alone(group_ids)
+    index, sizes = _group(group_ids)
+    size = sizes[index]
+    return group_mean(rewards, group_ids) * size / (size - 1).clamp(min=1)
+
+
+def refuse_alone(group_ids: Tensor) -> None:
+    """Raise ValueError where leave-one-out has a group of one."""
     index, sizes = _group(group_ids)
     if (sizes == 1).any():
         alone = group_ids[(sizes == 1)[index]]
@@ -58,8 +67,6 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
             f"leave-one-out needs two samples per prompt, and group {int(alone[0])} has one; sample more or write "
             "advantage: group_mean"
         )
-    size = sizes[index]
-    return group_mean(rewards, group_ids) * size / (size - 1)
 
 
 def whiten(advantages: Tensor, mask: Tensor, epsilon: float = 1e-6, std: Std = "population") -> Tensor:

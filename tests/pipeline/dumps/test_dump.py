@@ -91,6 +91,38 @@ def test_a_conversation_of_several_rollouts_and_a_failed_episode_are_read_back(t
     assert [r.trained_tokens for r in again.batch.rollouts] == [2, 2]
 
 
+def conversation_dump(*rewards):
+    """A dump of a conversation of three turns in two rollouts, its rewards of turns given, and one without."""
+    first, second = make_conversation(np.random.default_rng(0))
+    prompt = Prompt(first.prompt_ids, "question", {"answer": "1"}, 3)
+    episodes = Episode((first, second), 0.5, turn_rewards=rewards), Episode((first,), 1.0)
+    return Dump(Batch(4, 2, (Group(prompt, episodes),)), 1.0)
+
+
+def test_rewards_of_turns_are_read_back(tmp_path):
+    dump = conversation_dump(0.25, -0.75, 1.0)
+    assert same(read_dump(write_dump(tmp_path, dump)), dump)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda arrays: arrays.pop("has_turn_rewards"), "come together"),
+        (lambda arrays: arrays.update(turn_rewards=arrays["turn_rewards"][:2]), "of 3 turns has 2 rewards"),
+        (lambda arrays: arrays.update(turn_rewards=np.zeros(4, np.float32)), "more than there are turns"),
+        (lambda arrays: arrays.update(turn_rewards=np.full(3, np.nan, np.float32)), "not finite"),
+        (lambda arrays: arrays.update(has_turn_rewards=np.ones(3, bool)), "has 3 entries, not 2"),
+    ],
+)
+def test_rewards_of_turns_that_cannot_be_are_named(tmp_path, change, sentence):
+    file = write_dump(tmp_path, conversation_dump(0.25, -0.75, 1.0))
+    arrays = load_file(file)
+    change(arrays)
+    save_file(arrays, file, HEADER)
+    with pytest.raises(DumpError, match=sentence):
+        read_dump(file)
+
+
 def make_kept(rng, ids):
     """Up to four tokens beside each, its own among them."""
     rows = [rng.permutation(np.unique(np.append(rng.integers(0, VOCAB, rng.integers(5)), i))) for i in ids]

@@ -202,3 +202,68 @@ def test_a_conversation_may_be_led_from_another_event_loop(tmp_path):
         assert loops == [asyncio.get_running_loop()]
 
     asyncio.run(run())
+
+
+def cancelled(tmp_path, then):
+    """A turn of which "ans" had come when it was cancelled; and then(conversation, engine)."""
+
+    async def run():
+        made, engine, _ = conversation("smollm2", tmp_path, ["answer<|im_end|>"], cut=3)
+        own, part = engine.sample, asyncio.Event()
+
+        async def sample(*args, **named):
+            if engine.asked:
+                part.set()
+                await asyncio.sleep(60)
+            return await own(*args, **named)
+
+        engine.sample = sample
+        work = asyncio.create_task(made.sample())
+        await part.wait()
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        engine.sample = own
+        await then(made, engine)
+        return made
+
+    return asyncio.run(run())
+
+
+def test_a_turn_that_was_cancelled_goes_on_as_the_same_turn(tmp_path):
+    async def then(made, engine):
+        assert (made.turns, made.messages[-1]["content"]) == (0, "ans")
+        engine.cut = 99
+        assert (await made.sample()).text == "wer"
+
+    made = cancelled(tmp_path, then)
+    assert made.messages == [*ASKED, {"role": "assistant", "content": "answer"}]
+    assert (made.turns, made.turn_rewards([0.5])) == (1, (0.5,))
+    assert [r.turns for r in made.rollouts] == [1]
+
+
+def test_a_turn_that_nobody_saw_has_no_reward_and_counts_for_no_limit(tmp_path):
+    async def then(made, engine):
+        made.branch(made.messages[:1])
+        engine.said, engine.rest, engine.cut = ["answer<|im_end|>"], [], 99
+        await made.sample()
+
+    made = cancelled(tmp_path, then)
+    assert (made.turns, made.turn_rewards([0.5])) == (1, (0.0, 0.5))
+    assert [r.turns for r in made.rollouts] == [1, 1]
+
+
+def test_two_turns_between_which_the_template_writes_nothing_are_refused(tmp_path):
+    class Silent(TemplateWriter):
+        def suffix(self, *_):
+            return "", ""
+
+    async def run():
+        made, _, _ = conversation("smollm2", tmp_path, ["answer<|im_end|>"] * 2)
+        made.writer.__class__ = Silent
+        await made.sample()
+        made.append([{"role": "user", "content": ""}])
+        with pytest.raises(Misuse, match="two turns would be one"):
+            await made.sample()
+
+    asyncio.run(run())

@@ -89,6 +89,17 @@ def test_an_environment_gives_the_reward_of_its_conversation(tmp_path):
     assert first.trained_tokens == 4
 
 
+def test_where_the_value_is_more_than_the_turns_earned_the_last_turn_has_the_rest(tmp_path):
+    async def run(conversation, prompt):
+        await conversation.sample()
+        conversation.append(MORE)
+        await conversation.sample()
+        return Reward(2.0, turns=[0.5, -0.25])
+
+    (first, _), _, _ = played(run, tmp_path)
+    assert (first.verdict.reward, first.turn_rewards) == (2.0, (0.5, 1.5))
+
+
 async def raises(conversation, prompt):
     await conversation.sample()
     raise RuntimeError("the tool is broken")

@@ -14,6 +14,7 @@ from pipeline.objectives import resolve
 from pipeline.rollout.admission import Admission
 from pipeline.rollout.saved import Saved
 from pipeline.types import Prompt
+from tests.support.episodes import graded_group, plain_rollout
 
 STALE = "rollout.max_staleness=3", "objective.correction={kind: geometric_tis}"
 
@@ -91,8 +92,9 @@ def test_groups_that_teach_nothing_are_replaced_where_the_objective_says_so(dyna
     if not dynamic:
         assert informative is None
     else:
-        assert informative(np.array([0, 1], np.float32))
-        assert not informative(np.ones(2, np.float32))
+        rollout, prompt = plain_rollout([1], -np.ones(1)), Prompt(np.zeros(1, np.int32), "")
+        assert informative(graded_group(prompt, [rollout] * 2, [0, 1]))
+        assert not informative(graded_group(prompt, [rollout] * 2, [1, 1]))
 
 
 def test_what_a_checkpoint_has_of_rollouts_is_gone_on_with():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.config import load_config
 from pipeline.config.replay import Replay
 from pipeline.loop.compare import DisagreementError
-from pipeline.loop.update import Measured, Update, loss_rows, mini_batches
+from pipeline.loop.update import Measured, Update, loss_rows, mini_batches, teaches, turns_of
 from pipeline.objectives import PRESETS, ObjectiveConfig, resolve
 from pipeline.observe.metrics import Timer
 from pipeline.step import Batch, PolicyTokens
@@ -232,3 +234,58 @@ def test_a_row_knows_how_many_tokens_were_sampled_for_its_prompt():
     batch = batch_with_holes()
     found = loss_rows(objective, batch, Measured(None), max_new_tokens=4)
     assert [row.prompt_tokens for row in found] == [5] * 4
+
+
+def two_turns(first: int, second: int, *rewards: float, split=False) -> Episode:
+    """A conversation of two turns of so many tokens, with a token of a tool between them, or as two rollouts."""
+    if split:
+        pair = plain_rollout(range(first), -np.ones(first), 7), plain_rollout(range(second), -np.ones(second), 7)
+        return Episode(pair, sum(rewards), turn_rewards=rewards)
+    trained = np.arange(first + 1 + second) != first
+    versions = np.where(trained, 7, -1).astype(np.int32)
+    rollout = plain_rollout(range(len(trained)), np.where(trained, -1, 0), trained=trained, weight_versions=versions)
+    return Episode((rollout,), sum(rewards), turn_rewards=rewards)
+
+
+def conversations(*episodes: Episode) -> Batch:
+    return Batch(1, 7, (Group(Prompt(np.zeros(1, np.int32), ""), episodes),))
+
+
+BY_TURN = resolve(ObjectiveConfig(preset="dr_grpo", credit="turn"))
+
+
+def test_tokens_of_a_turn_have_what_it_and_those_after_it_earned():
+    batch = conversations(two_turns(2, 1, 1.0, 0.5), two_turns(1, 2, 0.0, -0.5))
+    first, second = (row.advantage.tolist() for row in loss_rows(BY_TURN, batch, Measured(None), max_new_tokens=9))
+    assert first == [1.0, 1.0, 0.0, 0.5]
+    assert second == [-1.0, 0.0, -0.5, -0.5]
+
+
+def test_turns_of_several_rollouts_are_counted_on():
+    whole = conversations(two_turns(2, 1, 1.0, 0.5), two_turns(1, 2, 0.0, -0.5))
+    parts = conversations(two_turns(2, 1, 1.0, 0.5, split=True), two_turns(1, 2, 0.0, -0.5))
+    expected, found = (loss_rows(BY_TURN, b, Measured(None), max_new_tokens=9) for b in (whole, parts))
+    assert [row.advantage.tolist() for row in found] == [[1.0, 1.0], [0.5], [-1.0, 0.0, -0.5, -0.5]]
+    assert found[2].advantage.tolist() == expected[1].advantage.tolist()
+
+
+def test_a_conversation_without_rewards_of_turns_has_all_of_it_on_the_last():
+    episodes = replace(two_turns(2, 1, 0.25, 0.5), turn_rewards=None), two_turns(1, 2, 0.0, -0.5)
+    turns = turns_of(episodes, torch.zeros(2))
+    assert turns.rewards.tolist() == [[0.0, 0.75], [0.0, -0.5]]
+    assert turns.numbers.tolist() == [[0, 0, -1, 1], [0, -1, 1, 1]]
+
+
+def test_the_overlong_penalty_is_the_last_turns():
+    objective = resolve(ObjectiveConfig(preset="dr_grpo", credit="turn", overlong_fraction=1.0))
+    long = conversations(two_turns(1, 3, 0.0, 0.0), two_turns(1, 1, 0.0, 0.0))
+    first, second = (row.advantage.tolist() for row in loss_rows(objective, long, Measured(None), max_new_tokens=4))
+    assert first == [-0.25, 0.0, -0.25, -0.25, -0.25]
+    assert second == [0.25, 0.0, 0.25]
+
+
+def test_equal_rewards_teach_where_turns_differ_and_the_objective_reads_them():
+    (group,) = conversations(two_turns(1, 1, 1.0, 0.0), two_turns(1, 1, 0.0, 1.0)).groups
+    assert teaches(BY_TURN, group)
+    assert not teaches(resolve(ObjectiveConfig(preset="dr_grpo")), group)
+    assert not teaches(BY_TURN, conversations(two_turns(1, 1, 1.0, 0.0), two_turns(1, 2, 1.0, 0.0)).groups[0])

@@ -217,7 +217,8 @@ def test_how_groups_in_a_row_ended_is_counted_since_the_last_that_was_finished()
 
     failed = Verdict(kind="raised", what="raised ValueError", verifier="fake")
     rewards = {0: Verdict(reward=0.0), 1: Verdict(reward=1.0)}
-    maker = maker_of(verdict=lambda prompt, _: rewards.get(prompt, failed), informative=np.any, most_dropped=2)
+    informative = {"informative": lambda group: group.rewards.any()}
+    maker = maker_of(verdict=lambda prompt, _: rewards.get(prompt, failed), most_dropped=2, **informative)
     within(maker, work)
 
 

@@ -115,7 +115,7 @@ def test_a_step_takes_what_has_finished_and_does_not_wait_for_the_longest_until_
 
 def test_each_group_that_teaches_nothing_is_replaced_once():
     judge = FakeJudge(lambda prompt, number: Verdict(reward=float(number) if prompt % 3 else 1.0))
-    with Made(judge=judge, informative=lambda rewards: np.ptp(rewards) > 0) as made:
+    with Made(judge=judge, informative=lambda group: np.ptp(group.rewards) > 0) as made:
         taken = made.train()
         left = made.producer.snapshot().ended
     assert made.trained == [index for index in range(40) if index % 3][: 6 * B]
@@ -130,7 +130,7 @@ def test_each_group_that_teaches_nothing_is_replaced_once():
 
 def test_too_many_in_a_row_that_teach_nothing_end_the_run():
     judge = FakeJudge(lambda prompt, number: Verdict(reward=1.0))
-    made = Made(judge=judge, informative=lambda rewards: np.ptp(rewards) > 0)
+    made = Made(judge=judge, informative=lambda group: np.ptp(group.rewards) > 0)
     with made, pytest.raises(NothingToLearnError, match=r"12 groups in a row had no rewards that differ"):
         made.step()
 
