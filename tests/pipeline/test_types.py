@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.arrays import padded
 from pipeline.types import Episode, Rollout, Sampled
 from tests.support.episodes import plain_rollout
 
@@ -134,11 +133,6 @@ def test_an_episode_has_a_reward_or_a_failure_and_at_least_one_rollout():
         Episode((one,), 1.0, "it crashed")
     with pytest.raises(ValueError, match="at least one rollout"):
         Episode(())
-
-
-def test_rows_are_padded_behind():
-    assert padded([np.array([1, 2]), np.array([3])]).tolist() == [[1, 2], [3, 0]]
-    assert padded([np.array([True]), np.array([True, True])]).tolist() == [[True, False], [True, True]]
 
 
 def test_a_rollout_is_not_changed_by_accident():
