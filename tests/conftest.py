@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 import pytest
 
@@ -47,6 +48,8 @@ def pytest_sessionstart():
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # workers share the cores: a second thread spins while it waits for the first
 
 
 def pytest_collection_modifyitems(items):
@@ -78,6 +81,7 @@ def preloaded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in preloaded.start(folder, keeper).items():
             patch.setenv(name, value)
+        preloaded.set_up_by_a_fork()
         yield
 
 

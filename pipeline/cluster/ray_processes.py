@@ -7,36 +7,62 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from ray._private import worker
+from ray._private import services, worker
 from ray._private.node import Node
 
 from pipeline.say import to_stderr
 
 _NAMES = {"raylet": "the raylet, which starts and ends processes", "gcs_server": "gcs_server, which knows the cluster"}
 _UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
+_IDLE = "import os,select;select.select([os.pidfd_open(int(os.environ['RAY_RAYLET_PID']))],[],[])"
+"""A process that ends when the raylet that started it is gone."""
 _SEEN_S = 1.0  # from a rank's end to that of the process that ended it
 
 
 @contextlib.contextmanager
 def only_what_runs_actors() -> Iterator[None]:
-    """A cluster that is started inside has no process that adds machines, prints logs or shows a dashboard.
+    """A cluster that is started inside has no process that adds machines, prints logs, shows or answers a dashboard.
 
-    A run of its own uses none of them. Ray (2.60) starts all three, a Python process each, before its first actor: two
+    A run of its own uses none of them. Ray (2.60) starts all four, a Python process each, before its first actor: four
     seconds of a processor. No argument of `ray.init` leaves them out.
     """
     before = {name: getattr(Node, name) for name in _UNUSED}
+    start = services.start_ray_process
     for name in _UNUSED:
         setattr(Node, name, lambda node, **settings: None)
+
+    def start_with_an_idle_agent(command: list[str], kind: str, *arguments: Any, **settings: Any) -> Any:
+        return start(_with_an_idle_agent(command) if kind == "raylet" else command, kind, *arguments, **settings)
+
+    services.start_ray_process = start_with_an_idle_agent
     try:
         yield
     finally:
+        services.start_ray_process = start
         for name, method in before.items():
             setattr(Node, name, method)
+
+
+def _with_an_idle_agent(command: list[str]) -> list[str]:
+    """The raylet's command: its agent, which collects metrics and answers the dashboard, does nothing.
+
+    The raylet (2.60) starts with an agent or not at all, waits until files name the agent's ports, and ends where the
+    agent does. The files name a port where nobody listens; the raylet's log then says that metrics are not exported.
+    """
+    options = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
+    for kind in ("metrics_agent", "metrics_export", "dashboard_agent_listen"):
+        Path(options["session_dir"], f"{kind}_port_{options['node_id']}").write_text("1")
+    idle = subprocess.list2cmdline([sys.executable, "-S", "-c", _IDLE])
+    kept = [word for word in command if not word.startswith("--dashboard_agent_command=")]
+    return [*kept, f"--dashboard_agent_command={idle}"]
 
 
 def what_died() -> str:

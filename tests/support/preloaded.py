@@ -35,6 +35,13 @@ _WORKER = Path(__file__).with_name("forked_worker.py")
 _TITLE = " " * 4000  # processes change their titles in place, and children have longer ones
 
 
+def set_up_by_a_fork() -> None:
+    """From now on Ray's workers of a cluster that this process starts are forked at once, without Ray's own script."""
+    from ray._private import ray_constants
+
+    ray_constants.SETUP_WORKER_FILENAME = str(_WORKER)
+
+
 def server_environment() -> dict[str, str]:
     """What a server on the CPU has in its environment, but for what is its own."""
     server = SGLangServer(ServerConfig(), Path(), Path(), device="cpu", seed=0, return_routed_experts=True)

@@ -31,6 +31,10 @@ def _import() -> None:
         for name in _MODULES:
             importlib.import_module(name)
 
+    from tests.support.preloaded import set_up_by_a_fork
+
+    set_up_by_a_fork()
+
 
 def main() -> int:
     """Fork drivers; returns in each of them the exit code of its command."""

@@ -1,5 +1,7 @@
 """What Ray tells a driver, but for the log of a raylet that died. (Which of its processes died: tests/chaos.)"""
 
+import os
+import shlex
 import signal
 import subprocess
 import time
@@ -8,7 +10,13 @@ from types import SimpleNamespace
 import pytest
 from ray._private import worker
 
-from pipeline.cluster.ray_processes import died_said, ended, leave_out_the_raylets_log, what_died
+from pipeline.cluster.ray_processes import (
+    _with_an_idle_agent,
+    died_said,
+    ended,
+    leave_out_the_raylets_log,
+    what_died,
+)
 
 
 @pytest.fixture
@@ -43,6 +51,21 @@ def test_a_raylet_that_lives_is_no_news(raylet):
     raylet.send_signal(signal.SIGTERM)  # by ray.shutdown
     raylet.wait()
     assert said == []
+
+
+def test_what_stands_for_the_agent_of_a_raylet_ends_with_it(raylet, tmp_path):
+    command = ["raylet", f"--session_dir={tmp_path}", "--node_id=9", "--dashboard_agent_command=python agent.py"]
+    kept, agent = _with_an_idle_agent(command)[:-1], _with_an_idle_agent(command)[-1]
+    assert kept == command[:-1]
+    waited_for = ("dashboard_agent_listen_port_9", "metrics_agent_port_9", "metrics_export_port_9")
+    assert sorted(file.name for file in tmp_path.iterdir()) == list(waited_for)
+    words = shlex.split(agent.removeprefix("--dashboard_agent_command="))
+    idle = subprocess.Popen(words, env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
+    with pytest.raises(subprocess.TimeoutExpired):
+        idle.wait(0.2)
+    raylet.kill()
+    raylet.wait()
+    assert idle.wait(10) == 0
 
 
 def test_the_log_of_a_raylet_that_died_is_left_out_and_nothing_else(capsys, monkeypatch):

@@ -79,7 +79,8 @@ def test_ray_listens_on_this_machine_only_and_whoever_joins_needs_the_token():
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         sockets = listening(processes)
         assert any("gcs" in socket.process for socket in sockets)
-        unused = ("monitor.py", "dashboard.py")  # of the autoscaler and of logs, and the dashboard's
+        # of the autoscaler and of logs, the dashboard's and what answers it
+        unused = ("monitor.py", "dashboard.py", "dashboard/agent.py", "DashboardAgent")
         assert not [p for p in processes if any(name in command_line(p) for name in unused)]
         found = reachable(sockets)
         assert found == [], "\n".join(map(str, found))
