@@ -45,6 +45,17 @@ def pytest_sessionstart():
     gc.disable()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    """The workers of the whole suite are forked from one process that has imported what they import."""
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        from tests.support import preloaded
+
+        python = preloaded.python_of_workers(config._tmp_path_factory.getbasetemp(), os.getpid())
+        for spec in specs:
+            spec.python = python
+
+
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()

@@ -6,6 +6,7 @@ An import under `if TYPE_CHECKING:` is for readers and type checkers and does no
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -108,8 +109,13 @@ def package_of(module: str, file: Path) -> str:
     return module if file.name == "__init__.py" else module.rpartition(".")[0]
 
 
-IMPORTS = {name: imports(file.read_text(), package_of(name, file)) for name, file in MODULES.items()}
-OURS = {name: {other for other in found if other in MODULES} for name, found in IMPORTS.items()}
+@functools.cache
+def all_imports() -> dict[str, set[str]]:
+    return {name: imports(file.read_text(), package_of(name, file)) for name, file in MODULES.items()}
+
+
+def ours() -> dict[str, set[str]]:
+    return {name: {other for other in found if other in MODULES} for name, found in all_imports().items()}
 
 
 def room_of(module: str) -> str:
@@ -120,7 +126,7 @@ def room_of(module: str) -> str:
 def room_imports() -> dict[str, dict[str, set[str]]]:
     """room -> room that it imports -> the imports, as "a -> b"."""
     out: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for module, found in OURS.items():
+    for module, found in ours().items():
         for other in found:
             if room_of(module) != room_of(other):
                 out[room_of(module)][room_of(other)].add(f"{module} -> {other}")
@@ -147,7 +153,7 @@ def test_every_way_to_import_is_seen(source, found):
 
 
 def test_no_module_and_no_room_is_in_a_circle():
-    for graph in (OURS, room_imports()):
+    for graph in (ours(), room_imports()):
         try:
             list(TopologicalSorter({name: set(found) for name, found in graph.items()}).static_order())
         except CycleError as error:
@@ -172,7 +178,7 @@ def test_every_room_has_its_place_and_every_place_a_room():
 def test_megatron_is_imported_by_its_own_package_alone_and_that_knows_nothing_of_the_pipeline():
     wrong = [
         f"{module} imports {other}"
-        for module, found in IMPORTS.items()
+        for module, found in all_imports().items()
         for other in found
         if (module.startswith("pipeline") and other.split(".")[0] == "megatron")
         or (module.startswith("megatron_ext") and other.split(".")[0] in ("pipeline", "ray", "sglang", "aiohttp"))
@@ -184,7 +190,7 @@ def test_megatron_is_imported_by_its_own_package_alone_and_that_knows_nothing_of
 
 def test_objectives_know_tensors_only():
     allowed = {"torch", "numpy", "pydantic", "pipeline", "megatron_ext"}
-    for module, found in IMPORTS.items():
+    for module, found in all_imports().items():
         if module.startswith("pipeline.objectives"):
             outside = {o.split(".")[0] for o in found} - allowed - set(sys.stdlib_module_names)
             assert outside == set(), module
@@ -203,7 +209,7 @@ def test_what_stands_below_can_be_read_without_an_engine(module):
 def test_a_configuration_never_imports_an_engine_also_not_later():
     wrong = {
         module: engines
-        for module, found in IMPORTS.items()
+        for module, found in all_imports().items()
         if module.startswith("pipeline.config") and (engines := {other.split(".")[0] for other in found} & ENGINES)
     }
     assert wrong == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
@@ -75,6 +76,7 @@ SECONDS = {
 """Of a processor, children included, on an EPYC of 2.4 GHz; files of less than five are left out."""
 
 
+@functools.cache
 def of(path: Path) -> int:
     """Seconds of the file at `path`; 0 for one that is not in the table."""
     return SECONDS.get(str(path.relative_to(TESTS)), 0)

@@ -1,4 +1,4 @@
-"""A driver forked by `preloaded_driver.py`, used as a `subprocess.Popen` of `sameroute` is."""
+"""A driver forked by `preloaded_imports.py`, used as a `subprocess.Popen` of `sameroute` is."""
 
 from __future__ import annotations
 

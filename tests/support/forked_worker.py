@@ -1,4 +1,4 @@
-"""A Ray worker forked by `preloaded_worker.py`: what Ray starts in place of Python, with a worker's command line.
+"""A Ray worker forked by `preloaded_imports.py`: what Ray starts in place of Python, with a worker's command line.
 
 Where it also stands in place of the script by which Ray sets a worker up (`preloaded.set_up_by_a_fork`), it does what
 that one does: half a second of a processor a worker goes into that one's imports.

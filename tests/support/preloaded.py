@@ -1,7 +1,7 @@
 """Processes that have made their imports, once for all workers of a session: servers, ranks and drivers are forked.
 
 A server's imports take ten seconds of a processor, a trainer rank's and a driver's five, and tests start some twenty of
-each.
+each. The whole suite's own workers, of nine seconds each, are forked too.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from pipeline.config.server import ServerConfig
-from pipeline.engine.processes import TOKEN_VARIABLE
-from pipeline.engine.server import SGLangServer
 from pipeline.forks import FORKS_VARIABLE, ROOM
 
 WORKER_FORKS_VARIABLE = "SAMEROUTE_WORKER_FORKS"
@@ -31,6 +29,9 @@ VARIABLES = (
 )
 """Where servers, ranks and drivers come from; and Ray starts no workers ahead, which would not be forked."""
 
+IMPORTS_S = 240
+"""In which imports are made on a machine that does much else."""
+
 _WORKER = Path(__file__).with_name("forked_worker.py")
 _TITLE = " " * 4000  # processes change their titles in place, and children have longer ones
 
@@ -44,8 +45,18 @@ def set_up_by_a_fork() -> None:
 
 def server_environment() -> dict[str, str]:
     """What a server on the CPU has in its environment, but for what is its own."""
+    from pipeline.config.server import ServerConfig
+    from pipeline.engine.processes import TOKEN_VARIABLE
+    from pipeline.engine.server import SGLangServer
+
     server = SGLangServer(ServerConfig(), Path(), Path(), device="cpu", seed=0, return_routed_experts=True)
     return {k: v for k, v in server._environment().items() if k not in (TOKEN_VARIABLE, "TMPDIR")}
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    job = {"runtime_env": {"py_executable": f"{sys.executable} {_WORKER}"}}
+    servers, workers, drivers = (str(folder / name) for name in ("servers", "workers", "drivers"))
+    return dict(zip(VARIABLES, (servers, workers, drivers, json.dumps(job), "0", "0"), strict=True))
 
 
 def start(folder: Path, keeper: int) -> dict[str, str]:
@@ -54,30 +65,43 @@ def start(folder: Path, keeper: int) -> dict[str, str]:
     Returns the environment under which servers, Ray's workers and drivers are forked from them.
     """
     servers, workers, drivers = (folder / name for name in ("servers", "workers", "drivers"))
-    job = {"runtime_env": {"py_executable": f"{sys.executable} {_WORKER}"}}
-    values = str(servers), str(workers), str(drivers), json.dumps(job), "0", "0"
-    variables = dict(zip(VARIABLES, values, strict=True))
+    variables = _variables(folder)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "servers.log").exists():
-            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-            _start("pipeline.engine.inside.preloaded", servers, keeper, server_environment())
-            _start("tests.support.preloaded_worker", workers, keeper, one_thread)
-            _start("tests.support.preloaded_driver", drivers, keeper, one_thread | variables)
+            _start("pipeline.engine.inside.preloaded", servers, keeper, server_environment(), servers)
+        if not (folder / "imports.log").exists():
+            _start_imports(folder, keeper, variables)
+        for place in (servers, workers, drivers):
+            _wait_for(place)
     return variables
 
 
-def _start(module: str, path: Path, keeper: int, environment: dict[str, str]) -> None:
-    with path.with_suffix(".log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, str(path), str(keeper), _TITLE],
+def python_of_workers(folder: Path, keeper: int) -> str:
+    """The command line of a Python that is a worker of pytest-xdist; the imports that it needs begin now."""
+    _start_imports(folder, keeper, _variables(folder))
+    return shlex.join([sys.executable, "-m", "tests.support.forked_pytest", str(folder / "tests")])
+
+
+def _start_imports(folder: Path, keeper: int, variables: dict[str, str]) -> None:
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    _start("tests.support.preloaded_imports", folder / "imports", keeper, one_thread, folder)
+
+
+def _start(module: str, log: Path, keeper: int, environment: dict[str, str], place: Path) -> None:
+    with log.with_suffix(".log").open("wb") as file:
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(place), str(keeper), _TITLE],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             env=environment | ROOM,
         )
-    deadline = time.monotonic() + 60
-    while not path.exists():  # its imports come after it listens
-        assert process.poll() is None, path.with_suffix(".log").read_text()
-        assert time.monotonic() < deadline, f"{module} does not listen"
+
+
+def _wait_for(place: Path) -> None:
+    deadline = time.monotonic() + IMPORTS_S
+    while not place.exists():
+        logs = "".join(log.read_text() for log in place.parent.glob("*.log"))
+        assert time.monotonic() < deadline, f"nobody listens at {place}: {logs}"
         time.sleep(0.02)
