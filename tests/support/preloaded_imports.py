@@ -99,7 +99,8 @@ def _driver(forked: Forked) -> int:
 def _pytest(forked: Forked) -> int:
     from tests.support.forked_ranks import start_forkserver
 
-    start_forkserver()  # before there are threads
+    # before there are threads; the folder's own name is still the first argument
+    start_forkserver(Path(sys.argv[1], f"ranks_{os.getpid()}.log"))
     forked.follow(lambda: os._exit(1))
     sys.argv, sys.modules["__main__"] = ["-c"], ModuleType("__main__")
     exec(forked.arguments[-1], sys.modules["__main__"].__dict__)  # what execnet has Python do
