@@ -24,6 +24,7 @@ SECONDS = {
     "pipeline/rewards/test_grader.py": 22,
     "pipeline/rollout/test_remote_grading.py": 18,
     "end_to_end/test_run.py": 20,
+    "end_to_end/test_turns.py": 20,
     "megatron_ext/hf/test_families.py": 20,
     "pipeline/rewards/sandbox/test_hostile.py": 20,
     "pipeline/engine/test_client.py": 18,

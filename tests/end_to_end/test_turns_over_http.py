@@ -1,0 +1,165 @@
+"""200 conversations that an unchanged client leads, over weight updates and the death of a server: what the servers
+received, by their own logs, is what is trained on, token by token."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.dumps.dump import dump_path, read_dump
+from pipeline.types import Rollout
+from tests.support.command import SMALL, Command
+from tests.support.talks import TURNS, settings, write_questions
+
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
+
+STEPS, PROMPTS, SAMPLES = 5, 10, 4
+CONVERSATIONS = STEPS * PROMPTS * SAMPLES
+RUN = [
+    *SMALL, "model.tiny.tokenizer=bytes", f"train.steps={STEPS}", "train.lr=2e-3", "rollout.max_staleness=2",
+    "objective={preset: grpo, credit: turn, correction: {kind: token_tis}}",
+    f"rollout.prompts_per_step={PROMPTS}", f"rollout.samples_per_prompt={SAMPLES}", "server.replicas=2",
+    "server.probe_timeout_s=4", "debug.dump_rollouts=true", "checks.first_rollouts=0",
+]  # fmt: skip
+
+
+def first_server(run: Command) -> int:
+    """The process of one server of a run that was started first."""
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda f: int(f.name)):
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes().decode(errors="replace")
+            if run.mark in variables and "SAMEROUTE_SERVER_TOKEN=" in variables:
+                return int(folder.name)
+    raise AssertionError("no server runs")
+
+
+def received_ids(folder: Path) -> list[tuple[int, ...]]:
+    """Of every request that a server logged."""
+    found: list[tuple[int, ...]] = []
+    for file in folder.iterdir():
+        for line in file.read_text().splitlines():
+            event = json.loads(line[line.index("{") :])
+            if event["event"] == "request.received" and (ids := event["obj"].get("input_ids")):
+                found.extend(map(tuple, ids if isinstance(ids[0], list) else [ids]))
+    return found
+
+
+def of_prompt(rollouts: Iterable[Rollout]) -> dict[tuple[int, ...], list[tuple[int, ...]]]:
+    """Whole sequences by their prompt."""
+    found = defaultdict(list)
+    for rollout in rollouts:
+        found[tuple(rollout.prompt_ids.tolist())].append(tuple(rollout.token_ids.tolist()))
+    return found
+
+
+def differences(received: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout]) -> list[str]:
+    """Turns whose beginning no server received, and requests that no conversation of their prompt begins with."""
+    wrong, known = [], set(received)
+    for rollout in rollouts:
+        before = len(rollout.prompt_ids)
+        for turn in range(rollout.turns):
+            start = before + int(np.flatnonzero(rollout.turn_numbers == turn)[0])
+            if tuple(rollout.token_ids[:start].tolist()) not in known:
+                wrong.append(f"turn {turn} of a conversation was sampled after other tokens")
+    for prompt, wholes in of_prompt(rollouts).items():
+        own = [ids for ids in known if ids[: len(prompt)] == prompt]
+        wrong += [
+            "a server was sent what no conversation begins with"
+            for ids in own
+            if not any(w[: len(ids)] == ids for w in wholes)
+        ]
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("over_http")
+    questions, logged = write_questions(folder, 200), folder / "requests"
+    logged.mkdir()
+    log = ["--log-requests", "--log-requests-level=3", "--log-requests-format=json", f"--log-requests-target={logged}"]
+    run = Command(folder, *RUN, *settings(questions, "OverHTTP"), f"server.extra_args={json.dumps(log)}")
+    try:
+        run.wait_for(f"step 1/{STEPS}")
+        os.kill(first_server(run), signal.SIGKILL)
+        assert run.end(300) == 0, run.text()
+        assert run.orphans() == []
+    finally:
+        run.stop()
+    batches = [read_dump(dump_path(run.run / "dumps", step)).batch for step in range(1, STEPS + 1)]
+    rows = [
+        row
+        for part in sorted((run.run / "episodes").glob("part_*.parquet"))
+        for row in pyarrow.parquet.read_table(part).to_pylist()
+    ]
+    metrics = [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
+    return SimpleNamespace(
+        batches=batches,
+        rollouts=[rollout for batch in batches for rollout in batch.rollouts],
+        rows=[row for row in rows if row["step"] is not None],
+        metrics=metrics,
+        received=received_ids(logged),
+        tokenizer=load_tokenizer(run.run / "model"),
+    )
+
+
+def test_a_server_died_and_conversations_went_on_under_new_weights(finished):
+    assert len(finished.rollouts) == CONVERSATIONS
+    assert finished.metrics[-1]["servers/lost"] == 1
+    versions = [set(r.weight_versions[r.trained].tolist()) for r in finished.rollouts]
+    assert len(set().union(*versions)) >= 4  # three updates
+    assert sum(len(v) > 1 for v in versions) > CONVERSATIONS / 10
+    assert sum(len(row["servers"]) > 1 for row in finished.rows) > 0
+    assert sum(row["endpoint/disconnects"] for row in finished.metrics) == 0
+    branches = [value for row in finished.metrics for key, value in row.items() if "branches" in key]
+    assert sum(branches) == 0
+
+
+def test_what_the_servers_received_is_what_is_trained_on(finished):
+    assert all(r.turns == TURNS for r in finished.rollouts)
+    assert len(finished.received) >= CONVERSATIONS * TURNS
+    assert differences(finished.received, finished.rollouts) == []
+
+
+def test_one_turn_that_is_made_again_from_its_text_is_found(finished):
+    """What must not happen, done to one conversation: the comparison above then finds it."""
+    found = 0
+    for i, rollout in enumerate(finished.rollouts[:20]):
+        turn = rollout.turn_numbers == 2
+        text = finished.tokenizer.decode(rollout.response_ids[turn].tolist(), skip_special_tokens=False)
+        again = np.array(finished.tokenizer.encode(text, add_special_tokens=False), np.int32)
+        if np.array_equal(again, rollout.response_ids[turn]):
+            continue
+        (places,) = np.nonzero(turn)
+        ids = np.concatenate([rollout.response_ids[: places[0]], again, rollout.response_ids[places[-1] + 1 :]])
+        more = len(again) - len(places)
+        trained = np.concatenate(
+            [rollout.trained[: places[0]], np.ones(len(again), bool), rollout.trained[places[-1] + 1 :]]
+        )
+        remade = Rollout(
+            rollout.prompt_ids, ids, np.zeros(len(rollout) + more, np.float32), None,
+            np.where(trained, 0, -1).astype(np.int32), "stop", trained=trained,
+        )  # fmt: skip
+        others = [*finished.rollouts[:i], remade, *finished.rollouts[i + 1 :]]
+        assert len(differences(finished.received, others)) >= 2
+        found += 1
+    assert found > 0
+
+
+def test_each_sampled_token_is_trained_on_once(finished):
+    """The client was told of as many tokens as there are, each conversation is in one step, and no step has others."""
+    answers = [(row["prompt"], row["sample"]) for row in finished.rows]
+    assert len(answers) == len(set(answers)) == CONVERSATIONS
+    assert [row["trained_tokens"] for row in finished.rows] == [int(row["note"]) for row in finished.rows]
+    assert sum(row["trained_tokens"] for row in finished.rows) == sum(r.trained_tokens for r in finished.rollouts)
+    assert all(len(row["turn_rewards"]) == row["turns"] == TURNS for row in finished.rows)
