@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.text.characters import shortened, visible
-from pipeline.types import Group, Rollout
+from pipeline.types import Episode, Group, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,11 +59,19 @@ def rollout_text(group: Group, position: int, tokenizer: PreTrainedTokenizerBase
         f"versions  {_versions(rollout.weight_versions)}",
         f"log-prob  {_total(rollout)}",
     ]
+    if episode.turns > 1:
+        lines += [f"turns     {episode.turns}{_by_turn(episode)}"]
     lines += [f"origin    {group.prompt.origin}"] if group.prompt.origin else []
     lines += [f"{key:<9} {shortened(str(value))}" for key, value in group.prompt.metadata.items()]
     response = tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=False)
     lines += ["--- prompt", group.prompt.text, "--- response", str(response), "--- tokens (log-prob, nats)"]
     return visible("\n".join(lines + _tokens(rollout, tokenizer)) + "\n")
+
+
+def _by_turn(episode: Episode) -> str:
+    rollouts = f" in {len(episode.rollouts)} rollouts, of which this is the last" if len(episode.rollouts) > 1 else ""
+    rewards = ", ".join(f"{reward:.3g}" for reward in episode.turn_rewards or ())
+    return rollouts + (f", rewards {rewards}" if rewards else "")
 
 
 def _total(rollout: Rollout) -> str:

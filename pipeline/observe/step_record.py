@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
     from pipeline.objectives import Objective
     from pipeline.step import StepResult
+    from pipeline.types import Episode
 
 TOKENS_SHOWN = 512
-"""Of one rollout; the text file has all."""
+"""Of one answer; of a conversation each turn, and what others said between, has its share. The text file has all."""
+SHARE_SHOWN = 64
+"""That each of them has at least."""
 
 SMALLEST, LARGEST, PER_DECADE = -8, 1, 5
 _DECADES = 10.0 ** (np.arange(SMALLEST * PER_DECADE, LARGEST * PER_DECADE + 1) / PER_DECADE)
@@ -94,47 +97,75 @@ def clip_bounds(objective: Objective) -> list[float | None]:
 
 
 def shown_rollouts(result: StepResult, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
-    """Up to `count` rollouts, those that rollout_text shows too, with the log-probs of all three policies.
+    """Up to `count` answers, those that rollout_text shows too, with the log-probs of all three policies. A
+    conversation is one answer, its rollouts one behind the other.
 
     Each: prompt, index, sample, samples, metadata, reward, advantage (of the first token), finish_reason, versions,
-    length, and of its first TOKENS_SHOWN tokens: text, rollout, proximal, current (log-probs, nats), entropy (nats);
-    null at a token that the policy did not sample.
+    length; turns: reward (null: not given) and advantage of each, and whether it begins another rollout; runs: tokens
+    of each turn, and of what others said between, in order; and of the tokens that are shown: turn, text, rollout,
+    proximal, current (log-probs, nats), entropy (nats), all but the text null where the policy did not sample it.
     """
-    rollouts = result.batch.rollouts
-    position_of = {id(rollout): i for i, rollout in enumerate(rollouts)}
+    position_of = {id(rollout): i for i, rollout in enumerate(result.batch.rollouts)}
     out = []
     for group, sample in pick([g for g in result.batch.groups if len(g.rewards)], count):
         episode = group.episodes[sample]
-        rollout = episode.last
-        i = position_of.get(id(rollout))
-        if i is None:  # an episode that failed is not trained on
+        own = [position_of.get(id(rollout)) for rollout in episode.rollouts]
+        if None in own:  # an episode that failed is not trained on
             continue
-        sampled = rollout.trained
-        out.append(
-            {
-                "prompt": group.prompt.text,
-                "index": group.prompt.index,
-                "sample": sample,
-                "samples": len(group.episodes),
-                "metadata": {key: shortened(str(value)) for key, value in group.prompt.metadata.items()},
-                "reward": _short(np.float32(episode.reward)),
-                "advantage": _short(np.ravel(result.advantages[i])[0]),
-                "finish_reason": rollout.finish_reason,
-                "versions": sorted(set(rollout.weight_versions[sampled].tolist())),
-                "length": len(rollout),
-                "text": [tokenizer.decode([token]) for token in rollout.response_ids[:TOKENS_SHOWN].tolist()],
-                "rollout": _row(rollout.rollout_logprobs, sampled),
-                "proximal": _row(result.proximal.logprobs[i], sampled),
-                "current": _row(result.current_logprobs[i], sampled),
-                "entropy": _row(result.proximal.entropy[i], sampled),
-            }
-        )
+        head = {
+            "prompt": group.prompt.text,
+            "index": group.prompt.index,
+            "sample": sample,
+            "samples": len(group.episodes),
+            "metadata": {key: shortened(str(value)) for key, value in group.prompt.metadata.items()},
+            "reward": _short(np.float32(episode.reward)),
+            "finish_reason": episode.last.finish_reason,
+        }
+        out.append(head | _shown_tokens(result, episode, [i for i in own if i is not None], tokenizer))
     return out
 
 
+def _shown_tokens(
+    result: StepResult, episode: Episode, own: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What a record says of an answer's turns and tokens. own: positions of its rollouts in the batch."""
+    rollouts, numbers = episode.rollouts, episode.turn_numbers
+    starts = np.flatnonzero(np.diff(numbers, prepend=-2))
+    runs = np.diff(np.append(starts, len(numbers)))
+    share = max(SHARE_SHOWN, TOKENS_SHOWN // max(1, len(runs)))
+    shown = [start + np.arange(min(n, share)) for start, n in zip(starts, runs, strict=True)]
+    chosen = np.concatenate([np.zeros(0, int), *shown])
+    ids = np.concatenate([r.response_ids for r in rollouts])[chosen]
+    advantages = np.concatenate([np.broadcast_to(result.advantages[i], len(result.batch.rollouts[i])) for i in own])
+    begins = {0, *np.cumsum([rollout.turns for rollout in rollouts]).tolist()}
+    versions = {v for r in rollouts for v in r.weight_versions[r.trained].tolist()}
+    rewards = episode.turn_rewards
+    columns = {
+        "rollout": [r.rollout_logprobs for r in rollouts],
+        "proximal": [result.proximal.logprobs[i] for i in own],
+        "current": [result.current_logprobs[i] for i in own],
+        "entropy": [result.proximal.entropy[i] for i in own],
+    }
+    return {
+        "advantage": _short(advantages[0]) if len(advantages) else None,
+        "versions": sorted(versions),
+        "length": len(numbers),
+        "turns": [
+            {
+                "reward": None if rewards is None else _short(rewards[k]),
+                "advantage": _short(advantages[start]),
+                "anew": k > 0 and k in begins,
+            }
+            for k, start in enumerate(s for s in starts if numbers[s] >= 0)
+        ],
+        "runs": runs.tolist(),
+        "turn": [int(k) if k >= 0 else None for k in numbers[chosen]],
+        "text": [tokenizer.decode([token]) for token in ids.tolist()],
+    } | {name: _row(np.concatenate(rows)[chosen], numbers[chosen] >= 0) for name, rows in columns.items()}
+
+
 def _row(values: np.ndarray, sampled: np.ndarray) -> list[float | None]:
-    shown = zip(values[:TOKENS_SHOWN], sampled[:TOKENS_SHOWN], strict=True)
-    return [_short(value) if own else None for value, own in shown]
+    return [_short(value) if own else None for value, own in zip(values, sampled, strict=True)]
 
 
 def _short(value: np.floating[Any] | float) -> float | None:

@@ -19,6 +19,7 @@ SECONDS = {
     "end_to_end/test_precision.py": 27,
     "pipeline/engine/test_server_faults.py": 26,
     "pipeline/observe/report/test_page.py": 24,
+    "pipeline/observe/report/test_conversations.py": 6,
     "megatron_ext/checkpoint/test_training.py": 22,
     "pipeline/engine/test_server.py": 22,
     "pipeline/rewards/test_grader.py": 22,

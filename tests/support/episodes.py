@@ -29,6 +29,18 @@ def plain_rollout(ids: Sequence[int], logprobs: np.ndarray, version: int = 0, **
     return Rollout(**(fields | changes))
 
 
+def conversation(tokenizer, parts: Sequence[Sequence[str]], version: int = 0, **changes) -> Episode:
+    """An episode of a rollout for each list of texts: what the policy said, what it was told, what it said, ..."""
+    rollouts = []
+    for texts in parts:
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        trained = np.concatenate([np.full(len(own), i % 2 == 0) for i, own in enumerate(ids)])
+        logprobs = np.where(trained, -np.linspace(0.05, 3.0, len(trained)), 0)
+        versions = np.where(trained, version, -1).astype(np.int32)
+        rollouts.append(plain_rollout(np.concatenate(ids), logprobs, trained=trained, weight_versions=versions))
+    return Episode(tuple(rollouts), **changes)
+
+
 def step_result(
     step: int,
     groups: Sequence[Group],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pipeline.observe.report.run_files import Run
 
 _STEPS = 6  # whose rollouts the report shows
 LEVELS = 7
+_PREVIEW = 60  # characters of what was said, and of the reply
 SMALLEST_DECADE = -7  # the faintest colour begins at 1e-7 nats, the strongest at 0.1
 
 
@@ -26,13 +29,31 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What the policy said in one go, and what others said then. hidden, reply_hidden: tokens that are not shown.
+
+    title: "" for an answer of one turn. preview: both in a line.
+    """
+
+    title: str
+    tokens: tuple[Token, ...]
+    hidden: int
+    reply: str = ""
+    reply_hidden: int = 0
+
+    @property
+    def preview(self) -> str:
+        said = "".join(token.text for token in self.tokens)
+        return _line(said) + (f" \u2192 {_line(self.reply)}" if self.reply else "")
+
+
+@dataclass(frozen=True)
 class Card:
-    """One answer. facts: name and value. hidden: tokens that are not shown."""
+    """One answer. facts: name and value. turns: the last one is the answer, those before it are folded."""
 
     prompt: str
     facts: tuple[tuple[str, str], ...]
-    tokens: tuple[Token, ...]
-    hidden: int
+    turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -60,13 +81,43 @@ def card(rollout: dict[str, Any]) -> Card:
         ("advantage", _number(rollout["advantage"], "+.3g")),
         ("ended by", {"stop": "a stop token", "length": "the limit", "abort": "an abort"}[rollout["finish_reason"]]),
         ("tokens", f"{rollout['length']:,}"),
+        *([("turns", str(turns))] if (turns := len(rollout.get("turns", ()))) > 1 else []),
         ("sample", f"{rollout['sample'] + 1} of {rollout['samples']}, prompt {rollout['index']}"),
         ("weights", ", ".join(map(str, rollout["versions"])) or "none"),
         *rollout["metadata"].items(),
     ]
-    columns = (rollout[name] for name in ("text", "rollout", "proximal", "current", "entropy"))
-    tokens = tuple(_token(*row) for row in zip(*columns, strict=True))
-    return Card(rollout["prompt"], tuple(facts), tokens, rollout["length"] - len(tokens))
+    return Card(rollout["prompt"], tuple(facts), _turns(rollout))
+
+
+def _turns(rollout: dict[str, Any]) -> tuple[Turn, ...]:
+    """Of a record; one that an earlier version wrote has one turn."""
+    names = ("text", "rollout", "proximal", "current", "entropy")
+    rows = list(zip(*(rollout[name] for name in names), strict=True))
+    told, numbers = rollout.get("turns", [{}]), rollout.get("turn", [0] * len(rows))
+    runs = iter(rollout.get("runs", [rollout["length"]]))
+    out: list[Turn] = []
+    for number, group in itertools.groupby(zip(numbers, rows, strict=True), key=lambda pair: pair[0]):
+        own, length = [row for _, row in group], next(runs)
+        hidden = length - len(own)
+        if number is not None:
+            title = _title(number, told[number]) if len(told) > 1 else ""
+            out.append(Turn(title, tuple(_token(*row) for row in own), hidden))
+        elif out:
+            text = "".join(row[0] for row in own)
+            out[-1] = dataclasses.replace(out[-1], reply=text, reply_hidden=hidden)
+    return tuple(out) or (Turn("", (), rollout["length"]),)
+
+
+def _title(number: int, told: dict[str, Any]) -> str:
+    reward = "" if told["reward"] is None else f", reward {_number(told['reward'], '.3g')}"
+    anew = ", in a rollout of its own" if told["anew"] else ""
+    return f"Turn {number + 1}{reward}, advantage {_number(told['advantage'], '+.3g')}{anew}"
+
+
+def _line(text: str) -> str:
+    """The beginning of a text."""
+    line = " ".join(text.split())
+    return line if len(line) <= _PREVIEW else f"{line[:_PREVIEW]}\u2026"
 
 
 def _token(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.observe.rollout_text import pick, rollout_text
 from pipeline.types import Episode, Group, Prompt
-from tests.support.episodes import graded_group, plain_rollout
+from tests.support.episodes import conversation, graded_group, plain_rollout
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +97,9 @@ def test_picks_show_further_answers_only_when_every_prompt_has_shown_two(tokeniz
 def test_picks_of_ungraded_or_single_answers_are_one_each_in_order(tokenizer):
     assert positions([make_group(tokenizer, ["1"]) for _ in range(4)], 4) == [(0, 0), (1, 0), (2, 0), (3, 0)]
     assert positions([make_group(tokenizer, ["1", "2", "3"]) for _ in range(4)], 2) == [(2, 0), (2, 1)]
+
+
+def test_a_conversation_says_its_turns_and_what_each_was_worth(tokenizer):
+    told = conversation(tokenizer, [["12", "34", "5"], ["6"]], reward=1.5, turn_rewards=(0.0, 0.5, 1.0))
+    text = rollout_text(Group(Prompt(np.zeros(1, np.int32), "question"), (told,)), 0, tokenizer)
+    assert "turns     3 in 2 rollouts, of which this is the last, rewards 0, 0.5, 1\n" in text

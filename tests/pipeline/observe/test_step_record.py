@@ -20,8 +20,8 @@ from pipeline.observe.step_record import (
     shown_rollouts,
     step_record,
 )
-from pipeline.types import Prompt
-from tests.support.episodes import graded_group, plain_rollout, step_result
+from pipeline.types import Group, Prompt
+from tests.support.episodes import conversation, graded_group, plain_rollout, step_result
 
 GSPO = resolve(ObjectiveConfig(preset="gspo", clip_low=0.02, clip_high=0.03))
 CENTRE = len(BIN_EDGES) // 2
@@ -155,6 +155,24 @@ def test_tokens_that_the_policy_did_not_sample_have_no_log_probs_and_are_in_no_h
     assert shown["versions"] == [3, 4]
     assert [shown[k][1] for k in ("rollout", "proximal", "current", "entropy")] == [None] * 4
     assert sum(step_record(result, GSPO)["ratios"]["proximal/rollout"]["counts"]) == 2
+
+
+def test_a_conversation_is_one_answer_of_all_its_turns(tokenizer):
+    told = conversation(tokenizer, [["12", "34", "5"], ["6"]], 3, reward=1.5, turn_rewards=(0.0, 0.5, 1.0))
+    group = Group(Prompt(np.zeros(1, np.int32), "question"), (told,))
+    rows = [r.rollout_logprobs for r in told.rollouts]
+    advantages = [np.array([1, 1, 0, 0, -1], np.float32), 0.25]
+    result = step_result(1, [group], rows, rows, rows, advantages, np.zeros((0, 3), np.int64))
+    (shown,) = shown_rollouts(result, tokenizer, 1)
+    assert shown["text"] == list("123456")
+    assert shown["turn"] == [0, 0, None, None, 1, 2]
+    assert shown["runs"] == [2, 2, 1, 1]
+    assert [tuple(turn.values()) for turn in shown["turns"]] == [
+        (0.0, 1.0, False),
+        (0.5, -1.0, False),
+        (1.0, 0.25, True),
+    ]
+    assert [value is None for value in shown["rollout"]] == [False, False, True, True, False, False]
 
 
 def test_a_run_directory_holds_a_line_a_step_as_soon_as_it_is_written(tokenizer, tmp_path):

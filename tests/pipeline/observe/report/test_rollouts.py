@@ -28,12 +28,13 @@ def test_an_improbable_token_has_a_high_level(logprob, level):
 
 def test_a_card_says_what_is_not_shown_and_what_is_no_number():
     made = card(ROLLOUT)
-    assert made.hidden == 7
+    (turn,) = made.turns
+    assert (turn.title, turn.hidden, turn.reply) == ("", 7, "")
     assert dict(made.facts) == {
         "reward": "1", "advantage": "not finite", "ended by": "the limit", "tokens": "9", "sample": "1 of 2, prompt 3",
         "weights": "4, 5", "answer": "7",
     }  # fmt: skip
-    first, second = made.tokens
+    first, second = turn.tokens
     assert first.text == "a\u23ce\n"
     assert first.classes == "m7 u0 s1"
     assert "trainer - server +2.50e-01" in first.title
