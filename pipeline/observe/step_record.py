@@ -147,13 +147,13 @@ def _shown_tokens(
         "entropy": [result.proximal.entropy[i] for i in own],
     }
     return {
-        "advantage": _short(advantages[0]) if len(advantages) else None,
+        "advantage": _short(float(advantages[0])) if len(advantages) else None,
         "versions": sorted(versions),
         "length": len(numbers),
         "turns": [
             {
                 "reward": None if rewards is None else _short(rewards[k]),
-                "advantage": _short(advantages[start]),
+                "advantage": _short(float(advantages[start])),
                 "anew": k > 0 and k in begins,
             }
             for k, start in enumerate(s for s in starts if numbers[s] >= 0)
