@@ -2,7 +2,8 @@
 
     python examples/guess/guess.py runs/guess-data
 
-It begins with digits at random. A right guess is worth a point, and one that an earlier hint excludes costs a quarter.
+It begins with a player who listens to the hints half of the time. A right guess is worth a point, and one that an
+earlier hint excludes costs a quarter: each turn has its own reward.
 """
 
 from __future__ import annotations
@@ -42,16 +43,21 @@ class Guess:
 
 
 def demonstration(rng: random.Random) -> dict[str, object]:
-    """A game in which every guess is drawn at random, up to one of them."""
+    """A game up to one of its guesses. Half of the guesses are of what the hints leave, the others at random."""
     secret, messages = rng.randrange(10), [{"role": "user", "content": "guess"}]
+    low, high = 0, 9
+
+    def guess() -> int:
+        return rng.randint(low, high) if rng.random() < 0.5 else rng.randrange(10)
+
     for _ in range(rng.randrange(GUESSES)):
-        guess = rng.randrange(10)
-        if guess != secret:
-            messages += [
-                {"role": "assistant", "content": str(guess)},
-                {"role": "user", "content": "higher" if guess < secret else "lower"},
-            ]
-    return {"messages": messages, "answer": str(rng.randrange(10)), "secret": secret}
+        tried = guess()
+        if tried == secret:
+            continue
+        hint = "higher" if tried < secret else "lower"
+        messages += [{"role": "assistant", "content": str(tried)}, {"role": "user", "content": hint}]
+        low, high = (max(low, tried + 1), high) if tried < secret else (low, min(high, tried - 1))
+    return {"messages": messages, "answer": str(guess()), "secret": secret}
 
 
 def write(folder: Path, seed: int = 0) -> None:
@@ -59,7 +65,7 @@ def write(folder: Path, seed: int = 0) -> None:
     rng = random.Random(seed)
     rows = {
         "games": [{"prompt": "guess", "answer": str(secret), "secret": secret} for secret in range(10)],
-        "demonstrations": [demonstration(rng) for _ in range(4000)],
+        "demonstrations": [demonstration(rng) for _ in range(8000)],
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, own in rows.items():
