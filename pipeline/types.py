@@ -324,8 +324,9 @@ class Episode:
     def __post_init__(self):
         _must(len(self.rollouts) > 0, "an episode has at least one rollout")
         _must(self.reward is None or self.failure is None, "an episode has a reward or a failure, not both")
-        given = self.turns if self.turn_rewards is None else len(self.turn_rewards)
-        _must(given == self.turns, f"an episode of {self.turns} turns has {given} rewards of turns")
+        if self.turn_rewards is not None:
+            told = len(self.turn_rewards)
+            _must(told == self.turns, f"an episode of {self.turns} turns has {told} rewards of turns")
 
     @property
     def turns(self) -> int:

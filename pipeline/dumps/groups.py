@@ -243,8 +243,7 @@ def _episodes(arrays: dict[str, np.ndarray], failures: Sequence[str | None]) -> 
     has = arrays.get("has_turn_rewards", np.zeros(len(sizes), bool)).tolist()
     for size, reward, why, turned in zip(sizes, arrays["rewards"].tolist(), failures, has, strict=True):
         own = tuple(next(rollouts) for _ in range(size))
-        turns = sum(rollout.turns for rollout in own)
-        rewards = tuple(itertools.islice(by_turn, turns)) if turned else None
+        rewards = tuple(itertools.islice(by_turn, sum(r.turns for r in own))) if turned else None
         out.append(Episode(own, reward if why is None else None, why, turn_rewards=rewards))
     _must(next(by_turn, None) is None, "turn_rewards has more than there are turns")
     return out
