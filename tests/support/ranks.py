@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
 from typing import Any
+
+import pytest
 
 from megatron_ext.config import ParallelConfig
 
@@ -18,6 +21,15 @@ def _alone(function: Callable, args: tuple, environment: dict[str, str]) -> Any:
     return function(*args)
 
 
+def _start_server() -> None:
+    """Of one thread: autograd's own threads do not know what torch was told, and a second one spins while it waits."""
+    forkserver.set_forkserver_preload([_PRELOAD])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")  # as `fork_ranks` has it
+        forkserver.ensure_running()
+
+
 def run_alone(function: Callable, *args: Any, environments: tuple[dict[str, str], ...] = ({},)) -> list[Any]:
     """`function(*args)` in a process for each environment, without process groups: what it runs makes its own.
 
@@ -25,6 +37,7 @@ def run_alone(function: Callable, *args: Any, environments: tuple[dict[str, str]
     """
     from megatron_ext.convert.ranks import fork_all
 
+    _start_server()
     jobs = [partial(_alone, function, args, environment) for environment in environments]
     return fork_all(jobs, preload=_PRELOAD, timeout_s=_TIMEOUT_S)
 
@@ -36,4 +49,5 @@ def run_ranks(function: Callable, config: ParallelConfig, *args: Any) -> list[An
     """
     from megatron_ext.convert.ranks import fork_ranks
 
+    _start_server()
     return fork_ranks(function, config, config, *args, preload=_PRELOAD, timeout_s=_TIMEOUT_S)
