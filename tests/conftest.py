@@ -30,13 +30,13 @@ TINY = {
 }
 
 
-def save_tiny_model(folder, seed):
+def save_tiny_model(folder, seed, **changes):
     """A random Qwen3-MoE in float32; returns the folder."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY)).to(torch.float32).save_pretrained(folder)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY | changes)).to(torch.float32).save_pretrained(folder)
     return folder
 
 

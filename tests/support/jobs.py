@@ -15,14 +15,16 @@ from tests.support.ranks import run_ranks
 LAYERS, EXPERTS, TOPK, SAMPLES = 4, 8, 2, 12
 
 
-def make_samples(*, routes: bool, vocab_size: int = 512, without_routes: tuple[int, ...] = ()) -> list[Sample]:
+def make_samples(
+    *, routes: bool, vocab_size: int = 512, without_routes: tuple[int, ...] = (), experts: int = EXPERTS
+) -> list[Sample]:
     """Prompts of 3 to 8 and responses of 1 to 16 random tokens, each with a weight, with random routes if asked."""
     tokens, route = np.random.default_rng(0), np.random.default_rng(1)
     out = []
     for i in range(SAMPLES):
         prompt, response = int(tokens.integers(3, 9)), int(tokens.integers(1, 17))
         ids = tokens.integers(0, vocab_size, prompt + response).astype(np.int32)
-        rows = np.argsort(route.random((len(ids) - 1, LAYERS, EXPERTS)), -1)[..., :TOPK].astype(np.uint8)
+        rows = np.argsort(route.random((len(ids) - 1, LAYERS, experts)), -1)[..., :TOPK].astype(np.uint8)
         values: dict[str, Any] = {"weight": float(tokens.normal())}
         out.append(Sample(ids, prompt, values, rows if routes and i not in without_routes else None))
     return out

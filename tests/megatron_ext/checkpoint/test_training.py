@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from tests.conftest import save_tiny_model
 from tests.pipeline.plan.test_against_models import configs, offload_without_a_gpu
 from tests.support.jobs import SAMPLES, make_samples, weighted_likelihood
 from tests.support.ranks import run_ranks
@@ -18,6 +19,12 @@ from tests.support.ranks import run_ranks
 EXPERT = {"ranks": 2, "expert": 2}
 ALL = {"ranks": 4, "tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "expert_tensor": 1}
 CHUNKS = {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2}
+EXPERTS = 4  # two a rank; what a save costs is the number of tensors
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), seed=0, num_experts=EXPERTS)
 
 
 def trainer_of(config: ParallelConfig, model: str, dtype: str, *, load_weights: bool):
@@ -43,7 +50,7 @@ def squared_error(batch):
 def train(it, steps: int):
     """Learning rates, gradient norms of policy and critic, the policy's weights; the critic's values and the
     reference's log-probs, sample -> [N], of the samples that this rank speaks for."""
-    samples, rates, norms = make_samples(routes=True), [], []
+    samples, rates, norms = make_samples(routes=True, experts=EXPERTS), [], []
     for _ in range(steps):
         parts = it.update(samples, weighted_likelihood), it.update_critic(samples, squared_error)
         rates.append(parts[0].lr)
@@ -86,10 +93,10 @@ def first_run(model: str, layout: tuple, dtype: str, folder: str):
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [({}, "float32"), ({}, "bfloat16"), (EXPERT, "float32")], ids=str)
-def test_a_resumed_trainer_is_the_same_bit_for_bit(tiny_model_dir, tmp_path_factory, layout, dtype):
+def test_a_resumed_trainer_is_the_same_bit_for_bit(model_dir, tmp_path_factory, layout, dtype):
     folder = str(tmp_path_factory.getbasetemp() / f"same_{len(layout)}_{dtype}")
-    straight = first_run(str(tiny_model_dir), tuple(layout.items()), dtype, folder)
-    again = run_ranks(resumed, ParallelConfig(**layout), str(tiny_model_dir), dtype, folder)
+    straight = first_run(str(model_dir), tuple(layout.items()), dtype, folder)
+    again = run_ranks(resumed, ParallelConfig(**layout), str(model_dir), dtype, folder)
     for (one, drawn), (other, drawn_again) in zip(straight, again, strict=True):
         assert drawn == drawn_again
         assert one[0] == other[0] == pytest.approx([8e-4, 1e-3, 1e-3])
@@ -103,10 +110,10 @@ def test_a_resumed_trainer_is_the_same_bit_for_bit(tiny_model_dir, tmp_path_fact
 
 
 @pytest.mark.parametrize(("written", "read"), [(EXPERT, {}), (EXPERT, ALL), ({}, CHUNKS)], ids=str)
-def test_another_layout_resumes_to_1e_5(tiny_model_dir, tmp_path_factory, written, read):
+def test_another_layout_resumes_to_1e_5(model_dir, tmp_path_factory, written, read):
     folder = str(tmp_path_factory.getbasetemp() / f"same_{len(written)}_float32")
-    straight = first_run(str(tiny_model_dir), tuple(written.items()), "float32", folder)
-    again = run_ranks(resumed, ParallelConfig(**read), str(tiny_model_dir), "float32", folder)
+    straight = first_run(str(model_dir), tuple(written.items()), "float32", folder)
+    again = run_ranks(resumed, ParallelConfig(**read), str(model_dir), "float32", folder)
     one, other = straight[0][0], again[0][0]
     assert one[0] == other[0]
     assert other[1] == pytest.approx(one[1], rel=1e-5)
@@ -144,12 +151,12 @@ def damaged(config: ParallelConfig, model: str, folder: str):
     return said
 
 
-def test_a_changed_byte_and_a_missing_file_are_named(tiny_model_dir, tmp_path, tmp_path_factory):
+def test_a_changed_byte_and_a_missing_file_are_named(model_dir, tmp_path, tmp_path_factory):
     folder = str(tmp_path / "it")
     saved_before = str(tmp_path_factory.getbasetemp() / "same_0_float32")
-    first_run(str(tiny_model_dir), (), "float32", saved_before)
+    first_run(str(model_dir), (), "float32", saved_before)
     shutil.copytree(saved_before, folder)
-    ((data, description, missing),) = run_ranks(damaged, ParallelConfig(), str(tiny_model_dir), folder)
+    ((data, description, missing),) = run_ranks(damaged, ParallelConfig(), str(model_dir), folder)
     assert "__0_0.distcp is damaged: its bytes are not those that were written" in data
     assert ".metadata is damaged" in description
     assert "__0_0.distcp is missing" in missing
