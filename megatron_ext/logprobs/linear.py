@@ -107,6 +107,14 @@ class _LinearLogprobs(torch.autograd.Function):
         return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, None, None, None
 
 
+def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden [tokens, h], weight [vocabulary, h] and labels [tokens], not {[*hidden.shape]}, "
+            f"{[*weight.shape]} and {[*labels.shape]}"
+        )
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -148,11 +156,7 @@ def linear_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}: greedy sampling has no log-prob")
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"hidden [tokens, h], weight [vocabulary, h] and labels [tokens], not {[*hidden.shape]}, "
-            f"{[*weight.shape]} and {[*labels.shape]}"
-        )
+    _check_shapes(hidden, weight, labels)
     if head == "fp32":
         _refuse_tf32()
     world, rank = (1, 0) if group is None else (group.size(), group.rank())
