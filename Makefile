@@ -44,6 +44,7 @@ $(SMOLLM2_MOE)/config.json: $(SMOLLM2)/config.json
 	$(BIN)/sameroute upcycle $(SMOLLM2) $(SMOLLM2_MOE) --experts 4 --topk 2 --noise 0.02 --overwrite
 
 # Three workers, a file's tests on one of them: much of a test of real engines is waiting for one of them to start.
+# The workers are forked from one process that has made their imports (tests/support/preloaded_imports.py).
 # Files come in the order of tests/conftest.py; xdist would begin with those of the most tests, which are fast.
 test: $(READY) browser sandbox
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,6 @@
 """What is passed on to the engines is checked against their sources, in a tenth of a second, without importing them."""
 
-import ast
+import argparse
 import dataclasses
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config import ConfigError, load_config
 from pipeline.engine_fields import _alternatives, _megatron, _sglang, _wrong
+from tests.support.ranks import run_alone
 
 QUICKSTART = "configs/quickstart.yaml"
 
@@ -74,13 +75,17 @@ def test_every_field_and_default_of_megatron_core_passes_its_own_check():
     assert [name for name, value in plain.items() if _wrong(value, everything[name])] == []
 
 
+def _options() -> list[str]:
+    """Runs in a process of its own: SGLang's import changes torch and transformers."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return [option for action in parser._actions for option in action.option_strings]
+
+
 def test_every_option_of_sglang_is_known():
-    script = (
-        "import argparse; from sglang.srt.server_args import ServerArgs; p = argparse.ArgumentParser(); "
-        "ServerArgs.add_cli_args(p); print([o for a in p._actions for o in a.option_strings])"
-    )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    options = ast.literal_eval(out.splitlines()[-1])
+    (options,) = run_alone(_options)
     assert len(options) > 400
     assert set(options) - _sglang().keys() <= {"-h", "--help"}
 

@@ -52,7 +52,6 @@ SECONDS = {
     "pipeline/objectives/test_properties.py": 9,
     "pipeline/rewards/kinds/test_servers.py": 9,
     "pipeline/weights/test_packed_experts.py": 9,
-    "pipeline/test_engine_fields.py": 8,
     "end_to_end/test_convert.py": 7,
     "pipeline/data/test_procedural.py": 7,
     "pipeline/data/test_recipes.py": 7,
