@@ -15,6 +15,8 @@
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 BIN := .venv/bin
 READY := .venv/.ready
+# Transformer Engine's Python, 6 MB and no kernels, for tests that build a GPU's layers on a CPU; no other process finds it.
+TE := .venv/transformer-engine
 
 # Compiled modules are kept, whatever the environment says: tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
@@ -23,7 +25,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
 .PHONY: setup quickstart language-model test proofs test-gpu test-slurm test-image hostile chaos pins slurm browser sandbox lint format lock clean
 
-setup: $(READY)
+setup: $(READY) $(TE)/.ready
 
 quickstart: $(READY)
 	$(BIN)/sameroute train configs/quickstart.yaml
@@ -46,7 +48,7 @@ $(SMOLLM2_MOE)/config.json: $(SMOLLM2)/config.json
 # Three workers, a file's tests on one of them: much of a test of real engines is waiting for one of them to start.
 # The workers are forked from one process that has made their imports (tests/support/preloaded_imports.py).
 # Files come in the order of tests/conftest.py; xdist would begin with those of the most tests, which are fast.
-test: $(READY) browser sandbox
+test: $(READY) $(TE)/.ready browser sandbox
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 proofs: $(READY)
@@ -111,6 +113,11 @@ $(READY): pyproject.toml requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet --compile-bytecode -r requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet --no-deps -e .
 	@touch $(READY)
+
+$(TE)/.ready: requirements-gpu.lock | $(READY)
+	rm -rf $(TE)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(TE) $$(grep '^transformer-engine==' requirements-gpu.lock)
+	@touch $@
 
 # The exact set of packages that CI tests; run it after a change of the dependencies.
 lock:

@@ -25,6 +25,7 @@ from megatron_ext.mcore import (
     quick_gelu,
     set_tensor_model_parallel_attributes,
 )
+from megatron_ext.model.biased_router import BiasedRouter
 from megatron_ext.model.latent_attention import LatentAttention
 from megatron_ext.model.llama3_rope import stretch
 from megatron_ext.model.top_one import TopOneRouter, mlp_submodules
@@ -152,8 +153,10 @@ def _recompute_fields(model: ModelDescription, trainer: TrainerConfig) -> dict[s
 def _kind(fields: dict[str, Any]) -> tuple[type[TransformerConfig], dict[str, Any]]:
     """The class of config that takes such fields, and what goes with it."""
     if fields.get("multi_latent_attention"):
-        # the kernel knows no other rotation
-        return MLATransformerConfig, {"apply_rope_fusion": not cpu.torch_layers() and fields["rope_type"] == "yarn"}
+        # The kernel (0.19.2) knows no other rotation, and counts channels in powers of two.
+        channels = (fields["qk_head_dim"], fields["qk_pos_emb_head_dim"], fields["v_head_dim"])
+        fused = fields["rope_type"] == "yarn" and all(n & (n - 1) == 0 for n in channels)
+        return MLATransformerConfig, {"apply_rope_fusion": fused and not cpu.torch_layers()}
     if "yarn_rotary_scaling_factor" in fields:
         return YarnTransformerConfig, {"apply_rope_fusion": False}  # the kernel leaves out YaRN's scale
     return TransformerConfig, {}
@@ -195,8 +198,11 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None, *, weight_of_one
     for layer in spec.layer_specs or []:
         if layer.submodules.self_attention.module is MLASelfAttention:
             layer.submodules.self_attention.module = LatentAttention
-        if weight_of_one and isinstance(moe := mlp_submodules(layer.submodules.mlp), MoESubmodules):
-            moe.router = TopOneRouter
+        if isinstance(moe := mlp_submodules(layer.submodules.mlp), MoESubmodules):
+            if weight_of_one:
+                moe.router = TopOneRouter
+            elif config.add_bias_linear:
+                moe.router = BiasedRouter
     if plain:
         from megatron_ext.model.torch_spec import without_transformer_engine
 

@@ -22,6 +22,7 @@ SECONDS = {
     "end_to_end/test_dense.py": 20,
     "end_to_end/test_run.py": 20,
     "end_to_end/test_turns.py": 20,
+    "megatron_ext/model/test_transformer_engine.py": 20,
     "pipeline/rewards/sandbox/test_hostile.py": 20,
     "megatron_ext/batch/test_replay_layouts.py": 19,
     "pipeline/engine/test_client.py": 18,

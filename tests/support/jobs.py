@@ -66,7 +66,8 @@ def whole_gradients(network) -> dict[str, np.ndarray]:
     if not hasattr(network, "gradients"):  # an exporter of the gradients' own memory, which stays where it is
         network.gradients = HFExporter(network.chunks, network.model, value_head=network.head == "value")
         network.gradients.parameters = [
-            (n, torch.nn.Parameter(p.main_grad), m) for n, p, m in network.gradients.parameters
+            (n, torch.nn.Parameter(p.main_grad if p.requires_grad else torch.zeros_like(p)), m)  # a router's bias
+            for n, p, m in network.gradients.parameters
         ]
     stream = network.gradients.stream(everywhere=False)
     out = {name: tensor.numpy().copy() for bucket in stream for name, tensor in bucket}

@@ -1,0 +1,170 @@
+"""The trainer's layers as a GPU has them, Transformer Engine's own Python with its kernels in torch, beside the CPU's.
+
+What it relies on in the vendors' sources is named by file and line, and a test fails when one of these moves.
+"""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from tests.support.jobs import joined, make_samples
+from tests.support.ranks import run_ranks
+from tests.support.te import stand_in
+from tests.support.te.step import Step, step
+from tests.support.tiny_families import DENSE_FAMILIES, FAMILIES, VOCAB, save_family
+from tests.support.vendor import lines
+
+EVERY = [*FAMILIES, *DENSE_FAMILIES]
+CHANGES = {"deepseek_v3": {"v_head_dim": 16}}  # channels in powers of two, as the fused rotation wants them
+EXTENSION = "megatron/core/extensions/transformer_engine.py"
+TE = "transformer_engine/pytorch/"
+every_family = pytest.mark.parametrize("family", EVERY)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """family -> directory."""
+    return {name: str(save_family(name, tmp_path_factory.mktemp("m"), **CHANGES.get(name, {}))) for name in EVERY}
+
+
+@pytest.fixture(scope="module")
+def on_gpu(models, tmp_path_factory):
+    """family -> what tests/support/te/process.py says of it."""
+    folder = tmp_path_factory.mktemp("te")
+    samples = make_samples(routes=False, vocab_size=VOCAB)
+    (folder / "jobs").write_bytes(pickle.dumps([(name, path, samples) for name, path in models.items()]))
+    command = [sys.executable, "-m", "tests.support.te.process", folder / "jobs", folder / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return pickle.loads((folder / "out").read_bytes())
+
+
+def here(config: ParallelConfig, models: dict[str, str], samples: list) -> dict[str, tuple[Step, dict, np.ndarray]]:
+    """Runs on a rank, with the CPU's layers: the step, and the parameters in bfloat16."""
+    from megatron_ext.trainer import Trainer
+
+    out = {}
+    for name, model in models.items():
+        half = Trainer(
+            model,
+            ParallelConfig(),
+            TrainerConfig(),
+            OptimizerConfig(),
+            replay=True,
+            precision=TrainerPrecision(weights="bfloat16"),
+        )
+        parameters = {n: (tuple(p.shape), str(p.dtype)) for n, p in half.policy.chunks[0].named_parameters()}
+        logprobs = joined([half.logprobs(samples, "native")], len(samples))[0]
+        out[name] = step(model, samples), parameters, logprobs
+    return out
+
+
+@pytest.fixture(scope="module")
+def on_cpu(models):
+    (answer,) = run_ranks(here, ParallelConfig(), models, make_samples(routes=False, vocab_size=VOCAB))
+    return answer
+
+
+@every_family
+def test_parameters_have_the_names_shapes_and_dtypes_of_the_cpus(on_gpu, on_cpu, family):
+    assert on_gpu[family]["held"]["parameters"] == on_cpu[family][1]
+    assert on_gpu[family]["offloaded"]["parameters"] == on_cpu[family][1]
+
+
+@every_family
+def test_layers_are_transformer_engines_and_none_is_plain_torch(on_gpu, family):
+    classes = set(on_gpu[family]["held"]["classes"])
+    expected = {"TEDotProductAttention", "TERowParallelLinear", "RMSNorm"}
+    if family in FAMILIES:
+        expected |= {"TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear", "TEGroupedMLP"}
+    assert expected <= classes
+    ours = {"SDPACoreAttention", "LayerNormColumnParallelLinear", "DuplicatedLinear", "ColumnParallelGroupedLinear"}
+    assert not ours & classes
+
+
+@every_family
+def test_every_tensor_of_the_directory_is_exported(on_gpu, models, family):
+    from safetensors import safe_open
+
+    with safe_open(f"{models[family]}/model.safetensors", "np") as file:
+        there = set(file.keys())
+    tied = {"lm_head.weight"}
+    assert set(on_gpu[family]["held"]["exported"]) | tied == there | tied
+
+
+@every_family
+def test_adam_is_transformer_engines_or_on_the_host_where_it_is_offloaded(on_gpu, family):
+    assert on_gpu[family]["held"]["optimizers"] == ["transformer_engine.pytorch.optimizers.fused_adam.FusedAdam"]
+    hybrid = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer"
+    assert on_gpu[family]["offloaded"]["optimizers"] == [hybrid]
+
+
+@every_family
+def test_log_probs_routes_loss_and_gradients_are_those_of_the_cpus_layers(on_gpu, on_cpu, family):
+    differ = differences(on_gpu[family]["step"], on_cpu[family][0])
+    assert differ == []
+
+
+@every_family
+def test_bfloat16_is_as_near_as_bfloat16_comes(on_gpu, on_cpu, family):
+    """In it a router's logits are float32 of bfloat16 weights, and of a bfloat16 bias where it has one."""
+    error = np.abs(on_gpu[family]["held"]["logprobs"] - on_cpu[family][2])
+    assert np.median(error) < 0.02
+    assert error.max() < 1.0  # of a token whose experts are others
+
+
+def differences(a: Step, b: Step) -> list[str]:
+    """What two steps have not in common."""
+    found = []
+    if np.abs(a.logprobs - b.logprobs).max() > 2e-5:
+        found.append(f"log-probs: {np.abs(a.logprobs - b.logprobs).max()}")
+    if any(not np.array_equal(np.sort(x), np.sort(y)) for x, y in zip(a.routes, b.routes, strict=True)):
+        found.append("routes")
+    if abs(a.loss - b.loss) > 1e-5 * abs(b.loss):
+        found.append(f"loss: {a.loss} for {b.loss}")
+    if a.gradients.keys() != b.gradients.keys():
+        found.append("names of gradients")
+    for name in a.gradients.keys() & b.gradients.keys():
+        largest = max(np.abs(b.gradients[name]).max(), 1e-3)
+        if np.abs(a.gradients[name] - b.gradients[name]).max() > 1e-4 * largest:
+            found.append(f"gradient of {name}")
+    return found
+
+
+def test_an_argument_that_transformer_engine_renames_is_seen(on_gpu):
+    assert "unexpected keyword argument 'eps'" in on_gpu["planted"]["a renamed argument"]
+
+
+def test_an_addition_that_a_spec_leaves_out_is_seen(on_gpu, on_cpu):
+    other = on_gpu["planted"]["an addition left out"]
+    assert isinstance(other, Exception) or differences(other, on_cpu[EVERY[0]][0])
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "begins"),
+    [
+        (EXTENSION, 1088, "out = super().forward(x, is_first_microbatch=_is_first_microbatch)"),
+        (EXTENSION, 1336, "out = super().forward(x, is_first_microbatch=_is_first_microbatch)"),
+        (EXTENSION, 2050, "core_attn_out = super().forward(query, key, value, attention_mask, **_fa_kwargs)"),
+        (EXTENSION, 2430, "out = super().forward(x, m_splits, is_first_microbatch=_is_first_microbatch)"),
+        ("megatron/core/transformer/moe/moe_utils.py", 1327, "output = te_general_gemm(weight, inp, router_dtype"),
+        (TE + "module/linear.py", 2346, "def forward("),
+        (TE + "module/layernorm_linear.py", 1675, "def forward("),
+        (TE + "module/grouped_linear.py", 2144, "def forward("),
+        (TE + "attention/dot_product_attention/dot_product_attention.py", 1935, "def forward("),
+        (TE + "attention/rope.py", 346, "def apply_rotary_pos_emb("),
+        (TE + "cpp_extensions/gemm.py", 192, "def general_gemm("),
+    ],
+)
+def test_what_is_replaced_stands_where_it_was_read(file, line, begins):
+    assert lines(file, line, line, begins=begins)
+
+
+def test_the_version_is_the_one_that_the_image_installs():
+    assert stand_in.VERSION == stand_in.PINNED["transformer-engine-torch"] == stand_in.PINNED["transformer-engine-cu13"]
