@@ -68,7 +68,8 @@ class TrainerPrecision(Frozen):
     router: Literal["fp32", "bf16"] = Field("fp32", description="router logits; bf16: as bfloat16 weights make them")
     kv_cache: Literal["same", "bfloat16", "fp8_e4m3", "fp8_e5m2"] = Field(
         "same",
-        description="keys and values of the server's cache, and of the trainer's attention; same: as activations",
+        description="keys and values of the server's cache, and of the trainer's attention, and its queries where the "
+        "cache is fp8; same: as activations",
     )
     temperature: float = Field(1.0, gt=0, description="of sampling and of every log-prob")
 

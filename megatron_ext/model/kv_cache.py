@@ -1,7 +1,9 @@
 """Keys and values rounded as the rollout engine's cache rounds them.
 
 The engine attends to what its KV cache holds. Where that is narrower than the activations, the trainer rounds its keys
-(rotated, as they are cached) and values alike, and both engines compute one function.
+(rotated, as they are cached) and values alike, and both engines compute one function. With an fp8 cache the engine's
+kernel multiplies fp8 by fp8, so the query is rounded too; and it rounds the weights of the softmax, which stay as they
+are here.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ def round_key_values(chunks: Iterable[torch.nn.Module], kv_cache: str) -> None:
 
     def before_attention(module: torch.nn.Module, inputs: tuple[Any, ...]):
         query, key, value, *others = inputs
+        if kv_cache.startswith("fp8"):
+            query = _Rounded.apply(query, dtype)
         return query, _Rounded.apply(key, dtype), _Rounded.apply(value, dtype), *others
 
     for chunk in chunks:

@@ -71,9 +71,11 @@ def load_rewards(run: Path, other: Path | None = None) -> tuple[rewards.Rewards,
 
 
 def check_precision(config: Config, device: Literal["cpu", "cuda"]) -> None:
-    """Raise ConfigError where the precision cannot be had on the device that the run gets."""
+    """Raise ConfigError where the precision, or the servers' kernels, cannot be had on the device that the run gets."""
     try:
         config.precision.check_device(device)
+        if device == "cuda":
+            config.check_server_kernels()
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

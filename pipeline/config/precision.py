@@ -21,6 +21,12 @@ RolloutWeights = Literal["same", "int8", "fp8"]
 _MOST_KEPT = 4096
 _TIES = 64  # tokens as likely as the last one that top_k keeps may be kept beside it
 
+_CACHE_BACKENDS: dict[str, tuple[str, ...]] = {"fp8_e4m3": ("fa3",), "fp8_e5m2": ()}
+"""Attention backends of SGLang (0.5.23) that compute with such a cache what the trainer can: query, keys and values are
+rounded, without a scale, for every token. fa3 does so (layers/attention/flashattention_backend.py:1436). triton rounds
+the query of a prompt with a cached beginning alone, and no key of its other tokens (kernels/ops/attention/
+extend_attention.py:619); flashinfer never rounds a query; trtllm_mha has not been read to its end."""
+
 _SERVER_FLAGS = {
     "--dtype": "weights",
     "--kv-cache-dtype": "kv_cache",
@@ -116,6 +122,26 @@ class PrecisionConfig(TrainerPrecision):
         if self.masks_sampling:
             arguments += ["--sampling-mask-max-tokens", str(self.top_k + _TIES)]
         return arguments
+
+    def cache_backend(self, backend: str | None) -> str | None:
+        """The attention backend of a server on a GPU: the one asked for, or None for SGLang's own choice.
+
+        Raises ValueError where it computes with such a cache what the trainer does not.
+        """
+        known = _CACHE_BACKENDS.get(self.kv_cache)
+        if known is None:
+            return backend
+        if not known:
+            raise ValueError(
+                f"no attention backend of SGLang is known that rounds as the trainer does for precision.kv_cache="
+                f"{self.kv_cache}; set precision.kv_cache=fp8_e4m3, or same"
+            )
+        if backend is not None and backend not in known:
+            raise ValueError(
+                f"server.attention_backend={backend} is not known to round a {self.kv_cache} cache and its queries as "
+                f"the trainer does; set server.attention_backend={' or '.join(known)}, or precision.kv_cache=same"
+            )
+        return backend or known[0]
 
     def server_environment(self) -> dict[str, str]:
         """What its processes find in their environment."""

@@ -15,13 +15,24 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 4096
 _KEYS = "a run makes keys of its own for its servers, which no list of processes shows"
 _UNGUARDED = "SGLang answers there without asking for a key"
+_BESIDE = "it has a field of its own"
 _REFUSED = {
+    "--moe-runner-backend": f"{_BESIDE}, server.moe_runner",
+    "--attention-backend": f"{_BESIDE}, server.attention_backend",
+    "--prefill-attention-backend": "prompts and answers are computed by one, server.attention_backend",
+    "--decode-attention-backend": "prompts and answers are computed by one, server.attention_backend",
     "--api-key": _KEYS,
     "--admin-api-key": _KEYS,
     "--grpc-port": _UNGUARDED,
     "--tokenizer-worker-num": _UNGUARDED,
 }
 _LENGTH_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
+
+
+CAPTURING = ("triton", "flashinfer_cutlass", "flashinfer_trtllm_routed")
+"""SGLang's (0.5.23) kernels for bfloat16 experts that are handed the experts of each token, `select_experts` having
+captured them (`TopK.bind_runner_backend`, layers/moe/topk.py:769). Others choose them inside: triton_kernel, which it
+takes for gpt-oss by itself, and flashinfer_trtllm, for most on B200."""
 
 
 class ServerConfig(Frozen):
@@ -55,6 +66,11 @@ class ServerConfig(Frozen):
         None,
         description="SGLang's attention backend; null: SGLang's default on GPUs; on the CPU "
         "the batched one for float32, else torch_native",
+    )
+    moe_runner: str | None = Field(
+        None,
+        description="SGLang's kernels for experts on GPUs; null: triton, which tells the routes on every GPU, where "
+        "its own choice may not",
     )
     prefix_cache: bool | None = Field(
         None, description="keep the KV cache of finished prompts; null: on GPUs only, where prefill costs more than it"

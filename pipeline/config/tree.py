@@ -28,7 +28,7 @@ from pipeline.config.run import (
     SupervisedConfig,
     TrainConfig,
 )
-from pipeline.config.server import ServerConfig, request_tokens
+from pipeline.config.server import CAPTURING, ServerConfig, request_tokens
 from pipeline.config.sources import RowsConfig, asked_of
 from pipeline.config.sources.evaluation import EvaluationSet
 from pipeline.config.weights import WeightsConfig
@@ -36,6 +36,9 @@ from pipeline.objectives.config import ObjectiveConfig
 
 LOGPROB_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "rounded": 0.3}
 """Nats by the dtype of the weights, or where the server's are rounded; see ChecksConfig.max_abs_logprob."""
+
+
+_BLACKWELL = ("b200", "b300")
 
 
 class Config(Frozen):
@@ -97,6 +100,8 @@ class Config(Frozen):
             )
         if self.device != "auto":  # that of `auto` is known where the run is
             self.precision.check_device(self.device)
+            if self.device == "cuda":
+                self.check_server_kernels()
         if self.rollout.prompts_per_step % self.train.mini_batches:
             raise ValueError(
                 f"{self.rollout.prompts_per_step} prompts do not divide into {self.train.mini_batches} mini-batches; "
@@ -144,6 +149,21 @@ class Config(Frozen):
         if self.model.tiny is not None:
             self.parallel.check_model(describe(self.model.tiny.hf_config()))
         return self
+
+    def check_server_kernels(self) -> None:
+        """Raise ValueError where SGLang on GPUs would not tell the experts, or would round as the trainer does not."""
+        runner = self.server.moe_runner
+        if self.replay == Replay.R3 and runner is not None and runner not in CAPTURING:
+            raise ValueError(
+                f"server.moe_runner={runner} is not known to tell the experts of each token, which replay=r3 needs; "
+                f"set one of {', '.join(CAPTURING)}, or leave it out"
+            )
+        backend = self.precision.cache_backend(self.server.attention_backend)
+        if backend == "fa3" and self.cluster.gpu in _BLACKWELL:
+            raise ValueError(
+                f"FlashAttention 3 (fa3) does not run on {self.cluster.gpu}; set precision.kv_cache=same, and leave "
+                "server.attention_backend out"
+            )
 
     def _check_environment(self) -> None:
         if self.environment is None:

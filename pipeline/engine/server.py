@@ -23,7 +23,7 @@ from pipeline import http
 from pipeline.cluster.loopback import is_loopback, loopback_environment
 from pipeline.cluster.threads import thread_environment
 from pipeline.config.precision import PrecisionConfig
-from pipeline.config.server import ServerConfig
+from pipeline.config.server import CAPTURING, ServerConfig
 from pipeline.deaf import deaf_children
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
@@ -184,6 +184,11 @@ class SGLangServer:
         flags = ["--skip-tokenizer-init", "--incremental-streaming-output"]
         if self.return_routed_experts:
             flags.append("--enable-return-routed-experts")
+        if self.device == "cuda":
+            arguments["--attention-backend"] = self.precision.cache_backend(config.attention_backend)
+            if self.return_routed_experts:
+                arguments["--moe-runner-backend"] = config.moe_runner or CAPTURING[0]
+                flags.append("--disable-shared-experts-fusion")  # as one more expert it has no place among the routes
         if self.trust_remote_code:
             flags.append("--trust-remote-code")
         if config.deterministic:

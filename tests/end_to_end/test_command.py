@@ -83,7 +83,7 @@ def test_a_run_leaves_its_files_and_no_process(finished, command):
 @pytest.mark.slow
 def test_a_replay_needs_no_server_and_repeats_the_run_bit_for_bit(finished, tmp_path, capfd):
     replay, dumps = tmp_path / "replay", ["--from-dump", str(finished.run / "dumps")]
-    no_server = "server.extra_args=[--attention-backend, no_such_backend]"
+    no_server = "server.attention_backend=no_such_backend"
     arguments = [f"run.directory={replay}", *SMALL, *DUMPED, no_server, *dumps]
     assert main(["train", QUICKSTART, *arguments]) == 0, capfd.readouterr()
     assert not (replay / "logs" / "sglang.log").exists()

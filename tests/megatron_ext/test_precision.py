@@ -56,6 +56,8 @@ def rounded_attention(dtype):
 
     def attention(module, query, key, value, *args, **kwargs):
         key, value = (x.to(dtype).to(x.dtype) for x in (key, value))
+        if dtype.itemsize == 1:
+            query = query.to(dtype).to(query.dtype)
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     return attention
@@ -75,7 +77,7 @@ def transformers_logprobs(model, samples, kv_cache):
     return np.concatenate(out)
 
 
-def test_keys_and_values_are_rounded_where_the_cache_would_round_them(tiny_model_dir):
+def test_keys_and_values_are_rounded_where_the_cache_would_round_them_and_fp8_queries_too(tiny_model_dir):
     samples = make_samples(routes=False)
     caches = list(WIDER)
     plain, *rounded = logprobs_under(
@@ -94,7 +96,7 @@ def test_the_gradient_passes_through_a_rounded_cache():
     model = torch.nn.ModuleDict({"self_attention": torch.nn.ModuleDict({"core_attention": Attention()})})
     model.config = object()
     round_key_values([model], "fp8_e5m2")
-    query, key, value = (torch.tensor([x], requires_grad=True) for x in (1.0, 1.1, 3.3))
+    query, key, value = (torch.tensor([x], requires_grad=True) for x in (1.05, 1.1, 3.3))
     output = model["self_attention"]["core_attention"](query, key, value, None)
     output.backward()
     assert output.item() == 3.5

@@ -17,6 +17,7 @@ SECONDS = {
     "end_to_end/test_precision.py": 27,
     "pipeline/engine/test_server_faults.py": 26,
     "pipeline/observe/report/test_page.py": 24,
+    "pipeline/engine/test_on_gpus.py": 30,
     "pipeline/engine/test_server.py": 22,
     "pipeline/rewards/test_grader.py": 22,
     "end_to_end/test_dense.py": 20,

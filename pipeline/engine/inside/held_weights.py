@@ -11,12 +11,15 @@ error, and leaves the parameters as they are. `hooks.py` calls this in the serve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.engine.checksum import checksum
+
+_BLOCKS = "use_flashinfer_trtllm_moe"  # of UnquantizedFusedMoEMethod: experts are held in blocks
 
 Described = Iterable[tuple[str, str, list[int]]]
 
@@ -25,12 +28,31 @@ class CannotReadBackError(RuntimeError):
     """The loader does with a tensor what cannot be undone; the message names it."""
 
 
+@contextlib.contextmanager
+def canonical_experts(model: nn.Module) -> Iterator[None]:
+    """Within, experts lie as they are loaded. Kernels of TensorRT-LLM hold them in blocks, and a loader that meets such
+    a tensor brings it back in place for good; so all are brought back before, and put into blocks again behind."""
+    layers = [m for m in model.modules() if getattr(getattr(m, "quant_method", None), _BLOCKS, False)]
+    for layer in layers:
+        layer.quant_method.restore_weights_before_loading(layer)  # pyright: ignore
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.quant_method.process_weights_after_loading(layer)  # pyright: ignore
+
+
 def held_checksums(model: nn.Module, described: Described) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """Of each tensor, (elements that this rank holds, checksum of these); and the parameters that hold any.
 
     model: with SGLang's `load_weights`. described: (Hugging Face name, dtype such as "bfloat16", shape).
     Raises CannotReadBackError.
     """
+    with canonical_experts(model):
+        return _held(model, described)
+
+
+def _held(model: nn.Module, described: Described) -> tuple[dict[str, tuple[int, int]], list[str]]:
     reading = _Reading(model)
     device = next(model.parameters()).device
     probes = {name: reading.add(torch.empty(s, dtype=getattr(torch, d), device=device)) for name, d, s in described}

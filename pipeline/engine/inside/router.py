@@ -29,6 +29,10 @@ def activate() -> None:
 
 
 def _after_load(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    import torch
+
+    # For GLM SGLang lets matrix products of float32, which are its routers', be TF32 (model_overrides/glm4_moe.py:46).
+    torch.set_float32_matmul_precision("highest")
     make_routers_float32(runner.model)
     return result
 

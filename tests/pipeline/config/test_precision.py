@@ -83,9 +83,19 @@ def test_what_both_engines_cannot_do_alike_is_refused(fields, message):
         PrecisionConfig(**fields)
 
 
-def test_an_fp8_cache_is_refused_on_a_cpu_only():
-    precision = PrecisionConfig(weights="bfloat16", kv_cache="fp8_e5m2")
+def test_an_fp8_cache_is_refused_on_a_cpu_and_where_the_server_would_round_otherwise():
+    precision = PrecisionConfig(weights="bfloat16", kv_cache="fp8_e4m3")
     precision.check_device("cuda")
+    assert precision.cache_backend(None) == precision.cache_backend("fa3") == "fa3"
+    assert PrecisionConfig(**HALF).cache_backend(None) is None
+    assert PrecisionConfig(**HALF).cache_backend("triton") == "triton"
+    for backend in ("triton", "flashinfer", "trtllm_mha", "fa4"):
+        with pytest.raises(
+            ValueError, match=rf"={backend} is not known to round .*; set server\.attention_backend=fa3"
+        ):
+            precision.cache_backend(backend)
+    with pytest.raises(ValueError, match=r"set precision\.kv_cache=fp8_e4m3, or same"):
+        PrecisionConfig(weights="bfloat16", kv_cache="fp8_e5m2").cache_backend(None)
     with pytest.raises(ValueError, match=r"set precision\.kv_cache to same or bfloat16"):
         precision.check_device("cpu")
 
@@ -171,3 +181,35 @@ def test_float32_is_tf32_in_sglangs_experts_on_a_gpu():
     kernel = "sglang/kernels/ops/moe/fused_moe_triton_kernels.py"
     assert "input_precision" not in lines(kernel, 611, 611, begins="accumulator += tl.dot(a, b)")
     lines("triton/language/core.py", 2387, 2387, begins='input_precision = knobs.language.fp32_default or ("tf32"')
+
+
+def test_backends_round_an_fp8_cache_as_they_were_read():
+    """SGLang's sources: the table of `PrecisionConfig.cache_backend`."""
+    lines("sglang/srt/layers/attention/flashattention_backend.py", 1436, 1436, begins="q = q.to(self.kv_cache_dtype)")
+    lines("sglang/kernels/ops/attention/extend_attention.py", 619, 619, begins="qk = tl.dot(q.to(k.dtype), k)")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            ["server.moe_runner=flashinfer_trtllm"],
+            r"moe_runner=flashinfer_trtllm is not known to tell .*; set one of triton",
+        ),
+        (["server.moe_runner=triton_kernel"], "moe_runner=triton_kernel is not known"),
+        (["precision.kv_cache=fp8_e4m3", "server.attention_backend=triton"], "attention_backend=triton is not known"),
+        (
+            ["precision.kv_cache=fp8_e4m3", "cluster.gpu=b200"],
+            r"\(fa3\) does not run on b200; set precision\.kv_cache=same",
+        ),
+        (["server.extra_args=[--moe-runner-backend, triton]"], r"a field of its own, server\.moe_runner"),
+        (["server.extra_args=[--decode-attention-backend=fa3]"], r"by one, server\.attention_backend"),
+    ],
+)
+def test_kernels_of_a_server_that_would_set_it_apart_are_refused(fields, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(QUICKSTART, ["device=cuda", "precision.weights=bfloat16", *fields])
+
+
+def test_where_no_routes_are_needed_any_runner_may_be_taken():
+    load_config(QUICKSTART, ["device=cuda", "precision.weights=bfloat16", "replay=none", "server.moe_runner=auto"])

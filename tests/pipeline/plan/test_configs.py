@@ -53,7 +53,7 @@ def test_every_model_has_gspo_and_minirl_under_r3_and_an_fp8_option():
 
 def test_a_cache_of_latents_is_not_rounded():
     with pytest.raises(ConfigError, match=r"holds latents, not keys; set precision\.kv_cache=same"):
-        load_config_and_model(Path("configs/kimi-k2/gspo-fp8.yaml"), ["precision.kv_cache=fp8_e4m3"])
+        load_config_and_model(Path("configs/moonlight-16b-a3b/gspo-fp8.yaml"), ["precision.kv_cache=fp8_e4m3"])
 
 
 def test_no_two_presets_write_into_one_run_directory():
