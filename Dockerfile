@@ -49,10 +49,11 @@ ARG NVTE_CUDA_ARCHS="90;100"
 ARG MAX_JOBS=8
 RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install -r pyproject.toml --constraint requirements-gpu.lock
-# Transformer Engine's part for torch is compiled against the torch that is there.
+# Transformer Engine's part for torch is compiled against the torch that is there. Its expert parallelism over NCCL, which
+# Megatron-Core does not use, wants the headers of torch's NCCL, and the compiler finds the base image's (NVTE_WITH_NCCL_EP).
 RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install pybind11==3.0.1 \
-    && NVTE_FRAMEWORK=pytorch uv pip install -r pyproject.toml --extra gpu --constraint requirements-gpu.lock \
+    && NVTE_FRAMEWORK=pytorch NVTE_WITH_NCCL_EP=0 uv pip install -r pyproject.toml --extra gpu --constraint requirements-gpu.lock \
         --no-build-isolation-package transformer-engine-torch
 # apex is optional: Transformer Engine has fused Adam, norms and gradient accumulation of its own.
 ARG APEX=0
@@ -75,7 +76,9 @@ RUN groupadd --gid 10001 sameroute \
 COPY --from=packages /opt/uv /opt/uv
 COPY --from=packages /opt/venv /opt/venv
 COPY . /opt/sameroute
-ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:/opt/uv/bin:$PATH HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
+# Transformer Engine looks for cuDNN where CUDNN_PATH says before it finds the base image's: torch has loaded this one.
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:/opt/uv/bin:$PATH HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 \
+    CUDNN_PATH=/opt/venv/lib/python3.12/site-packages/nvidia/cudnn
 WORKDIR /opt/sameroute
 RUN uv pip install --no-cache --no-deps --no-build-isolation --editable . \
     && ln -s /opt/sameroute/configs /workspace/configs

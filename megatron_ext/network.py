@@ -7,6 +7,7 @@ replay of its own, so that nothing of one is ever seen by another.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,7 @@ class Network:
                 DistributedDataParallel(config=self.mcore_config, ddp_config=ddp, module=c, disable_bucketing=i > 0)
                 for i, c in enumerate(self.chunks)
             ]
+        self.optimizer: Any = None
         self.device = torch.device("cpu") if cpu.needed() else torch.device("cuda", torch.cuda.current_device())
 
     def load(self, path: str | Path) -> None:
@@ -121,6 +123,7 @@ class Network:
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """Begin a phase of training: these settings, no moments, the step count at 0."""
         self.optimizer_config, self.steps = optimizer, 0
+        self._drop_optimizer()
         self.optimizer = get_megatron_optimizer(
             McoreOptimizerConfig(
                 optimizer="adam",
@@ -139,6 +142,11 @@ class Network:
         )
         self.mcore_config.finalize_model_grads_func = finalize_model_grads
         self.mcore_config.grad_scale_func = self.optimizer.scale_loss
+
+    def _drop_optimizer(self) -> None:
+        """Of two there would be float32 weights and moments twice."""
+        self.optimizer = self.mcore_config.grad_scale_func = None
+        gc.collect()  # its parts refer to each other
 
     def forward(self, samples: Sequence[Sample], use: Use, routing: Routing) -> RecordedRoutes:
         """Every sample through the model, without gradient. Returns what the routers recorded, if they were to."""

@@ -198,9 +198,5 @@ def _token_part(network: Network, samples: Sequence[Sample], seen: dict[int, tup
     quantities = tuple(
         {i: rows[k][: samples[i].response_length].numpy().copy() for i, rows in seen.items()} for k in range(kinds)
     )
-    routing = {
-        layer: (int(replayed), int(agreed), int(fallen))
-        for replay in network.replays
-        for layer, (replayed, agreed, fallen) in replay.take_counts().items()
-    }
+    routing = {layer: counts for replay in network.replays for layer, counts in replay.take_counts().items()}
     return TokenPart(quantities, routing, routes)

@@ -25,14 +25,15 @@ from megatron_ext.mcore import GPTModel, RouterReplay, RouterReplayAction
 class LayerReplay(RouterReplay):
     """Megatron-Core's per-router replay, with missing rows and counters.
 
-    counts: [3] int64: tokens replayed, of these with the same native expert set, tokens that fell back.
+    counts: [3] int64 on the device of the routers, or None before the first: tokens replayed, of these with the same
+            native expert set, tokens that fell back. To read them is to wait for the device.
     """
 
     def __init__(self):
         super().__init__()
         RouterReplay.global_router_replay_instances.remove(self)  # that list mixes models and chunks
         self.counted: Tensor | None = None
-        self.counts = torch.zeros(3, dtype=torch.int64)
+        self.counts: Tensor | None = None
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
         """(scores of the selection, selection), both [tokens, topk], as the action says."""
@@ -59,8 +60,8 @@ class LayerReplay(RouterReplay):
         assert self.counted is not None
         same = (selection.sort(-1).values == native.sort(-1).values).all(-1)
         replayed = self.counted & ~missing
-        counts = [replayed.sum(), (replayed & same).sum(), (self.counted & missing).sum()]
-        self.counts += torch.stack(counts).to(self.counts)
+        counts = torch.stack([replayed.sum(), (replayed & same).sum(), (self.counted & missing).sum()])
+        self.counts = counts if self.counts is None else self.counts + counts
 
 
 class ChunkReplay:
@@ -123,12 +124,14 @@ class ChunkReplay:
             replay.clear_router_replay_action()
             replay.counted = None
 
-    def take_counts(self) -> dict[int, Tensor]:
+    def take_counts(self) -> dict[int, tuple[int, int, int]]:
         """Counters by global layer since the last call."""
-        out = {}
-        for layer, replay in self.layers:
-            out[layer], replay.counts = replay.counts, torch.zeros_like(replay.counts)
-        return out
+        counted = {layer: replay.counts for layer, replay in self.layers if replay.counts is not None}
+        for _, replay in self.layers:
+            replay.counts = None
+        numbers = torch.stack(list(counted.values())).tolist() if counted else []  # waits once, for all layers
+        taken = {layer: tuple(row) for layer, row in zip(counted, numbers, strict=True)}
+        return {layer: taken.get(layer, (0, 0, 0)) for layer, _ in self.layers}
 
 
 @contextlib.contextmanager

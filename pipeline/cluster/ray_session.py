@@ -24,6 +24,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[rep
 from ray.job_config import JobConfig
 
 from pipeline.cluster import loopback
+from pipeline.cluster.object_store import LEAST_GB
 from pipeline.cluster.placement import PlacementError
 from pipeline.cluster.ray_processes import died_said, leave_out_the_raylets_log, only_what_runs_actors
 from pipeline.config.run import ClusterConfig
@@ -61,7 +62,7 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
                     num_cpus=cpus,
                     _node_ip_address=loopback.ADDRESS,
                     include_dashboard=False,
-                    object_store_memory=int(config.object_store_gb * 1e9),
+                    object_store_memory=int((config.object_store_gb or LEAST_GB) * 1e9),
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                     _temp_dir=str(folder),

@@ -1,4 +1,4 @@
-"""How many threads an engine's matrix products get where there is no GPU.
+"""How many threads an engine's matrix products get where there is no GPU, and an Adam that lies beside one.
 
 Server and trainer work by turns, so that each may have all cores: what waits leaves its core to the other.
 """
@@ -15,7 +15,12 @@ def cpu_threads(configured: int | None, hidden: int, processes: int) -> int:
     """configured: by the run, or None. hidden: the model's width. processes: of this kind, on this machine."""
     if configured is not None:
         return configured
-    return 1 if hidden < _SMALL else max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+    return 1 if hidden < _SMALL else cores_of_each(processes)
+
+
+def cores_of_each(processes: int) -> int:
+    """This machine's cores for each of so many processes, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, processes))
 
 
 def thread_environment(threads: int) -> dict[str, str]:

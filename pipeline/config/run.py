@@ -187,13 +187,19 @@ class ClusterConfig(Frozen):
     )
     address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")
     join_timeout_s: float = Field(300.0, gt=0, description="nodes of a running cluster that join later fail the run")
-    object_store_gb: float = Field(0.5, gt=0.08, description="shared memory of a Ray started here, GB")
+    object_store_gb: float | None = Field(
+        None,
+        gt=0.08,
+        description="shared memory of a Ray started here, GB; null: 0.5, or what the routes and tokens of two steps "
+        "(and max_staleness more) of the longest answers take, at most half of the shared memory that is free",
+    )
     call_timeout_s: float = Field(
         1800.0, gt=0, description="one call to the trainer ranks that takes longer fails the run"
     )
     cpu_threads: int | None = Field(
         None,
         ge=1,
-        description="torch threads a trainer rank, on the CPU; null: one for a small model (width below 256), whose "
-        "matrices lose by more, else the machine's cores divided by the ranks on it",
+        description="torch threads a trainer rank; null: on the CPU one for a small model (width below 256), whose "
+        "matrices lose by more, else the machine's cores divided by the ranks on it, as an offloaded optimizer "
+        "beside GPUs gets",
     )

@@ -86,7 +86,11 @@ class ServerConfig(Frozen):
         description="batch-invariant kernels, and samples that depend on run.seed and the prompt only: the same run "
         "again, or resumed, gives the same numbers",
     )
-    startup_timeout_s: float = Field(600.0, gt=0, description="seconds until the server must answer")
+    startup_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="seconds until the server must answer; null: 600, and 3 more for each GB of the model's weights",
+    )
     overlap_schedule: bool | None = Field(
         None, description="prepare a batch while the last one is computed; null: on GPUs only, where that costs nothing"
     )

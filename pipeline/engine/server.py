@@ -38,6 +38,7 @@ _CPU_TOTAL_TOKENS = 65_536
 _FREE_PORTS = range(20_000, 32_000)
 CPU_STUBS = Path(__file__).parent / "inside" / "cpu" / "stub"
 _LOG_TAIL_LINES = 30
+_START_S, _START_S_PER_GB = 600.0, 3.0  # a file system of many readers gives each a third of a GB a second at least
 _LONGEST_SCRATCH = 60  # bytes; behind it stand names as multiprocessing's /pymp-abcdefgh/listener-abcdefgh
 
 # SGLang logs these and goes on waiting, or goes on without what failed.
@@ -251,7 +252,7 @@ class SGLangServer:
         timeout_s: seconds from now; None takes `startup_timeout_s`.
         Raises ServerError with the end of the log when the server dies, reports a fatal error, or is too slow.
         """
-        timeout_s = self.config.startup_timeout_s if timeout_s is None else timeout_s
+        timeout_s = timeout_s or self.config.startup_timeout_s or startup_timeout(self.model_path)
         deadline, wait = time.monotonic() + timeout_s, Waiting().begin("starting", START_S)
         while True:
             wait.look(lambda: f"the SGLang server (log: {self.log_path})")
@@ -327,6 +328,11 @@ class SGLangServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def startup_timeout(model: Path) -> float:
+    """Seconds in which a server must have read the weights in a directory and answer."""
+    return _START_S + _START_S_PER_GB * sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9
 
 
 def _may_write(folder: Path) -> bool:

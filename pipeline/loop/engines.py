@@ -16,10 +16,11 @@ import torch
 
 from megatron_ext.hf.description import ModelDescription
 from pipeline.cluster.nccl import nccl_environment
+from pipeline.cluster.object_store import object_store_gb
 from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_servers
 from pipeline.cluster.placement import Placement, PlacementError, another_node, wait_and_place
 from pipeline.cluster.ray_session import ray_session
-from pipeline.cluster.threads import cpu_threads
+from pipeline.cluster.threads import cores_of_each, cpu_threads
 from pipeline.config import Config
 from pipeline.config.server import ServerConfig
 from pipeline.config.weights import WeightsConfig
@@ -68,6 +69,8 @@ def start_engines(
     """
     gpus = _gpus(config)
     config = with_threads(config, shape)
+    store = {"object_store_gb": object_store_gb(config, shape)}
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=store)})
     routes = config.replay.of_model(shape.num_experts).from_server
     environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
     local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
@@ -146,7 +149,10 @@ def server_beside(config: Config, model_path: Path, log: Path, *, routes: bool) 
 def with_threads(config: Config, model: ModelDescription) -> Config:
     """The same with the threads of both engines settled: see ServerConfig.cpu_threads and ClusterConfig.cpu_threads."""
     if config_device(config) != "cpu":
-        return config
+        offloaded = config.trainer.offload_optimizer  # else nothing of a step is computed by the processor
+        ranks = min(config.parallel.ranks, config.cluster.gpus_per_node) if offloaded else 0
+        threads = config.cluster.cpu_threads or (cores_of_each(ranks) if ranks else 1)
+        return config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpu_threads": threads})})
     servers = (config.server.replicas or 1) * config.server.tensor_parallel
     server = cpu_threads(config.server.cpu_threads, model.hidden, servers)
     trainer = cpu_threads(config.cluster.cpu_threads, model.hidden, config.parallel.ranks)

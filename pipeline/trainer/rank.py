@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from pipeline.engine.control import ServerAddress
     from pipeline.trainer.losses import LossRow
     from pipeline.weights import WeightDifference, WeightsConfig
+
+_NO_MASK = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+
+
+def own_gpu(given: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The number by which a rank's process knows the GPU that Ray gave it: 0, the only one that Ray lets it see, or
+    Ray's own number where the environment forbids that. given: as Ray counts them; none on a CPU."""
+    sees_all = environment.get(_NO_MASK, "").lower() in ("1", "true")
+    return str(given[0]) if given and sees_all else "0"
 
 
 class TrainerRank:
@@ -87,6 +96,8 @@ class TrainerRank:
             from megatron_ext.trainer import Trainer
 
         torch.set_num_threads(self.threads)
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        os.environ["LOCAL_RANK"] = own_gpu(gpus, os.environ)
         parallel.initialize(parallel_config, rank=self.rank, init_method=meeting_point, seed=seed)
         self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, **settings)
 

@@ -14,9 +14,10 @@ import io
 import logging
 import secrets
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -81,7 +82,7 @@ class Distributed(Transport):
         self.backend = "nccl" if device == "cuda" else "gloo"
         self.group = f"sameroute_weights_{secrets.token_hex(4)}"  # a server may still be in one that has failed
         self.process_group: Any = None
-        self.broken = False
+        self.met = self.broken = False
 
     def connect(self) -> None:
         controls, timeout_s = self.servers.controls, self.servers.timeout_s
@@ -140,15 +141,8 @@ class Distributed(Transport):
         """Broadcast and watch the servers meanwhile: one that refuses never takes part, and we would wait for it."""
         deadline = time.monotonic() + self.servers.timeout_s
         try:
-            work = dist.broadcast(flat, src=0, group=self.process_group, async_op=True)
-            assert work is not None
-            while not work.is_completed():
-                self.servers.answers([answer for answer in announced if answer.done()])
-                if time.monotonic() > deadline:
-                    slow = [c.url for c, a in zip(self.servers.controls, announced, strict=True) if not a.done()]
-                    what = f"{flat.numel()} bytes in {self.servers.timeout_s:g} s"
-                    raise WeightTransferError(f"{', '.join(slow)} did not take a bucket of {what}")
-                time.sleep(_POLL_S)
+            work = self._begin(flat, announced, deadline)
+            self._watch(work.is_completed, flat, announced, deadline)
             work.wait()
         except WeightTransferError:
             self.broken = True
@@ -157,6 +151,36 @@ class Distributed(Transport):
             self.broken = True
             self.servers.answers(announced)  # a server's own words say more
             raise WeightTransferError(f"the broadcast failed: {error}") from error
+
+    def _begin(self, flat: Tensor, announced: list[Future[Any]], deadline: float) -> Any:
+        """The broadcast, under way. NCCL makes its communicator inside the first one, which returns when every rank has
+        come: that call has a thread, beside which the servers are watched."""
+
+        def begin() -> None:
+            try:
+                with torch.cuda.device(flat.device) if flat.is_cuda else contextlib.nullcontext():
+                    begun.set_result(dist.broadcast(flat, src=0, group=self.process_group, async_op=True))
+            except BaseException as error:
+                begun.set_exception(error)
+
+        begun: Future[Any] = Future()
+        if self.backend == "nccl" and not self.met:
+            threading.Thread(target=begin, daemon=True).start()  # abandoned where a server never comes
+            self._watch(begun.done, flat, announced, deadline)
+        else:
+            begin()
+        work = begun.result()
+        self.met = True
+        return work
+
+    def _watch(self, done: Callable[[], bool], flat: Tensor, announced: list[Future[Any]], deadline: float) -> None:
+        while not done():
+            self.servers.answers([answer for answer in announced if answer.done()])
+            if time.monotonic() > deadline:
+                slow = [c.url for c, a in zip(self.servers.controls, announced, strict=True) if not a.done()]
+                what = f"{flat.numel()} bytes in {self.servers.timeout_s:g} s"
+                raise WeightTransferError(f"{', '.join(slow)} did not take a bucket of {what}")
+            time.sleep(_POLL_S)
 
     def release(self) -> None:
         """The group stays."""

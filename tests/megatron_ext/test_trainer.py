@@ -8,7 +8,7 @@ import torch
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.parts import merge_tokens
-from tests.support.jobs import SAMPLES, Outcome, make_samples, outcome
+from tests.support.jobs import SAMPLES, Outcome, make_samples, outcome, weighted_likelihood
 from tests.support.proofs import sampled
 from tests.support.ranks import run_ranks
 
@@ -164,3 +164,33 @@ def test_bfloat16_trains_with_an_fp32_optimizer(tiny_model_dir):
     after = one_rank(str(tiny_model_dir)).after
     mine = np.concatenate([part.quantities[0][i] for i in range(SAMPLES)])
     assert np.abs(mine - after).mean() < 0.1
+
+
+def optimizers_alive(config: ParallelConfig, model: str) -> list[bool]:
+    """Whether the last optimizer was there still when each was made."""
+    import weakref
+
+    from megatron_ext import network
+    from megatron_ext.trainer import Trainer
+
+    made, alive = network.get_megatron_optimizer, []
+    last: list = []
+
+    def make(*args):
+        alive.append(bool(last) and last[-1]() is not None)
+        optimizer = made(*args)
+        last.append(weakref.ref(optimizer))
+        return optimizer
+
+    network.get_megatron_optimizer = make
+    try:
+        trainer = Trainer(model, config, TRAINER, OptimizerConfig(), replay=True)
+        trainer.update(make_samples(routes=True), weighted_likelihood)
+        trainer.restart_optimizer(OptimizerConfig())
+    finally:
+        network.get_megatron_optimizer = made
+    return alive
+
+
+def test_there_is_never_a_second_optimizer(tiny_model_dir):
+    assert run_ranks(optimizers_alive, ParallelConfig(), str(tiny_model_dir)) == [[False, False]]

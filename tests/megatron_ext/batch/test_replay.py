@@ -5,7 +5,7 @@ import pytest
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from tests.support.jobs import EXPERTS, LAYERS, SAMPLES, TOPK, make_samples, weighted_likelihood
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_alone, run_ranks
 
 LAYOUTS = [
     {},
@@ -254,3 +254,22 @@ def test_r2_records_the_native_routes_of_every_token_and_updates_replay_them(tin
     assert (counts[:, 1] >= tokens - 1).all()  # one may sit on a tie that another micro-batch rounds the other way
     for mine, theirs in zip(merge_tokens(parts, SAMPLES)[0], merge_tokens(seen, SAMPLES)[0], strict=True):
         assert np.abs(mine - theirs).max() < 1e-5
+
+
+def counted_without_waiting() -> str:
+    """Runs in a process of its own: tensors without numbers cannot be read, nor copied to another device."""
+    import torch
+
+    from megatron_ext.batch.replay import LayerReplay
+
+    replay = LayerReplay()
+    replay.counted = torch.ones(6, dtype=torch.bool, device="meta")
+    chosen = torch.zeros(6, 2, dtype=torch.int64, device="meta")
+    for _ in range(2):
+        replay._count(chosen, chosen, torch.zeros(6, dtype=torch.bool, device="meta"))
+    assert replay.counts is not None
+    return replay.counts.device.type
+
+
+def test_counters_stay_on_the_device_of_the_routers():
+    assert run_alone(counted_without_waiting) == ["meta"]

@@ -28,6 +28,20 @@ def test_several_threads_do_not_spin_and_one_is_left_as_it_was():
     assert thread_environment(2) == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
+def test_an_optimizer_beside_gpus_gets_the_cores_and_nothing_else_there_does(eight_cores):
+    from pipeline.config import load_config_and_model
+
+    path = "configs/qwen3-30b-a3b/2-nodes.yaml"
+    for overrides, threads in (
+        ([], 1),  # eight ranks on a machine of eight cores
+        (["parallel.ranks=4", "parallel.expert=4"], 2),
+        (["parallel.ranks=4", "parallel.expert=4", "trainer.offload_optimizer=false"], 1),
+        (["cluster.cpu_threads=12"], 12),
+    ):
+        config, model = load_config_and_model(path, overrides)
+        assert with_threads(config, model).cluster.cpu_threads == threads
+
+
 def test_both_engines_get_theirs_by_their_own_number_of_processes(eight_cores):
     from megatron_ext.hf.description import describe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.server import SGLangServer
+from pipeline.engine.server import SGLangServer, startup_timeout
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_servers_process_finds_the_packages_before_anything_on_pythonpath(tm
 CACHE = """
 from pathlib import Path
 from pipeline.config.server import ServerConfig
-from pipeline.engine.server import SGLangServer
+from pipeline.engine.server import SGLangServer, startup_timeout
 
 server = SGLangServer(ServerConfig(), "m", Path("log"), device="cuda", seed=0, return_routed_experts=False)
 server._scratch = "scratch"
@@ -72,3 +72,12 @@ def test_a_server_keeps_what_it_compiles_with_its_scratch_where_home_cannot_be_w
     done = subprocess.run([*words, CACHE], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [cache]
     assert ("cannot be written: a server compiles again at each start" in done.stderr) == (cache == "scratch")
+
+
+def test_a_server_has_longer_to_start_the_more_it_has_to_read(tmp_path):
+    assert startup_timeout(tmp_path) == 600
+    for number in range(2):
+        with (tmp_path / f"model-{number}.safetensors").open("wb") as file:
+            file.truncate(100 * 10**9)  # sparse
+    assert startup_timeout(tmp_path) == 1200
+    assert ServerConfig().startup_timeout_s is None
