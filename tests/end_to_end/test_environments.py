@@ -49,3 +49,17 @@ def test_a_tiny_model_learns_to_call_a_calculator_and_shows_it_on_held_out_produ
     assert max(step["mismatch/max_abs_logprob"] for step in steps) < 1e-4
     assert {step["routing/replayed_fraction"] for step in steps} == {1.0}
     assert run.orphans() == []
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+@pytest.mark.parametrize("seed", range(2))
+def test_a_tiny_model_gets_better_at_a_game_of_several_turns_with_credit_by_turns(tmp_path, seed):
+    data_of("guess", tmp_path)
+    run = Command(tmp_path, sources(tmp_path, "games"), f"run.seed={seed}", config="examples/guess/guess.yaml")
+    assert run.end(600) == 0, run.text()
+    steps = [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
+    rewards = [step["reward/mean"] for step in steps]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.12
+    assert max(step["mismatch/max_abs_logprob"] for step in steps) < 1e-4
+    assert run.orphans() == []
