@@ -53,7 +53,7 @@ def test_a_tiny_model_learns_to_call_a_calculator_and_shows_it_on_held_out_produ
 
 @pytest.mark.slow
 @pytest.mark.proof
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_tiny_model_gets_better_at_a_game_of_several_turns_with_credit_by_turns(tmp_path, seed):
     data_of("guess", tmp_path)
     run = Command(tmp_path, sources(tmp_path, "games"), f"run.seed={seed}", config="examples/guess/guess.yaml")
