@@ -45,7 +45,8 @@ SAME_NAME = {
     "alerts": {"pipeline.config", "pipeline.observe.sinks"},  # the rules of alerts, and who sends them
     "chat": {"pipeline.data", "pipeline.commands"},  # conversations: their template, and the command
     "config": {"pipeline.objectives", "megatron_ext"},  # settings of the folder they stand in
-    "llama": {"megatron_ext.hf.families", "pipeline.engine.inside.cpu.models"},  # the model, in either engine
+    "gpt_oss": {"megatron_ext.hf.families", "pipeline.engine.inside.cpu.models"},  # the model, in either engine
+    "llama": {"megatron_ext.hf.families", "pipeline.engine.inside.cpu.models"},  # the same
     "mixtral": {"megatron_ext.hf.families", "pipeline.engine.inside.cpu.models"},  # the same
     "page": {"pipeline.evaluation", "pipeline.observe.report", "pipeline.diagnose"},  # a page in HTML
     "patches": {"pipeline.engine.inside.cpu", "megatron_ext.cpu"},  # what an engine needs without CUDA

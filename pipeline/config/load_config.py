@@ -78,6 +78,8 @@ def check_precision(config: Config, device: Literal["cpu", "cuda"]) -> None:
             config.check_server_kernels()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.model.path is not None and (config.model.path / "config.json").is_file():  # a job's may be elsewhere
+        _check_needs(config, read_description(config.model.path), device)
 
 
 def _model(config: Config, directory: Path | None, served: bool | None = None) -> ModelDescription:
@@ -150,10 +152,16 @@ def _check_model(config: Config, directory: Path, served: bool) -> ModelDescript
         )
     if served and model.not_served:
         raise ConfigError(f"model.path: {directory}: {'; '.join(model.not_served)}")
-    for needed in model.family.needs:
-        if getattr(config.precision, needed.setting) != needed.value:
-            raise ConfigError(f"{needed.why}; set precision.{needed.setting}={needed.value}")
+    _check_needs(config, model, None)
     return model
+
+
+def _check_needs(config: Config, model: ModelDescription, device: Literal["cpu", "cuda"] | None) -> None:
+    """Raise ConfigError where the rollout engine has another precision for the family, on this device or (None) on
+    any."""
+    for needed in model.family.needs:
+        if needed.device == device and getattr(config.precision, needed.setting) != needed.value:
+            raise ConfigError(f"{needed.why}; set precision.{needed.setting}={needed.value}")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

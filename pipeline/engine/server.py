@@ -6,6 +6,7 @@ Whatever way this process ends, no process of the server outlives it (`inside/se
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from megatron_ext.hf.families import FAMILIES
 from pipeline import http
 from pipeline.cluster.loopback import is_loopback, loopback_environment
 from pipeline.cluster.threads import thread_environment
@@ -209,8 +211,19 @@ class SGLangServer:
             # Nothing is compiled on the CPU, so there is nothing to warm up.
             flags += ["--skip-server-warmup", "--sleep-on-idle"]
             flags += ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
+        flags += self._family_arguments()
         pairs = [text for name, value in arguments.items() if value is not None for text in (name, str(value))]
         return pairs + flags + self.precision.server_arguments() + config.extra_args
+
+    def _family_arguments(self) -> list[str]:
+        """What the model's family needs, of SGLang's command line."""
+        written = json.loads((self.model_path / "config.json").read_bytes())
+        if (family := FAMILIES.get(written.get("model_type"))) is None:
+            return []
+        arguments = list(family.server_cpu_arguments if self.device == "cpu" else ())
+        if missing := {name: value for name, value in family.server_fields.items() if name not in written}:
+            arguments += ["--json-model-override-args", json.dumps(missing)]
+        return arguments
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)

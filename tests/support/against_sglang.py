@@ -55,6 +55,42 @@ def attention(lengths, prefixes, *, decode):
     return largest_difference(attend(query, keys, values, table, plan, DIM**-0.5), expected)
 
 
+def by_definition(query, keys, values, table, rows, prefixes, queries, window, sinks):
+    """Attention in float64, a token at a time: the softmax of the scores that the window leaves, and of a sink."""
+    out, place = [], 0
+    for row, prefix, count in zip(rows.tolist(), prefixes, queries, strict=True):
+        for position in range(prefix, prefix + count):
+            slots = table[row, max(0, position - window) : position + 1].long()
+            k, v = (c[slots].double().repeat_interleave(HEADS // c.shape[1], 1) for c in (keys, values))
+            scores = torch.einsum("hd,khd->hk", query[place].double(), k) * DIM**-0.5
+            weights = torch.softmax(torch.cat([scores, sinks.double()[:, None]], 1), 1)[:, :-1]
+            out.append(torch.einsum("hk,khd->hd", weights, v))
+            place += 1
+    return torch.stack(out)
+
+
+def other_attention(*, window=None, sinks=False, value_dim=None):
+    """Of what `torch_native` has not: windows, sinks, and (value_dim) values that are the first part of their keys."""
+    from pipeline.engine.inside.cpu.batched_attention import attend, make_plan
+
+    largest = 0.0
+    for lengths, prefixes in (([1, 2, 17, 333], [0, 1, 16, 332]), ([1, 12, 500, 7, 300], [0, 3, 0, 2, 130])):
+        table, rows, keys, values, query = random_batch(lengths, prefixes)
+        if value_dim is not None:
+            values = keys
+        queries = [n - p for n, p in zip(lengths, prefixes, strict=True)]
+        heads = torch.randn(HEADS) if sinks else torch.full((HEADS,), -torch.inf)
+        seen = max(lengths) if window is None else window
+        expected = by_definition(query, keys, values[..., :value_dim], table, rows, prefixes, queries, seen, heads)
+        plan = make_plan(table, rows.tolist(), prefixes, queries)
+        found = attend(
+            query, keys, values, table, plan, DIM**-0.5,
+            value_dim=value_dim, window=window, sinks=heads if sinks else None,
+        )  # fmt: skip
+        largest = max(largest, largest_difference(found, expected))
+    return largest
+
+
 def norms():
     from sglang.srt.layers.layernorm import RMSNorm
 
@@ -165,6 +201,11 @@ def main():
         "short prompts after a cached prefix": attention([9, 50, 120], [3, 49, 60], decode=False),
         "a long prompt among short ones": attention([12, 500, 7], [0, 0, 2], decode=False),
         "a long prompt after a cached prefix": attention([500, 12], [130, 0], decode=False),
+        "a window": other_attention(window=5),
+        "a window of many tokens": other_attention(window=200),
+        "sinks": other_attention(sinks=True),
+        "a window and sinks": other_attention(window=5, sinks=True),
+        "latents": other_attention(value_dim=20),
         "norms": norms(),
         "rotation": rotation(),
         "experts": experts(all_to_one=False),

@@ -100,6 +100,7 @@ DEEPSEEK_V3 = Family(
     needs=(Needed("kv_cache", "same", "the cache of latent attention holds latents, not keys"),),
     server_router=ServerRouter("deepseek_v2.MoEGate", "own"),
     server_ties=True,
+    server_fields={"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     # SGLang 0.5.23, models/deepseek_common/deepseek_weight_loader.py:438, where there is a query latent
     joined=((_HF_MLA + "q_a_proj.weight", _HF_MLA + "kv_a_proj_with_mqa.weight"),),
 )

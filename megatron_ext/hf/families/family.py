@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_ext.hf.tables import Row
@@ -17,11 +17,13 @@ def _none(hf: HFConfig) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class Needed:
-    """A precision setting that the rollout engine leaves no choice in; why: a sentence that names what it does."""
+    """A precision setting that the rollout engine leaves no choice in; why: a sentence that names what it does.
+    device: where that is so; None: everywhere."""
 
     setting: Literal["weights", "router", "kv_cache"]
     value: str
     why: str
+    device: Literal["cpu", "cuda"] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Family:
     server_router: how the rollout engine makes a router's logits.
     server_ties:   the rollout engine takes the embedding for the LM head where config.json ties them.
     server_dense:  it has dense layers where config.json has some beside sparse ones.
+    server_fields: what it asks of config.json and transformers does not write there, as transformers computes it.
+    server_cpu_arguments: of its command line, without which it does not run the family on a CPU.
     joined:       sets of Hugging Face tensors of a layer, names with `{layer}`, that the rollout engine's loader joins
                   within one request and drops where one is missing: they travel together. Each is all that its
                   Megatron parameter becomes.
@@ -96,6 +100,8 @@ class Family:
     server_dense: bool = True
     joined: tuple[tuple[str, ...], ...] = ()
     server_rope_types: tuple[str, ...] | None = None
+    server_fields: Mapping[str, Any] = field(default_factory=dict)
+    server_cpu_arguments: tuple[str, ...] = ()
     sparse: Sparse | None = None
 
     def joined_set(self, name: str) -> tuple[int, str] | None:

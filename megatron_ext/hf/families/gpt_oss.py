@@ -95,5 +95,8 @@ GPT_OSS = Family(
     unsupported=_unsupported,
     rope_types=("default", "yarn"),
     quantization=("mxfp4",),
-    needs=(Needed("weights", "bfloat16", "SGLang keeps gpt-oss's sinks in bfloat16"),),
+    # On a GPU, where SGLang keeps sinks in bfloat16, no model has float32 weights.
+    needs=(Needed("weights", "float32", "on a CPU gpt-oss is sampled with float32 weights alone", "cpu"),),
+    # Its default expects experts transposed, and it keeps windows in a cache of their own: both for GPUs.
+    server_cpu_arguments=("--moe-runner-backend", "triton", "--disable-hybrid-swa-memory"),
 )

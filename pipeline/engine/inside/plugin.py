@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.engine.inside import router
@@ -29,12 +30,21 @@ def activate() -> None:
     # It comes with SGLang, serves GPUs only, and takes 2 s to import.
     sys.modules["flashinfer"] = None  # pyright: ignore[reportArgumentType]
 
+    from sglang.srt.arg_groups import model_hook
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import add_attention_backend_choices, add_deterministic_attention_backend_choices
 
     add_attention_backend_choices([CPU_ATTENTION_BACKEND])
     add_deterministic_attention_backend_choices([CPU_ATTENTION_BACKEND, "torch_native"])
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _after_configuration, HookType.AFTER)
+    # Of an attention backend that it does not know, its rules for models say that it has neither sinks nor windows.
+    # Here alone: a hook of the registry would reach all that read the backend.
+    model_hook.attention_backends_of = _as_triton(model_hook.attention_backends_of)
+
+
+def _as_triton(original: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any], tuple[Any, ...]]:
+    """Attention backends as SGLang's rules for models see them: ours has what Triton's has."""
+    return lambda arguments: tuple("triton" if name == CPU_ATTENTION_BACKEND else name for name in original(arguments))
 
 
 def _after_configuration(result: Any, *args: Any, **kwargs: Any) -> None:

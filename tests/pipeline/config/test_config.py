@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from pipeline.config import ConfigError, load_config
+from pipeline.config.load_config import check_precision
 from tests.support.tiny_families import tiny_config
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -173,9 +174,11 @@ def test_what_one_engine_would_compute_otherwise_is_refused(tmp_path):
     assert load("glm4_moe", bfloat16).precision.router == "fp32"
     with pytest.raises(ConfigError, match=r"float32 in SGLang .*; set precision\.router=fp32"):
         load("glm4_moe", bfloat16, "precision.router=bf16")
-    assert load("gpt_oss", bfloat16)
-    with pytest.raises(ConfigError, match=r"sinks in bfloat16; set precision\.weights=bfloat16"):
-        load("gpt_oss")
+    check_precision(load("gpt_oss"), "cpu")
+    check_precision(load("gpt_oss", bfloat16), "cuda")
+    with pytest.raises(ConfigError, match=r"on a CPU gpt-oss .*; set precision\.weights=float32"):
+        check_precision(load("gpt_oss", bfloat16), "cpu")
+    check_precision(load("glm4_moe", bfloat16), "cpu")
     with pytest.raises(ConfigError, match=r"SGLang would hold mxfp4 weights.*sameroute convert"):
         load("gpt_oss", bfloat16, quantization_config={"quant_method": "mxfp4"})
 

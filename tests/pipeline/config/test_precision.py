@@ -46,7 +46,7 @@ def test_each_setting_reaches_the_server(fields, arguments, routers):
 
 
 def test_the_server_runs_under_the_arguments_of_the_block_and_a_backend_that_has_its_cache(tmp_path):
-    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json").write_text("{}")
     for fields, backend in (
         ({}, "sameroute_cpu"),
         ({"kv_cache": "bfloat16"}, "torch_native"),

@@ -1,5 +1,6 @@
 """What the server's command line says, without a server."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from pipeline.engine.server import SGLangServer, startup_timeout
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    def arguments(device="cpu", trust_remote_code=False, **config):
+    def arguments(device="cpu", trust_remote_code=False, model=None, **config):
+        (tmp_path / "config.json").write_text(json.dumps(model or {"model_type": "qwen3_moe"}))
         server = SGLangServer(
             ServerConfig(**config),
             tmp_path,
@@ -35,6 +37,18 @@ def value_of(arguments, name):
 def test_a_models_own_code_runs_in_the_server_only_where_it_is_trusted(arguments):
     assert "--trust-remote-code" not in arguments()
     assert "--trust-remote-code" in arguments(trust_remote_code=True)
+
+
+def test_a_server_is_told_what_its_family_needs(arguments):
+    model = {"model_type": "deepseek_v3", "scoring_func": "sigmoid"}  # of the three, what config.json does not say
+    for device in ("cpu", "cuda"):
+        told = json.loads(value_of(arguments(device, model=model), "--json-model-override-args"))
+        assert told == {"moe_layer_freq": 1, "topk_method": "noaux_tc"}
+    whole = model | told
+    assert "--json-model-override-args" not in arguments(model=whole)
+    assert value_of(arguments(model={"model_type": "gpt_oss"}), "--moe-runner-backend") == "triton"
+    assert "--moe-runner-backend" not in arguments("cuda", model={"model_type": "gpt_oss"})
+    assert arguments() == arguments(model={"model_type": "of nobody"})
 
 
 @pytest.mark.parametrize(("context", "cache"), [(4096, 65_536), (100_000, 100_000)])

@@ -9,12 +9,12 @@ Results differ from `torch_native` by the order of sums in float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -36,6 +36,17 @@ class LongQuery:
     end: int
     prefix: int
     slots: torch.Tensor  # [prefix + end - start] int64, of its keys and values
+
+    def blocks(self, window: int) -> Iterator[LongQuery]:
+        """The same in parts, none of which holds many keys that none of its queries sees."""
+        if window >= len(self.slots):
+            yield self
+            return
+        for start in range(self.start, self.end, max(window, _LONG_QUERY)):
+            end = min(start + max(window, _LONG_QUERY), self.end)
+            seen = self.prefix + start - self.start  # tokens before the first query
+            first = max(0, seen - window)
+            yield LongQuery(start, end, seen - first, self.slots[first : seen + end - start])
 
 
 @dataclass(frozen=True)
@@ -71,10 +82,22 @@ def attend(
     slot_table: torch.Tensor,
     plan: Plan,
     scale: float,
+    *,
+    value_dim: int | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query: [tokens, heads, dim]. caches: [slots, kv heads, dim]. slot_table: int32. Returns as `query`, float32."""
+    """query: [tokens, heads, dim]. caches: [slots, kv heads, dim]. slot_table: int32.
+
+    value_dim: a value is the first of so many of its numbers; None: it is all. window: tokens before its own that a
+    query sees, at most; None: all. sinks: [heads], see `kernels.causal_attention`.
+    Returns [tokens, heads, value_dim] float32.
+    """
     query = query.contiguous()
-    output = torch.empty_like(query)
+    value_dim = value_cache.shape[2] if value_dim is None else value_dim
+    output = query.new_empty(*query.shape[:2], value_dim)
+    window = slot_table.shape[1] if window is None else window
+    no_sinks = torch.full((query.shape[1],), -torch.inf)
     if len(plan.single_tokens):
         kernels.causal_attention(
             query.numpy(),
@@ -85,24 +108,45 @@ def attend(
             plan.rows,
             plan.positions,
             np.float32(scale),
+            window,
+            (no_sinks if sinks is None else sinks.detach()).numpy(),
             output.numpy(),
         )
     for part in plan.long_queries:
-        q = query[part.start : part.end].transpose(0, 1)
-        k = key_cache[part.slots].transpose(0, 1)
-        v = value_cache[part.slots].transpose(0, 1)
-        mask = None
-        if part.prefix > 0:
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(part.prefix)
-        out = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
-        output[part.start : part.end] = out[0].transpose(0, 1)
+        for block in part.blocks(window):
+            q = query[block.start : block.end].transpose(0, 1)
+            k = key_cache[block.slots].transpose(0, 1)
+            v = value_cache[block.slots].transpose(0, 1)
+            out = _attend_long(q, k, v, block.prefix, window, scale, sinks)
+            output[block.start : block.end] = out[..., :value_dim].transpose(0, 1)
     return output
 
 
+def _attend_long(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prefix: int,
+    window: int,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q: [heads, queries, dim]; k, v: [kv heads, prefix + queries, dim]. On torch's kernel, which tells the
+    log-sum-exp of a query's scores, so that a sink can be put beside them. Returns as `q`."""
+    mask = None
+    if prefix > 0 or window < q.shape[1]:
+        back = torch.arange(prefix, prefix + q.shape[1])[:, None] - torch.arange(k.shape[1])
+        mask = torch.zeros(back.shape).masked_fill_((back < 0) | (back > window), -torch.inf)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = kernel(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale)
+    if sinks is not None:
+        out = out * torch.exp(lse - torch.logaddexp(lse, sinks[:, None]))[..., None]
+    return out[0]
+
+
 class BatchedAttentionBackend(AttentionBackend):
-    """Causal self-attention over SGLang's KV pool. Sliding windows, logit caps and half precision are refused."""
+    """Causal self-attention over SGLang's KV pool, with sliding windows, sinks, and the latents of latent attention in
+    the place of keys and values. Logit caps and half precision are refused."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -133,8 +177,9 @@ class BatchedAttentionBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, sinks)
 
     def forward_extend(
         self,
@@ -144,21 +189,26 @@ class BatchedAttentionBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        window = layer.sliding_window_size
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER or layer.logit_cap > 0:
             raise NotImplementedError("batched CPU attention is causal self-attention without a logit cap")
-        if window is not None and window > -1:
-            raise NotImplementedError("no sliding window on the batched CPU backend; use torch_native")
+        pool, window = self.token_to_kv_pool, layer.sliding_window_size
         if save_kv_cache and k is not None:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        if values.data_ptr() == keys.data_ptr():  # of latent attention: a value is the first part of its key
+            values = keys
         output = attend(
             q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            keys,
+            values,
             self.req_to_token_pool.req_to_token,
             self.plan,
             layer.scaling,
+            value_dim=layer.v_head_dim,
+            window=None if window is None or window < 0 else window,
+            sinks=sinks,
         )
         return output.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 

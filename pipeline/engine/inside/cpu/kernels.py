@@ -14,17 +14,22 @@ from numba import njit
 _FAST = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "cache": True}
 
 
-@njit("void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i4[:,::1], i8[::1], i8[::1], i8[::1], f4, f4[:,:,::1])", **_FAST)
-def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, positions, scale, output):
+@njit(
+    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i4[:,::1], i8[::1], i8[::1], i8[::1], f4, i8, f4[::1], f4[:,:,::1])",
+    **_FAST,
+)
+def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, positions, scale, window, sinks, output):
     """Attention of single tokens over a paged KV cache: no gathering, no padding, no mask.
 
-    query, output:  [tokens of the batch, heads, dim].
-    caches:         [slots, kv heads, dim].
+    query:          [tokens of the batch, heads, dim]; output: the same, with the values' dim.
+    caches:         [slots, kv heads, dim]. Values may be wider than the output, whose part of them is taken.
+    window:         tokens before its own that a query sees, at most.
+    sinks:          [heads] scores of a term of the softmax that has no value; minus infinity: there is none.
     slot_table:     [requests, positions] slot of every position of every request.
     tokens:         the tokens to compute; the others' output is left alone.
     rows, positions: [tokens of the batch] row in the slot table, and position; keys 0 .. position are attended to.
     """
-    kv_heads, dim = key_cache.shape[1], key_cache.shape[2]
+    kv_heads, dim, value_dim = key_cache.shape[1], key_cache.shape[2], output.shape[2]
     group = query.shape[1] // kv_heads
     longest = 0
     for t in tokens:
@@ -33,10 +38,11 @@ def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, po
     for t in tokens:
         slots = slot_table[rows[t]]
         length = positions[t] + 1
+        first = max(0, positions[t] - window)
         for head in range(kv_heads * group):
             kv_head = head // group
-            largest = np.float32(-np.inf)
-            for j in range(length):
+            largest = sinks[head]
+            for j in range(first, length):
                 slot = slots[j]
                 score = np.float32(0)
                 for d in range(dim):
@@ -44,16 +50,16 @@ def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, po
                 score *= scale
                 weights[j] = score
                 largest = max(largest, score)
-            total = np.float32(0)
-            for j in range(length):
+            total = np.exp(sinks[head] - largest)
+            for j in range(first, length):
                 weights[j] = np.exp(weights[j] - largest)
                 total += weights[j]
-            for d in range(dim):
+            for d in range(value_dim):
                 output[t, head, d] = 0
-            for j in range(length):
+            for j in range(first, length):
                 slot = slots[j]
                 weight = weights[j] / total
-                for d in range(dim):
+                for d in range(value_dim):
                     output[t, head, d] += weight * value_cache[slot, kv_head, d]
 
 
