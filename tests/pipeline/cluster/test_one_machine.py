@@ -77,10 +77,16 @@ def test_a_server_beside_the_trainer_leaves_it_memory_unless_a_share_is_set():
     assert share(1, 'server.extra_args=["--mem-fraction-static=0.6"]') is None
 
 
-def test_the_servers_of_a_shared_machine_are_told_and_so_is_the_reader(caplog):
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_the_servers_of_a_shared_machine_are_told_and_so_is_the_reader(caplog, model):
     config = config_of("parallel.ranks=3", "server.replicas=2")
     made = engines._servers(
-        config, Path("model"), Path("logs"), 4, serve=True, seed=0, routes=True, environment={"NCCL_NVLS_ENABLE": "0"}
+        config, model, Path("logs"), 4, serve=True, seed=0, routes=True, environment={"NCCL_NVLS_ENABLE": "0"}
     )
     assert [s.base_gpu for s in made] == [3, 2]
     assert [s.config.mem_fraction_static for s in made] == [None, SHARED_FRACTION]
@@ -93,9 +99,9 @@ def test_the_servers_of_a_shared_machine_are_told_and_so_is_the_reader(caplog):
     assert f"takes {SHARED_FRACTION:g} of its memory" in caplog.text
 
 
-def test_without_gpus_nothing_is_placed_or_said(caplog):
+def test_without_gpus_nothing_is_placed_or_said(caplog, model):
     config = load_config("configs/quickstart.yaml")
-    (server,) = engines._servers(config, Path("m"), Path("l"), 0, serve=True, seed=0, routes=True, environment={})
+    (server,) = engines._servers(config, model, Path("l"), 0, serve=True, seed=0, routes=True, environment={})
     server._port = 1
     assert "--base-gpu-id" not in server.arguments()
     assert caplog.text == ""
