@@ -117,7 +117,8 @@ def test_a_server_died_and_conversations_went_on_under_new_weights(finished):
     assert len(finished.rollouts) == CONVERSATIONS
     assert finished.metrics[-1]["servers/lost"] == 1
     versions = [set(r.weight_versions[r.trained].tolist()) for r in finished.rollouts]
-    assert len(set().union(*versions)) >= 4  # three updates
+    sampled = set().union(*versions)
+    assert max(sampled) - min(sampled) >= 3  # updates while they went on; one may follow another before a token is sampled
     assert sum(len(v) > 1 for v in versions) > CONVERSATIONS / 10
     assert sum(len(row["servers"]) > 1 for row in finished.rows) > 0
     assert sum(row["endpoint/disconnects"] for row in finished.metrics) == 0
