@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.proof]
 STEPS, PROMPTS, SAMPLES = 5, 10, 4
 CONVERSATIONS = STEPS * PROMPTS * SAMPLES
 RUN = [
-    *SMALL, "model.tiny.tokenizer=bytes", f"train.steps={STEPS}", "train.lr=2e-3", "rollout.max_staleness=2",
+    *SMALL, "model.tiny.tokenizer=bytes", f"train.steps={STEPS}", "train.lr=2e-3", "rollout.max_staleness=3",
     "objective={preset: grpo, credit: turn, correction: {kind: token_tis}}",
     f"rollout.prompts_per_step={PROMPTS}", f"rollout.samples_per_prompt={SAMPLES}", "server.replicas=2",
     "server.probe_timeout_s=4", "debug.dump_rollouts=true", "checks.first_rollouts=0",
@@ -118,7 +118,7 @@ def test_a_server_died_and_conversations_went_on_under_new_weights(finished):
     assert finished.metrics[-1]["servers/lost"] == 1
     versions = [set(r.weight_versions[r.trained].tolist()) for r in finished.rollouts]
     sampled = set().union(*versions)
-    assert max(sampled) - min(sampled) >= 3  # updates while they went on; one may follow another before a token is sampled
+    assert max(sampled) - min(sampled) >= 3  # updates while they went on
     assert sum(len(v) > 1 for v in versions) > CONVERSATIONS / 10
     assert sum(len(row["servers"]) > 1 for row in finished.rows) > 0
     assert sum(row["endpoint/disconnects"] for row in finished.metrics) == 0
