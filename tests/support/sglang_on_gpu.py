@@ -10,15 +10,14 @@ imported.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import os
 import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+
+from tests.support.stand_ins import StandIns
 
 GPUS = {"H100": ((9, 0), 79.1, "NVIDIA H100 80GB HBM3"), "B200": ((10, 0), 178.0, "NVIDIA B200")}
 """Compute capability, GiB, and name, by the part of its name that a configuration uses."""
@@ -29,23 +28,6 @@ KEYS = (
 )  # fmt: skip
 RUNNERS = ("triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer_cutlass")
 _KERNELS = ("sgl_kernel", "flash_mla", "deep_gemm", "deep_ep")  # which do not load without a driver
-
-
-class _Kernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Packages of kernels: every name imports."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname.partition(".")[0] in _KERNELS:
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        made = MagicMock(name=spec.name)
-        made.__spec__, made.__path__, made.__name__, made.__version__ = spec, [], spec.name, "9.9"
-        return made
-
-    def exec_module(self, module):
-        pass
 
 
 def show(gpu: str) -> None:
@@ -66,7 +48,7 @@ def show(gpu: str) -> None:
     }  # fmt: skip
     for function, answer in answers.items():
         setattr(torch.cuda, function, lambda *args, answer=answer, **kwargs: answer)
-    sys.meta_path.insert(0, _Kernels())
+    sys.meta_path.insert(0, StandIns(*_KERNELS))
     importlib.import_module("sglang.srt.server_args")
     for loaded, module in list(sys.modules.items()):  # it asks nvidia-smi
         if loaded.startswith("sglang") and hasattr(module, "get_nvgpu_memory_capacity"):

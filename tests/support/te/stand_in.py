@@ -8,8 +8,6 @@ Megatron-Core is imported.
 from __future__ import annotations
 
 import enum
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import os
 import re
@@ -17,7 +15,8 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+
+from tests.support.stand_ins import StandIns
 
 ROOT = Path(__file__).parents[3]
 PINNED = dict(line.split("==") for line in (ROOT / "requirements-gpu.lock").read_text().split() if "==" in line)
@@ -67,23 +66,6 @@ class _Extension(types.ModuleType):
         return made
 
 
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Packages of which every name imports."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname.partition(".")[0] in _UNUSED:
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        made = MagicMock(name=spec.name)
-        made.__spec__, made.__path__, made.__name__, made.__version__ = spec, [], spec.name, "9.9"
-        return made
-
-    def exec_module(self, module):
-        pass
-
-
 def _enumerations() -> dict[str, list[str]]:
     """Name and members of each enumeration of the C++ module, as far as its Python writes them."""
     text = "\n".join(file.read_text() for file in sorted(FOLDER.glob("transformer_engine/**/*.py")))
@@ -104,7 +86,7 @@ def install() -> None:
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # it looks for no shared objects
     sys.path.insert(0, str(FOLDER))
     importlib.invalidate_caches()
-    sys.meta_path.insert(0, _Absent())
+    sys.meta_path.insert(0, StandIns(*_UNUSED))
     sys.modules["transformer_engine_torch"] = _Extension("transformer_engine_torch", _enumerations())
     sys.modules["flashinfer"] = sys.modules["flash_attn"] = None  # pyright: ignore[reportArgumentType]
     import transformer_engine.common as common

@@ -69,7 +69,10 @@ def advantages(turns: Turns = TURNS, **cells):
 
 
 def at_tokens(by_turn: list[list[float]]) -> list[list[float]]:
-    return [[a for a, n in zip(own, lengths, strict=True) for _ in range(n)] for own, lengths in zip(by_turn, LENGTHS)]  # noqa: B905
+    return [
+        [a for a, n in zip(own, lengths, strict=True) for _ in range(n)]
+        for own, lengths in zip(by_turn, LENGTHS, strict=True)
+    ]
 
 
 def assert_tokens(found: Tensor, expected: list[list[float]]) -> None:
