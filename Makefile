@@ -51,7 +51,7 @@ $(SMOLLM2_MOE)/config.json: $(SMOLLM2)/config.json
 test: $(READY) $(TE)/.ready browser sandbox
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-proofs: $(READY)
+proofs: $(READY) $(TE)/.ready
 	timeout 1080 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
