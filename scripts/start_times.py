@@ -1,9 +1,9 @@
-"""Seconds from a command's start to its end, for the commands that start no engine.
+"""Seconds from a command's start to its end, for the commands that start no engine, and to a run's first step.
 
-    .venv/bin/python scripts/start_times.py [--rounds 5] [--run RUN]
+    .venv/bin/python scripts/start_times.py [--rounds 5]
 
 Each command runs once to warm the page cache, then `rounds` times; printed are the median and the processor's seconds,
-which other work on the machine moves less. `report` needs a run directory, and is left out without --run.
+which other work on the machine moves less. The run is the quickstart's without its supervised steps, made once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ COMMANDS = (
     (["train", "configs/quickstart.yaml", "data.task=null", "data.path=nowhere.jsonl"], 2),
 )
 """Arguments, and the exit code."""
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def timed(words: list[str], code: int) -> tuple[float, float]:
@@ -41,7 +43,7 @@ def timed(words: list[str], code: int) -> tuple[float, float]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
+        env=ENVIRONMENT,
     )
     wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != code:
@@ -49,20 +51,39 @@ def timed(words: list[str], code: int) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def print_run(directory: Path) -> None:
+    """Make a run of one step, and print when that was done and when all was. Raises RuntimeError where it fails."""
+    settings = ["supervised.steps=0", "train.steps=1", f"run.directory={directory}"]
+    command = [sys.executable, "-m", "sameroute", "train", "configs/quickstart.yaml", *settings]
+    began, said = time.monotonic(), []
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    ) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            said.append(line)
+            if line.startswith("step 1/1"):
+                print(
+                    f"{time.monotonic() - began:6.2f}         the quickstart without supervised steps: its first step"
+                )
+    if run.returncode:
+        raise RuntimeError(f"the run ended with {run.returncode}: {''.join(said)}")
+    print(f"{time.monotonic() - began:6.2f}         and its end", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds of the commands that start no engine.")
+    parser = argparse.ArgumentParser(description="Seconds of the commands that start no engine, and to a first step.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--run", type=Path, help="a run directory, for `report`")
     options = parser.parse_args()
-    commands = list(COMMANDS)
-    if options.run is not None:
-        commands.append((["report", str(options.run.resolve())], 0))
     print(f"{'wall':>6} {'cpu':>6}  seconds, medians of {options.rounds}")
-    for words, code in commands:
-        timed(words, code)
-        rounds = [timed(words, code) for _ in range(options.rounds)]
-        wall, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
-        print(f"{wall:6.2f} {cpu:6.2f}  sameroute {' '.join(words)}")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        print_run(run)
+        for words, code in (*COMMANDS, (["report", str(run)], 0)):
+            timed(words, code)
+            rounds = [timed(words, code) for _ in range(options.rounds)]
+            wall, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+            print(f"{wall:6.2f} {cpu:6.2f}  sameroute {' '.join(words)}", flush=True)
 
 
 if __name__ == "__main__":

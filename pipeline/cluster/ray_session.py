@@ -26,7 +26,12 @@ from ray.job_config import JobConfig
 from pipeline.cluster import loopback
 from pipeline.cluster.object_store import LEAST_GB
 from pipeline.cluster.placement import PlacementError
-from pipeline.cluster.ray_processes import died_said, leave_out_the_raylets_log, only_what_runs_actors
+from pipeline.cluster.ray_processes import (
+    died_said,
+    end_own_cluster,
+    leave_out_the_raylets_log,
+    only_what_runs_actors,
+)
 from pipeline.config.run import ClusterConfig
 from pipeline.deaf import deaf_children
 from pipeline.errors import SamerouteError
@@ -54,7 +59,7 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
             folder = _folder()
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             stack.callback(_read_token)
-            stack.callback(ray.shutdown)  # before: Ray's processes write there until they end
+            stack.callback(end_own_cluster)  # before: Ray's processes write there until they end
             with _environment(_of_cluster(folder)), _at_loopback(), only_what_runs_actors(), deaf_children():
                 _read_token()
                 _init(

@@ -6,6 +6,10 @@ Server and trainer work by turns, so that each may have all cores: what waits le
 from __future__ import annotations
 
 import os
+from typing import Literal
+
+from megatron_ext.hf.description import ModelDescription
+from pipeline.config import Config
 
 _SMALL = 256
 """Width of the residual stream below which starting threads costs more than they save."""
@@ -21,6 +25,24 @@ def cpu_threads(configured: int | None, hidden: int, processes: int) -> int:
 def cores_of_each(processes: int) -> int:
     """This machine's cores for each of so many processes, at least one."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+
+
+def with_threads(config: Config, model: ModelDescription, device: Literal["cpu", "cuda"]) -> Config:
+    """The same with the threads of both engines settled: see ServerConfig.cpu_threads and ClusterConfig.cpu_threads."""
+    if device == "cuda":
+        offloaded = config.trainer.offload_optimizer  # else nothing of a step is computed by the processor
+        ranks = min(config.parallel.ranks, config.cluster.gpus_per_node) if offloaded else 0
+        threads = config.cluster.cpu_threads or (cores_of_each(ranks) if ranks else 1)
+        return config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpu_threads": threads})})
+    servers = (config.server.replicas or 1) * config.server.tensor_parallel
+    server = cpu_threads(config.server.cpu_threads, model.hidden, servers)
+    trainer = cpu_threads(config.cluster.cpu_threads, model.hidden, config.parallel.ranks)
+    return config.model_copy(
+        update={
+            "server": config.server.model_copy(update={"cpu_threads": server}),
+            "cluster": config.cluster.model_copy(update={"cpu_threads": trainer}),
+        }
+    )
 
 
 def thread_environment(threads: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,16 +44,28 @@ def run(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides, served=False if options.from_dump else None)
     _check_files(config, options.from_dump)
-    with lasting_imports():
-        from pipeline.loop.run import requeued_attempt, train
-        from pipeline.loop.stop import StopRequest
+    with _importing(config) if options.from_dump is None else nullcontext():
+        with lasting_imports():
+            from pipeline.loop.run import requeued_attempt, train
+            from pipeline.loop.stop import StopRequest
 
-    resume = options.resume
-    if options.requeued:
-        config, resume = requeued_attempt(config)
-    stop = StopRequest.of_run(config.checkpoint)
-    print(f"run directory: {train(config, options.from_dump, resume=resume, stop=stop)}")
+        resume = options.resume
+        if options.requeued:
+            config, resume = requeued_attempt(config)
+        stop = StopRequest.of_run(config.checkpoint)
+        print(f"run directory: {train(config, options.from_dump, resume=resume, stop=stop)}")
     return 0
+
+
+def _importing(config: Config) -> AbstractContextManager[None]:
+    """Where servers will be started here on a CPU, their imports begin beside those of this process."""
+    if config.device != "cpu" or config.cluster.address is not None or not config.train.steps:
+        return nullcontext()
+    from pipeline.cluster.threads import with_threads
+    from pipeline.config.load_config import model_of
+    from pipeline.engine.inside.preloaded import importing
+
+    return importing(with_threads(config, model_of(config), "cpu").server)
 
 
 def _check_files(config: Config, from_dump: Path | None) -> None:

@@ -82,10 +82,18 @@ def check_precision(config: Config, device: Literal["cpu", "cuda"]) -> None:
         _check_needs(config, read_description(config.model.path), device)
 
 
+def model_of(config: Config) -> ModelDescription:
+    """What the model of a configuration is, whose directory is here."""
+    if config.model.tiny is not None:
+        return describe(config.model.tiny.hf_config())
+    assert config.model.path is not None
+    return read_description(config.model.path)
+
+
 def _model(config: Config, directory: Path | None, served: bool | None = None) -> ModelDescription:
     """A tiny model's, or that of what lies in `directory`. Its class says which fields trainer.extra may have."""
     if config.model.tiny is not None:
-        model = describe(config.model.tiny.hf_config())
+        model = model_of(config)
     else:
         assert directory is not None
         model = _check_model(config, directory, config.train.steps > 0 if served is None else served)

@@ -225,6 +225,10 @@ class SGLangServer:
             arguments += ["--json-model-override-args", json.dumps(missing)]
         return arguments
 
+    def environment_of_imports(self) -> dict[str, str]:
+        """What its process has in its environment, but for what is its own."""
+        return {k: v for k, v in self._environment().items() if k not in (TOKEN_VARIABLE, "TMPDIR")}
+
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
         environment[TOKEN_VARIABLE] = self._token

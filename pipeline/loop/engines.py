@@ -20,7 +20,7 @@ from pipeline.cluster.object_store import object_store_gb
 from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_servers
 from pipeline.cluster.placement import Placement, PlacementError, another_node, wait_and_place
 from pipeline.cluster.ray_session import ray_session
-from pipeline.cluster.threads import cores_of_each, cpu_threads
+from pipeline.cluster.threads import with_threads
 from pipeline.config import Config
 from pipeline.config.server import ServerConfig
 from pipeline.config.weights import WeightsConfig
@@ -68,7 +68,7 @@ def start_engines(
     does not hold the run.
     """
     gpus = _gpus(config)
-    config = with_threads(config, shape)
+    config = with_threads(config, shape, config_device(config))
     store = {"object_store_gb": object_store_gb(config, shape)}
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update=store)})
     routes = config.replay.of_model(shape.num_experts).from_server
@@ -107,7 +107,7 @@ def start_servers(
 
     Raises ServerError, and PlacementError where the machine has too few GPUs for one.
     """
-    processes = servers_alone(with_threads(config, model), model_path, logs, most=most)
+    processes = servers_alone(with_threads(config, model, config_device(config)), model_path, logs, most=most)
     with contextlib.ExitStack() as stack:
         for process in processes:
             stack.callback(process.stop)
@@ -144,24 +144,6 @@ def server_beside(config: Config, model_path: Path, log: Path, *, routes: bool) 
     )
     server.log_path = log
     return server
-
-
-def with_threads(config: Config, model: ModelDescription) -> Config:
-    """The same with the threads of both engines settled: see ServerConfig.cpu_threads and ClusterConfig.cpu_threads."""
-    if config_device(config) != "cpu":
-        offloaded = config.trainer.offload_optimizer  # else nothing of a step is computed by the processor
-        ranks = min(config.parallel.ranks, config.cluster.gpus_per_node) if offloaded else 0
-        threads = config.cluster.cpu_threads or (cores_of_each(ranks) if ranks else 1)
-        return config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpu_threads": threads})})
-    servers = (config.server.replicas or 1) * config.server.tensor_parallel
-    server = cpu_threads(config.server.cpu_threads, model.hidden, servers)
-    trainer = cpu_threads(config.cluster.cpu_threads, model.hidden, config.parallel.ranks)
-    return config.model_copy(
-        update={
-            "server": config.server.model_copy(update={"cpu_threads": server}),
-            "cluster": config.cluster.model_copy(update={"cpu_threads": trainer}),
-        }
-    )
 
 
 def _gpus(config: Config) -> int:

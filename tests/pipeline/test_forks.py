@@ -26,6 +26,7 @@ child.follow(lambda: os._exit(1))
 exec(child.arguments[0])
 """
 ASK = "import sys; from pipeline import forks; forks.end_as(forks.ask(sys.argv[1], sys.argv[2:]))"
+IMPATIENT = ASK.replace("forks.end_as", "forks._COMES_S = 0.2; forks.end_as", 1)
 
 
 @pytest.fixture
@@ -49,9 +50,9 @@ def wait_for(condition, timeout_s=60):
         time.sleep(0.02)
 
 
-def ask(forks, code, **variables):
+def ask(forks, code, program=ASK, **variables):
     return subprocess.Popen(
-        [sys.executable, "-c", ASK, str(forks), code],
+        [sys.executable, "-c", program, str(forks), code],
         env=os.environ | {"READ_EARLY": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -96,6 +97,17 @@ def test_a_child_learns_that_who_asked_is_gone(forks):
     wait_for(lambda: not running(child))
 
 
+def test_who_asks_before_the_process_listens_waits_for_it(tmp_path):
+    asker = ask(tmp_path / "forks", "print('forked')")
+    time.sleep(0.3)  # it has found nobody
+    assert asker.poll() is None
+    with subprocess.Popen(["sleep", "600"]) as keeper:
+        command = [sys.executable, "-c", SERVE, str(tmp_path / "forks"), str(keeper.pid)]
+        with subprocess.Popen(command, env=os.environ | ROOM | {"READ_EARLY": "1"}):
+            assert asker.communicate(timeout=60)[0] == "forked\n"
+            keeper.kill()
+
+
 def test_children_end_on_their_own_while_others_run(forks):
     long = ask(forks, "print(os.getpid(), flush=True); time.sleep(600)")
     child = int(long.stdout.readline())
@@ -112,7 +124,7 @@ def test_imports_made_under_another_environment_are_refused_by_the_name_of_the_v
 
 
 def test_nobody_to_ask_is_an_error(tmp_path):
-    asker = ask(tmp_path / "nobody", "")
+    asker = ask(tmp_path / "nobody", "", IMPATIENT)
     _, error = asker.communicate(timeout=60)
     assert asker.returncode == 1
     assert "no process forks at" in error

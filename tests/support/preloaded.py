@@ -46,11 +46,10 @@ def set_up_by_a_fork() -> None:
 def server_environment() -> dict[str, str]:
     """What a server on the CPU has in its environment, but for what is its own."""
     from pipeline.config.server import ServerConfig
-    from pipeline.engine.processes import TOKEN_VARIABLE
     from pipeline.engine.server import SGLangServer
 
     server = SGLangServer(ServerConfig(), Path(), Path(), device="cpu", seed=0, return_routed_experts=True)
-    return {k: v for k, v in server._environment().items() if k not in (TOKEN_VARIABLE, "TMPDIR")}
+    return server.environment_of_imports()
 
 
 def _variables(folder: Path) -> dict[str, str]:

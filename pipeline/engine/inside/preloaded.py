@@ -1,17 +1,29 @@
 """A process that has imported SGLang and forks servers: `python -m pipeline.engine.inside.preloaded SOCKET KEEPER_PID`.
 
-See `pipeline/forks.py`. Servers on the CPU find it by its variable, through `serve.py`.
+The imports take ten seconds of a processor. A run on a CPU has the process make them from the moment that its
+configuration is read (`importing`), and its servers, restarted ones too, are forked from it, see `pipeline/forks.py`;
+they find it by its variable, through `serve.py`. On GPUs nothing is forked: each server imports.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import forks
+from pipeline.config.server import ServerConfig
+from pipeline.deaf import deaf_children
 from pipeline.engine.inside import serve
+from pipeline.engine.server import SGLangServer
 from pipeline.imports import lasting_imports
+from pipeline.socket_folder import make_socket_folder
 
 _MODULES = (
     "sglang.launch_server",
@@ -29,6 +41,47 @@ _READ = (
     "CUDA_VISIBLE_DEVICES",
     "PYTHONPATH",
 )
+_LONGEST_FOLDER = 80  # bytes
+_TITLE = " " * 4000  # a server changes its title in place, and has a longer one
+
+
+def command_line(socket: Path, keeper: int) -> list[str]:
+    """Of the process that listens at `socket` for as long as the process `keeper` lives. It is to have `forks.ROOM` in
+    its environment, and what servers have."""
+    module = "pipeline.engine.inside.preloaded"
+    return [sys.executable, "-P", "-m", module, str(socket), str(keeper), _TITLE]
+
+
+@contextlib.contextmanager
+def importing(config: ServerConfig) -> Iterator[None]:
+    """Inside, servers on the CPU that this process starts are forked from one that has begun with their imports on
+    return, and is gone behind the block. Nothing is done where they are forked already.
+
+    config: of the servers, their `cpu_threads` settled. Raises OSError where no folder for its socket can be made.
+    """
+    if forks.FORKS_VARIABLE in os.environ:
+        yield
+        return
+    folder = make_socket_folder(_LONGEST_FOLDER)
+    socket = folder / "servers"
+    server = SGLangServer(config, folder, folder, device="cpu", seed=0, return_routed_experts=True)
+    with tempfile.TemporaryFile() as log, deaf_children():
+        process = subprocess.Popen(
+            command_line(socket, os.getpid()),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=server.environment_of_imports() | forks.ROOM,
+        )
+    os.environ[forks.FORKS_VARIABLE] = str(socket)
+    try:
+        yield
+    finally:
+        del os.environ[forks.FORKS_VARIABLE]
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _import() -> None:
@@ -41,7 +94,14 @@ def _import() -> None:
 
 def main() -> None:
     """Fork servers; returns in each of them when it has been asked to stop."""
-    forked = forks.serve(Path(sys.argv[1]), int(sys.argv[2]), _import, _READ)
+    socket = Path(sys.argv[1])
+    try:
+        forked = forks.serve(socket, int(sys.argv[2]), _import, _READ)
+    except SystemExit:  # the keeper was killed, and could not remove it
+        socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has other files
+            socket.parent.rmdir()
+        raise
     forked.follow(serve.leave)
     serve.serve(forked.arguments)
 

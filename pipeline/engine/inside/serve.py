@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.processes import TOKEN_VARIABLE, remove_server
-from pipeline.forks import FORKS_VARIABLE, ask, end_as
+from pipeline.forks import FORKS_VARIABLE, ForkError, ask, end_as
 from pipeline.imports import lasting_imports
 
 _POLL_S = 0.5
@@ -73,10 +73,14 @@ def main() -> None:
     watch = threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True)
     watch.start()
     if FORKS_VARIABLE in os.environ:
-        code = ask(os.environ[FORKS_VARIABLE], sys.argv[2:])
-        if os.getppid() != parent_pid:
-            watch.join()  # the server was ended here; this process ends once what it left is removed
-        end_as(code)
+        try:
+            code = ask(os.environ[FORKS_VARIABLE], sys.argv[2:])
+        except ForkError as error:  # its imports failed, or it was killed; a child of it ends all that has this token
+            print(f"{error}; this process makes the imports itself", file=sys.stderr, flush=True)
+        else:
+            if os.getppid() != parent_pid:
+                watch.join()  # the server was ended here; this process ends once what it left is removed
+            end_as(code)
     serve(sys.argv[2:])  # its imports take seconds, in which the parent may already be gone
 
 

@@ -6,9 +6,8 @@ import os
 
 import pytest
 
-from pipeline.cluster.threads import cpu_threads, thread_environment
+from pipeline.cluster.threads import cpu_threads, thread_environment, with_threads
 from pipeline.config import load_config
-from pipeline.loop.engines import with_threads
 from tests.support.tiny_families import tiny_config
 
 
@@ -39,16 +38,16 @@ def test_an_optimizer_beside_gpus_gets_the_cores_and_nothing_else_there_does(eig
         (["cluster.cpu_threads=12"], 12),
     ):
         config, model = load_config_and_model(path, overrides)
-        assert with_threads(config, model).cluster.cpu_threads == threads
+        assert with_threads(config, model, "cuda").cluster.cpu_threads == threads
 
 
 def test_both_engines_get_theirs_by_their_own_number_of_processes(eight_cores):
     from megatron_ext.hf.description import describe
 
     config = load_config("configs/quickstart.yaml", ["parallel={ranks: 4}", "server.replicas=2"])
-    wide = with_threads(config, describe(tiny_config("llama, untied") | {"hidden_size": 256, "head_dim": 64}))
+    wide = with_threads(config, describe(tiny_config("llama, untied") | {"hidden_size": 256, "head_dim": 64}), "cpu")
     assert (wide.server.cpu_threads, wide.cluster.cpu_threads) == (4, 2)
-    narrow = with_threads(config, describe(tiny_config("llama")))
+    narrow = with_threads(config, describe(tiny_config("llama")), "cpu")
     assert (narrow.server.cpu_threads, narrow.cluster.cpu_threads) == (1, 1)
     given = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpu_threads": 5})})
-    assert with_threads(given, describe(tiny_config("llama"))).cluster.cpu_threads == 5
+    assert with_threads(given, describe(tiny_config("llama")), "cpu").cluster.cpu_threads == 5

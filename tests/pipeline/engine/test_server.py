@@ -49,6 +49,13 @@ def wait_until_gone(token, timeout_s):
     return time.monotonic() - began
 
 
+def wait_until_removed(folder, timeout_s):
+    began = time.monotonic()
+    while folder.exists():
+        assert time.monotonic() - began < timeout_s, folder
+        time.sleep(0.1)
+
+
 def test_a_port_in_use_is_refused_before_anything_starts(tiny_model_dir, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -170,13 +177,29 @@ server.wait_ready()
 print("ready", flush=True)
 time.sleep(600)
 """
+IMPORTING = """
+from pipeline.engine.inside import preloaded
+from pipeline.config.server import ServerConfig
+importing = preloaded.importing(ServerConfig())
+importing.__enter__()
+"""
+
+
+@pytest.mark.proof
+def test_where_the_process_that_forks_is_gone_a_server_makes_its_imports_itself(tiny_model_dir, tmp_path, monkeypatch):
+    (tmp_path / "forks").touch()  # nobody listens there
+    monkeypatch.setenv(FORKS_VARIABLE, str(tmp_path / "forks"))
+    with make_server(tiny_model_dir, tmp_path) as server:
+        assert "no process forks at" in server.log_path.read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["plain", "forked"])
+@pytest.mark.parametrize("how", ["plain", pytest.param("importing", marks=pytest.mark.proof), "forked"])
 def test_a_killed_parent_takes_the_whole_server_with_it(tiny_model_dir, tmp_path, how):
+    """importing: as `train` has it, forked from a process that the parent has let make the imports."""
     environment = {name: value for name, value in os.environ.items() if how == "forked" or name != FORKS_VARIABLE}
-    command = [sys.executable, "-c", PARENT, str(tiny_model_dir), str(tmp_path)]
+    program = IMPORTING + PARENT if how == "importing" else PARENT
+    command = [sys.executable, "-c", program, str(tiny_model_dir), str(tmp_path)]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     try:
@@ -184,6 +207,8 @@ def test_a_killed_parent_takes_the_whole_server_with_it(tiny_model_dir, tmp_path
         assert parent.stdout.readline() == "ready\n"
         environment = psutil.Process(pid).environ()
         token, scratch = environment[TOKEN_VARIABLE], Path(environment["TMPDIR"])
+        forks = Path(environment[FORKS_VARIABLE]) if how == "importing" else None
+        assert forks is None or forks.exists()
         files = shared_memory_of(token)
         assert len(processes_of(token)) >= 3
         os.kill(parent.pid, signal.SIGKILL)
@@ -192,5 +217,7 @@ def test_a_killed_parent_takes_the_whole_server_with_it(tiny_model_dir, tmp_path
         parent.wait()
     wait_until_gone(token, timeout_s=15)
     assert not scratch.exists()
+    if forks is not None:
+        wait_until_removed(forks.parent, timeout_s=15)
     assert files
     assert not any(file.exists() for file in files)
