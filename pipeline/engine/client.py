@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +22,7 @@ from pipeline import http
 from pipeline.engine.control import SGLangControl, cache_key
 from pipeline.engine.decoder import AnswerError, Decoder
 from pipeline.engine.keys import ServerKeys
-from pipeline.engine.sampling import Sampling
+from pipeline.engine.sampling import OnTokens, Sampling, unheard
 from pipeline.engine.server import ServerError
 from pipeline.engine.stream import STREAM_END, RequestStream
 from pipeline.stored import Routes
@@ -107,7 +107,7 @@ class SGLangClient(SGLangControl):
         *,
         routes_from: int = 0,
         group: object = None,
-        on_tokens: Callable[[], None] = lambda: None,
+        on_tokens: OnTokens = unheard,
     ) -> Sampled:
         """One request: what the server samples after a sequence, under a request id of its own.
 
@@ -115,7 +115,7 @@ class SGLangClient(SGLangControl):
         routes_from: the first token whose row of routes comes back, 0 .. T: rows of the tokens before it are known, and
                      the server would answer with whichever forward pass computed them last.
         group:       not read here; a fleet sends what belongs together to one server.
-        on_tokens:   called when tokens have come, again and again until the answer ends.
+        on_tokens:   called with tokens that have come, again and again until the answer ends.
         Returns M <= sampling.max_new_tokens tokens, and T + M - 1 - routes_from rows; of a request that was aborted
         before it ran, no token and no row.
         Raises ValueError for a bad sequence, ServerError when the server fails, AnswerError when its answer is wrong.
@@ -185,7 +185,7 @@ class SGLangClient(SGLangControl):
         if not self._seeds_work:
             raise ValueError("Sampling.seed needs a server with deterministic: true")
 
-    async def _answer(self, body: dict[str, Any], on_tokens: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    async def _answer(self, body: dict[str, Any], on_tokens: OnTokens = unheard) -> dict[str, Any]:
         """To a /generate of one sample. It may take as long as the server gets on; `timeout_s` without is too long."""
         if self._requests is None:
             raise RuntimeError("sample inside `async with client:`")

@@ -23,10 +23,10 @@ from pipeline.config.server import ServerConfig
 from pipeline.engine.client import AbortedError, SGLangClient, UnreachableError
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.decoder import AnswerError
-from pipeline.engine.interruption import Updates, let_requests_go_on, must_be_current, stop_requests
+from pipeline.engine.interruption import Told, Updates, let_requests_go_on, must_be_current, stop_requests
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
 from pipeline.engine.pressure import Load, Pressure
-from pipeline.engine.sampling import Sampling
+from pipeline.engine.sampling import OnTokens, Sampling, unheard
 from pipeline.engine.server import ServerError
 from pipeline.stored import Routes
 from pipeline.types import Sampled
@@ -246,20 +246,22 @@ class Fleet:
         *,
         routes_from: int = 0,
         group: object = None,
-        on_tokens: Callable[[], None] = lambda: None,
+        on_tokens: OnTokens = unheard,
     ) -> Sampled:
         """SGLangClient.sample of one of the servers, see `pressure`. group: None belongs to none.
 
-        Waits while no server takes requests. A request whose server is lost is sampled again, by another.
+        Waits while no server takes requests. A request whose server is lost is sampled again, by another; see Told.
         """
         sent_under, began, sampler = self._version, time.monotonic(), None
+        told = Told(token_ids, sampling)
 
         def ask(client: SGLangClient) -> Awaitable[Sampled]:
             nonlocal sent_under, sampler
             sent_under, sampler = self._version, client
-            return client.sample(token_ids, sampling, routes_from=routes_from, on_tokens=on_tokens)
+            ids, left = told.left(self._version)
+            return client.sample(ids, left, routes_from=routes_from, on_tokens=told.hear(on_tokens))
 
-        part = await self._ask(group, ask)
+        part = told.whole(await self._ask(group, ask))
         try:
             must_be_current(part.weight_versions, sent_under, self._version)
         except ValueError as error:

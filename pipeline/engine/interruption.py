@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from pipeline.config.run import InterruptMode
 from pipeline.engine.membership import FleetServer
+from pipeline.engine.sampling import OnTokens, Piece, Sampling
+from pipeline.types import Sampled
 
 HALTS = ("in_place", "retract")
 _POLL_S = 0.01
@@ -80,3 +82,50 @@ def must_be_current(weight_versions: np.ndarray, sent_under: int, now: int) -> N
     if len(weight_versions) and not sent_under <= weight_versions.min() <= weight_versions.max() <= now:
         found: Sequence[int] = np.unique(weight_versions).tolist()
         raise ValueError(f"tokens came from weights {found}, the fleet held {sent_under} to {now} meanwhile")
+
+
+class Told:
+    """What somebody has been told already of an answer, token by token, from which another server goes on where its own
+    is lost. It computes the routes of these tokens anew, with the same weights; under other weights the answer begins
+    again."""
+
+    def __init__(self, token_ids: Sequence[int] | np.ndarray, sampling: Sampling):
+        self._before, self._sampling = token_ids, sampling
+        self._version = -1
+        self._pieces: list[Piece] = []
+        self._known = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    def left(self, version: int) -> tuple[Sequence[int] | np.ndarray, Sampling]:
+        """Tokens and sampling of what a server that holds these weights is asked for now."""
+        ids = [token for piece in self._pieces for token in piece.ids]
+        left = self._sampling.max_new_tokens - len(ids)
+        if version != self._version or left < 1 or (self._pieces and self._pieces[-1].ended):
+            self._version, self._pieces, ids = version, [], []
+        logprobs = [value for piece in self._pieces for value in piece.logprobs]
+        self._known = np.array(ids, np.int32), np.array(logprobs, np.float32)
+        if not ids:
+            return self._before, self._sampling
+        return np.concatenate([self._before, self._known[0]]), replace(self._sampling, max_new_tokens=left)
+
+    def hear(self, on_tokens: OnTokens) -> OnTokens:
+        """Of what is asked for; on_tokens hears it too."""
+        if not self._sampling.each_token or self._sampling.return_kept:  # kept sets are not in pieces
+            return on_tokens
+
+        def both(piece: Piece) -> None:
+            self._pieces.append(piece)
+            on_tokens(piece)
+
+        return both
+
+    def whole(self, part: Sampled) -> Sampled:
+        """The whole answer. part: what came last."""
+        ids, logprobs = self._known
+        if not len(ids) or not len(part.ids):
+            return part
+        return replace(
+            part,
+            ids=np.concatenate([ids, part.ids]),
+            logprobs=np.concatenate([logprobs, part.logprobs]),
+            weight_versions=np.concatenate([np.full(len(ids), self._version, np.int32), part.weight_versions]),
+        )

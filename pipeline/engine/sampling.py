@@ -1,7 +1,8 @@
-"""How the answers of a request are drawn."""
+"""How the answers of a request are drawn, and what is heard of one before it has ended."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ class Sampling:
     ignore_eos:     neither kind of stop token ends an answer.
     seed:           of the stream that the sample draws from; needs a server with `deterministic`.
     with_routes:    the experts of each token come back too, where the client asks for any.
+    each_token:     pieces of one token are heard of, and not of hundreds: it costs the server more than the token.
     """
 
     max_new_tokens: int
@@ -32,6 +34,7 @@ class Sampling:
     ignore_eos: bool = False
     seed: int | None = None
     with_routes: bool = True
+    each_token: bool = False
 
     def __post_init__(self):
         if self.min_p > 0 and self.seed is not None:
@@ -48,4 +51,28 @@ class Sampling:
             "stop_token_ids": list(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
         }
+        if self.each_token:
+            chosen["stream_interval"] = 1
         return chosen if self.seed is None else chosen | {"sampling_seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of an answer that have just come.
+
+    at: place of the first in the whole sequence. Where it is not behind those heard of before, their answer is lost,
+        and another one begins.
+    ids, logprobs: of each.  ended: the last one is a stop token.
+    """
+
+    at: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ended: bool = False
+
+
+OnTokens = Callable[[Piece], None]
+
+
+def unheard(piece: Piece) -> None:
+    """Nobody listens."""

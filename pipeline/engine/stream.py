@@ -14,30 +14,47 @@ from typing import Any
 
 import orjson
 
+from pipeline.engine.sampling import OnTokens, Piece, unheard
 from pipeline.engine.server import ServerError
 
 _EVENT = b"data: "
 STREAM_END = b"data: [DONE]\n\n"
 _EACH = ("rid", "input_ids", "sampling_params", "extra_key")
 _JOINED = ("output_token_logprobs", "output_token_sampling_mask", "output_token_sampling_logprobs")
-_CHUNK = 256  # tokens of an answer between two pieces; no token is sent twice (`--incremental-streaming-output`)
+_INTERVAL = {"stream_interval": 256}
+"""Tokens of an answer between two pieces; no token is sent twice (`--incremental-streaming-output`)."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """on_tokens: hears that some have come. pieces: of its answer, so far."""
+    """on_tokens: hears of those that have come. pieces: of its answer, so far. at: where the next token will stand."""
 
     body: dict[str, Any]
-    on_tokens: Callable[[], None]
+    on_tokens: OnTokens
     answer: asyncio.Future[dict[str, Any]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     pieces: list[dict[str, Any]] = field(default_factory=list)
+    at: int = 0
+
+    def __post_init__(self) -> None:
+        self.at = len(self.body["input_ids"])
 
     def take(self, piece: dict[str, Any]) -> None:
         self.pieces.append(piece)
-        if piece["output_ids"]:
-            self.on_tokens()
+        if ids := tuple(piece["output_ids"]):
+            self.on_tokens(Piece(self.at, ids, _logprobs(piece["meta_info"]), _stopped(piece["meta_info"])))
+            self.at += len(ids)
         if piece["meta_info"]["finish_reason"] is not None:
             self.answer.set_result(_joined(self.pieces))
+
+
+def _logprobs(meta: dict[str, Any]) -> tuple[float, ...]:
+    """Of the tokens of a piece: over those that were kept, where that was asked for."""
+    kept = meta.get("output_token_sampling_logprobs")
+    return tuple(pair[0] for pair in meta["output_token_logprobs"]) if kept is None else tuple(kept)
+
+
+def _stopped(meta: dict[str, Any]) -> bool:
+    return meta["finish_reason"] is not None and meta["finish_reason"]["type"] == "stop"
 
 
 def _joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,13 +81,13 @@ class RequestStream:
         self._waiting: list[_Call] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def ask(self, body: dict[str, Any], on_tokens: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    async def ask(self, body: dict[str, Any], on_tokens: OnTokens = unheard) -> dict[str, Any]:
         """The answer to a /generate of one sample. Given up (CancelledError), its request is aborted.
 
-        on_tokens: called when tokens have come. Raises ServerError in SGLang's words for what it refuses, and what
+        on_tokens: called with those that have come. Raises ServerError in SGLang's words for what it refuses, and what
         `post` raises.
         """
-        call = _Call(body | {"sampling_params": body["sampling_params"] | {"stream_interval": _CHUNK}}, on_tokens)
+        call = _Call(body | {"sampling_params": _INTERVAL | body["sampling_params"]}, on_tokens)
         self._waiting.append(call)
         if len(self._waiting) == 1:  # whatever else is ready now asks before this is called
             loop = asyncio.get_running_loop()

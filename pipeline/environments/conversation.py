@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.engine.sampling import Sampling
+from pipeline.engine.sampling import OnTokens, Sampling, unheard
 from pipeline.environments.templates import HistoryError, Message, TemplateWriter
 from pipeline.environments.turn_parser import TurnParser
 from pipeline.rollout.session import Engine, Session
@@ -139,14 +139,15 @@ class Conversation:
                 raise Misuse("only the policy speaks as assistant; branch() begins anew with other messages")
         self._new += [dict(message) for message in messages]
 
-    async def sample(self, *, max_new_tokens: int | None = None) -> Turn:
+    async def sample(self, *, max_new_tokens: int | None = None, on_tokens: OnTokens | None = None) -> Turn:
         """What the policy says to all that stands there. Without new messages a turn that was cut goes on.
 
-        max_new_tokens: of this turn; null: of the run's. Raises LimitReached where the conversation has had its turns
+        max_new_tokens: of this turn; null: of the run's. on_tokens: hears of each token as it is sampled, on the event
+        loop that the conversation was made on. Raises LimitReached where the conversation has had its turns
         or its tokens, Misuse where the policy has said all and nothing was appended, HistoryError where the template
         would change what stands there, and what sampling raises.
         """
-        work = self._sample(max_new_tokens)
+        work = self._sample(max_new_tokens, on_tokens)
         if asyncio.get_running_loop() is self._home:
             return await work
         return await self._at_home(work)
@@ -176,6 +177,8 @@ class Conversation:
         except asyncio.CancelledError:
             self._home.call_soon_threadsafe(lambda: begun[0].cancel())
             await asyncio.wait({waiting})
+            if not waiting.cancelled() and waiting.exception() is None:
+                self.unhear()
             raise
 
     def branch(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None) -> None:
@@ -196,15 +199,21 @@ class Conversation:
         own = iter(told)
         return tuple(0.0 if k in self._unheard else next(own) for k in range(self.turns + len(self._unheard)))
 
-    async def _sample(self, asked: int | None) -> Turn:
+    def unhear(self) -> None:
+        """The last turn reached nobody: it counts as one whose sampling was cancelled."""
+        self.turns -= 1
+        self._unheard.append(self.turns + len(self._unheard))
+
+    async def _sample(self, asked: int | None, on_tokens: OnTokens | None) -> Turn:
         try:
             self._grow()
             left, goes_on = self._room - len(self._session.token_ids), self._goes_on
             self._limit("turns", self._max_turns - self.turns + (goes_on and not self._last_unheard))
             self._limit("tokens", left)
             limit = min(left, self.sampling.max_new_tokens if asked is None else asked)
+            sampling = replace(self.sampling, max_new_tokens=limit, each_token=on_tokens is not None)
             known, self._busy = len(self._session.token_ids), True
-            rollout = await self._sampled(limit, known, goes_on=goes_on)
+            rollout = await self._sampled(sampling, on_tokens or unheard, known, goes_on=goes_on)
         except (LimitReached, Misuse, HistoryError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -212,10 +221,10 @@ class Conversation:
             raise
         return self._take(rollout, known, goes_on=goes_on)
 
-    async def _sampled(self, limit: int, known: int, *, goes_on: bool) -> Rollout:
+    async def _sampled(self, sampling: Sampling, on_tokens: OnTokens, known: int, *, goes_on: bool) -> Rollout:
         """The rollout with what is sampled now. Of what had come when it is cancelled, a turn is made that goes on."""
         try:
-            return await self._session.sample(replace(self.sampling, max_new_tokens=limit))
+            return await self._session.sample(sampling, on_tokens)
         except asyncio.CancelledError:
             cut = self._session.rollout
             if cut is not None and len(cut.token_ids) > known:

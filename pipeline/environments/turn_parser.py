@@ -1,4 +1,4 @@
-"""What the policy wrote as thinking, content and tool calls, by SGLang's own parsers."""
+"""What the policy wrote as thinking, content and tool calls, by SGLang's own parsers: whole, or as it comes."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ class TurnParser:
             calls = tuple((call.name or "", call.parameters) for call in found)
         return Said(text or "", thought or None, calls)
 
+    def stream(self, tools: Sequence[dict[str, Any]]) -> StreamParser:
+        """For one turn whose text comes in pieces. tools: as `parse` takes them."""
+        return StreamParser(self, tools)
+
     def call_id(self, turn: int, index: int, before: int, function: str) -> str:
         """Of a call: nine letters and digits, which every template takes; Kimi's models write their ids themselves.
 
@@ -70,6 +74,86 @@ class TurnParser:
         if self.tools == "kimi_k3":
             return f"{function}:{before + index}"
         return f"c{turn:05d}{index:03d}"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What a piece of a turn adds. calls: (place of the call in the turn, its function, more of its arguments); the
+    function is None but at the call's beginning."""
+
+    thinking: str = ""
+    content: str = ""
+    calls: tuple[tuple[int, str | None, str], ...] = ()
+
+
+class StreamParser:
+    """Of one turn. What it has told stands: where a parser makes another thing of the whole text, `said` has what was
+    told, and what can be added to it.
+
+    said: the turn so far.
+    """
+
+    def __init__(self, whole: TurnParser, tools: Sequence[dict[str, Any]]):
+        self._whole, self._tools = whole, tools
+        self._thoughts = None if whole.thinking is None else _thinking_parsers()(whole.thinking)
+        self._found = None
+        if whole.tools is not None and tools:
+            offered = [_tool_class().model_validate(tool) for tool in tools]
+            self._found = _tool_parsers()(offered, whole.tools)
+        self._text = ""
+        self._places: dict[int, int] = {}  # of calls in the turn, by the parser's numbers
+        self._told: tuple[list[str], list[str], list[list[str]]] = ([], [], [])
+
+    @property
+    def said(self) -> Said:
+        thinking, content, calls = self._told
+        return Said("".join(content), "".join(thinking) or None, tuple((name, text) for name, text in calls))
+
+    def take(self, text: str) -> Fragment:
+        """More of the turn's text."""
+        self._text += text
+        thinking, calls = "", []
+        if self._thoughts is not None:
+            thinking, text = self._thoughts.parse_stream_chunk(text)
+        if self._found is not None:
+            text, found = self._found.parse_stream_chunk(text or "")
+            calls = [self._call(item.tool_index, item.name, item.parameters or "") for item in found]
+        return self._tell(thinking or "", text or "", [call for call in calls if call is not None])
+
+    def _call(self, number: int, function: str | None, arguments: str) -> tuple[int, str | None, str] | None:
+        if function:
+            self._places[number] = len(self._places)
+        place = self._places.get(number)
+        return None if place is None else (place, function or None, arguments)
+
+    def end(self) -> Fragment:
+        """What the whole text has besides: what looked like the beginning of a call, the last arguments of one."""
+        whole, told = self._whole.parse(self._text, self._tools), self.said
+        calls: list[tuple[int, str | None, str]] = []
+        for place, (function, arguments) in enumerate(whole.calls):
+            if place >= len(told.calls):
+                calls.append((place, function, arguments))
+                continue
+            name, known = told.calls[place]
+            if name != function or not arguments.startswith(known):
+                break  # the stream's call is another one, and so are those behind it
+            if arguments != known:
+                calls.append((place, None, arguments[len(known) :]))
+        return self._tell(_more(whole.thinking or "", told.thinking or ""), _more(whole.content, told.content), calls)
+
+    def _tell(self, thinking: str, content: str, calls: list[tuple[int, str | None, str]]) -> Fragment:
+        thoughts, contents, known = self._told
+        thoughts.append(thinking)
+        contents.append(content)
+        for place, function, arguments in calls:
+            if function is not None:
+                known.append([function, ""])
+            known[place][1] += arguments
+        return Fragment(thinking, content, tuple(calls))
+
+
+def _more(whole: str, told: str) -> str:
+    return whole[len(told) :] if whole.startswith(told) else ""
 
 
 @functools.cache

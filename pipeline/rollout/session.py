@@ -12,14 +12,14 @@ turn and an appended observation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from pipeline.engine.decoder import AnswerError
-from pipeline.engine.sampling import Sampling
+from pipeline.engine.sampling import OnTokens, Piece, Sampling, unheard
 from pipeline.types import Rollout, Sampled
 
 
@@ -33,7 +33,7 @@ class Engine(Protocol):
         *,
         routes_from: int = 0,
         group: object = None,
-        on_tokens: Callable[[], None] = ...,
+        on_tokens: OnTokens = ...,
     ) -> Sampled: ...
 
 
@@ -80,23 +80,32 @@ class Session:
         their routes. Before the first sample they belong to the prompt."""
         self._between = np.concatenate([self._between, np.asarray(token_ids, np.int32)])
 
-    async def sample(self, sampling: Sampling) -> Rollout:
+    async def sample(self, sampling: Sampling, on_tokens: OnTokens = unheard) -> Rollout:
         """Sample until the answer ends; a request that was interrupted is gone on with.
 
-        sampling.max_new_tokens: of this answer, over all its requests. Returns the whole rollout. When the caller gives
-        up (CancelledError), `rollout` holds what had come. Raises what `Engine.sample` raises.
+        sampling.max_new_tokens: of this answer, over all its requests. on_tokens: hears of all its tokens before this
+        returns, as they come. Returns the whole rollout. When the caller gives up (CancelledError), `rollout` holds the
+        requests that had ended. Raises what `Engine.sample` raises.
         """
-        left = sampling.max_new_tokens
+        left, heard = sampling.max_new_tokens, len(self.token_ids)
+
+        def hear(piece: Piece) -> None:
+            nonlocal heard
+            self.moved, heard = time.monotonic(), piece.at + len(piece.ids)
+            on_tokens(piece)
+
         while True:
             part = await self._engine.sample(
                 self.token_ids,
                 replace(sampling, max_new_tokens=left),
                 routes_from=0 if self.rollout is None else len(self.rollout.token_ids) - 1,
                 group=self._group,
-                on_tokens=self._hear,
+                on_tokens=hear,
             )
             left -= len(part.ids)
             self._take(part)
+            if (behind := len(self.token_ids) - heard) > 0:
+                hear(_end_of(part, behind, len(self.token_ids)))
             if part.finish_reason != "abort":
                 assert self.rollout is not None
                 return self.rollout
@@ -105,9 +114,6 @@ class Session:
                 assert self.rollout is not None
                 self.rollout = replace(self.rollout, finish_reason="length")
                 return self.rollout
-
-    def _hear(self) -> None:
-        self.moved = time.monotonic()
 
     def _take(self, part: Sampled) -> None:
         if not len(part.ids):
@@ -120,3 +126,9 @@ class Session:
         except ValueError as error:
             raise AnswerError(str(error)) from error
         self._between = np.empty(0, np.int32)
+
+
+def _end_of(part: Sampled, count: int, end: int) -> Piece:
+    """Its last tokens, which stand before `end`."""
+    ids, logprobs = part.ids[-count:].tolist(), part.logprobs[-count:].tolist()
+    return Piece(end - count, tuple(ids), tuple(logprobs), ended=part.finish_reason == "stop")

@@ -14,8 +14,12 @@ from pipeline.config.server import ServerConfig
 from pipeline.engine.client import AbortedError, UnreachableError
 from pipeline.engine.fleet import Fleet, FleetServer
 from pipeline.engine.keys import ServerKeys
+from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import NodeGoneError, ServerError
 from pipeline.types import Sampled
+
+SAMPLING = Sampling(max_new_tokens=9, temperature=1.0)
+"""Where it does not matter."""
 
 
 class Server:

@@ -6,6 +6,7 @@ import asyncio
 
 import numpy as np
 
+from pipeline.engine.sampling import Piece, unheard
 from pipeline.types import Sampled
 
 
@@ -28,7 +29,10 @@ class Scripted:
             i += len(special or "x")
         return out
 
-    async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=lambda: None):
+    async def between(self):
+        """Two tokens of which each is heard."""
+
+    async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=unheard):
         await asyncio.sleep(0)
         self.asked.append((np.array(token_ids), routes_from))
         if not self.rest:
@@ -37,6 +41,10 @@ class Scripted:
         ids, self.rest = np.array(self.rest[:most], np.int32), self.rest[most:]
         reason = "stop" if not self.rest else ("length" if most == sampling.max_new_tokens else "abort")
         self.rest = [] if reason == "length" else self.rest
+        if sampling.each_token:
+            for i, token in enumerate(ids.tolist()):
+                on_tokens(Piece(len(token_ids) + i, (token,), (-1.0,), reason == "stop" and i == len(ids) - 1))
+                await self.between()
         rows = len(token_ids) + len(ids) - 1 - routes_from
         routes = (np.arange(routes_from, routes_from + rows) % 8).astype(np.uint8)[:, None, None]
         return Sampled(ids, np.full(len(ids), -1.0, np.float32), routes, np.zeros(len(ids), np.int32), reason)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import pickle
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import numpy as np
 import ray
 
 from pipeline.engine.client import SGLangClient
-from pipeline.engine.sampling import Sampling
+from pipeline.engine.sampling import Piece, Sampling
 
 GATHER_S = 0.002
 """Requests come one by one from the controller: those of so many seconds share an HTTP request."""
@@ -59,7 +58,7 @@ class SamplerProcess:
         self._clients = list(clients)
         self._entered: set[int] = set()
         self._calls: dict[int, asyncio.Task[Any]] = {}
-        self._moved: set[int] = set()
+        self._moved: dict[int, list[Piece]] = {}
 
     @ray.method(num_returns=2)
     async def answer(self, packed: bytes) -> tuple[Light, np.ndarray | None]:
@@ -71,7 +70,10 @@ class SamplerProcess:
         if call.sampling is None:
             content, routes = await self._done(call, client.score(call.token_ids))
         else:
-            heard = functools.partial(self._moved.add, call.number)
+
+            def heard(piece: Piece) -> None:
+                self._moved.setdefault(call.number, []).append(piece)
+
             work = client.sample(call.token_ids, call.sampling, routes_from=call.routes_from, on_tokens=heard)
             part = await self._done(call, work)
             content, routes = replace(part, routes=None), part.routes
@@ -82,9 +84,9 @@ class SamplerProcess:
         rows, layers, topk = routes.shape
         return Light(content, (rows, layers, topk), routes.dtype, wide), routes
 
-    async def moved(self) -> set[int]:
-        """Numbers of the calls that got tokens since this was last asked."""
-        moved, self._moved = self._moved, set()
+    async def moved(self) -> dict[int, list[Piece]]:
+        """What the calls, by their numbers, got since this was last asked."""
+        moved, self._moved = self._moved, {}
         return moved
 
     async def give_up(self, number: int) -> None:

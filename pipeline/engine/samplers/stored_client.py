@@ -17,13 +17,14 @@ from ray.exceptions import RayActorError, RayTaskError
 from pipeline.cluster.placement import on_node
 from pipeline.engine.client import SGLangClient, UnreachableError
 from pipeline.engine.samplers.sampler_process import Call, Light, SamplerProcess
-from pipeline.engine.sampling import Sampling
+from pipeline.engine.sampling import OnTokens, Sampling, unheard
 from pipeline.say import to_stderr
 from pipeline.stored import Routes, StoredRoutes
 from pipeline.types import Sampled
 
 _CALLS = 100_000  # at once in a sampler process: the servers queue
 _LISTEN_S = 1.0
+_LISTEN_CLOSELY_S = 0.05  # while somebody waits for each token
 
 
 class Sampler:
@@ -34,7 +35,8 @@ class Sampler:
         anywhere."""
         self._clients, self._node = list(clients), node
         self._numbers = itertools.count()
-        self._open: dict[int, Callable[[], None]] = {}
+        self._open: dict[int, OnTokens] = {}
+        self._close: set[int] = set()
         self._listening: asyncio.Task[None] | None = None
         self._actor = self._started()
 
@@ -43,14 +45,19 @@ class Sampler:
         options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": _CALLS}
         return actor.options(**options, **on_node(self._node, or_elsewhere=True)).remote(self._clients)
 
-    async def ask(self, call: Callable[[int], Call], on_tokens: Callable[[], None]) -> tuple[Light, Any]:
+    async def ask(
+        self, call: Callable[[int], Call], on_tokens: OnTokens, *, closely: bool = False
+    ) -> tuple[Light, Any]:
         """The answer, and a reference to its routes. call: by its number. on_tokens: called within a second of tokens
-        that came. Given up (CancelledError), it is aborted.
+        that came, closely: within a twentieth, but not with those that came last. Given up (CancelledError), it is
+        aborted.
 
         Raises what the client raised there, UnreachableError where the process died.
         """
         actor, number = self._actor, next(self._numbers)
         self._open[number] = on_tokens
+        if closely:
+            self._close.add(number)
         if self._listening is None or self._listening.done():
             self._listening = asyncio.create_task(self._listen())
         try:
@@ -68,22 +75,20 @@ class Sampler:
             raise UnreachableError(f"the sampler process of {self._clients[0].url} died: {error}") from error
         finally:
             del self._open[number]
+            self._close.discard(number)
 
     async def _listen(self) -> None:
         """Hear which calls get on, while there are any."""
         while self._open:
-            await asyncio.sleep(_LISTEN_S)
+            await asyncio.sleep(_LISTEN_CLOSELY_S if self._close else _LISTEN_S)
             with contextlib.suppress(RayActorError):  # whoever waits for an answer hears of that
-                for number in await self._actor.moved.remote():
-                    self._open.get(number, _nothing)()
+                for number, pieces in (await self._actor.moved.remote()).items():
+                    for piece in pieces:
+                        self._open.get(number, unheard)(piece)
 
     def stop(self) -> None:
         """End it; never raises for one that is gone."""
         ray.kill(self._actor)
-
-
-def _nothing() -> None:
-    pass
 
 
 class StoredClient(SGLangClient):
@@ -112,17 +117,23 @@ class StoredClient(SGLangClient):
         *,
         routes_from: int = 0,
         group: object = None,
-        on_tokens: Callable[[], None] = _nothing,
+        on_tokens: OnTokens = unheard,
     ) -> Sampled:
         content, routes = await self._ask(self._checked_ids(token_ids), on_tokens, sampling, routes_from)
         return replace(content, routes=routes)
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, Routes | None]:
-        return await self._ask(self._checked_ids(token_ids), _nothing, None)
+        return await self._ask(self._checked_ids(token_ids), unheard, None)
 
-    async def _ask(self, ids: np.ndarray, on_tokens: Callable[[], None], *how: Any) -> tuple[Any, StoredRoutes | None]:
+    async def _ask(
+        self, ids: np.ndarray, on_tokens: OnTokens, sampling: Sampling | None, *how: Any
+    ) -> tuple[Any, StoredRoutes | None]:
         place, url, version = self._number, self.url, self.version
-        light, far = await self.sampler.ask(lambda number: Call(number, place, url, version, ids, *how), on_tokens)
+        light, far = await self.sampler.ask(
+            lambda number: Call(number, place, url, version, ids, sampling, *how),
+            on_tokens,
+            closely=sampling is not None and sampling.each_token,
+        )
         self.decoder.wide_routes += light.wide
         return light.content, None if light.dtype is None else StoredRoutes((far,), light.rows, light.dtype)
 

@@ -22,10 +22,10 @@ from typing import Any, Final, get_args
 from aiohttp import web
 
 from pipeline.environments.conversation import Conversation
-from pipeline.environments.endpoint.chat_answer import ChatAnswer
-from pipeline.environments.endpoint.chat_request import ChatRequest
-from pipeline.environments.endpoint.refusals import Refusal
-from pipeline.environments.endpoint.served_conversation import Branch, ServedConversation
+from pipeline.environments.endpoint.forms import FORMS, Answer
+from pipeline.environments.endpoint.refusals import Refusal, openai_form
+from pipeline.environments.endpoint.served_conversation import Branch, ServedConversation, Spoken
+from pipeline.environments.endpoint.turn_stream import Delta
 
 LARGEST_BODY: Final = 16 << 20  # bytes
 _WAITING: Final = 4096  # connections that the system takes before they are accepted
@@ -66,7 +66,8 @@ def endpoint_metrics() -> dict[str, float]:
     counts = Counter() if _listener is None else _listener.counts.take()
     if not counts:
         return {}
-    names = ("conversations", "requests", "refused", "disconnects", *(f"branches_{why}" for why in get_args(Branch)))
+    branches = (f"branches_{why}" for why in get_args(Branch))
+    names = ("conversations", "requests", "refused", "disconnects", "streams_lost", *branches)
     return {f"endpoint/{name}": float(counts[name]) for name in names}
 
 
@@ -115,7 +116,8 @@ class _Listener:
 
     async def _listen(self) -> str:
         application = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._in_form])
-        application.router.add_post("/v1/chat/completions", self._chat)
+        for path in FORMS:
+            application.router.add_post(path, self._answer)
         application.router.add_get("/v1/models", self._models)
         runner = web.AppRunner(application, access_log=None, handler_cancellation=True)
         await runner.setup()
@@ -126,21 +128,25 @@ class _Listener:
     async def _in_form(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Whatever ends without an answer does so in OpenAI's form."""
-        served = self.served.get(_key(request))
+        """Whatever ends without an answer does so in the form of its path."""
         try:
             return await handler(request)
-        except Refusal as error:
-            refusal = error
         except web.HTTPException as error:
             refusal = _of_http(request, error)
         except Exception as error:
-            refusal = Refusal(500, f"{type(error).__name__}: {error}", code="internal_error")
-            if served is not None:
-                served.error = served.error or error
+            refusal = self._refusal(request, error)
         self.counts.add("refused")
-        again = {"x-should-retry": "false"}  # what the openai client would otherwise do after a 5xx
-        return web.json_response(refusal.form(), status=refusal.status, headers=again)
+        form = FORMS[request.path].form if request.path in FORMS else openai_form
+        again = {"x-should-retry": "false"}  # what clients would otherwise do after a 5xx
+        return web.json_response(form(refusal), status=refusal.status, headers=again)
+
+    def _refusal(self, request: web.Request, error: Exception) -> Refusal:
+        """What is told of an error; a mistake of this code ends the attempt."""
+        if isinstance(error, Refusal):
+            return error
+        if (served := self.served.get(_key(request))) is not None:
+            served.error = served.error or error
+        return Refusal(500, f"{type(error).__name__}: {error}", code="internal_error")
 
     def _led(self, request: web.Request) -> ServedConversation:
         served = self.served.get(_key(request))
@@ -152,33 +158,48 @@ class _Listener:
         model = {"id": self._led(request).model, "object": "model", "created": 0, "owned_by": "sameroute"}
         return web.json_response({"object": "list", "data": [model]})
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         served = self._led(request)
         try:
             body: Any = json.loads(await request.read())
         except ValueError as error:
             raise Refusal(400, f"the body is no JSON: {error}", code="invalid_json") from error
-        asked = ChatRequest.read(body)
-        answer = ChatAnswer(await served.answer(asked), asked)
-        if not asked.stream:
-            return web.json_response(answer.whole())
+        answer = FORMS[request.path](body)
+        if not answer.request.stream:
+            return web.json_response(answer.whole(await served.answer(answer.request)))
+        async with contextlib.aclosing(served.stream(answer.request)) as parts:
+            return await self._streamed(request, answer, parts)
+
+    async def _streamed(
+        self, request: web.Request, answer: Answer, parts: AsyncIterator[Delta | Spoken]
+    ) -> web.StreamResponse:
+        """It begins with the first token: what goes wrong before has a status of its own."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        await response.prepare(request)
-        for event in answer.events():
-            await response.write(event)
+        try:
+            async for part in parts:
+                if not response.prepared:
+                    await response.prepare(request)
+                if told := answer.end(part) if isinstance(part, Spoken) else answer.delta(part):
+                    await response.write(told)
+        except ConnectionResetError:  # the client has gone; whoever closes the parts ends the sampling
+            return response
+        except Exception as error:
+            if not response.prepared:
+                raise
+            self.counts.add("refused")
+            await response.write(answer.broken(self._refusal(request, error)))
         await response.write_eof()
         return response
 
 
 def _key(request: web.Request) -> str:
-    return request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+    """As clients of OpenAI send it, or as those of Anthropic do."""
+    return request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
 
 
 def _of_http(request: web.Request, error: web.HTTPException) -> Refusal:
     if error.status == 404:
-        return Refusal(
-            404, f"there is no {request.path}; there are /v1/chat/completions and /v1/models", code="unknown_url"
-        )
+        return Refusal(404, f"there is no {request.path}; there are /v1/models, {', '.join(FORMS)}", code="unknown_url")
     if error.status == 405:
         return Refusal(405, f"{request.path} does not take {request.method}", code="method_not_allowed")
     if error.status == 413:

@@ -1,27 +1,30 @@
 """One conversation behind its address: a request becomes new messages, or a branch, and a turn of the policy.
 
 One request at a time; another one on the same conversation waits. After a client that has gone away the next request
-begins a branch, whatever it says: what its answer had become by then, nobody knows.
+begins a branch, whatever it says: its prompt is what the client sends then. So what was sampled and never reached the
+client stands in no history.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.engine.sampling import OnTokens, Piece
 from pipeline.environments.conversation import Conversation, LimitReached, Turn
 from pipeline.environments.endpoint.chat_request import ChatRequest
 from pipeline.environments.endpoint.refusals import Refusal
 from pipeline.environments.endpoint.said import rest, same, to_message, tool_call, wants_text
+from pipeline.environments.endpoint.turn_stream import Delta, Retold, TurnStream
 from pipeline.environments.templates import HistoryError, Message
 from pipeline.environments.turn_parser import Said
 
-Branch = Literal["opening", "history", "tools", "disconnect", "refused"]
+Branch = Literal["opening", "history", "tools", "disconnect", "lost", "refused"]
 """Why a branch was begun: the client's own messages or tools before anything was sampled; messages that do not go on
-from what was said; other tools; after a client that had gone away; after messages that a limit or the chat template
-refused."""
+from what was said; other tools; after a client that had gone away; after a stream whose server was lost; after messages
+that a limit or the chat template refused."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,28 @@ class ServedConversation:
         self._requests: set[asyncio.Task[Spoken]] = set()
         self._must: Branch | None = None
 
-    async def answer(self, request: ChatRequest) -> Spoken:
-        """The next turn. Raises Refusal."""
-        work = asyncio.ensure_future(self._answer(request))
+    async def stream(self, request: ChatRequest) -> AsyncIterator[Delta | Spoken]:
+        """The next turn as it is sampled, and as a whole last. Raises Refusal, also behind the first pieces. Closed
+        before its end, the sampling ends, and the turn counts as one that nobody has seen."""
+        deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        delivered = False
+        work = asyncio.ensure_future(self.answer(request, deltas.put_nowait))
+        work.add_done_callback(lambda _: deltas.put_nowait(None))
+        try:
+            while (delta := await deltas.get()) is not None:
+                yield delta
+            yield work.result()
+            delivered = True
+        finally:
+            if work.cancel():
+                await asyncio.wait({work})
+            elif not delivered and work.exception() is None:
+                self._conversation.unhear()
+                self._left()
+
+    async def answer(self, request: ChatRequest, tell: Callable[[Delta], None] | None = None) -> Spoken:
+        """The next turn. tell: hears of it as it is sampled. Raises Refusal."""
+        work = asyncio.ensure_future(self._answer(request, tell))
         self._requests.add(work)
         try:
             return await work
@@ -80,7 +102,7 @@ class ServedConversation:
         if self._requests:
             await asyncio.wait(set(self._requests))
 
-    async def _answer(self, request: ChatRequest) -> Spoken:
+    async def _answer(self, request: ChatRequest, tell: Callable[[Delta], None] | None) -> Spoken:
         conversation = self._conversation
         request.check(conversation.sampling, self.model)
         tools = self._own_tools if request.offered is None else request.offered
@@ -94,14 +116,23 @@ class ServedConversation:
             )
         async with self._turn:
             self._count("requests")
+            wanted = tools if request.tool_choice != "none" else []
             try:
                 self._place(request, tools)
-                turn = await self._sample(request)
+                name = self._names()
+                if tell is None:
+                    turn = await self._sample(request)
+                    return self._take(turn, self._parser.parse(turn.text, wanted), name)
+                stream = TurnStream(conversation.writer.text, self._parser.stream(wanted), name)
+                turn = await self._told(request, stream, tell)
+                tell(stream.end())
+                return self._take(turn, stream.said, name)
             except HistoryError as error:
                 raise Refusal(400, str(error), code="template_refused", param="messages") from error
             except LimitReached as error:
                 raise Refusal(400, str(error), code="context_length_exceeded", param="messages") from error
-            return self._take(turn, tools if request.tool_choice != "none" else [])
+            except Retold as error:
+                raise Refusal(503, str(error), code="engine_failed") from error
 
     def _place(self, request: ChatRequest, tools: list[dict[str, object]]) -> None:
         """The request's messages stand in the conversation, the last of them to be answered."""
@@ -124,14 +155,37 @@ class ServedConversation:
         elif new:
             conversation.append(new)
 
-    async def _sample(self, request: ChatRequest) -> Turn:
+    async def _told(self, request: ChatRequest, stream: TurnStream, tell: Callable[[Delta], None]) -> Turn:
+        """The turn, each piece of which is told as it comes. Raises Retold."""
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        here = asyncio.get_running_loop()
+
+        def hear(piece: Piece) -> None:  # on another event loop
+            here.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        turn = asyncio.ensure_future(self._sample(request, hear))
+        turn.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                tell(stream.take(piece))
+            return turn.result()
+        except Retold:
+            self._must = "lost"
+            self._count("streams_lost")
+            if not turn.cancel() and turn.exception() is None:
+                self._conversation.unhear()
+            raise
+        finally:
+            if turn.cancel():
+                await asyncio.wait({turn})
+
+    async def _sample(self, request: ChatRequest, on_tokens: OnTokens | None = None) -> Turn:
         conversation, limit = self._conversation, self._conversation.sampling.max_new_tokens
         try:
-            return await conversation.sample(max_new_tokens=min(limit, request.limit or limit))
+            return await conversation.sample(max_new_tokens=min(limit, request.limit or limit), on_tokens=on_tokens)
         except asyncio.CancelledError:
-            self._must = "disconnect"
-            if not self.ended:
-                self._count("disconnects")
+            if self._must is None:
+                self._left()
             raise
         except (HistoryError, LimitReached):
             self._must = "refused"
@@ -141,15 +195,22 @@ class ServedConversation:
                 raise
             raise Refusal(503, f"the rollout engine failed: {error}", code="engine_failed") from error
 
-    def _take(self, turn: Turn, tools: list[dict[str, object]]) -> Spoken:
+    def _left(self) -> None:
+        """The client has gone away."""
+        self._must = "disconnect"
+        if not self.ended:
+            self._count("disconnects")
+
+    def _names(self) -> Callable[[int, str], str]:
+        """Ids of the calls of the next turn, by their places and functions."""
+        conversation = self._conversation
+        number, before = conversation.turns + 1, _calls(conversation.messages)
+        return lambda place, function: self._parser.call_id(number, place, before, function)
+
+    def _take(self, turn: Turn, said: Said, name: Callable[[int, str], str]) -> Spoken:
         """The turn's parts are set on the conversation's message, by the names that templates read."""
         conversation, message = self._conversation, turn.message
-        said = self._parser.parse(turn.text, tools)
-        before = _calls(conversation.messages)
-        calls = tuple(
-            (self._parser.call_id(conversation.turns, i, before, name), name, arguments)
-            for i, (name, arguments) in enumerate(said.calls)
-        )
+        calls = tuple((name(i, function), function, arguments) for i, (function, arguments) in enumerate(said.calls))
         message["content"] = said.content
         if said.thinking is not None:
             message["reasoning_content"] = said.thinking

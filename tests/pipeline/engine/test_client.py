@@ -210,7 +210,7 @@ def test_tokens_of_a_long_answer_are_heard_of_before_it_ends(client):
     async def run():
         async with client:
             long = Sampling(600, 1.0, ignore_eos=True)
-            await client.sample([1, 2, 3], long, on_tokens=lambda: heard.append(time.monotonic()))
+            await client.sample([1, 2, 3], long, on_tokens=lambda _: heard.append(time.monotonic()))
             return time.monotonic()
 
     ended = asyncio.run(run())

@@ -15,7 +15,7 @@ from pipeline.engine.decoder import AnswerError
 from pipeline.engine.fleet import Fleet, ServerState
 from pipeline.engine.interruption import Updates, must_be_current
 from pipeline.engine.server import ServerError
-from tests.support.fake_servers import Member, Server, Trainers, fleet_of, load, until
+from tests.support.fake_servers import SAMPLING, Member, Server, Trainers, fleet_of, load, until
 
 
 def test_a_sample_goes_to_the_server_of_its_group_else_to_the_one_with_the_fewest_in_flight():
@@ -24,7 +24,7 @@ def test_a_sample_goes_to_the_server_of_its_group_else_to_the_one_with_the_fewes
         fleet = fleet_of(a, b)
         async with fleet, fleet:
             groups = [*"xxxx", *"yy", *"zz", None, None]
-            tasks = [asyncio.create_task(fleet.sample([i], None, group=g)) for i, g in enumerate(groups)]
+            tasks = [asyncio.create_task(fleet.sample([i], SAMPLING, group=g)) for i, g in enumerate(groups)]
             await until(lambda: len(a.asked) + len(b.asked) == len(groups))
             assert [i for i, _ in a.asked] == [0, 1, 2, 3, 8]
             assert [i for i, _ in b.asked] == [4, 5, 6, 7, 9]
@@ -49,8 +49,8 @@ def test_a_failed_sample_is_no_longer_in_flight():
         fleet = fleet_of(a, b)
         async with fleet:
             with pytest.raises(ServerError, match="unlucky"):
-                await fleet.sample([13], None)
-            await fleet.sample([1], None)
+                await fleet.sample([13], SAMPLING)
+            await fleet.sample([1], SAMPLING)
         assert [i for i, _ in a.asked] == [13, 1]
         assert b.asked == []
 
@@ -63,9 +63,9 @@ def test_requests_carry_the_version_of_the_last_transfer():
         a.release.set()
         fleet = fleet_of(a)
         async with fleet:
-            await fleet.sample([1], None)
+            await fleet.sample([1], SAMPLING)
             fleet.transfer(Trainers())
-            await fleet.sample([2], None)
+            await fleet.sample([2], SAMPLING)
         assert a.asked == [(1, 0), (2, 1)]
 
     asyncio.run(run())
@@ -117,7 +117,7 @@ def test_a_request_whose_server_dies_is_sampled_again_by_another():
         b.starts = 2
         a.loading.clear()
         async with fleet:
-            part = await fleet.sample([14], None)
+            part = await fleet.sample([14], SAMPLING)
             assert part.ids.tolist() == [14, 2]
             assert fleet.metrics()["servers/requests_sent_again"] == 1
             assert fleet.metrics()["servers/lost"] == 1
@@ -134,7 +134,7 @@ def test_requests_of_a_server_that_hangs_go_to_another():
         b.release.set()
         fleet = fleet_of(a, b)
         async with fleet:
-            asked = asyncio.create_task(fleet.sample([5], None))
+            asked = asyncio.create_task(fleet.sample([5], SAMPLING))
             await until(lambda: a.asked)
             a.loading.clear()
             a.living = False  # the probe finds it
@@ -149,7 +149,7 @@ def test_a_caller_that_gives_up_is_not_served_again():
         a = Server("a")
         fleet = fleet_of(a)
         async with fleet:
-            asked = asyncio.create_task(fleet.sample([5], None))
+            asked = asyncio.create_task(fleet.sample([5], SAMPLING))
             await until(lambda: a.asked)
             asked.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -168,7 +168,7 @@ def test_an_interruption_lets_nothing_through_and_a_transfer_inside_is_of_the_ne
         async with fleet:
             for mode, flush in (("abort", True), ("in_place", False), ("retract", True), ("drain", True)):
                 async with fleet.interrupted(mode):
-                    asked = asyncio.create_task(fleet.sample([1], None))
+                    asked = asyncio.create_task(fleet.sample([1], SAMPLING))
                     await asyncio.sleep(0.01)
                     assert len(a.asked) == fleet.version
                     assert fleet.servers[0].state is ServerState.PAUSED
@@ -189,7 +189,7 @@ def test_a_request_that_waited_for_one_interruption_does_not_slip_into_the_next(
         fleet = fleet_of(a)
         async with fleet:
             async with fleet.interrupted("abort"):
-                asked = asyncio.create_task(fleet.sample([1], None))
+                asked = asyncio.create_task(fleet.sample([1], SAMPLING))
                 await asyncio.sleep(0)
             async with fleet.interrupted("abort"):
                 for _ in range(20):
@@ -206,7 +206,7 @@ def test_an_answer_that_stood_still_through_a_transfer_is_marked_by_how_it_stood
         a = Server("a")
         fleet = fleet_of(a)
         async with fleet:
-            asked = asyncio.create_task(fleet.sample([1], None))
+            asked = asyncio.create_task(fleet.sample([1], SAMPLING))
             await until(lambda: a.asked)
             async with fleet.interrupted(mode):
                 fleet.transfer(Trainers())
@@ -255,7 +255,7 @@ def test_a_connection_that_breaks_again_and_again_while_its_server_lives_is_an_e
         a.release.set()
         async with (fleet := fleet_of(a)):
             with pytest.raises(UnreachableError, match="reset by peer"):
-                await asyncio.wait_for(fleet.sample([15], None), 10)
+                await asyncio.wait_for(fleet.sample([15], SAMPLING), 10)
         assert [i for i, _ in a.asked] == [15] * 3
         assert fleet.members.lost == 0
 
@@ -285,11 +285,11 @@ def test_a_server_that_queues_gets_no_more_while_another_has_room(monkeypatch):
         a, b = Server("a"), Server("b")
         fleet = fleet_of(a, b)
         async with fleet:
-            asked = [asyncio.create_task(fleet.sample([n], None, group="g")) for n in range(3)]
+            asked = [asyncio.create_task(fleet.sample([n], SAMPLING, group="g")) for n in range(3)]
             await until(lambda: len(a.asked) == 3)
             a.waiting = 1
             await until(lambda: fleet.metrics()["servers/waiting"] == 1)
-            asked.append(asyncio.create_task(fleet.sample([3], None, group="g")))
+            asked.append(asyncio.create_task(fleet.sample([3], SAMPLING, group="g")))
             await until(lambda: b.asked)
             a.release.set()
             b.release.set()
@@ -334,7 +334,7 @@ def test_tokens_of_weights_that_the_fleet_never_held_are_refused():
         async with fleet:
             a.version = 1
             with pytest.raises(AnswerError, match=r"from weights \[1\], the fleet held 0 to 0"):
-                await fleet.sample([1], None)
+                await fleet.sample([1], SAMPLING)
 
     asyncio.run(run())
 

@@ -13,7 +13,7 @@ from pipeline.engine.fleet import ServerState
 from pipeline.engine.membership import Membership
 from pipeline.engine.server import NodeGoneError, ServerError
 from pipeline.errors import SamerouteError
-from tests.support.fake_servers import Member, Server, Trainers, fleet_of, until, wait_for
+from tests.support.fake_servers import SAMPLING, Member, Server, Trainers, fleet_of, until, wait_for
 
 
 def test_a_transfer_that_fails_loses_all_servers_in_it_and_is_made_again_with_those_that_come_back():
@@ -94,7 +94,7 @@ def test_the_restart_after_the_last_that_is_allowed_ends_the_run_with_the_log():
                 with pytest.raises(ServerError, match=r"died; server\.max_restarts=1 in 3600 s(.|\n)*the last words"):
                     ask()
             with pytest.raises(ServerError, match="the last words"):
-                await fleet.sample([1], None)
+                await fleet.sample([1], SAMPLING)
         assert a.starts == 2
 
     asyncio.run(run())
@@ -113,14 +113,14 @@ def test_the_run_goes_on_without_servers_whose_node_is_gone_and_ends_with_the_la
             a.living = False
             fleet.members.check()
             assert fleet.servers[0].state is ServerState.LOST
-            assert (await fleet.sample([1], None)).server == 1
+            assert (await fleet.sample([1], SAMPLING)).server == 1
             fleet.transfer(trainers := Trainers())
             assert trainers.sent == [(1, ["http://b"], True)]
             b.living = False
             with contextlib.suppress(NodeGoneError):  # known already
                 fleet.members.check()
             with pytest.raises(NodeGoneError, match="node 2 is gone"):
-                await asyncio.wait_for(fleet.sample([1], None), 10)
+                await asyncio.wait_for(fleet.sample([1], SAMPLING), 10)
 
     asyncio.run(run())
 
@@ -175,7 +175,7 @@ def test_a_server_whose_node_is_gone_leaves_and_joins_again_when_another_node_ha
             fleet.check_alive()
             await until(lambda: b.starts > 3)
             a.release.set()
-            await fleet.sample([1], None)
+            await fleet.sample([1], SAMPLING)
             assert said[1:] == ["the run goes on without a server: the node of the server is gone"]
             b.url, b.nodeless = "http://elsewhere", False
             await until(lambda: fleet.servers[1].state is ServerState.SERVING)
@@ -199,7 +199,7 @@ def test_a_trainer_that_dies_as_it_brings_a_server_up_to_date_ends_the_run():
         async with fleet:
             fleet.check_alive()
             with pytest.raises(SamerouteError, match="trainer rank 0 died"):
-                await asyncio.wait_for(fleet.sample([1], None), 5)
+                await asyncio.wait_for(fleet.sample([1], SAMPLING), 5)
             with pytest.raises(SamerouteError, match="trainer rank 0 died"):
                 fleet.check_alive()
 
@@ -244,7 +244,7 @@ def test_many_requests_of_one_death_count_as_one_loss():
         fleet = fleet_of(a, b, max_restarts=1)
         a.loading.clear()
         async with fleet:
-            parts = await asyncio.gather(*(fleet.sample([14], None, group=1) for _ in range(20)))
+            parts = await asyncio.gather(*(fleet.sample([14], SAMPLING, group=1) for _ in range(20)))
             assert [part.ids.tolist() for part in parts] == [[14, 2]] * 20
             assert fleet.members.lost == 1
             a.loading.set()
@@ -264,7 +264,7 @@ def test_a_server_that_comes_back_gets_the_weights_alone_before_it_gets_requests
             await until(lambda: fleet.servers[1].state is ServerState.PENDING_WEIGHTS)
             a.release.set()
             for number in range(4):
-                await fleet.sample([number], None)
+                await fleet.sample([number], SAMPLING)
             assert b.asked == []
             assert trainers.sent == [(1, ["http://a", "http://b"], True)]
             trainers.current = True

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from pipeline.engine.sampling import Piece
 from pipeline.engine.server import ServerError
 from pipeline.engine.stream import RequestStream
 
@@ -77,10 +78,11 @@ def test_each_sample_gets_its_own_answer_out_of_one_request():
 def test_whoever_asks_hears_of_tokens_before_the_answer_ends():
     async def work(stream):
         heard = []
-        await stream.ask(body("a"), lambda: heard.append(1))
-        return len(heard)
+        await stream.ask(body("a"), heard.append)
+        return heard
 
-    assert run(Server(), work) == 3
+    at = [Piece(1, (1,), (-1.0,)), Piece(2, (1,), (-1.0,)), Piece(3, (1,), (-1.0,), ended=True)]
+    assert run(Server(), work) == at
 
 
 def test_samples_whose_routes_begin_elsewhere_or_that_come_later_have_their_own_request():

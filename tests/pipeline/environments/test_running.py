@@ -33,7 +33,7 @@ class Says:
     async def __aexit__(self, *_):
         pass
 
-    async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=lambda: None):
+    async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=None):
         self.at_once += 1
         self.most = max(self.most, self.at_once)
         await asyncio.sleep(0.002)

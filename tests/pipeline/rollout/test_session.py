@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.engine.decoder import AnswerError
-from pipeline.engine.sampling import Sampling
+from pipeline.engine.sampling import Piece, Sampling
 from pipeline.rollout.session import Session
 from pipeline.types import Sampled
 
@@ -167,7 +167,7 @@ def test_a_session_has_moved_when_tokens_of_it_came():
     class Telling(Engine):
         async def sample(self, token_ids, sampling, *, routes_from=0, group=None, on_tokens=None):
             await asyncio.sleep(0.02)
-            on_tokens()
+            on_tokens(Piece(len(token_ids), (7,), (-1.0,)))
             return await super().sample(token_ids, sampling, routes_from=routes_from)
 
     begun = time.monotonic()

@@ -160,7 +160,7 @@ def test_a_call_that_is_given_up_ends_on_the_server_and_progress_is_heard_before
     async def run(client):
         async with client:
             ids, sampling = prompts(1)[0].ids, Sampling(900, 1.0, ignore_eos=True)
-            task = asyncio.create_task(client.sample(ids, sampling, on_tokens=lambda: heard.append(time.monotonic())))
+            task = asyncio.create_task(client.sample(ids, sampling, on_tokens=lambda _: heard.append(time.monotonic())))
             await sampling_begins(server)
             while not heard:
                 assert not task.done()
