@@ -124,7 +124,9 @@ class StreamParser:
         if function:
             self._places[number] = len(self._places)
         place = self._places.get(number)
-        return None if place is None else (place, function or None, arguments)
+        if place is None or place != len(self._places) - 1:
+            return None  # what belongs to no call, or to one that another has followed
+        return place, function or None, arguments
 
     def end(self) -> Fragment:
         """What the whole text has besides: what looked like the beginning of a call, the last arguments of one."""
@@ -135,7 +137,8 @@ class StreamParser:
                 calls.append((place, function, arguments))
                 continue
             name, known = told.calls[place]
-            if name != function or not arguments.startswith(known):
+            followed = place < len(told.calls) - 1
+            if name != function or not arguments.startswith(known) or (followed and arguments != known):
                 break  # the stream's call is another one, and so are those behind it
             if arguments != known:
                 calls.append((place, None, arguments[len(known) :]))

@@ -42,7 +42,7 @@ SECONDS = {
     "megatron_ext/batch/test_replay.py": 12,
     "megatron_ext/checkpoint/test_training.py": 12,
     "pipeline/environments/endpoint/test_clients.py": 12,
-    "pipeline/environments/endpoint/test_served_tokens.py": 12,
+    "pipeline/environments/endpoint/test_served_tokens.py": 13,
     "pipeline/environments/endpoint/test_subprogram.py": 12,
     "pipeline/plan/test_against_models.py": 12,
     "megatron_ext/checkpoint/test_shards.py": 11,

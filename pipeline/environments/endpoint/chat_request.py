@@ -6,6 +6,7 @@ Everything else is refused by name: an agent that believes it set something is w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,25 +18,27 @@ IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key")
 """Fields for a provider's books."""
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Of a request, without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class TextPart(_Part):
+class TextPart(Part):
     """A piece of a content."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Part):
+class CalledFunction(Part):
     """arguments: JSON."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Part):
+class ToolCall(Part):
     """index: that streams have, and some clients keep."""
 
     id: str
@@ -44,7 +47,7 @@ class ToolCall(_Part):
     index: int | None = None
 
 
-class ChatMessage(_Part):
+class ChatMessage(Part):
     """The fields that stand last are those an answer may have empty, and that clients send back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -59,7 +62,7 @@ class ChatMessage(_Part):
     annotations: list[Any] | None = Field(None, max_length=0)
 
 
-class OfferedFunction(_Part):
+class OfferedFunction(Part):
     """parameters: JSON schema."""
 
     name: str
@@ -68,21 +71,21 @@ class OfferedFunction(_Part):
     strict: bool | None = None
 
 
-class OfferedTool(_Part):
+class OfferedTool(Part):
     """A tool that the policy may call."""
 
     type: Literal["function"]
     function: OfferedFunction
 
 
-class StreamOptions(_Part):
+class StreamOptions(Part):
     """include_usage: a last piece has the counts of tokens."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class ChatRequest(_Part):
+class ChatRequest(Part):
     """A request; `check` holds it against the run."""
 
     model: str
@@ -119,7 +122,7 @@ class ChatRequest(_Part):
         try:
             return cls.model_validate(body)
         except ValidationError as error:
-            raise _first(error) from error
+            raise first_mistake(error) from error
 
     @property
     def limit(self) -> int | None:
@@ -163,15 +166,17 @@ class ChatRequest(_Part):
             )
 
 
-def _first(error: ValidationError) -> Refusal:
-    """The first mistake, by the name of its field."""
-    found = error.errors(include_url=False)[0]
-    param = ""
+def first_mistake(error: ValidationError, kinds: Sequence[str] = ()) -> Refusal:
+    """By the name of its field: the deepest, as of what may be one thing or another the others end sooner. kinds: of
+    things in a list, which are no part of its name."""
+    found = max(error.errors(include_url=False), key=lambda mistake: len(mistake["loc"]))
+    param, in_list = "", False
     for step in found["loc"]:
         if isinstance(step, int):
             param += f"[{step}]"
-        elif param == "messages" or not step.startswith(("str", "list[")):  # not the branch of a union
+        elif not (in_list and step in kinds) and not step.startswith(("str", "list[")):  # not the branch of a union
             param += f".{step}" if param else step
+        in_list = isinstance(step, int)
     if found["type"] == "extra_forbidden":
         return Refusal(400, f"unknown field {param}", code="unknown_parameter", param=param)
     return Refusal(400, f"{param}: {found['msg']}", code="invalid_value", param=param)

@@ -7,7 +7,9 @@ from typing import Any, Final, Protocol
 
 from pipeline.environments.endpoint.chat_answer import ChatAnswer
 from pipeline.environments.endpoint.chat_request import ChatRequest
+from pipeline.environments.endpoint.messages import MessagesAnswer
 from pipeline.environments.endpoint.refusals import Refusal
+from pipeline.environments.endpoint.responses import ResponsesAnswer
 from pipeline.environments.endpoint.served_conversation import Spoken
 from pipeline.environments.endpoint.turn_stream import Delta
 
@@ -44,4 +46,8 @@ class Answer(Protocol):
         ...
 
 
-FORMS: Final[Mapping[str, type[Answer]]] = {"/v1/chat/completions": ChatAnswer}
+FORMS: Final[Mapping[str, type[Answer]]] = {
+    "/v1/chat/completions": ChatAnswer,
+    "/v1/responses": ResponsesAnswer,
+    "/v1/messages": MessagesAnswer,
+}

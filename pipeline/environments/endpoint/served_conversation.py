@@ -8,7 +8,7 @@ client stands in no history.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,7 +59,7 @@ class ServedConversation:
         self._requests: set[asyncio.Task[Spoken]] = set()
         self._must: Branch | None = None
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[Delta | Spoken]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Delta | Spoken]:
         """The next turn as it is sampled, and as a whole last. Raises Refusal, also behind the first pieces. Closed
         before its end, the sampling ends, and the turn counts as one that nobody has seen."""
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()

@@ -3,6 +3,7 @@
     OPENAI_BASE_URL   http://127.0.0.1:PORT/v1
     OPENAI_API_KEY    the conversation's
     OPENAI_MODEL      the model's name there
+    ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY, ANTHROPIC_MODEL    the same for clients of that kind, without /v1
     stdin             {"messages": [...], "metadata": {...}}, one line of JSON: the prompt
 
 What it prints last says what its attempt was worth: a number, or {"reward": 1.0, "parts": {...}, "note": "..."}.
@@ -113,8 +114,9 @@ def environment_for(address: Address, environment: Mapping[str, str], variables:
     stands before the address."""
     inherited = without_secrets(environment, variables)
     local = {name: ",".join(filter(None, (inherited.get(name, ""), "127.0.0.1"))) for name in ("NO_PROXY", "no_proxy")}
-    own = {"OPENAI_BASE_URL": address.url, "OPENAI_API_KEY": address.key, "OPENAI_MODEL": address.model}
-    return {**inherited, **local, **own, "PATH": _path(inherited)}
+    openai = {"OPENAI_BASE_URL": address.url, "OPENAI_API_KEY": address.key, "OPENAI_MODEL": address.model}
+    own = openai | {name.replace("OPENAI", "ANTHROPIC"): value.removesuffix("/v1") for name, value in openai.items()}
+    return {**inherited, **local, **openai, **own, "PATH": _path(inherited)}
 
 
 def _path(inherited: Mapping[str, str]) -> str:

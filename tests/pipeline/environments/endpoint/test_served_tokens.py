@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
+import pytest
 from openai import AsyncOpenAI
 
 from pipeline.engine.sampling import Sampling
@@ -34,7 +35,25 @@ def before_each_turn(rollout):
     return [tuple(rollout.token_ids[: len(rollout.prompt_ids) + start].tolist()) for start in starts]
 
 
-def test_ids_of_conversations_that_a_client_leads_are_those_that_the_server_received(client, tokenizer):
+async def whole(client, messages):
+    """(message, tokens of it)"""
+    answer = await client.chat.completions.create(model="policy", messages=messages)
+    return answer.choices[0].message.model_dump(), answer.usage.completion_tokens
+
+
+async def streamed(client, messages):
+    """The same, put together from a stream."""
+    said, tokens = "", 0
+    async for piece in await client.chat.completions.create(
+        model="policy", messages=messages, stream=True, stream_options={"include_usage": True}
+    ):
+        said += "".join(choice.delta.content or "" for choice in piece.choices)
+        tokens = piece.usage.completion_tokens if piece.usage else tokens
+    return {"role": "assistant", "content": said}, tokens
+
+
+@pytest.mark.parametrize("asked", [whole, streamed])
+def test_ids_of_conversations_that_a_client_leads_are_those_that_the_server_received(asked, client, tokenizer):
     async def lead(number):
         prompt, writer = prompt_of(tokenizer)
         sampling = Sampling(12, 1.0, stop_token_ids=(1,))
@@ -43,12 +62,9 @@ def test_ids_of_conversations_that_a_client_leads_are_those_that_the_server_rece
             own, messages = AsyncOpenAI(base_url=address.url, api_key=address.key), list(ASKED)
             tokens = 0
             for turn in range(TURNS):
-                answer = await own.chat.completions.create(model="policy", messages=messages)
-                tokens += answer.usage.completion_tokens
-                messages += [
-                    answer.choices[0].message.model_dump(),
-                    {"role": "tool", "tool_call_id": f"f{turn}", "content": f"{number} {turn}"},
-                ]
+                message, count = await asked(own, messages)
+                tokens += count
+                messages += [message, {"role": "tool", "tool_call_id": f"f{turn}", "content": f"{number} {turn}"}]
             await own.close()
         (rollout,) = made.rollouts
         assert rollout.trained_tokens == tokens
@@ -65,3 +81,32 @@ def test_ids_of_conversations_that_a_client_leads_are_those_that_the_server_rece
     assert len(expected) == CONVERSATIONS * TURNS
     assert sorted(received) == sorted(expected)
     assert all(str(number) in tokenizer.decode(r.token_ids.tolist()) for number, r in enumerate(rollouts))
+
+
+def test_a_client_that_leaves_a_stream_ends_its_request_on_the_server_and_the_next_is_exact(client, tokenizer):
+    async def run():
+        received = watched(client)
+        prompt, writer = prompt_of(tokenizer)
+        long = Sampling(900, 1.0, ignore_eos=True)
+        made = Conversation(client, prompt, writer, long, max_turns=TURNS, max_tokens=950)
+        async with client, serve(made) as address:
+            own = AsyncOpenAI(base_url=address.url, api_key=address.key)
+            stream = await own.chat.completions.create(model="policy", messages=ASKED, stream=True)
+            pieces = 0
+            async for _ in stream:
+                pieces += 1
+                if pieces == 20:
+                    break
+            running = [load["num_running_reqs"] for load in await client.current_loads()]
+            await stream.close()
+            while any(load["num_running_reqs"] for load in await client.current_loads()):
+                await asyncio.sleep(0.02)
+            told = await own.chat.completions.create(model="policy", messages=ASKED, max_tokens=5)
+            await own.close()
+        assert running == [1]  # it was told of while it was sampled
+        (rollout,) = made.rollouts
+        assert rollout.trained_tokens == told.usage.completion_tokens == 5
+        assert len(rollout.routes) == len(rollout.token_ids) - 1
+        assert received == before_each_turn(rollout) * 2
+
+    asyncio.run(asyncio.wait_for(run(), 60))

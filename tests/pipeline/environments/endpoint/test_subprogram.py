@@ -64,6 +64,17 @@ print(json.dumps({"reward": 0.5, "parts": {"words": len(messages)}, "note": prom
     assert metrics["endpoint/requests"] == 2
 
 
+def test_an_agent_of_the_other_kind_of_clients_finds_its_address_too(tokenizer):
+    code = """
+url, key, model = (os.environ["ANTHROPIC_" + name] for name in ("BASE_URL", "API_KEY", "MODEL"))
+data = json.dumps({"model": model, "messages": prompt["messages"], "max_tokens": 99}).encode()
+request = urllib.request.Request(url + "/v1/messages", data, {"x-api-key": key})
+print(json.dumps({"reward": 1, "note": json.load(urllib.request.urlopen(request))["content"][0]["text"]}))
+"""
+    episode, _ = played(tokenizer, code)
+    assert (episode.verdict.reward, episode.note) == (1.0, "one")
+
+
 def test_the_example_calls_its_tool(tokenizer):
     call = '<tool_call>\n{"name": "multiply", "arguments": {"a": 12, "b": 12}}\n</tool_call>'
     episode, _ = played(tokenizer, AGENT, (call + END, f"144{END}"), tool_parser="qwen25", max_tokens=3000)
