@@ -50,7 +50,7 @@ class _Call:
 def _logprobs(meta: dict[str, Any]) -> tuple[float, ...]:
     """Of the tokens of a piece: over those that were kept, where that was asked for."""
     kept = meta.get("output_token_sampling_logprobs")
-    return tuple(pair[0] for pair in meta["output_token_logprobs"]) if kept is None else tuple(kept)
+    return tuple(pair[0] for pair in meta.get("output_token_logprobs", ())) if kept is None else tuple(kept)
 
 
 def _stopped(meta: dict[str, Any]) -> bool:
@@ -133,7 +133,7 @@ class RequestStream:
                 if (call := open_calls.get(line["meta_info"]["id"])) is not None and not call.answer.done():
                     call.take(line)
             self._fail(open_calls, ServerError("the stream of answers ended before the answers had"))
-        except ServerError as error:
+        except Exception as error:  # a mistake of this code, or of who hears, too: else they would wait forever
             self._fail(open_calls, error)
 
     def _refused(self, calls: list[_Call], reason: dict[str, Any]) -> None:

@@ -190,3 +190,14 @@ def test_samples_that_come_one_by_one_share_a_request_where_it_waits_for_them():
         server = Server()
         run(server, work, gather_s)
         assert server.posted == posted
+
+
+def test_a_mistake_of_who_hears_reaches_who_asked():
+    def mistake(_):
+        raise RuntimeError("a mistake")
+
+    async def work(stream):
+        return await asyncio.wait_for(stream.ask(body("a"), mistake), 5)
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run(Server(), work)
