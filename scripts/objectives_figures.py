@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import Objective, ObjectiveConfig, resolve
-from pipeline.objectives.composition import CORRECTION_BOUNDS
+from pipeline.objectives.correction_config import CORRECTION_BOUNDS
 from tests.support.enumeration import (
     Tree,
     coefficients,

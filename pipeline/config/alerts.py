@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from megatron_ext.config import Frozen
-from pipeline.objectives.composition import DROPS
+from pipeline.objectives.correction_config import DROPS
 
 
 class AlertRule(Frozen):

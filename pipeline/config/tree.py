@@ -242,11 +242,12 @@ class Config(Frozen):
     def proximal_pass(self, replay: Replay) -> bool:
         """Whether an update begins with a forward pass of its own for log pi_o.
 
-        Several mini-batches move the policy away from it; R2 records its routes; a KL in the reward reads it. Else the
-        first mini-batch is the whole update, and its forward pass is the proximal one. replay: of the model.
+        Several mini-batches move the policy away from it; R2 records its routes; a KL in the reward and a second moment
+        read it. Else the first mini-batch is the whole update, and its forward pass is the proximal one.
+        replay: of the model.
         """
-        in_reward = self.objective.composition().kl_in_reward
-        return self.train.mini_batches > 1 or replay.from_proximal or in_reward
+        read = self.objective.composition().needs_proximal
+        return self.train.mini_batches > 1 or replay.from_proximal or read
 
     @property
     def logprob_bound(self) -> float:

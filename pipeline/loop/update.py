@@ -22,6 +22,7 @@ from pipeline.objectives import (
     overlong_penalty,
 )
 from pipeline.objectives.terms.kl import kl_estimate
+from pipeline.objectives.terms.second_moment import kept_tokens
 from pipeline.observe.metrics import Timer, routing_metrics
 from pipeline.step import Batch, PolicyTokens, StepResult
 from pipeline.trainer.losses import ON_POLICY, LossRow
@@ -83,6 +84,8 @@ class Update:
             metrics |= self.compare(batch, measured.proximal)
         if self.objective.kl_in_reward:
             metrics["kl/reference"] = mean_kl(self.objective, batch, measured)
+        if (bound := self.objective.composition.second_moment) is not None:
+            metrics["correction/second_moment_cut"] = share_dropped(bound, batch, measured)
         rows = loss_rows(self.objective, batch, measured, max_new_tokens=self.config.longest_rollout)
         parts, passes = [], []
         current: dict[int, np.ndarray] = {}
@@ -185,6 +188,7 @@ def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new
         mask,
         proximal_logprobs=matrix(proximal),
         reference_logprobs=matrix(measured.reference),
+        rollout_logprobs=matrix([r.rollout_logprobs for r in batch.rollouts]),
         values=matrix(measured.values),
         turns=turns_of(batch.episodes, penalty) if objective.needs_turns else None,
     )
@@ -241,3 +245,15 @@ def mean_kl(objective: Objective, batch: Batch, measured: Measured) -> float:
     sampled = np.concatenate([r.trained for r in batch.rollouts])
     log_ratio = np.concatenate(measured.reference) - np.concatenate(measured.proximal.logprobs)
     return float(kl_estimate(torch.from_numpy(log_ratio[sampled]).double(), kl.estimator).mean())
+
+
+def share_dropped(bound: float, batch: Batch, measured: Measured) -> float:
+    """The share of a batch's sampled tokens that a bound on the second moment takes out of the gradient."""
+    assert measured.proximal is not None
+    sampled = torch.from_numpy(np.concatenate([r.trained for r in batch.rollouts]))[None]
+    proximal, rollout = (
+        torch.from_numpy(np.concatenate(rows))[None].double()
+        for rows in (measured.proximal.logprobs, [r.rollout_logprobs for r in batch.rollouts])
+    )
+    kept = kept_tokens(proximal, rollout, sampled, bound)
+    return 1 - float(kept.sum()) / max(1, int(sampled.sum()))

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.objectives.bad_samples import BadSamples, NonFiniteInput, NonFiniteRatio, RunawayRatio
-    from pipeline.objectives.composition import Composition, CorrectionConfig, KLConfig
+    from pipeline.objectives.composition import Composition, KLConfig
     from pipeline.objectives.config import ObjectiveConfig
+    from pipeline.objectives.correction_config import CorrectionConfig
     from pipeline.objectives.mismatch import mismatch_by, mismatch_metrics
     from pipeline.objectives.objective import AdvantageOutputs, Objective, resolve
     from pipeline.objectives.presets import PRESETS, Preset
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric
 
 _HOMES = {
-    "composition": ("Composition", "CorrectionConfig", "KLConfig"),
+    "composition": ("Composition", "KLConfig"),
     "config": ("ObjectiveConfig",),
+    "correction_config": ("CorrectionConfig",),
     "bad_samples": ("BadSamples", "NonFiniteInput", "NonFiniteRatio", "RunawayRatio"),
     "mismatch": ("mismatch_by", "mismatch_metrics"),
     "objective": ("AdvantageOutputs", "Objective", "resolve"),

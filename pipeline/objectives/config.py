@@ -13,18 +13,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.objectives.composition import (
-    NEEDS,
-    Advantage,
-    Composition,
-    CorrectionConfig,
-    Credit,
-    KLConfig,
-    RatioLevel,
-    Reduction,
-    Std,
-    Surrogate,
-)
+from pipeline.objectives.cells import NEEDS, Advantage, Credit, Divergence, RatioLevel, Reduction, Std, Surrogate
+from pipeline.objectives.composition import Composition, KLConfig
+from pipeline.objectives.correction_config import CorrectionConfig
 from pipeline.objectives.presets import PRESETS
 
 
@@ -35,7 +26,9 @@ class ObjectiveConfig(BaseModel):
 
     preset: str = Field(default="gspo", description="row of the table; `sameroute objectives` prints it")
     advantage: Advantage | None = Field(default=None, description="how rewards become advantages")
-    ratio: RatioLevel | None = Field(default=None, description="token, sequence, or sequence_token (GSPO-token)")
+    ratio: RatioLevel | None = Field(
+        default=None, description="token, sequence, sequence_token (GSPO-token), or product of all tokens' (VESPO)"
+    )
     ratio_to: Literal["proximal", "rollout"] | None = Field(
         default=None, description="what pi is divided by in the ratio: proximal, or rollout for pi/mu"
     )
@@ -46,6 +39,29 @@ class ObjectiveConfig(BaseModel):
     dual_clip: float | None = Field(default=None, description="upper bound of the ratio where A < 0, above 1")
     tau_positive: float | None = Field(default=None, gt=0, description="soft gate's temperature where A > 0")
     tau_negative: float | None = Field(default=None, gt=0, description="soft gate's temperature where A <= 0")
+    divergence: Divergence | None = Field(
+        default=None,
+        description="trust region's distance of one token, p and q its probabilities: binary_tv |p - q|; binary_kl "
+        "q log(q/p) + (1-q) log((1-q)/(1-p))",
+    )
+    trust_low: float | None = Field(default=None, gt=0, description="largest distance below; probability, or nats")
+    trust_high: float | None = Field(default=None, gt=0, description="largest distance above; probability, or nats")
+    trust_both: bool | None = Field(
+        default=None, description="drop a token that is too far on either side, whatever the sign of A"
+    )
+    trust_weight: float | None = Field(
+        default=None, gt=0, description="upper bound of the ratio that weighs a token inside the trust region"
+    )
+    power_positive: float | None = Field(default=None, gt=0, description="gamma gate's k where A > 0")
+    decay_positive: float | None = Field(default=None, gt=0, description="gamma gate's lambda where A > 0")
+    power_negative: float | None = Field(default=None, gt=0, description="gamma gate's k where A <= 0")
+    decay_negative: float | None = Field(default=None, gt=0, description="gamma gate's lambda where A <= 0")
+    second_moment: float | None = Field(
+        default=None,
+        ge=0,
+        description="largest mean of log(pi_o/mu)^2 over the batch's tokens; those where it is largest are dropped "
+        "until it holds; 0 drops none",
+    )
     correction: tuple[CorrectionConfig, ...] | None = Field(
         default=None,
         description="for the discrepancy between engines, and for stale rollouts: one, several (multiplied), or none",
@@ -114,8 +130,9 @@ class ObjectiveConfig(BaseModel):
             written["corrections"] = written.pop("correction")
         if "kl" in written and written["kl"].beta == 0:
             written["kl"] = None
-        if written.get("value_clip") == 0:
-            written["value_clip"] = None
+        for cell in ("value_clip", "second_moment"):
+            if written.get(cell) == 0:
+                written[cell] = None
         _check_clip(self, cells)
         return dataclasses.replace(cells, **written)
 
@@ -127,7 +144,8 @@ class ObjectiveConfig(BaseModel):
         rollouts are stale.
         """
         cells = self.composition()
-        return bool(cells.corrections) or cells.ratio_to == "rollout" or self.correction == ()
+        knows = bool(cells.corrections) or cells.ratio_to == "rollout" or cells.second_moment is not None
+        return knows or self.correction == ()
 
     @property
     def name(self) -> str:

@@ -6,7 +6,8 @@ import dataclasses
 import re
 import textwrap
 
-from pipeline.objectives.composition import Composition, CorrectionConfig
+from pipeline.objectives.composition import Composition
+from pipeline.objectives.correction_config import CorrectionConfig
 from pipeline.objectives.presets import PRESETS
 
 NOTATION = """\
@@ -124,7 +125,8 @@ def _cells(cells: Composition) -> list[tuple[str, str]]:
 
 def _correction(correction: CorrectionConfig) -> str:
     bounds = [f"{side} {value:g}" for side in ("low", "high") if (value := getattr(correction, side)) is not None]
-    return " ".join([correction.kind, f"({correction.numerator}/rollout)", *bounds])
+    statistic = [] if correction.by is None else [f"{correction.over} {correction.by}"]
+    return " ".join([correction.kind, *statistic, f"({correction.numerator}/rollout)", *bounds])
 
 
 def _numbers(cells: Composition) -> list[tuple[str, str]]:
@@ -138,7 +140,10 @@ def _numbers(cells: Composition) -> list[tuple[str, str]]:
         if field.name == "std_epsilon" and not (cells.whiten or cells.advantage.endswith("_std")):
             continue
         if field.name == "kl":
-            out.append((field.name, f"{value.estimator} in the {value.place}, beta {value.beta:g}"))
+            near = "" if value.to == "reference" else ", near mu"
+            out.append((field.name, f"{value.estimator} in the {value.place}, beta {value.beta:g}{near}"))
+        elif isinstance(value, str):
+            out.append((field.name, value))
         elif value is not False and (value != 0 or field.name.startswith("clip")):
             out.append((field.name, "yes" if value is True else f"{value:g}"))
     return out or [("-", "none")]

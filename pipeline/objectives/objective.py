@@ -16,15 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.objectives.composition import MASKS_ONLY, Composition
+from pipeline.objectives.composition import Composition
 from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.correction_config import MASKS_ONLY
 from pipeline.objectives.terms import advantages as adv
 from pipeline.objectives.terms import log_ratios, surrogates
 from pipeline.objectives.terms.corrections import correction_factor
 from pipeline.objectives.terms.critic import value_loss
 from pipeline.objectives.terms.kl import kl_estimate
 from pipeline.objectives.terms.reduce import is_per_token, reduce, token_weights
+from pipeline.objectives.terms.second_moment import kept_tokens
 from pipeline.objectives.terms.surrogates import Term
+from pipeline.objectives.terms.trust_region import trust_region
 from pipeline.objectives.terms.turns import Turns, turn_advantages
 from pipeline.objectives.types import Denominators, LossInputs, LossOutputs, Metric, check_dtype
 
@@ -108,13 +111,16 @@ class Objective:
         *,
         proximal_logprobs: Tensor | None = None,
         reference_logprobs: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
         values: Tensor | None = None,
         turns: Turns | None = None,
     ) -> AdvantageOutputs:
         """Advantages of a whole batch; call it once, before the batch is split.
 
         rewards: [S] float32 or float64. group_ids: [S] integer, equal for the samples of one prompt. mask: [S, T] bool,
-        trained tokens. proximal_logprobs, reference_logprobs: [S, T], for a KL in the reward. values: [S, T], for GAE.
+        trained tokens. proximal_logprobs, reference_logprobs: [S, T], for a KL in the reward. proximal_logprobs,
+        rollout_logprobs: [S, T], for a bound on the second moment, which makes A 0 where it drops a token. values:
+        [S, T], for GAE.
         turns: for credit by turns, which reads their rewards in place of `rewards`.
         Raises ValueError for a missing input, and with the sequence where a reward, a value or a ratio that is read is
         not finite.
@@ -141,6 +147,11 @@ class Objective:
             advantages, returns = self._of_episodes(rewards, group_ids, mask, penalty, known)
         if cells.whiten:
             advantages = adv.whiten(advantages, mask, cells.std_epsilon, cells.std)
+        if cells.second_moment is not None:
+            if proximal_logprobs is None or rollout_logprobs is None:
+                raise ValueError(f"{self.name} bounds a second moment: pass proximal_logprobs and rollout_logprobs")
+            kept = kept_tokens(proximal_logprobs, rollout_logprobs, mask, cells.second_moment)
+            advantages = torch.where(kept, advantages if advantages.dim() == 2 else advantages[:, None], 0.0)
         return AdvantageOutputs(advantages, returns)
 
     def _of_episodes(
@@ -162,6 +173,10 @@ class Objective:
             return adv.group_mean(rewards, group_ids), None
         if cells.advantage == "group_std":
             return adv.group_std(rewards, group_ids, cells.std_epsilon, cells.std), None
+        if cells.advantage == "mean_relative":
+            return adv.mean_relative(rewards, group_ids), None
+        if cells.advantage == "batch_scaled":
+            return adv.batch_scaled(rewards, group_ids, cells.std_epsilon, cells.std), None
         return adv.leave_one_out(rewards, group_ids), None
 
     def _reward_penalty(self, mask: Tensor, proximal: Tensor | None, reference: Tensor | None) -> Tensor | None:
@@ -214,7 +229,7 @@ class Objective:
         metrics["loss/policy"] = _sum(loss)
         if cells.kl is not None and cells.kl.place == "loss":
             estimate = self._kl(inputs, x)
-            metrics["kl/reference"] = _mean(estimate, x.mask)
+            metrics[f"kl/{cells.kl.to}"] = _mean(estimate, x.mask)
             loss = loss + cells.kl.beta * reduce(estimate, x.mask, per_token)
         if cells.entropy_coefficient != 0.0:
             if inputs.entropy is None:
@@ -273,9 +288,22 @@ class Objective:
         if kind == "reinforce" and whole:
             return surrogates.reinforce(torch.ones_like(x.lengths), advantages, x.current)
         log_ratio = x.log_ratio("current", cells.ratio_to)
+        if kind == "trust_region":
+            assert cells.divergence is not None
+            metrics |= _of_ratio(log_ratio, x.mask)
+            other = getattr(x, cells.ratio_to)
+            bounds = (number("trust_low"), number("trust_high"))
+            return trust_region(
+                advantages, x.current, other, cells.divergence, bounds,
+                both=cells.trust_both, largest_weight=cells.trust_weight,
+            )  # fmt: skip
+        if kind == "gamma_gate":
+            metrics |= _of_ratio(log_ratios.sequence_log_ratio(log_ratio, x.lengths), x.mask)
+            powers = (number("power_positive"), number("power_negative"))
+            decays = (number("decay_positive"), number("decay_negative"))
+            return surrogates.gamma_gate(log_ratio.sum(-1, keepdim=True), advantages, x.current, powers, decays)
         log_level = log_ratio if cells.ratio == "token" else log_ratios.sequence_log_ratio(log_ratio, x.lengths)
-        metrics["ratio/mean"] = _mean(log_level.exp(), x.mask)
-        metrics["ratio/max_abs_log"] = _largest(log_level)
+        metrics |= _of_ratio(log_level, x.mask)
         if cells.ratio == "sequence_token":
             # s_t has the value of s and, by its own log pi, the slope of s; it differs in letting A vary by token.
             log_level = log_level.detach() + x.current - x.current.detach()
@@ -301,8 +329,8 @@ class Objective:
             assert correction.numerator is not None
             log_weight = x.log_ratio(correction.numerator, "rollout").detach()
             factor = correction_factor(correction, log_weight, x.mask, advantages, x.samples)
-            metrics[f"correction/{correction.kind}_mean"] = _mean(factor.weight, x.mask)
-            metrics[f"correction/{correction.kind}_cut"] = _share(factor.cut, factor.counted)
+            metrics[f"correction/{correction.label}_mean"] = _mean(factor.weight, x.mask)
+            metrics[f"correction/{correction.label}_cut"] = _share(factor.cut, factor.counted)
             product = product * factor.weight
         return product
 
@@ -310,16 +338,18 @@ class Objective:
         """The KL estimate at each token, [S, T], 0 on untrained ones; differentiable. No correction weighs it."""
         kl = self.composition.kl
         assert kl is not None
-        if inputs.reference_logprobs is None:
-            raise ValueError("a KL in the loss needs inputs.reference_logprobs")
-        reference = log_ratios.trained(inputs.reference_logprobs.detach(), x.mask)
-        log_ratio = log_ratios.token_log_ratio(reference, x.current, "reference/current", x.samples)
+        reference = x.rollout
+        if kl.to == "reference":
+            if inputs.reference_logprobs is None:
+                raise ValueError("a KL in the loss needs inputs.reference_logprobs")
+            reference = log_ratios.trained(inputs.reference_logprobs.detach(), x.mask)
+        log_ratio = log_ratios.token_log_ratio(reference, x.current, f"{kl.to}/current", x.samples)
         importance = None
         if kl.estimator == "unbiased_k3":
             importance = x.log_ratio("current", "rollout").exp()
             log_ratios.check_weight(importance.detach(), "current/rollout", x.samples)
         if kl.estimator in ("k3", "unbiased_k3"):
-            log_ratios.check_weight(log_ratio.detach().exp(), "reference/current", x.samples)
+            log_ratios.check_weight(log_ratio.detach().exp(), f"{kl.to}/current", x.samples)
         return kl_estimate(log_ratio, kl.estimator, importance)
 
 
@@ -342,6 +372,11 @@ def _mean(values: Tensor, mask: Tensor) -> Metric:
 def _share(chosen: Tensor, counted: Tensor) -> Metric:
     """The share of `counted` that is chosen; both bool of one shape."""
     return Metric((chosen & counted).sum().double(), counted.sum().double())
+
+
+def _of_ratio(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]:
+    """What is reported of the surrogate's ratio, [S, T] or [S, 1]; of a product, its geometric mean."""
+    return {"ratio/mean": _mean(log_ratio.exp(), mask), "ratio/max_abs_log": _largest(log_ratio)}
 
 
 def _largest(log_ratio: Tensor) -> Metric:

@@ -86,7 +86,7 @@ def clip_bounds(objective: Objective) -> list[float | None]:
     """The log-ratios current/proximal beyond which the surrogate clips, below and above; None where it does not."""
     cells = objective.composition
     low, high = cells.clip_low, cells.clip_high
-    if cells.surrogate in ("reinforce", "soft_gate") or cells.ratio_to == "rollout":
+    if cells.surrogate in ("reinforce", "soft_gate", "trust_region", "gamma_gate") or cells.ratio_to == "rollout":
         return [None, None]
     if cells.surrogate == "log_space_clip":
         return [None if low is None else -low, high]

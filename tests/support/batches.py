@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -157,6 +158,27 @@ def _areal_token(log_r: Tensor, log_w: Tensor, A: Tensor) -> Tensor:
     return _clip(0.4, 0.4)(log_r, log_w, A) * log_w.exp() * (log_w.exp() <= 5)
 
 
+def _vespo(log_r: Tensor, log_w: Tensor, A: Tensor, mask: Tensor, N: Tensor) -> Tensor:
+    """The integral of W^(k-1) e^(lambda (1 - W)) by W: k is 2 and 3."""
+    W = ((log_r + log_w) * mask).sum(-1).exp()
+    positive = -math.exp(3.0) * torch.exp(-3 * W) * (W / 3 + 1 / 9)
+    otherwise = -math.exp(2.0) * torch.exp(-2 * W) * (W**2 / 2 + W / 2 + 1 / 4)
+    return torch.where(A[:, 0] > 0, positive, otherwise) * A[:, 0] * (N > 0)
+
+
+def _by_probability(name: str, x: LossInputs, A: Tensor) -> Tensor:
+    """c_t of the rows that bound a token's probability."""
+    p, q = x.current_logprobs.detach().exp(), x.rollout_logprobs.exp()
+    rest = (1 - p).clamp(min=1e-12)  # random log-probs may be above 0
+    distance = (
+        q * (q / p).log() + (1 - q) * ((1 - q).clamp(min=1e-12) / rest).log() if name == "dppo_kl" else (p - q).abs()
+    )
+    far = distance > {"dppo_tv": 0.15, "dppo_kl": 0.05, "ipo": 0.1}[name]
+    if name == "ipo":
+        return ~far * p / q * A - 2e-3 * (p / q).log()
+    return ~(far & ((p - q) * A > 0)) * (p / q).clamp(max=20.0) * A
+
+
 def _mean_weight(log_w: Tensor, mask: Tensor, N: Tensor) -> Tensor:
     return (log_w.exp() * (log_w.exp() <= 5) * mask).sum(-1) / N.clamp(min=1)
 
@@ -175,6 +197,13 @@ POTENTIALS: dict[str, Potential] = {
     "cispo": _token(lambda log_r, log_w, A: _bounded_above(log_r, 5.0) * A, per_length=False),
     "sapo": _token(_sapo, per_length=True),
     "minirl": _token(_mini_rl, per_length=False),
+    "vespo": _vespo,
+    "luspo": _sequence(2e-3, 2.5e-3, times_length=True),
+    "icepop": _token(lambda log_r, log_w, A: (log_r + log_w).exp().clamp(0.5, 5.0) * A, per_length=False),
+    "maxrl": _token(_clip(0.2, 0.2), per_length=False),
+    "m2po": _token(lambda log_r, log_w, A: (log_r + log_w).exp() * A, per_length=False),
+    "reinforce_baseline": _token(_clip(0.2, 0.2), per_length=False),
+    "scalerl": _token(lambda log_r, log_w, A: _bounded_above(log_r + log_w, 5.0) * A, per_length=False),
     "areal_grpo": _token(_areal_token, per_length=False),
     "areal_dr_grpo": _token(_areal_token, per_length=False),
     "areal_gspo": lambda log_r, log_w, A, mask, N: (
@@ -183,7 +212,12 @@ POTENTIALS: dict[str, Potential] = {
     "areal_sapo": _token(lambda log_r, log_w, A: _sapo(log_r + log_w, log_w, A), per_length=False),
 }
 """By preset, a function of log pi whose derivative is c_t: the term itself, or where the term stops gradients, the
-integral of its coefficient. gspo_token has none (its slopes at different tokens are not one function's)."""
+integral of its coefficient."""
+
+BY_PROBABILITY = ("dppo_tv", "dppo_kl", "ipo")
+"""Rows whose coefficient depends on a token's probability itself, and not on ratios alone."""
+NO_POTENTIAL = ("gspo_token", *BY_PROBABILITY)
+"""Slopes of the first at different tokens are not one function's; the others' functions would need more than ratios."""
 
 EDGES: dict[str, tuple[float, ...]] = {
     "reinforce_plus_plus": (0.8, 1.2),
@@ -197,13 +231,18 @@ EDGES: dict[str, tuple[float, ...]] = {
     "gmpo": (0.6703200460356393, 1.4918246976412703),
     "cispo": (5.0,),
     "minirl": (0.8, 1.27),
+    "luspo": (1 - 2e-3, 1 + 2.5e-3),
+    "icepop": (0.5, 5.0),
+    "maxrl": (0.8, 1.2),
+    "reinforce_baseline": (0.8, 1.2),
+    "scalerl": (5.0,),
     "areal_grpo": (0.6, 1.4),
     "areal_dr_grpo": (0.6, 1.4),
     "areal_gspo": (0.6, 1.4),
 }
 """Values of the ratio at which a preset's gradient jumps."""
 
-assert set(POTENTIALS) | {"gspo_token"} == set(PRESETS)
+assert set(POTENTIALS) | set(NO_POTENTIAL) == set(PRESETS)
 
 
 def table_coefficients(name: str, inputs: LossInputs) -> Tensor:
@@ -220,9 +259,20 @@ def table_coefficients(name: str, inputs: LossInputs) -> Tensor:
         return ~(((A > 0) & (x > high)) | ((A < 0) & (x < low)))
 
     one_over_n = 1 / N.clamp(min=1)
-    if name in ("reinforce", "rloo"):
+    if name in ("reinforce", "rloo", "m2po"):
         c = rho * A
-    elif name in ("ppo", "reinforce_plus_plus", "dr_grpo"):
+    elif name in BY_PROBABILITY:
+        c = _by_probability(name, inputs, A)
+    elif name == "vespo":
+        W = ((log_r + log_w) * mask).sum(-1, keepdim=True).exp()
+        c = torch.where(A > 0, (3 - 3 * W).exp() * W**2, (2 - 2 * W).exp() * W**3) * A
+    elif name == "icepop":
+        c = rho * (rho >= 0.5) * (rho <= 5) * A
+    elif name == "scalerl":
+        c = rho.clamp(max=5.0) * A
+    elif name == "luspo":
+        c = inside(s, 1 - 2e-3, 1 + 2.5e-3) * s * A
+    elif name in ("ppo", "reinforce_plus_plus", "dr_grpo", "maxrl", "reinforce_baseline"):
         c = inside(r, 0.8, 1.2) * r * A
     elif name == "grpo":
         c = inside(r, 0.8, 1.2) * r * A * one_over_n

@@ -137,6 +137,43 @@ def _areal_gspo(y: Answer) -> Tensor:
     return _each(y, (w(y) * (w(y) <= 5)).mean() * _min_clip(s(y), y.A, 0.4, 0.4))
 
 
+def _dppo(distance: Callable[[float, float], float], bound: float, both: bool, largest: float) -> Any:
+    """Token by token, with Python's numbers: dropped, or min(pi/mu, largest) A log pi."""
+
+    def term(y: Answer) -> Tensor:
+        A = y.A.expand(y.N) if y.A.dim() == 0 else y.A
+        out = []
+        for t in range(y.N):
+            p, q, a = math.exp(float(sg(y.pi)[t])), math.exp(float(y.mu[t])), float(A[t])
+            pushed = both or (a > 0 and p > q) or (a < 0 and p < q)
+            dropped = pushed and distance(p, q) > bound
+            out.append(0.0 if dropped else min(p / q, largest))
+        return torch.tensor(out, dtype=torch.float64) * A * y.pi
+
+    return term
+
+
+def _tv(p: float, q: float) -> float:
+    return abs(p - q)
+
+
+def _binary_kl(p: float, q: float) -> float:
+    if p >= 1 or q >= 1:
+        return 0.0 if p == q else math.inf
+    return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+
+
+def _vespo(y: Answer) -> Tensor:
+    W = sg(rho(y)).prod()
+    k, decay = (2.0, 3.0) if y.A > 0 else (3.0, 2.0)
+    return math.exp(decay) * W**k * torch.exp(-decay * W) * y.A * y.pi
+
+
+def _icepop(y: Answer) -> Tensor:
+    weight = sg(rho(y))
+    return weight * ((weight >= 0.5) & (weight <= 5)) * y.A * y.pi
+
+
 # Reductions of a term [N], the answer's share. Under sequence_mean an answer counts as one number: what stands at each
 # of its tokens, or of a KL or an entropy, which differ by token, their mean.
 
@@ -164,6 +201,16 @@ ROWS: dict[str, tuple[Callable[[Answer], Tensor], str]] = {
     "cispo": (_cispo, "prompt_token_mean"),
     "sapo": (lambda y: _sapo(r(y), y.A), "sequence_mean_token_mean"),
     "minirl": (_minirl, "sequence_mean_token_sum"),
+    "dppo_tv": (_dppo(_tv, 0.15, False, 20.0), "token_sum_constant"),
+    "dppo_kl": (_dppo(_binary_kl, 0.05, False, 20.0), "token_sum_constant"),
+    "ipo": (_dppo(_tv, 0.1, True, math.inf), "token_mean"),
+    "vespo": (_vespo, "token_mean"),
+    "luspo": (_clip_sequence(2e-3, 2.5e-3), "sequence_mean_token_sum"),
+    "icepop": (_icepop, "token_mean"),
+    "maxrl": (_clip(0.2, 0.2), "token_sum_constant"),
+    "m2po": (_policy_gradient, "prompt_token_mean"),
+    "reinforce_baseline": (_clip(0.2, 0.2), "token_mean"),
+    "scalerl": (lambda y: sg(torch.clamp(rho(y), max=5.0)) * y.A * y.pi, "prompt_token_mean"),
     "areal_grpo": (_areal_token, "token_mean"),
     "areal_dr_grpo": (_areal_token, "token_mean"),
     "areal_gspo": (_areal_gspo, "token_mean"),
@@ -180,6 +227,18 @@ def _per_token(f: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
     return torch.stack([f(weight) for weight in weights])
 
 
+def rejection(by: str, over: str, x: Tensor, low: float | None, high: float | None) -> Tensor:
+    """1 where the statistic is inside, [N] for over token, else a number; x: the ratios."""
+    k = {"k1": -x.log(), "k2": x.log() ** 2 / 2, "k3": x - 1 - x.log()}[by]
+
+    def inside(v: Tensor) -> Tensor:
+        return torch.tensor(float((low is None or v >= low) and (high is None or v <= high)), dtype=torch.float64)
+
+    if over == "token":
+        return torch.stack([inside(v) for v in k])
+    return inside({"sum": k.sum(), "mean": k.mean(), "max": k.max()}[over])
+
+
 CORRECTIONS: dict[str, Callable[[Tensor, Tensor, float | None, float | None], Tensor]] = {
     "token_is": lambda x, A, low, high: x,
     "token_tis": lambda x, A, low, high: _per_token(lambda v: v.clamp(max=high), x),
@@ -192,6 +251,7 @@ CORRECTIONS: dict[str, Callable[[Tensor, Tensor, float | None, float | None], Te
     "geometric_is": lambda x, A, low, high: x.prod() ** (1 / len(x)),
     "geometric_tis": lambda x, A, low, high: (x.prod() ** (1 / len(x))).clamp(max=high),
     "geometric_mask": lambda x, A, low, high: (_inside(x.prod() ** (1 / len(x)), low, high) > 0).double(),
+    "reject": lambda x, A, low, high: rejection("k3", "mean", x, low, high),
     "opsm": lambda x, A, low, high: 1.0 - ((A < 0) & (-x.log().mean() > (high or 0.0))).double(),
 }
 """(x = pi_o/mu or pi/mu, [N]; A; low; high) -> the factor, [N] or a number."""
@@ -209,6 +269,7 @@ DEFAULT_BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "geometric_tis": (None, 2.0),
     "geometric_mask": (0.99, 1.01),
     "opsm": (None, 0.01),
+    "reject": (None, 0.01),
 }
 
 
@@ -242,12 +303,14 @@ def loss(
     *,
     corrections: tuple[tuple[str, str], ...] = (),
     reduction: str | None = None,
+    factor: Callable[[Answer], Tensor] | None = None,
     kl: tuple[str, float] | None = None,
     entropy: float = 0.0,
 ) -> Tensor:
     """-J of a row. Answers without tokens have no term; `sizes` counts them.
 
-    corrections: (kind, "proximal" or "current"), beside the row's own. kl: (estimator, beta) in the loss.
+    corrections: (kind, "proximal" or "current"), beside the row's own. factor: one more, of an answer.
+    kl: (estimator, beta) in the loss.
     """
     term, own = ROWS[name]
     reduced = REDUCTIONS[reduction or own]
@@ -259,7 +322,11 @@ def loss(
         for kind, numerator in corrections:
             weight = sg(torch.exp((y.old if numerator == "proximal" else y.pi) - y.mu))
             x = CORRECTIONS[kind](weight, y.A, *DEFAULT_BOUNDS[kind]) * x
+        if factor is not None:
+            x = factor(y) * x
         total = total - reduced(x, y, sizes)
+        if name == "ipo" and kl is None:
+            total = total + 1e-3 * reduced((y.pi - y.mu) ** 2, y, sizes)
         if kl is not None:
             total = total + kl[1] * reduced(KLS[kl[0]](y), y, sizes)
         if entropy:
@@ -295,6 +362,24 @@ def leave_one_out(R: list[float], prompts: list[int], **_: Any) -> list[float]:
     return [
         R[i] - sum(R[j] for j in _others(i, prompts) if j != i) / (len(_others(i, prompts)) - 1) for i in range(len(R))
     ]
+
+
+def mean_relative(R: list[float], prompts: list[int], **_: Any) -> list[float]:
+    means = [sum(R[j] for j in _others(i, prompts)) / len(_others(i, prompts)) for i in range(len(R))]
+    return [(r - m) / m if m > 0 else 0.0 for r, m in zip(R, means, strict=True)]
+
+
+def batch_scaled(R: list[float], prompts: list[int], std: str = "population", epsilon: float = 1e-6) -> list[float]:
+    centred = group_mean(R, prompts)
+    return [a / (_std(centred, std) + epsilon) for a in centred]
+
+
+def second_moment(log_w: list[float], bound: float) -> list[bool]:
+    """Which of the batch's tokens stay: the largest is taken out until the mean square is below the bound."""
+    stay = sorted(range(len(log_w)), key=lambda i: abs(log_w[i]))
+    while stay and sum(log_w[i] ** 2 for i in stay) / len(stay) >= bound:
+        stay.pop()
+    return [i in stay for i in range(len(log_w))]
 
 
 def whiten(rows: list[list[float]], std: str = "population", epsilon: float = 1e-6) -> list[list[float]]:

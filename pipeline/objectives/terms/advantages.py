@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.objectives.composition import Std
+from pipeline.objectives.cells import Std
 
 
 def _group(group_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +56,29 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor, *, alone: bool = False) ->
     index, sizes = _group(group_ids)
     size = sizes[index]
     return group_mean(rewards, group_ids) * size / (size - 1).clamp(min=1)
+
+
+def mean_relative(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """A_i = (R_i - mean) / mean of its group; 0 where the mean is not above 0 (MaxRL, 2602.02710; prime-rl's max_rl).
+
+    For rewards of 0 or 1 a prompt's gradient is multiplied by (1 - (1-p)^(G-1)) / p: that of log p, cut off after G - 1
+    terms of its series in 1 - p. Shapes as in group_mean.
+    """
+    centred = group_mean(rewards, group_ids)
+    index, sizes = _group(group_ids)
+    mean = (rewards.new_zeros(len(sizes)).index_add(0, index, rewards) / sizes)[index]
+    return torch.where(mean > 0, centred / torch.where(mean > 0, mean, 1.0), 0.0)
+
+
+def batch_scaled(rewards: Tensor, group_ids: Tensor, epsilon: float = 1e-6, std: Std = "population") -> Tensor:
+    """A_i = (R_i - mean of its group) / (the std of that over the batch's answers + epsilon) (ScaleRL, 2510.13786).
+
+    One scale for all prompts, so none is favoured. Shapes as in group_mean; std: as in group_std.
+    """
+    centred = group_mean(rewards, group_ids)
+    count = len(centred) if std == "population" else max(len(centred) - 1, 1)
+    spread = (centred - centred.mean()).square().sum() / max(count, 1)
+    return centred / (spread.sqrt() + epsilon)
 
 
 def refuse_alone(group_ids: Tensor) -> None:

@@ -17,6 +17,11 @@ correct with pi_o/mu: a rollout log-prob inside the clip would clip on the engin
     geometric_tis    min(W^(1/N), high)
     geometric_mask   1[low <= W^(1/N) <= high]                  no weight, a rejection
     opsm             0 where A < 0 and mean log(mu/pi) > high   DeepSeek-V3.2, 2512.02556, eq. 9
+    reject           1[low <= statistic <= high]                verl's rollout_rs, AReaL's rejection_sampling; of an
+                                                                answer's largest: TRM, 2512.23075
+
+The statistic of reject is k1 = -l, k2 = l^2/2 or k3 = e^l - 1 - l (l = log w) of a token, or its sum, mean or maximum
+over an answer's tokens.
 
 Truncation and bounds are taken in log space, so a product over thousands of tokens that overflows is truncated or
 dropped exactly as its value asks. Only the unbounded kinds can overflow: they raise NonFiniteRatio.
@@ -33,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.objectives.composition import CorrectionConfig
+from pipeline.objectives.correction_config import CorrectionConfig
 from pipeline.objectives.terms.log_ratios import check_finite, sequence_log_ratio
 
 
@@ -71,6 +76,8 @@ def correction_factor(
         log_weight = log_ratio.sum(-1, keepdim=True)
     else:
         log_weight = sequence_log_ratio(log_ratio, lengths)
+    if kind == "reject":
+        return _rejection(config, log_ratio, mask)
     if kind == "opsm":
         assert config.high is not None
         bad = advantages < 0
@@ -89,3 +96,26 @@ def correction_factor(
     if kind == "mean_mis":
         weight = (weight * mask).sum(-1, keepdim=True) / lengths.clamp(min=1)
     return Factor(weight, cut, counted)
+
+
+def _rejection(config: CorrectionConfig, log_ratio: Tensor, mask: Tensor) -> Factor:
+    """Of tokens [S, T], or of whole sequences [S, 1]."""
+    sequences = mask.any(-1, keepdim=True)
+    if config.by == "k1":
+        values = -log_ratio
+    else:
+        values = log_ratio.square() / 2 if config.by == "k2" else log_ratio.expm1() - log_ratio
+    if config.over == "token":
+        statistic, counted = values, mask
+    elif config.over == "max":
+        least = values.new_full((len(values), 1), -math.inf)  # a call may have no columns
+        largest = torch.cat([least, values.masked_fill(~mask, -math.inf)], -1).amax(-1, keepdim=True)
+        statistic, counted = torch.where(sequences, largest, 0.0), sequences
+    else:
+        statistic, counted = values.sum(-1, keepdim=True), sequences
+        if config.over == "mean":
+            statistic = statistic / mask.sum(-1, keepdim=True).clamp(min=1)
+    low = -math.inf if config.low is None else config.low
+    high = math.inf if config.high is None else config.high
+    cut = ((statistic < low) | (statistic > high)) & counted
+    return Factor((~cut).to(log_ratio.dtype), cut, counted)

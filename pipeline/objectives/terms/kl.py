@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.objectives.composition import KLEstimator
+from pipeline.objectives.cells import KLEstimator
 
 
 def kl_estimate(log_ratio: Tensor, estimator: KLEstimator, importance_ratio: Tensor | None = None) -> Tensor:

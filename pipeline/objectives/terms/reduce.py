@@ -22,7 +22,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from pipeline.objectives.composition import Reduction
+from pipeline.objectives.cells import Reduction
 from pipeline.objectives.types import Denominators
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)

@@ -107,6 +107,21 @@ def log_space_clip(log_ratio: Tensor, lengths: Tensor, advantages: Tensor, clip_
     return Term(advantages * ratio, ratio.detach(), cut)
 
 
+def gamma_gate(
+    log_weight: Tensor, advantages: Tensor, logprobs: Tensor, powers: tuple[float, float], decays: tuple[float, float]
+) -> Term:
+    """sg[phi(W)] A log pi; phi(W) = e^lambda W^k e^(-lambda W), k and lambda by the sign of A; c = phi(W) A.
+
+    VESPO, 2602.10693: W the product of all ratios of an answer, phi(1) = 1, and phi goes to 0 on both sides. Its
+    authors' code and TRL agree. powers: k where A > 0, and elsewhere. decays: lambda, the same.
+    log_weight: [S, 1], log W; phi is formed in log space, so that a W that overflows weighs 0. logprobs: [S, T].
+    """
+    log_weight = log_weight.detach()
+    k, decay = _by_sign(advantages, *powers), _by_sign(advantages, *decays)
+    weight = (decay + k * log_weight - decay * log_weight.exp()).exp()
+    return Term(weight * advantages * logprobs, weight, torch.zeros_like(weight, dtype=torch.bool))
+
+
 def _beyond(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """Where the ratio has left its bounds on the side to which the advantage pushes it. Bool."""
     ratio = ratio.detach()

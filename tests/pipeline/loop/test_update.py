@@ -125,6 +125,24 @@ def test_a_reference_and_a_critic_are_asked_where_the_objective_has_them():
     assert all(row.returns is not None for row in rows.values())
 
 
+def test_a_second_moment_asks_for_the_proximal_pass_and_counts_what_it_drops():
+    class Apart(FakeTrainers):
+        def logprobs(self, *args):
+            found = super().logprobs(*args)
+            found.logprobs[0][0] -= 1.5
+            return found
+
+    batch = make_batch()
+    config = load_config(QUICKSTART, ["train.mini_batches=1", "objective={preset: m2po}", "checks.max_abs_logprob=9"])
+    trainers = Apart(batch.rollouts)
+    result = Update(config, resolve(config.objective), trainers, MODEL, Replay.NONE)(batch, Timer())
+    assert trainers.calls == ["logprobs None", "update_policy"]
+    assert result.metrics["correction/second_moment_cut"] == pytest.approx(1 / 19)
+    ((_, rows),) = trainers.updates
+    assert rows[0].advantage[0] == 0
+    assert all((row.advantage[i == 0 :] != 0).all() for i, row in rows.items())
+
+
 def test_the_reference_is_compared_on_sampled_tokens():
     class Reference(FakeTrainers):
         def reference_logprobs(self):

@@ -87,7 +87,8 @@ def test_a_clip_takes_the_gradient_beyond_its_edge_and_on_one_side_only(name: st
             coefficient.append(_coefficients(config, x).item())
         inner, outer = coefficient if upper else coefficient[::-1]
         assert inner == pytest.approx(sign * edge, rel=1e-8)
-        cut = upper == (sign > 0) and name != "cispo"  # cispo bounds the weight and keeps the gradient
+        # CISPO bounds the weight and keeps the gradient; IcePop drops on either side whatever the sign of A.
+        cut = (upper == (sign > 0) or name == "icepop") and name not in ("cispo", "scalerl")
         assert outer == pytest.approx(0.0 if cut else sign * edge, rel=1e-8)
 
 
@@ -141,8 +142,9 @@ def test_where_the_advantage_is_zero_term_and_gradient_are_zero(name: str) -> No
     x = replace(x, advantages=torch.zeros_like(x.advantages))
     out = resolve(ObjectiveConfig(preset=name)).loss(x, whole(x))
     assert out.metrics["loss/policy"].value() == 0.0
-    assert torch.autograd.grad(out.loss, x.current_logprobs)[0].abs().max() == 0.0
-    if name != "cispo":  # its bound is on the ratio, whatever the advantage
+    gradient = torch.autograd.grad(out.loss, x.current_logprobs)[0]
+    assert (gradient.abs().max() == 0.0) == (name != "ipo")  # whose KL to mu asks for no advantage
+    if name not in ("cispo", "scalerl"):  # their bound is on the ratio, whatever the advantage
         assert out.metrics["loss/clip_fraction"].total.item() == 0.0
 
 

@@ -50,6 +50,7 @@ def test_zero_takes_the_kl_and_the_value_clip_away() -> None:
     config = ObjectiveConfig.model_validate({"preset": "reinforce_plus_plus", "kl": {"beta": 0}})
     assert resolve(config).composition.kl is None
     assert resolve(ObjectiveConfig(preset="ppo", value_clip=0)).composition.value_clip is None
+    assert resolve(ObjectiveConfig(preset="m2po", second_moment=0)).composition.second_moment is None
 
 
 def test_an_empty_list_takes_the_correction_away() -> None:
@@ -82,7 +83,7 @@ def test_an_empty_list_takes_the_correction_away() -> None:
         ),
         (
             {"preset": "grpo", "correction": [{"kind": "token_tis"}, {"kind": "sequence_tis"}]},
-            "add only geometric_mask or opsm beside it",
+            "add only geometric_mask, opsm or reject beside it",
         ),
         ({"preset": "grpo", "clip_low": 1.5}, "write at most 1"),
         (
@@ -95,6 +96,25 @@ def test_an_empty_list_takes_the_correction_away() -> None:
         ),
         ({"preset": "areal_grpo", "ratio_to": "rollout"}, r"write correction: \[\]"),
         ({"preset": "grpo", "std": "unbiased"}, "'population' or 'sample'"),
+        ({"preset": "grpo", "surrogate": "trust_region"}, "needs divergence, and the preset has none"),
+        ({"preset": "dppo_tv", "ratio": "sequence_token"}, "write ratio: token"),
+        ({"preset": "dppo_tv", "divergence": "tv"}, "'binary_tv' or 'binary_kl'"),
+        ({"preset": "vespo", "ratio": "token"}, "write ratio: product and surrogate: gamma_gate together, or neither"),
+        ({"preset": "reinforce", "ratio": "product"}, "write ratio: product and surrogate: gamma_gate together"),
+        ({"preset": "gspo", "second_moment": 0.04}, r"or correction: \{kind: reject\} for whole answers"),
+        ({"preset": "maxrl", "credit": "turn"}, "write advantage: group_mean, or credit: episode"),
+        ({"preset": "grpo", "kl": {"place": "reward", "to": "rollout"}}, "write kl.place: loss, or kl.to: reference"),
+        ({"preset": "grpo", "correction": {"kind": "reject", "by": "k2"}}, "write high too, in nats"),
+        ({"preset": "grpo", "correction": {"kind": "reject", "low": -1.0}}, "bounds what is never below 0"),
+        ({"preset": "grpo", "correction": {"kind": "token_tis", "over": "max"}}, "write kind: reject with them"),
+        (
+            {"preset": "gspo", "correction": {"kind": "reject", "by": "k2", "over": "token", "high": 0.1}},
+            "write over: mean, sum or max, or ratio: token",
+        ),
+        (
+            {"preset": "grpo", "correction": [{"kind": "reject"}, {"kind": "reject", "high": 0.1}]},
+            "judge the same twice; keep the narrower one",
+        ),
         ({"preset": "grpo", "clip": 0.2}, "clip"),
     ],
 )
@@ -114,6 +134,9 @@ def test_what_does_not_go_together_is_refused_with_what_to_write(config: dict, s
         ({"preset": "reinforce_plus_plus"}, (False, True, False)),
         ({"preset": "grpo", "kl": {"estimator": "unbiased_k3"}}, (True, True, False)),
         ({"preset": "gspo", "correction": {"kind": "opsm"}}, (True, False, False)),
+        ({"preset": "ipo"}, (True, False, False)),
+        ({"preset": "grpo", "kl": {"to": "rollout"}}, (True, False, False)),
+        ({"preset": "grpo", "second_moment": 0.04}, (True, False, False)),
     ],
 )
 def test_an_objective_says_what_it_needs(config: dict, needs: tuple[bool, bool, bool]) -> None:
@@ -163,7 +186,7 @@ def test_entropy_is_a_bonus_under_the_same_reduction() -> None:
 
 def test_only_a_mean_per_prompt_reads_its_tokens_and_the_papers_rows_take_it() -> None:
     readers = {name for name in PRESETS if resolve(ObjectiveConfig(preset=name)).needs_prompt_tokens}
-    assert readers == {"dapo", "cispo"}
+    assert readers == {"dapo", "cispo", "m2po", "scalerl"}
     assert resolve(ObjectiveConfig(preset="grpo", reduction="prompt_token_mean")).needs_prompt_tokens
     x = dataclasses.replace(make_batch("dapo", 0), prompt_tokens=None)
     with pytest.raises(ValueError, match="pass prompt_tokens"):

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from pipeline.objectives import PRESETS, LossInputs, ObjectiveConfig, resolve
-from pipeline.objectives.composition import Advantage, CorrectionKind, KLEstimator, Reduction
+from pipeline.objectives.cells import Advantage, CorrectionKind, KLEstimator, Reduction, RejectBy, RejectOver
+from pipeline.objectives.correction_config import MASKS_ONLY
 from tests.support import plain
 from tests.support.batches import leaves, loss_and_gradients, make_batch, whole
 
 SEEDS = range(12)
-ADVANTAGES = {"group_mean", "group_std", "leave_one_out", "batch_std", "gae"}
+ADVANTAGES = {"group_mean", "group_std", "leave_one_out", "mean_relative", "batch_scaled", "batch_std", "gae"}
 """Those that the tests below hold against plain.py."""
 
 
@@ -90,7 +91,7 @@ def rows_that_take(kind: str, numerator: str) -> list[str]:
 @pytest.mark.parametrize("kind", get_args(CorrectionKind))
 def test_a_correction_is_its_equation_on_every_row_that_takes_it(kind: str, numerator: str) -> None:
     names = rows_that_take(kind, numerator)
-    assert names or (numerator == "current" and kind not in ("geometric_mask", "opsm"))
+    assert names or (numerator == "current" and kind not in MASKS_ONLY)
     for name in names:
         for discrepancy in (0.005, 0.05, 1.0):
             x = make_batch(name, 5, staleness=3e-4, discrepancy=discrepancy, holes=True)
@@ -100,7 +101,7 @@ def test_a_correction_is_its_equation_on_every_row_that_takes_it(kind: str, nume
             assert_same(name, x, cells, {"corrections": ((kind, numerator),)})
 
 
-@pytest.mark.parametrize("kind", [kind for kind in get_args(CorrectionKind) if kind not in ("geometric_mask", "opsm")])
+@pytest.mark.parametrize("kind", [kind for kind in get_args(CorrectionKind) if kind not in MASKS_ONLY])
 def test_a_weight_by_pi_over_mu_is_the_policy_gradients_whole_weight(kind: str) -> None:
     """REINFORCE's term is sg[weight] A log pi: with the ratio to mu in the correction there is no other."""
     for seed in SEEDS:
@@ -111,6 +112,34 @@ def test_a_weight_by_pi_over_mu_is_the_policy_gradients_whole_weight(kind: str) 
                 weight = plain.CORRECTIONS[kind](plain.sg(plain.rho(y)), y.A, *plain.DEFAULT_BOUNDS[kind])
                 expected = -(weight * y.A / len(x.mask)).expand(y.N)
                 torch.testing.assert_close(gradient[i][x.mask[i]], expected, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("numerator", ["proximal", "current"])
+@pytest.mark.parametrize("over", get_args(RejectOver))
+@pytest.mark.parametrize("by", get_args(RejectBy))
+def test_a_rejection_is_its_equation_and_drops_some_and_not_all(by: str, over: str, numerator: str) -> None:
+    bounds = {"low": -0.05 if by == "k1" else None, "high": 0.05 if by == "k1" else 3e-3}
+    kept = []
+    for seed in range(6):
+        x = make_batch("grpo", seed, staleness=0.03, discrepancy=0.06, holes=True)
+
+        def factor(y: plain.Answer) -> torch.Tensor:
+            ratio = plain.sg(torch.exp((y.old if numerator == "proximal" else y.pi) - y.mu))
+            kept.extend(plain.rejection(by, over, ratio, **bounds).flatten().tolist())
+            return plain.rejection(by, over, ratio, **bounds)
+
+        cells = {"correction": {"kind": "reject", "by": by, "over": over, "numerator": numerator, **bounds}}
+        assert_same("grpo", x, cells, {"factor": factor})
+    assert 0 < sum(kept) < len(kept)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "minirl"])
+def test_a_kl_to_mu_is_its_equation(name: str) -> None:
+    x = make_batch(name, 1, staleness=0.05, holes=True)
+    kl = {"estimator": "k3", "beta": 0.3, "to": "rollout"}
+    same = replace(x, reference_logprobs=x.rollout_logprobs)
+    found, expected = loss_and_gradients(name, x, whole(x), kl=kl), plain.loss(name, *answers_of(same), kl=("k3", 0.3))
+    torch.testing.assert_close(found[0], expected.detach(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("estimator", get_args(KLEstimator))
@@ -193,7 +222,7 @@ def _repeated(numbers: list[float]) -> list[list[float]]:
 
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("std", ["population", "sample"])
-@pytest.mark.parametrize("advantage", ["group_mean", "group_std", "leave_one_out"])
+@pytest.mark.parametrize("advantage", sorted(ADVANTAGES - {"batch_std", "gae"}))
 def test_an_advantage_of_a_group_is_its_equation(advantage: str, std: str, whiten: bool) -> None:
     out = _advantages(preset="grpo", advantage=advantage, std=std, whiten=whiten).advantages
     expected = _repeated(getattr(plain, advantage)(REWARDS, PROMPTS, std=std))
@@ -244,3 +273,20 @@ def test_gae_steps_over_untrained_tokens_and_discounts_nothing_there(gamma: floa
 def test_batch_std_without_a_kl_whitens_the_reward_over_trained_tokens() -> None:
     found = _advantages(preset="reinforce_plus_plus", kl={"beta": 0})
     _assert_tokens(found.advantages, plain.whiten(_repeated(REWARDS)))
+
+
+@pytest.mark.parametrize("bound", [1e-6, 0.3, 0.8, 1.2, 50.0])
+def test_a_bound_on_the_second_moment_makes_the_advantage_zero_where_its_equation_drops(bound: float) -> None:
+    rollout = _matrix(3)
+    out = resolve(ObjectiveConfig(preset="m2po", second_moment=bound)).advantages(
+        torch.tensor(REWARDS, dtype=torch.float64),
+        torch.tensor(PROMPTS),
+        MASK,
+        proximal_logprobs=PROXIMAL,
+        rollout_logprobs=rollout,
+    )
+    stay = iter(plain.second_moment((PROXIMAL - rollout)[MASK].tolist(), bound))
+    all_kept = _repeated(plain.group_std(REWARDS, PROMPTS))
+    expected = [[a if next(stay) else 0.0 for a in row] for row in all_kept]
+    _assert_tokens(out.advantages, expected)
+    assert (expected == all_kept) == (bound == 50.0)

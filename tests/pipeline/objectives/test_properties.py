@@ -12,11 +12,31 @@ from torch import Tensor
 
 from megatron_ext.parts import Metrics, add_metrics
 from pipeline.objectives import PRESETS, Metric, ObjectiveConfig, resolve
-from tests.support.batches import EDGES, POTENTIALS, batches, loss_and_gradients, make_batch, rows, whole
+from tests.support.batches import (
+    BY_PROBABILITY,
+    EDGES,
+    POTENTIALS,
+    batches,
+    loss_and_gradients,
+    make_batch,
+    rows,
+    whole,
+)
 from tests.support.enumeration import coefficients
 
 ALL = sorted(PRESETS)
-STOPS_GRADIENTS = ("reinforce", "rloo", "cispo", "minirl", "gspo_token")
+STOPS_GRADIENTS = (
+    "reinforce",
+    "rloo",
+    "cispo",
+    "minirl",
+    "gspo_token",
+    "vespo",
+    "icepop",
+    "m2po",
+    "scalerl",
+    *BY_PROBABILITY,
+)
 EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True)
 
 
@@ -139,6 +159,8 @@ def test_the_gradient_is_the_finite_difference_of_the_loss_it_reports(name: str,
 def _away_from_kinks(name: str, log_r: Tensor, log_w: Tensor, mask: Tensor, N: Tensor) -> Tensor:
     """[S] bool: no ratio of the sequence is within 1e-5 of an edge, in logs."""
     log_level = [log_r * mask]
+    if name in ("icepop", "scalerl"):
+        log_level = [(log_r + log_w) * mask]
     if PRESETS[name].cells.ratio == "sequence" and name != "gmpo":
         log_level = [((log_r * mask).sum(-1) / N.clamp(min=1))[:, None]]
     if name == "minirl":

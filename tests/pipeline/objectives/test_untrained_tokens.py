@@ -18,7 +18,7 @@ from pipeline.objectives import (
     overlong_penalty,
     resolve,
 )
-from pipeline.objectives.composition import CorrectionKind, KLEstimator, Reduction
+from pipeline.objectives.cells import CorrectionKind, KLEstimator, Reduction
 from tests.support.batches import leaves, make_batch, whole
 
 

@@ -40,7 +40,24 @@ def test_t5_with_1_over_n_right_answers_get_shorter_and_wrong_ones_longer(name: 
 
 
 @pytest.mark.parametrize(
-    "name", ["reinforce", "dr_grpo", "dapo", "dr_gspo", "cispo", "minirl", "areal_grpo", "areal_gspo"]
+    "name",
+    [
+        "reinforce",
+        "dr_grpo",
+        "dapo",
+        "dr_gspo",
+        "cispo",
+        "minirl",
+        "dppo_tv",
+        "ipo",
+        "vespo",
+        "luspo",
+        "icepop",
+        "m2po",
+        "scalerl",
+        "areal_grpo",
+        "areal_gspo",
+    ],
 )
 def test_t5_without_1_over_n_an_equal_advantage_moves_nothing(name: str) -> None:
     assert mean_gradient({"preset": name}, 0.0, torch.ones_like(N)).norm() < 1e-15

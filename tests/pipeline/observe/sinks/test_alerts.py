@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.config.alerts import DEFAULT_RULES, AlertsConfig
-from pipeline.objectives.composition import DROPS
+from pipeline.objectives.correction_config import DROPS
 from pipeline.observe.sinks.alerts import Alerts, AlertStop, RuleState
 from pipeline.observe.sinks.sinks import ObserveError, check_sinks
 from tests.support.receivers import Said, config_of, webhook
