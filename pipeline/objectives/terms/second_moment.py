@@ -18,8 +18,8 @@ def kept_tokens(proximal_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
 
     proximal_logprobs, rollout_logprobs: [S, T]. mask: [S, T] bool. bound: nats^2. Raises NonFiniteRatio.
     """
-    policies = (trained(x.detach(), mask) for x in (proximal_logprobs, rollout_logprobs))
-    squares = token_log_ratio(*policies, "proximal/rollout").square()
+    proximal, rollout = (trained(x.detach(), mask) for x in (proximal_logprobs, rollout_logprobs))
+    squares = token_log_ratio(proximal, rollout, "proximal/rollout").square()
     ascending, order = squares[mask].sort()
     count = torch.arange(1, len(ascending) + 1, device=mask.device)
     # Means of ascending numbers ascend, so those below the bound come first.
