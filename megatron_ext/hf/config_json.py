@@ -22,13 +22,14 @@ _OPTIONAL = (
     *_EXPERTS,
     *("moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step", "moe_layer_freq"),
     *("n_group", "topk_group", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    "head_dim",
+    *("head_dim", "rotary_dim"),
 )
 """Whole numbers of at least 1 where they are there and not null."""
 _FROM_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
 _TRUTHS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "qkv_bias", "use_qk_norm", "use_sliding_window")
 _NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "partial_rotary_factor", "swiglu_limit")
-_LISTS = ("mlp_only_layers", "layer_types")
+_OF_EVERY_LAYER = ("layer_types", "mlp_layer_types")
+_LISTS = ("mlp_only_layers", *_OF_EVERY_LAYER)
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 """What rope_type=llama3 is made of, beside its base."""
 _OBJECTS = ("rope_parameters", "rope_scaling", "quantization_config")
@@ -53,11 +54,12 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 
 def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
     """rope_theta, rope_type and what the type needs. transformers 5 nests them; earlier files hold them flat, or call
-    the type `type`."""
+    the type `type`. MiniMax-M2 says how many numbers of a head are rotated, others which part of it."""
     nested = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     nested["rope_type"] = nested.get("rope_type") or nested.get("type") or "default"
     flat = {k: hf[k] for k in ("rope_theta", "partial_rotary_factor") if hf.get(k) is not None}
-    return {"rope_theta": 10000.0} | flat | nested
+    part = {"partial_rotary_factor": hf["rotary_dim"] / hf["head_dim"]} if hf.get("rotary_dim") else {}
+    return {"rope_theta": 10000.0} | part | flat | nested
 
 
 def wrong_fields(hf: dict[str, Any]) -> Iterator[str]:
@@ -124,9 +126,14 @@ def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
         yield f"head_dim is missing, and hidden_size={hidden} does not divide by num_attention_heads={heads}"
     if not latent and heads % kv_heads:
         yield f"num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}"
-    layers, types = hf["num_hidden_layers"], hf.get("layer_types")
-    if types is not None and len(types) != layers:
-        yield f"layer_types has {len(types)} entries for num_hidden_layers={layers}"
+    layers = hf["num_hidden_layers"]
+    for name in _OF_EVERY_LAYER:
+        if hf.get(name) is not None and len(hf[name]) != layers:
+            yield f"{name} has {len(hf[name])} entries for num_hidden_layers={layers}"
+    if hf.get("rotary_dim") and hf["rotary_dim"] != rope_settings(hf)["partial_rotary_factor"] * hf["head_dim"]:
+        yield (
+            f"rotary_dim={hf['rotary_dim']} is not partial_rotary_factor of head_dim={hf['head_dim']}; leave one out"
+        )
     groups, chosen = hf.get("n_group") or 1, hf.get("topk_group")
     if groups > 1 and (chosen is None or chosen > groups):
         yield f"topk_group={chosen} must be of 1 to n_group={groups} groups"

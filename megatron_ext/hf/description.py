@@ -156,6 +156,11 @@ class ModelDescription:
         return bool(self.fields.get("qk_layernorm"))
 
     @property
+    def norm_over_heads(self) -> bool:
+        """They are normalised over all heads together."""
+        return self.family.norm_over_heads
+
+    @property
     def sinks(self) -> bool:
         """Each head has a score that no token has."""
         return self.fields.get("softmax_type") == "learnable"

@@ -5,6 +5,7 @@ config.json -> TransformerConfig -> layer spec (Transformer Engine's, or the sam
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from megatron_ext.mcore import (
     quick_gelu,
     set_tensor_model_parallel_attributes,
 )
+from megatron_ext.model.all_heads_norm import AllHeadsNorm
 from megatron_ext.model.biased_router import BiasedRouter
 from megatron_ext.model.latent_attention import LatentAttention
 from megatron_ext.model.llama3_rope import stretch
@@ -181,10 +183,13 @@ def _moe_fields(
     }
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None, *, weight_of_one: bool = False):
+def layer_spec(
+    config: TransformerConfig, vp_stage: int | None, *, weight_of_one: bool = False, norm_over_heads: bool = False
+):
     """Transformer Engine's block spec on a GPU; without one or without it, plain torch under the same parameter names.
 
-    weight_of_one: see ModelDescription. Raises ValueError for attention sinks on a GPU without Transformer Engine.
+    weight_of_one, norm_over_heads: see ModelDescription. Raises ValueError for attention sinks on a GPU without
+    Transformer Engine.
     """
     plain = cpu.torch_layers()
     if plain and not cpu.needed() and config.softmax_type == "learnable":
@@ -207,6 +212,11 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None, *, weight_of_one
         from megatron_ext.model.torch_spec import without_transformer_engine
 
         without_transformer_engine(spec)
+    if norm_over_heads:
+        for layer in spec.layer_specs or []:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = functools.partial(AllHeadsNorm, heads=config.num_attention_heads)
+            attention.k_layernorm = functools.partial(AllHeadsNorm, heads=config.num_query_groups)
     return spec
 
 
@@ -252,7 +262,9 @@ def build_model(
         stage = chunk if parallel.virtual_pipeline else None
         built = GPTModel(
             config=config,
-            transformer_layer_spec=layer_spec(config, stage, weight_of_one=model.weight_of_one),
+            transformer_layer_spec=layer_spec(
+                config, stage, weight_of_one=model.weight_of_one, norm_over_heads=model.norm_over_heads
+            ),
             vocab_size=model.padded_vocab_size(parallel.tensor),
             max_sequence_length=model.hf["max_position_embeddings"],
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

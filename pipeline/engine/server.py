@@ -221,7 +221,7 @@ class SGLangServer:
         if (family := FAMILIES.get(written.get("model_type"))) is None:
             return []
         arguments = list(family.server_cpu_arguments if self.device == "cpu" else ())
-        if missing := {name: value for name, value in family.server_fields.items() if name not in written}:
+        if missing := {name: value for name, value in family.server_fields(written).items() if name not in written}:
             arguments += ["--json-model-override-args", json.dumps(missing)]
         return arguments
 

@@ -81,8 +81,8 @@ def kept_attention(model: ModelDescription, *, fused: bool = True) -> int:
     fused:   input and output of the norm (2 H); what the projections made (q + 2 kv) and, rotated, queries and keys
              (q + kv); the output (v). Latent attention: both latents before and after their norms, queries, keys and
              values whole (Megatron-Core pads the values of packed sequences to the queries' width), the output.
-    without: each norm keeps the normalised tensor too, the kernel's inputs are copies, its output is kept as it left
-             the kernel and as it enters the projection.
+    without: each norm keeps the normalised tensor too, but one over all heads its input alone; the kernel's inputs are
+             copies, its output is kept as it left the kernel and as it enters the projection.
     """
     extra = 0 if fused else 1
     norm = (2 + extra) * model.hidden
@@ -92,7 +92,9 @@ def kept_attention(model: ModelDescription, *, fused: bool = True) -> int:
         return norm + latents + (3 + extra) * model.query + model.value
     if fused:
         return norm + (model.query + 2 * model.key_value) + (model.query + model.key_value) + model.value
-    normed = (model.query + 2 * model.key_value) + model.query + (model.query + model.key_value)
+    normed = model.query + model.key_value
+    if not model.norm_over_heads:
+        normed += (model.query + 2 * model.key_value) + model.query
     return norm + model.qk_norm * normed + (model.query + 2 * model.key_value) + 2 * model.value
 
 

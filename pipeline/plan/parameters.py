@@ -53,7 +53,8 @@ def attention(model: ModelDescription, tensor: int = 1) -> int:
     h = model.hidden
     if not model.latent:
         qkv = (model.query + 2 * model.key_value) // tensor
-        norms = 2 * (model.query // model.heads) if model.qk_norm else 0
+        width = model.query + model.key_value if model.norm_over_heads else 2 * model.head_dim
+        norms = width if model.qk_norm else 0
         sinks = model.heads // tensor if model.sinks else 0
         out = model.value // tensor * h + model.biased * h
         return h + qkv * (h + model.qkv_biased) + norms + sinks + out

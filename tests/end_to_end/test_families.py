@@ -14,7 +14,7 @@ from tests.support.command import SMALL
 from tests.support.tiny_families import save_family
 
 STEPS = 10
-FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "gpt_oss"]
+FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss"]
 
 
 @pytest.mark.proof

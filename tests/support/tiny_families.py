@@ -74,6 +74,15 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {name: value for name, value in _DEEPSEEK.items() if name != "first_k_dense_replace"}
+        | {"q_lora_rank": 32, "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-6},
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        {"head_dim": 32, "num_local_experts": 8, "intermediate_size": 64, "rotary_dim": 16},
+    ),
     "gpt_oss": (
         "gpt_oss",
         {

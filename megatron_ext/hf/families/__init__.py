@@ -3,8 +3,10 @@
 from megatron_ext.hf.families.deepseek import DEEPSEEK_V3
 from megatron_ext.hf.families.family import Family
 from megatron_ext.hf.families.glm import GLM4_MOE
+from megatron_ext.hf.families.glm_lite import GLM4_MOE_LITE
 from megatron_ext.hf.families.gpt_oss import GPT_OSS
 from megatron_ext.hf.families.llama import LLAMA
+from megatron_ext.hf.families.minimax import MINIMAX_M2
 from megatron_ext.hf.families.mixtral import MIXTRAL
 from megatron_ext.hf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
@@ -18,5 +20,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,  # Moonlight too
     "kimi_k2": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
+    "glm4_moe_lite": GLM4_MOE_LITE,
+    "minimax_m2": MINIMAX_M2,
     "gpt_oss": GPT_OSS,
 }

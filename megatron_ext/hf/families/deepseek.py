@@ -43,7 +43,8 @@ BIASED_MOE = (
 )
 
 
-def _fields(hf: HFConfig) -> dict[str, Any]:
+def latent_fields(hf: HFConfig) -> dict[str, Any]:
+    """Latent attention, and experts behind DeepSeek-V3's router."""
     attention = {
         "multi_latent_attention": True,
         "qk_layernorm": True,  # of the latents
@@ -75,7 +76,8 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unsupported(hf: HFConfig) -> Iterator[str]:
+def latent_unsupported(hf: HFConfig) -> Iterator[str]:
+    """Of these two, what is not built here."""
     yield from sigmoid_router_unsupported(hf)
     if hf.get("attention_bias"):
         yield "attention_bias=true"
@@ -91,16 +93,17 @@ def _unsupported(hf: HFConfig) -> Iterator[str]:
             yield "YaRN with one of mscale and mscale_all_dim"
 
 
+LATENT_CACHE = Needed("kv_cache", "same", "the cache of latent attention holds latents, not keys")
 DEEPSEEK_V3 = Family(
     (*ENDS, *LATENT_ATTENTION, *DENSE_MLP, *BIASED_MOE),
-    _fields,
+    latent_fields,
     dense_first,
-    _unsupported,
+    latent_unsupported,
     rope_types=("default", "yarn"),
-    needs=(Needed("kv_cache", "same", "the cache of latent attention holds latents, not keys"),),
+    needs=(LATENT_CACHE,),
     server_router=ServerRouter("deepseek_v2.MoEGate", "own"),
     server_ties=True,
-    server_fields={"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    server_fields=lambda hf: {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     # SGLang 0.5.23, models/deepseek_common/deepseek_weight_loader.py:438, where there is a query latent
     joined=((_HF_MLA + "q_a_proj.weight", _HF_MLA + "kv_a_proj_with_mqa.weight"),),
 )

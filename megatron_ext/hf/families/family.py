@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_ext.hf.tables import Row
@@ -13,6 +13,10 @@ HFConfig = dict[str, Any]
 
 def _none(hf: HFConfig) -> Iterable[Any]:
     return ()
+
+
+def _no_fields(hf: HFConfig) -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Family:
     rope_types:  kinds of rotary embedding that are built.
     server_rope_types: of these, the kinds that the rollout engine builds; None: all.
     quantization: kinds of quantized weights that are read.
+    norm_over_heads: queries, and keys, of all heads are normalised as one vector, and not each head by itself.
     needs:        what of the precision is not free.
     server_router: how the rollout engine makes a router's logits.
     server_ties:   the rollout engine takes the embedding for the LM head where config.json ties them.
@@ -94,13 +99,14 @@ class Family:
     unsupported: Callable[[HFConfig], Iterable[str]] = _none
     rope_types: tuple[str, ...] = ("default",)
     quantization: tuple[str, ...] = ()
+    norm_over_heads: bool = False
     needs: tuple[Needed, ...] = ()
     server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
     server_ties: bool = False
     server_dense: bool = True
     joined: tuple[tuple[str, ...], ...] = ()
     server_rope_types: tuple[str, ...] | None = None
-    server_fields: Mapping[str, Any] = field(default_factory=dict)
+    server_fields: Callable[[HFConfig], Mapping[str, Any]] = _no_fields
     server_cpu_arguments: tuple[str, ...] = ()
     sparse: Sparse | None = None
 
@@ -141,6 +147,13 @@ def softmax_router(hf: HFConfig) -> dict[str, Any]:
     return {"moe_router_pre_softmax": not hf.get("norm_topk_prob", False)}
 
 
+SIGMOID_WITH_BIAS = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.0,
+}
+
+
 def sigmoid_router(hf: HFConfig) -> dict[str, Any]:
     """DeepSeek-V3's router (2412.19437, equations 12 to 16): sigmoid scores, a bias an expert that counts for the
     choice only, groups of experts, and weights normalised over the chosen, times a constant.
@@ -150,12 +163,7 @@ def sigmoid_router(hf: HFConfig) -> dict[str, Any]:
     """
     groups = hf["n_group"] or 1
     limited = {"moe_router_num_groups": groups, "moe_router_group_topk": hf["topk_group"]} if groups > 1 else {}
-    return limited | {
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": 0.0,
-        "moe_router_topk_scaling_factor": hf["routed_scaling_factor"],
-    }
+    return SIGMOID_WITH_BIAS | limited | {"moe_router_topk_scaling_factor": hf["routed_scaling_factor"]}
 
 
 def sigmoid_router_unsupported(hf: HFConfig) -> Iterator[str]:

@@ -44,7 +44,7 @@ def make_routers_float32(model: torch.nn.Module) -> None:
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
     def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if x.is_cuda and weight.dtype != torch.float32:
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
         return x.float() @ weight.float().t()
 

@@ -53,8 +53,10 @@ def test_a_written_model_loads_in_transformers_with_every_value_that_was_written
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == written.keys()
     for name, tensor in written.items():
-        assert again[name].dtype == tensor.dtype, name
-        assert torch.equal(again[name], tensor), name
+        # transformers reads MiniMax-M2's biases in the dtype of all else, and alone these
+        read = tensor.to(DTYPES[dtype]) if family == "minimax_m2" else tensor
+        assert again[name].dtype == read.dtype, name
+        assert torch.equal(again[name], read), name
 
 
 FOREIGN = (

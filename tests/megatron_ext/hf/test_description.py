@@ -19,10 +19,13 @@ from tests.support.tiny_families import FAMILIES as TINY
 from tests.support.tiny_families import save_family, tiny_config
 
 ROOT = Path(__file__).parents[3]
+LATENT, FLOAT32_ROUTER = ("kv_cache", "same"), ("router", "fp32")
 DEMANDS = {
-    "glm4_moe": ("router", "fp32"),
-    "deepseek_v3": ("kv_cache", "same"),
-    "kimi_k2": ("kv_cache", "same"),
+    "glm4_moe": [FLOAT32_ROUTER],
+    "deepseek_v3": [LATENT],
+    "kimi_k2": [LATENT],
+    "glm4_moe_lite": [LATENT, FLOAT32_ROUTER],
+    "minimax_m2": [FLOAT32_ROUTER],
 }
 WHOLE = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "router.weight", "_bias")
 """Endings of matrices that SGLang's own quantisation leaves alone."""
@@ -78,10 +81,11 @@ def test_what_a_family_leaves_no_choice_in_is_refused_with_what_to_write(tmp_pat
 
     for name, family in FAMILIES.items():
         needed = [(n.setting, n.value) for n in family.needs if n.device is None]
-        assert needed == ([DEMANDS[name]] if name in DEMANDS else [])
+        assert needed == DEMANDS.get(name, [])
     for name, wrong in {
         "glm4_moe": "router: bf16",
         "moonlight": "kv_cache: bfloat16",
+        "minimax_m2": "router: bf16",
     }.items():
         model = tmp_path / name
         model.mkdir()
@@ -91,7 +95,7 @@ def test_what_a_family_leaves_no_choice_in_is_refused_with_what_to_write(tmp_pat
         settings = ", ".join(f"{k}: {v}" for k, v in (other | {key: value}).items())
         file = tmp_path / f"{name}.yaml"
         file.write_text(f"model: {{path: {model}}}\ndata: {{task: {{name: digit_sort}}}}\nprecision: {{{settings}}}\n")
-        setting, right = DEMANDS[describe(tiny_config(name)).model_type]
+        ((setting, right),) = DEMANDS[describe(tiny_config(name)).model_type]
         with pytest.raises(ConfigError, match=rf"set precision\.{setting}={right}$"):
             load_config(file)
 

@@ -14,7 +14,8 @@ from tests.support.proofs import sampled
 from tests.support.ranks import run_ranks
 from tests.support.tiny_families import FAMILIES, LAYERS, VOCAB, save_family, transformers_says
 
-DENSE = {"qwen3_moe with dense layers": [2], "deepseek_v3": [0], "moonlight": [0], "glm4_moe": [0]}
+DENSE = {"qwen3_moe with dense layers": [2]}
+DENSE |= {name: [0] for name in ("deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite")}
 LAYOUTS = {
     "one rank": {},
     "tensor 2": {"ranks": 2, "tensor": 2, "sequence": True},
@@ -158,11 +159,13 @@ def test_an_update_equals_that_of_one_rank(answers, layout, family):
         assert np.abs(this.weights[name] - weight).max() < 1e-6, name
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "moonlight", "glm4_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2"])
 def test_an_update_leaves_the_routing_bias_and_moves_all_else(models, answers, family):
     before, after = load_file(f"{models[family][0]}/model.safetensors"), answers("one rank")[family].weights
     still = sorted(name for name, weight in before.items() if np.array_equal(after[name], weight))
-    assert still == [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2, 3)]
+    sparse = [layer for layer in range(LAYERS) if layer not in DENSE.get(family, [])]
+    block = "block_sparse_moe" if family == "minimax_m2" else "mlp.gate"
+    assert still == [f"model.layers.{layer}.{block}.e_score_correction_bias" for layer in sparse]
     assert all(np.abs(before[name]).min() > 0 for name in still)
 
 

@@ -22,9 +22,14 @@ SGLANG_FILES = {
     "deepseek_v3": "deepseek_v2.py",
     "kimi_k2": "deepseek_v2.py",
     "glm4_moe": "glm4_moe.py",
+    "glm4_moe_lite": "glm4_moe_lite.py",
+    "minimax_m2": "minimax_m2.py",
     "gpt_oss": "gpt_oss.py",
 }
-MAY_HAVE_DENSE_LAYERS = ("qwen3_moe", "qwen2_moe", "deepseek_v3", "kimi_k2", "glm4_moe")
+TIES_NOT_MADE = [
+    *("qwen2_moe", "qwen3_moe with dense layers", "mixtral", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss")
+]
+MAY_HAVE_DENSE_LAYERS = ("qwen3_moe", "qwen2_moe", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite")
 TIED = {"tie_word_embeddings": True}
 SETTINGS = ["model.tiny=null", "precision.router=fp32", "precision.weights=bfloat16", "precision.kv_cache=same"]
 
@@ -49,7 +54,7 @@ def test_a_family_says_of_the_server_what_sglangs_source_says(name):
         assert FAMILIES[name].server_dense == ("    is_layer_sparse = True\n" not in source)
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe with dense layers", "mixtral", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", TIES_NOT_MADE)
 def test_ties_that_the_server_does_not_make_are_refused_with_a_server_only(name, tmp_path):
     hf = tiny_config(name) | TIED | {"mlp_only_layers": []}
     with pytest.raises(
@@ -95,7 +100,7 @@ def test_dense_layers_that_the_server_takes_for_sparse_are_refused_with_a_server
 
 
 def test_dense_layers_that_the_server_has_are_no_reason(tmp_path):
-    for name in ("deepseek_v3", "glm4_moe"):
+    for name in ("deepseek_v3", "glm4_moe", "glm4_moe_lite"):
         assert describe(tiny_config(name) | {"moe_layer_freq": 1}).moe_layers == (1, 2, 3)
         assert describe(tiny_config(name)).not_served == []
     assert config_of(tiny_config("glm4_moe"), tmp_path).model.path == tmp_path

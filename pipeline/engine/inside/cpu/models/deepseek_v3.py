@@ -1,32 +1,9 @@
-"""DeepSeek-V3, as SGLang has it, but for what its latent attention takes for granted on a CPU: a processor with AMX."""
+"""DeepSeek-V3, as SGLang has it, but for its latent attention."""
 
-from typing import Any
-
-from sglang.srt.layers.rotary_embedding import factory
-from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
-from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 from sglang.srt.models.deepseek_v2 import EntryClass
 
-from pipeline.engine.server import CPU_ATTENTION_BACKEND
+from pipeline.engine.inside.cpu import absorbed
 
 __all__ = ["EntryClass"]
 
-_rope_cpu = factory.get_rope_cpu
-
-
-def rope(*args: Any, **kwargs: Any) -> Any:
-    """factory.get_rope_cpu knows DeepSeek's YaRN only: any other kind is made as on other devices."""
-    scaling = kwargs.get("rope_scaling", args[5] if len(args) > 5 else None)
-    if scaling is not None and scaling["rope_type"] == "deepseek_yarn":
-        return _rope_cpu(*args, **kwargs)
-    kwargs.pop("device", None)
-    return factory.get_rope(*args[:8], **kwargs)  # the ninth is the device
-
-
-def absorbed(attention: Any, forward_batch: Any) -> AttnForwardMethod:
-    """How the batched backend attends: with the latents themselves, in prompts too."""
-    return AttnForwardMethod.MLA
-
-
-factory.get_rope_cpu = rope
-AttentionBackendRegistry.register(CPU_ATTENTION_BACKEND, absorbed)
+absorbed.install()
