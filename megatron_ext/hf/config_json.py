@@ -58,7 +58,8 @@ def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
     nested = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     nested["rope_type"] = nested.get("rope_type") or nested.get("type") or "default"
     flat = {k: hf[k] for k in ("rope_theta", "partial_rotary_factor") if hf.get(k) is not None}
-    part = {"partial_rotary_factor": hf["rotary_dim"] / hf["head_dim"]} if hf.get("rotary_dim") else {}
+    whole = hf.get("rotary_dim") and hf.get("head_dim")
+    part = {"partial_rotary_factor": hf["rotary_dim"] / hf["head_dim"]} if whole else {}
     return {"rope_theta": 10000.0} | part | flat | nested
 
 
@@ -130,10 +131,9 @@ def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
     for name in _OF_EVERY_LAYER:
         if hf.get(name) is not None and len(hf[name]) != layers:
             yield f"{name} has {len(hf[name])} entries for num_hidden_layers={layers}"
-    if hf.get("rotary_dim") and hf["rotary_dim"] != rope_settings(hf)["partial_rotary_factor"] * hf["head_dim"]:
-        yield (
-            f"rotary_dim={hf['rotary_dim']} is not partial_rotary_factor of head_dim={hf['head_dim']}; leave one out"
-        )
+    turned, head = hf.get("rotary_dim"), hf.get("head_dim")
+    if turned and head and turned != rope_settings(hf)["partial_rotary_factor"] * head:
+        yield f"rotary_dim={turned} is not partial_rotary_factor of head_dim={head}; leave one out"
     groups, chosen = hf.get("n_group") or 1, hf.get("topk_group")
     if groups > 1 and (chosen is None or chosen > groups):
         yield f"topk_group={chosen} must be of 1 to n_group={groups} groups"

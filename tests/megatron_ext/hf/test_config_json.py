@@ -70,6 +70,9 @@ def without(hf, *names):
         (tiny_config("mixtral") | {"rope_parameters": None}, "rope_theta is missing .transformers would take"),
         (tiny_config("gpt_oss") | {"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
         (tiny_config("gpt_oss") | {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        (tiny_config("glm4_moe_lite") | {"mlp_layer_types": ["sparse"]}, "mlp_layer_types has 1 entries"),
+        (without(tiny_config("glm4_moe_lite"), "mlp_layer_types"), "first_k_dense_replace is missing"),
+        (tiny_config("minimax_m2") | {"rotary_dim": 8}, "rotary_dim=8 is not partial_rotary_factor of head_dim=32"),
         (tiny_config("deepseek_v3") | {"topk_group": None}, "topk_group=None must be of 1 to n_group=4 groups"),
         (tiny_config("deepseek_v3") | {"n_group": 3}, "8 experts do not divide by n_group=3"),
         (

@@ -12,7 +12,7 @@ from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.description import UnsupportedModel, describe
 from megatron_ext.hf.families import FAMILIES
 from tests.support.ranks import run_ranks
-from tests.support.tiny_families import save_family
+from tests.support.tiny_families import save_family, tiny_config
 
 LAYOUTS = [
     {},
@@ -229,6 +229,33 @@ def test_a_model_that_is_not_built_here_is_refused(tiny_model_dir, change, messa
     hf = json.loads((tiny_model_dir / "config.json").read_text())
     with pytest.raises(UnsupportedModel, match=message):
         describe(hf | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("glm4_moe_lite", {"first_k_dense_replace": 2}, "=2 and mlp_layer_types with 1 dense layers"),
+        (
+            "glm4_moe_lite",
+            {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]},
+            "other than dense layers first",
+        ),
+        ("glm4_moe_lite", {"rope_parameters": YARN}, "'yarn'"),
+        ("glm4_moe_lite", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
+        (
+            "minimax_m2",
+            {"use_routing_bias": False, "scoring_func": "softmax"},
+            "use_routing_bias.*scoring_func",
+        ),
+        ("minimax_m2", {"shared_intermediate_size": 64}, "shared_intermediate_size=64"),
+        ("minimax_m2", {"attn_type_list": [0, 1, 1, 1]}, "attn_type_list"),
+    ],
+)
+def test_what_a_newer_family_does_not_do_here_is_refused(name, change, message):
+    assert describe(tiny_config(name)).num_layers == 4
+    with pytest.raises(UnsupportedModel, match=message):
+        describe(tiny_config(name) | change)
 
 
 def test_kimi_k2_is_deepseek_v3_under_another_name():

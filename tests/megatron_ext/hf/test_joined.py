@@ -61,7 +61,12 @@ def test_sglangs_loader_joins_what_the_family_says():
     lines(loader, 280, 283, begins='fuse_qkv_a_proj = hasattr(self.config, "q_lora_rank") and (')
     joins = lines(loader, 438, 441, begins="if fuse_qkv_a_proj and (")
     (names,) = FAMILIES["deepseek_v3"].joined
-    assert all(f'"{name.rpartition(".weight")[0].rpartition(".")[2]}" in name' in joins for name in names)
+    lite = lines(LOADERS + "glm4_moe_lite.py", 1008, 1011, begins="if fuse_qkv_a_proj and (")
+    assert FAMILIES["glm4_moe_lite"].joined == FAMILIES["deepseek_v3"].joined
+    for name in names:
+        condition = f'"{name.rpartition(".weight")[0].rpartition(".")[2]}" in name'
+        assert condition in joins
+        assert condition in lite
 
 
 # Each of these loaders hands a tensor to the loader of its parameter, with its place in it, as it comes: none keeps one
@@ -76,6 +81,7 @@ def test_sglangs_loader_joins_what_the_family_says():
         ("qwen2_moe.py", 1324, 1408, "def load_weights("),
         ("mixtral.py", 392, 459, "def load_weights("),
         ("glm4_moe.py", 1071, 1237, "def load_weights("),
+        ("minimax_m2.py", 1113, 1224, "def load_weights("),
         ("gpt_oss.py", 1224, 1290, "for name, loaded_weight in weights:"),  # behind it, sinks are padded
     ],
 )

@@ -46,6 +46,12 @@ def test_a_server_is_told_what_its_family_needs(arguments):
         assert told == {"moe_layer_freq": 1, "topk_method": "noaux_tc"}
     whole = model | told
     assert "--json-model-override-args" not in arguments(model=whole)
+    rotated = {"model_type": "minimax_m2", "head_dim": 128, "partial_rotary_factor": 0.5, "scoring_func": "sigmoid"}
+    told = json.loads(value_of(arguments(model=rotated), "--json-model-override-args"))
+    assert told == {"use_qk_norm": True, "qk_norm_type": "per_layer", "use_routing_bias": True, "rotary_dim": 64}
+    types = {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "dense", "sparse"]}
+    told = json.loads(value_of(arguments(model=types), "--json-model-override-args"))
+    assert told == {"first_k_dense_replace": 2}
     assert value_of(arguments(model={"model_type": "gpt_oss"}), "--moe-runner-backend") == "triton"
     assert "--moe-runner-backend" not in arguments("cuda", model={"model_type": "gpt_oss"})
     assert arguments() == arguments(model={"model_type": "of nobody"})
