@@ -307,8 +307,8 @@ class Episode:
     verdict:  what the environment that made it says of it; None: verifiers are asked.
     turn_rewards: of each turn in order, where the environment gives them; their sum is the reward. None: all of it is
               the last turn's.
-    note:     of the environment, for people.
-              parts, grade_s, answer, verdict and note are of this process only: no dump and no checkpoint has them.
+    calls:    tools that each turn called: name, arguments, result. (): nobody says.  note: of the environment.
+              parts, grade_s, answer, verdict, calls, note are of this process only: no dump and no checkpoint has them.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -319,6 +319,7 @@ class Episode:
     answer: str | None = None
     verdict: Verdict | None = None
     turn_rewards: tuple[float, ...] | None = None
+    calls: Sequence[Sequence[tuple[str, str, str]]] = ()
     note: str = ""
 
     def __post_init__(self):

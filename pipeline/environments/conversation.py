@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline.engine.sampling import OnTokens, Sampling, unheard
 from pipeline.environments.templates import HistoryError, Message, TemplateWriter
+from pipeline.environments.tool_calls import Call, calls_of
 from pipeline.environments.turn_parser import TurnParser
 from pipeline.rollout.session import Engine, Session
 from pipeline.types import FinishReason, Opening, Prompt, Rollout
@@ -92,6 +93,7 @@ class Conversation:
         self._done: list[Rollout] = []
         self.turns = self.seams = 0
         self._unheard: list[int] = []
+        self._answered: list[tuple[Message, list[Message]]] = []  # turns, and what tools said to them
         self.cut: CutBy | None = None
         self.messages: list[Message] = list(prompt.opening.messages)
         self._begin(prompt.ids, prompt.text)
@@ -137,7 +139,9 @@ class Conversation:
                 raise Misuse(f"a message is a mapping with a role and a content, not {message!r}")
             if message["role"] == "assistant":
                 raise Misuse("only the policy speaks as assistant; branch() begins anew with other messages")
-        self._new += [dict(message) for message in messages]
+        new = [dict(message) for message in messages]
+        self._new += new
+        self._answered[-1][1].extend(message for message in new if message["role"] == "tool")
 
     async def sample(self, *, max_new_tokens: int | None = None, on_tokens: OnTokens | None = None) -> Turn:
         """What the policy says to all that stands there. Without new messages a turn that was cut goes on.
@@ -203,6 +207,11 @@ class Conversation:
         """The last turn reached nobody: it counts as one whose sampling was cancelled."""
         self.turns -= 1
         self._unheard.append(self.turns + len(self._unheard))
+
+    @property
+    def calls(self) -> tuple[tuple[Call, ...], ...]:
+        """Tools that each turn of `rollouts` called, as far as it is known."""
+        return tuple(calls_of(turn, answers) for turn, answers in self._answered)
 
     async def _sample(self, asked: int | None, on_tokens: OnTokens | None) -> Turn:
         try:
@@ -283,6 +292,7 @@ class Conversation:
         else:
             message = {"role": "assistant", "content": text}
             self.messages.append(message)
+            self._answered.append((message, []))
             self._unheard.append(self.turns + len(self._unheard))
         if heard and self._last_unheard:
             self._unheard.pop()

@@ -137,6 +137,7 @@ class Environments:
             rollouts,
             verdict=Verdict(told.total(), seconds=seconds, parts=parts, response=response),
             turn_rewards=conversation.turn_rewards(by_turn) if (by_turn := told.by_turn()) else None,
+            calls=conversation.calls,
             note="; ".join(text for text in (cut, told.note) if text),
         )
 

@@ -101,7 +101,8 @@ def shown_rollouts(result: StepResult, tokenizer: PreTrainedTokenizerBase, count
     conversation is one answer, its rollouts one behind the other.
 
     Each: prompt, index, sample, samples, metadata, reward, advantage (of the first token), finish_reason, versions,
-    length; turns: reward (null: not given) and advantage of each, and whether it begins another rollout; runs: tokens
+    length; turns: reward (null: not given) and advantage of each, whether it begins another rollout, and its calls of
+    tools (name, arguments, result); runs: tokens
     of each turn, and of what others said between, in order; and of the tokens that are shown: turn, text, rollout,
     proximal, current (log-probs, nats), entropy (nats), all but the text null where the policy did not sample it.
     """
@@ -155,6 +156,7 @@ def _shown_tokens(
                 "reward": None if rewards is None else _short(rewards[k]),
                 "advantage": _short(float(advantages[start])),
                 "anew": k > 0 and k in begins,
+                "calls": [list(map(shortened, call)) for call in episode.calls[k]] if episode.calls else [],
             }
             for k, start in enumerate(s for s in starts if numbers[s] >= 0)
         ],

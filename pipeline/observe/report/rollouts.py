@@ -29,10 +29,23 @@ class Token:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool. line: all of it."""
+
+    name: str
+    arguments: str
+    result: str
+
+    @property
+    def line(self) -> str:
+        return f"{self.name}: {_line(self.arguments)} \u2192 {_line(self.result)}"
+
+
+@dataclass(frozen=True)
 class Turn:
     """What the policy said in one go, and what others said then. hidden, reply_hidden: tokens that are not shown.
 
-    title: "" for an answer of one turn. preview: both in a line.
+    title: "" for an answer of one turn. preview: both in a line. calls: tools that it called, if that is known.
     """
 
     title: str
@@ -40,6 +53,7 @@ class Turn:
     hidden: int
     reply: str = ""
     reply_hidden: int = 0
+    calls: tuple[ToolCall, ...] = ()
 
     @property
     def preview(self) -> str:
@@ -101,7 +115,8 @@ def _turns(rollout: dict[str, Any]) -> tuple[Turn, ...]:
         hidden = length - len(own)
         if number is not None:
             title = _title(number, told[number]) if len(told) > 1 else ""
-            out.append(Turn(title, tuple(_token(*row) for row in own), hidden))
+            calls = tuple(ToolCall(*call) for call in told[number].get("calls", ()))
+            out.append(Turn(title, tuple(_token(*row) for row in own), hidden, calls=calls))
         elif out:
             text = "".join(row[0] for row in own)
             out[-1] = dataclasses.replace(out[-1], reply=text, reply_hidden=hidden)

@@ -158,7 +158,8 @@ def test_tokens_that_the_policy_did_not_sample_have_no_log_probs_and_are_in_no_h
 
 
 def test_a_conversation_is_one_answer_of_all_its_turns(tokenizer):
-    told = conversation(tokenizer, [["12", "34", "5"], ["6"]], 3, reward=1.5, turn_rewards=(0.0, 0.5, 1.0))
+    calls = [[("look", "1" * 2000, "34")], [], []]
+    told = conversation(tokenizer, [["12", "34", "5"], ["6"]], 3, reward=1.5, turn_rewards=(0.0, 0.5, 1.0), calls=calls)
     group = Group(Prompt(np.zeros(1, np.int32), "question"), (told,))
     rows = [r.rollout_logprobs for r in told.rollouts]
     advantages = [np.array([1, 1, 0, 0, -1], np.float32), 0.25]
@@ -167,11 +168,14 @@ def test_a_conversation_is_one_answer_of_all_its_turns(tokenizer):
     assert shown["text"] == list("123456")
     assert shown["turn"] == [0, 0, None, None, 1, 2]
     assert shown["runs"] == [2, 2, 1, 1]
-    assert [tuple(turn.values()) for turn in shown["turns"]] == [
+    assert [(turn["reward"], turn["advantage"], turn["anew"]) for turn in shown["turns"]] == [
         (0.0, 1.0, False),
         (0.5, -1.0, False),
         (1.0, 0.25, True),
     ]
+    ((name, arguments, answer),) = shown["turns"][0]["calls"]
+    assert (name, answer, len(arguments) < 1100) == ("look", "34", True)
+    assert [turn["calls"] for turn in shown["turns"][1:]] == [[], []]
     assert [value is None for value in shown["rollout"]] == [False, False, True, True, False, False]
 
 
