@@ -20,10 +20,9 @@ from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.step import Batch
 from pipeline.trainer.group import to_sample
 from pipeline.trainer.losses import policy_loss
-from pipeline.types import Rollout
 from tests.support import reference
 from tests.support.ranks import run_ranks
-from tests.support.talks import BLOCKED_S, BLOCKING, TURNS, settings, write_questions
+from tests.support.talks import BLOCKED_S, BLOCKING, TURNS, settings, split, write_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
@@ -105,24 +104,6 @@ def test_a_tool_that_blocks_for_longer_than_servers_keep_idle_connections_breaks
     blocked = played.rounds[0].groups[BLOCKING]
     assert all(episode.verdict.seconds > BLOCKED_S for episode in blocked.episodes)
     assert (played.servers["servers/lost"], played.servers["servers/requests_sent_again"]) == (0, 0)
-
-
-def split(rollout: Rollout) -> list[tuple[Rollout, slice]]:
-    """Each turn as a single answer, whose prompt is all that stood before it; and where it stands."""
-    before, out = len(rollout.prompt_ids), []
-    for turn in range(rollout.turns):
-        (places,) = np.nonzero(rollout.turn_numbers == turn)
-        where = slice(int(places[0]), int(places[-1]) + 1)
-        alone = Rollout(
-            prompt_ids=rollout.token_ids[: before + where.start],
-            response_ids=rollout.response_ids[where],
-            rollout_logprobs=rollout.rollout_logprobs[where],
-            routes=np.asarray(rollout.routes)[: before + where.stop - 1],
-            weight_versions=rollout.weight_versions[where],
-            finish_reason="stop",
-        )
-        out.append((alone, where))
-    return out
 
 
 def gradients(config: ParallelConfig, model: str, samples, denominators):

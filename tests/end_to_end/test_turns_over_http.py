@@ -1,5 +1,6 @@
-"""200 conversations that an unchanged client leads, over weight updates and the death of a server: what the servers
-received, by their own logs, is what is trained on, token by token."""
+"""200 conversations that an unchanged client leads, half of them in streams, with the tokenizer and the template of a
+real language model, over weight updates and the death of a server: what the servers received, by their own logs, is
+what is trained on, token by token."""
 
 from __future__ import annotations
 
@@ -15,19 +16,25 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
+from pipeline.arrays import padded
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.dumps.dump import dump_path, read_dump
+from pipeline.loop.update import Measured, loss_rows
+from pipeline.objectives import Denominators, LossInputs, ObjectiveConfig, resolve
+from pipeline.step import PolicyTokens
 from pipeline.types import Rollout
 from tests.support.command import SMALL, Command
-from tests.support.talks import TURNS, settings, write_questions
+from tests.support.smollm2 import write_model
+from tests.support.talks import TURNS, settings, split, write_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 STEPS, PROMPTS, SAMPLES = 5, 10, 4
 CONVERSATIONS = STEPS * PROMPTS * SAMPLES
 RUN = [
-    *SMALL, "model.tiny.tokenizer=bytes", f"train.steps={STEPS}", "train.lr=2e-3", "rollout.max_staleness=3",
+    *SMALL, "supervised.steps=0", f"train.steps={STEPS}", "train.lr=2e-3", "rollout.max_staleness=3",
     "objective={preset: grpo, credit: turn, correction: {kind: token_tis}}",
     f"rollout.prompts_per_step={PROMPTS}", f"rollout.samples_per_prompt={SAMPLES}", "server.replicas=2",
     "server.probe_timeout_s=4", "debug.dump_rollouts=true", "checks.first_rollouts=0",
@@ -88,7 +95,9 @@ def finished(tmp_path_factory):
     questions, logged = write_questions(folder, 200), folder / "requests"
     logged.mkdir()
     log = ["--log-requests", "--log-requests-level=3", "--log-requests-format=json", f"--log-requests-target={logged}"]
-    run = Command(folder, *RUN, *settings(questions, "OverHTTP"), f"server.extra_args={json.dumps(log)}")
+    model = write_model(folder / "smollm2")
+    own = settings(questions, "OverHTTP", prompt_tokens=64, tokens=180, context=256)
+    run = Command(folder, *RUN, *own, f"model={{tiny: null, path: {model}}}", f"server.extra_args={json.dumps(log)}")
     try:
         run.wait_for(f"step 1/{STEPS}")
         os.kill(first_server(run), signal.SIGKILL)
@@ -109,7 +118,7 @@ def finished(tmp_path_factory):
         rows=[row for row in rows if row["step"] is not None],
         metrics=metrics,
         received=received_ids(logged),
-        tokenizer=load_tokenizer(run.run / "model"),
+        tokenizer=load_tokenizer(model),
     )
 
 
@@ -166,3 +175,55 @@ def test_each_sampled_token_is_trained_on_once(finished):
     assert [row["trained_tokens"] for row in finished.rows] == [int(row["note"]) for row in finished.rows]
     assert sum(row["trained_tokens"] for row in finished.rows) == sum(r.trained_tokens for r in finished.rollouts)
     assert all(len(row["turn_rewards"]) == row["turns"] == TURNS for row in finished.rows)
+
+
+def test_a_conversation_begins_with_what_the_models_own_template_writes(finished):
+    text = finished.tokenizer.decode(finished.rollouts[0].token_ids.tolist())
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")  # nobody has said that
+    assert text.count("<|im_start|>tool\n") == TURNS - 1
+    assert len(finished.tokenizer) == 49152
+
+
+def noise(places: np.ndarray) -> np.ndarray:
+    """Numbers from 0 to 1 that belong to a place in a conversation."""
+    return np.sin((places + 1) * 12.9898) * 43758.5453 % 1
+
+
+def test_the_loss_and_its_gradient_are_those_of_each_turn_as_a_single_answer(finished):
+    """Of the same ids: what stands before a turn is then its prompt, and only the turn has a mask."""
+    objective = resolve(
+        ObjectiveConfig(preset="grpo", credit="turn", reduction="token_mean", correction={"kind": "token_tis"})
+    )
+    batch = finished.batches[0]
+    places = [np.arange(len(r)) for r in batch.rollouts]
+    current = [r.rollout_logprobs - 0.1 * noise(p) for r, p in zip(batch.rollouts, places, strict=True)]
+    proximal = PolicyTokens([np.float32(r.rollout_logprobs) for r in batch.rollouts], [], np.zeros((0, 3), np.int64))
+    rows = loss_rows(objective, batch, Measured(proximal), max_new_tokens=180)
+    tokens = sum(r.trained_tokens for r in batch.rollouts)
+
+    def matrix(arrays):
+        return torch.from_numpy(padded([np.asarray(a, np.float64) for a in arrays]))
+
+    def learned(parts):
+        """(loss, gradient by token) of (rollout, row, its place in the conversation)."""
+        sampled, advantages = ([] for _ in range(2))
+        policy = matrix([current[i][where] for i, _, where in parts]).requires_grad_()
+        for i, rollout, where in parts:
+            sampled.append(rollout.rollout_logprobs)
+            advantages.append(np.broadcast_to(rows[i].advantage, len(batch.rollouts[i]))[where])
+        mask = torch.from_numpy(padded([rollout.trained for _, rollout, _ in parts]))
+        x = LossInputs(policy, matrix(sampled), matrix(sampled), matrix(advantages), mask, prompt_tokens=mask.sum(1))
+        loss = objective.loss(x, Denominators(len(batch.rollouts), tokens, 180, prompts=PROMPTS)).loss
+        (gradient,) = torch.autograd.grad(loss, policy)
+        return float(loss.detach()), gradient.numpy()
+
+    whole, by_token = learned([(i, r, slice(0, len(r))) for i, r in enumerate(batch.rollouts)])
+    parts = [(i, alone, where) for i, r in enumerate(batch.rollouts) for alone, where in split(r)]
+    apart, theirs = learned(parts)
+    assert len(parts) == PROMPTS * SAMPLES * TURNS
+    assert apart == pytest.approx(whole, rel=1e-9)
+    assert np.abs(by_token).max() > 0
+    for (i, _, where), gradient in zip(parts, theirs, strict=True):
+        assert np.allclose(by_token[i][where], gradient[: where.stop - where.start], rtol=1e-9, atol=0)
+    for i, rollout in enumerate(batch.rollouts):
+        assert (by_token[i][: len(rollout)][~rollout.trained] == 0).all()

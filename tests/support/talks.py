@@ -7,11 +7,12 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 from openai import AsyncOpenAI
 
 from pipeline.environments import Conversation, Reward
 from pipeline.environments.endpoint import serve
-from pipeline.types import Prompt
+from pipeline.types import Prompt, Rollout
 
 TURNS, TURN_TOKENS = 5, 6
 BLOCKING, BLOCKED_S = 1, 7.0
@@ -27,14 +28,15 @@ def write_questions(folder: Path, count: int) -> Path:
     return file
 
 
-def settings(questions: Path, name: str) -> list[str]:
-    """Of a run whose environment is the class `name` of this file."""
+def settings(questions: Path, name: str, *, prompt_tokens: int = 24, tokens: int = 90, context: int = 128) -> list[str]:
+    """Of a run whose environment is the class `name` of this file. prompt_tokens, tokens: that a prompt and what
+    follows it may have. context: of the servers."""
     return [
         f"environment={{function: 'talks:{name}', directory: {MODULE.parent}, replies: [tool], max_turns: {TURNS}, "
-        "max_tokens: 90, threads: 4}",
-        f"data={{sources: [{{kind: jsonl, path: {questions}}}], task: null, max_prompt_tokens: 24}}",
+        f"max_tokens: {tokens}, threads: 4}}",
+        f"data={{sources: [{{kind: jsonl, path: {questions}}}], task: null, max_prompt_tokens: {prompt_tokens}}}",
         f"rollout.max_new_tokens={TURN_TOKENS}",
-        "server.context_length=128",
+        f"server.context_length={context}",
     ]
 
 
@@ -60,23 +62,57 @@ class Talk:
 
 class OverHTTP:
     """The same, led by an unchanged client of the openai package, with a tool that takes its time: for half of the
-    prompts so much that the others are trained on meanwhile. The note counts the tokens that the client was told of."""
+    prompts so much that the others are trained on meanwhile. Half of the prompts have their answers as streams. The
+    note counts the tokens that the client was told of."""
 
     async def run(self, conversation: Conversation, prompt: Prompt) -> Reward:
         assert prompt.opening is not None
         messages, told, earned = list(prompt.opening.messages), 0, []
         async with serve(conversation) as address, AsyncOpenAI(base_url=address.url, api_key=address.key) as client:
             for turn in range(TURNS):
-                answer = await client.chat.completions.create(
-                    model="policy", messages=messages, logprobs=True, extra_headers={"x-turn": str(turn)}
-                )
-                told += answer.usage.completion_tokens
-                logprobs = answer.choices[0].logprobs.content
-                earned.append(float(len({entry.token for entry in logprobs}) / TURN_TOKENS))
-                call = f"f{turn}"
+                ask = streamed if prompt.index // 2 % 2 else whole
+                message, count, texts = await ask(client, messages)
+                told += count
+                earned.append(sum(len(text) % 2 == 0 for text in texts) / TURN_TOKENS)  # turns differ in it
                 await asyncio.sleep(TOOL_S[prompt.index % 2])
-                messages += [
-                    answer.choices[0].message.model_dump(exclude_none=True),
-                    {"role": "tool", "tool_call_id": call, "content": f"{prompt.index} {turn}"},
-                ]
+                answer = {"role": "tool", "tool_call_id": f"f{turn}", "content": f"{prompt.index} {turn}"}
+                messages += [message, answer]
         return Reward(turns=earned, note=str(told))
+
+
+async def whole(client: AsyncOpenAI, messages: list) -> tuple[dict, int, list[str]]:
+    """(message, tokens of it, their texts)"""
+    answer = await client.chat.completions.create(model="policy", messages=messages, logprobs=True)
+    texts = [entry.token for entry in answer.choices[0].logprobs.content]
+    return answer.choices[0].message.model_dump(exclude_none=True), answer.usage.completion_tokens, texts
+
+
+async def streamed(client: AsyncOpenAI, messages: list) -> tuple[dict, int, list[str]]:
+    """The same, put together from a stream."""
+    said, count, texts = "", 0, []
+    async for piece in await client.chat.completions.create(
+        model="policy", messages=messages, logprobs=True, stream=True, stream_options={"include_usage": True}
+    ):
+        for choice in piece.choices:
+            said += choice.delta.content or ""
+            texts += [entry.token for entry in (choice.logprobs.content if choice.logprobs else ())]
+        count = piece.usage.completion_tokens if piece.usage else count
+    return {"role": "assistant", "content": said}, count, texts
+
+
+def split(rollout: Rollout) -> list[tuple[Rollout, slice]]:
+    """Each turn as a single answer, whose prompt is all that stood before it; and where it stands."""
+    before, out = len(rollout.prompt_ids), []
+    for turn in range(rollout.turns):
+        (places,) = np.nonzero(rollout.turn_numbers == turn)
+        where = slice(int(places[0]), int(places[-1]) + 1)
+        alone = Rollout(
+            prompt_ids=rollout.token_ids[: before + where.start],
+            response_ids=rollout.response_ids[where],
+            rollout_logprobs=rollout.rollout_logprobs[where],
+            routes=np.asarray(rollout.routes)[: before + where.stop - 1],
+            weight_versions=rollout.weight_versions[where],
+            finish_reason="stop",
+        )
+        out.append((alone, where))
+    return out
