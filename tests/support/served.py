@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 
+import aiohttp
+
 from pipeline.engine.sampling import Sampling
 from pipeline.environments.conversation import Conversation
 from pipeline.environments.endpoint import serve
@@ -57,6 +59,16 @@ async def served(tokenizer, said=(), **options):
 
 def body(messages=None, **fields) -> bytes:
     return json.dumps({"model": "policy", "messages": messages or ASKED} | fields).encode()
+
+
+async def post(address, data, *, key=None, path="/chat/completions", method="POST"):
+    """(status, body)"""
+    headers = {"Authorization": f"Bearer {key or address.key}", "Content-Type": "application/json"}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(method, address.url + path, data=data, headers=headers) as answer,
+    ):
+        return answer.status, await answer.json()
 
 
 def kimi_tokenizer(folder):

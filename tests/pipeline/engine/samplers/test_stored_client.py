@@ -123,6 +123,20 @@ def test_routes_of_an_answer_that_went_on_are_those_of_all_its_requests(ray_up, 
         assert equal(found, expected)
 
 
+def test_each_token_is_heard_of_once_also_those_that_come_with_the_end(ray_up, urls):
+    async def heard(client):
+        async with client:
+            pieces, session = [], Session(client, prompts(1)[0].ids)
+            rollout = await session.sample(replace(SAMPLING, max_new_tokens=60, each_token=True), pieces.append)
+            return pieces, rollout
+
+    with through_samplers([own_client(urls[0])], 1, [None]) as (client,):
+        pieces, rollout = asyncio.run(heard(client))
+    assert [token for piece in pieces for token in piece.ids] == rollout.response_ids.tolist()
+    assert [value for piece in pieces for value in piece.logprobs] == pytest.approx(rollout.rollout_logprobs.tolist())
+    assert pieces[0].at == 9
+
+
 def test_a_bad_answer_is_the_same_error(ray_up, urls):
     wrong = own_client(urls[0], num_experts=20)
     with pytest.raises(AnswerError) as expected:
@@ -159,8 +173,8 @@ def test_a_call_that_is_given_up_ends_on_the_server_and_progress_is_heard_before
 
     async def run(client):
         async with client:
-            ids, sampling = prompts(1)[0].ids, Sampling(900, 1.0, ignore_eos=True)
-            task = asyncio.create_task(client.sample(ids, sampling, on_tokens=lambda _: heard.append(time.monotonic())))
+            ids, sampling = prompts(1)[0].ids, Sampling(900, 1.0, ignore_eos=True, each_token=True)
+            task = asyncio.create_task(client.sample(ids, sampling, on_tokens=heard.append))
             await sampling_begins(server)
             while not heard:
                 assert not task.done()
@@ -172,6 +186,7 @@ def test_a_call_that_is_given_up_ends_on_the_server_and_progress_is_heard_before
 
     with through_samplers([client_of(server, timeout_s=120)], 1, [None]) as (client,):
         asyncio.run(asyncio.wait_for(run(client), 60))
+    assert [piece.at for piece in heard] == list(range(9, 9 + len(heard)))  # a token each, none left out
 
 
 def test_nothing_is_left_of_a_sampler_when_its_block_ends(ray_up, urls):

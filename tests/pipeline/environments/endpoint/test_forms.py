@@ -18,9 +18,8 @@ from pipeline.engine.sampling import Piece
 from pipeline.environments.endpoint import listener
 from pipeline.environments.endpoint.listener import endpoint_metrics
 from pipeline.environments.turn_parser import TurnParser
-from tests.pipeline.environments.endpoint.test_listener import post
 from tests.support.scripted import Scripted
-from tests.support.served import ASKED, END, TOOL, call_text, served
+from tests.support.served import ASKED, END, TOOL, call_text, post, served
 
 THINKS = TurnParser("qwen25", "qwen3")
 SAID = [
