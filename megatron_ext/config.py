@@ -200,6 +200,13 @@ class TrainerConfig(Frozen):
     """Memory and kernels of the trainer."""
 
     router_fusion: bool = Field(False, description="Transformer Engine's fused router; it bypasses replay")
+    replay_floor: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="router replay: refuse a given expert whose live probability is below this times that of the "
+        "weakest expert that the router would choose itself, and take one of its own; null: refuse none",
+    )
     micro_batch_tokens: int = Field(
         8192, ge=1, description="most tokens of one packed micro-batch, over all context ranks"
     )

@@ -97,7 +97,7 @@ class Network:
             model, parallel_config, config, precision, head=head, replay=replay
         )
         round_key_values(self.chunks, precision.kv_cache)
-        self.replays = [ChunkReplay(c) for c in self.chunks] if replay else []
+        self.replays = [ChunkReplay(c, config.replay_floor) for c in self.chunks] if replay else []
         self.models: list[Any] = list(self.chunks)
         if trainable:
             ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)

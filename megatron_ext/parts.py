@@ -36,12 +36,13 @@ class TokenPart:
 
     quantities: what the model says of each token (a policy: log-prob, entropy; a critic: value), each
                 sample index -> [N] float32.
-    routing:    layer -> (tokens replayed, of these native selection agreed, tokens fallen back).
+    routing:    layer -> (tokens replayed, of these native selection agreed, tokens fallen back, tokens of which a floor
+                refused an expert).
     routes:     what the routers recorded, where they were to; of every pipeline stage.
     """
 
     quantities: tuple[dict[int, np.ndarray], ...] = ()
-    routing: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    routing: dict[int, tuple[int, ...]] = field(default_factory=dict)
     routes: RecordedRoutes = field(default_factory=dict)
 
 
@@ -78,9 +79,9 @@ def merge_tokens(parts: Sequence[TokenPart], count: int) -> tuple[list[np.ndarra
 
 
 def merge_routing(parts: Sequence[TokenPart]) -> np.ndarray:
-    """[layers, 3] int64 of all ranks: tokens replayed, native selection agreed, fallen back; zero without a router."""
+    """[layers, 4] int64 of all ranks, of the columns of TokenPart.routing; zero without a router."""
     layers = 1 + max((layer for p in parts for layer in p.routing), default=-1)
-    routing = np.zeros((layers, 3), np.int64)
+    routing = np.zeros((layers, 4), np.int64)
     for part in parts:
         for layer, counts in part.routing.items():
             routing[layer] += counts

@@ -60,8 +60,8 @@ class PolicyTokens:
     """What the policy says of every response token of some rollouts.
 
     logprobs, entropy: [N] float32 a rollout; what stands at tokens that were not sampled means nothing.
-    routing: [layers, 3] int64: tokens replayed, of these native selection agreed, tokens fallen back; no layers where
-             nothing is routed.
+    routing: [layers, 4] int64: tokens replayed, of these native selection agreed, tokens fallen back, tokens of which a
+             floor refused an expert; no layers where nothing is routed.
     """
 
     logprobs: list[np.ndarray]

@@ -1,6 +1,7 @@
 """What replay costs: a trainer step and a rollout at 2,048 tokens a sequence, with and without routes, turn about.
 
     .venv/bin/python scripts/bench_replay.py [--tokens 2048] [--sequences 8] [--turns 9] [--rollout-turns 3]
+    .venv/bin/python scripts/bench_replay.py --router    # one router's choice alone: native, replayed, with a floor
 
 The trainer is one rank on the quickstart's model (4 layers, 8 experts, top 2). Rollouts come from two real servers, one
 that captures and returns routes and one that does not, asked in turn. Prints medians, the median over the turns of the
@@ -89,6 +90,30 @@ def trainer_step(model: Path, sequences: int, tokens: int, turns: int) -> None:
     print(f"routes: {size:.0f} bytes a token ({SHAPE.layers} layers x top {SHAPE.topk})")
 
 
+def router(tokens: int, turns: int, experts: int = 128, topk: int = 8) -> None:
+    """One router of Qwen3-30B-A3B's shape: milliseconds in which it chooses the experts of `tokens` tokens."""
+    from megatron_ext.batch.replay import LayerReplay
+    from megatron_ext.mcore import RouterReplayAction
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(tokens, experts, generator=generator)
+    given = (scores + 0.02 * torch.randn(tokens, experts, generator=generator)).topk(topk).indices
+    counted = torch.ones(tokens, dtype=torch.bool)
+    spent: dict[str, list[float]] = {"native": [], "replayed": [], "with a floor": []}
+    for _ in range(turns + 1):
+        for name, seconds in spent.items():
+            replay = LayerReplay(0.5 if name == "with a floor" else None, of_logits=True)
+            if name != "native":
+                replay.target_topk_idx, replay.counted = given, counted
+                replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+            start = time.perf_counter()
+            replay.get_replay_topk(scores, topk, default_compute_topk=lambda s, k, *_, **__: torch.topk(s, k))
+            seconds.append(time.perf_counter() - start)
+    shown = ", ".join(f"{name} {1e3 * statistics.median(s[1:]):.1f} ms" for name, s in spent.items())
+    print(f"router, {tokens} tokens, top {topk} of {experts}: {shown}")
+
+
 def rollout(model: Path, sequences: int, tokens: int, turns: int) -> None:
     """The same prompts to a server without and to one with routes."""
     prompts = [Prompt(np.arange(3, 19), "") for _ in range(sequences)]
@@ -136,7 +161,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--rollout-turns", type=int, default=3)
+    parser.add_argument("--router", action="store_true", help="the choice of one router alone")
     options = parser.parse_args()
+    if options.router:
+        router(options.tokens, options.turns)
+        return
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model(Path(folder) / "model", SHAPE, 0)
         trainer_step(model, options.sequences, options.tokens, options.turns)

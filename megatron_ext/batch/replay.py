@@ -4,6 +4,9 @@ Megatron-Core's RouterReplay holds, per router, the indices to replay. Here each
 rows are missing (those tokens route natively, and are counted) and how often the native selection would have agreed.
 Only the selection is replayed: the gate weights come from the live scores, so the router still learns.
 
+A floor may refuse an expert: where its live probability is below `floor` times that of the weakest native one, the
+strongest native expert that the token does not have yet takes its place. Such tokens are counted.
+
 State is set per model chunk, right before its forward, and never outlives `replaying`:
     forward    REPLAY_FORWARD with the micro-batch's routes (R2: those that an earlier forward recorded; R3: the
                rollout engine's), or RECORD
@@ -13,25 +16,38 @@ State is set per model chunk, right before its forward, and never outlives `repl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from megatron_ext.batch.routes import MISSING
 from megatron_ext.config import replay_conflict
 from megatron_ext.mcore import GPTModel, RouterReplay, RouterReplayAction
+
+COUNTS = 4
+"""See LayerReplay.counts."""
 
 
 class LayerReplay(RouterReplay):
     """Megatron-Core's per-router replay, with missing rows and counters.
 
-    counts: [3] int64 on the device of the routers, or None before the first: tokens replayed, of these with the same
-            native expert set, tokens that fell back. To read them is to wait for the device.
+    counts:    [4] int64 on the device of the routers, or None before the first: tokens replayed, of these with the same
+               native expert set, tokens that fell back, tokens of which the floor refused an expert. To read them is to
+               wait for the device.
+    floor:     see the head of this file; None refuses nothing.
+    of_logits: whether the scores that are chosen by are logits, and not probabilities.
+    bias:      gives what was added to the probabilities before the choice, [experts] or None.
     """
 
-    def __init__(self):
+    def __init__(
+        self, floor: float | None = None, *, of_logits: bool = False, bias: Callable[[], Tensor | None] = lambda: None
+    ):
         super().__init__()
         RouterReplay.global_router_replay_instances.remove(self)  # that list mixes models and chunks
+        self.floor, self.of_logits, self.bias = floor, of_logits, bias
         self.counted: Tensor | None = None
         self.counts: Tensor | None = None
 
@@ -49,25 +65,43 @@ class LayerReplay(RouterReplay):
                 f"layer {self.layer_number}: routes of shape {shape} to replay for {len(scores)} tokens, top {topk}"
             )
         # A missing row is -1 in its first place, so that it travels with the indices through recomputation.
-        missing = target[:, 0] < 0
+        missing = target[:, 0] == MISSING
         _, native = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
-        selection = torch.where(missing[:, None], native, target)
+        given = torch.where(missing[:, None], native, target)
+        selection, refused = given, torch.zeros_like(missing)
+        if self.floor is not None:
+            selection, refused = self._above_floor(scores.detach(), given, native)
         if first:
-            self._count(selection, native, missing)
+            self._count(given, native, missing, refused)
         return scores.gather(1, selection), selection
 
-    def _count(self, selection: Tensor, native: Tensor, missing: Tensor) -> None:
+    def _above_floor(self, scores: Tensor, given: Tensor, native: Tensor) -> tuple[Tensor, Tensor]:
+        """(selection [tokens, topk], tokens with a refused expert [tokens] bool). A native expert is never refused."""
+        assert self.floor is not None
+        bias = self.bias()
+        live = scores if bias is None else scores - bias
+        weakest = live.gather(1, native).amin(-1, keepdim=True)
+        least = weakest + math.log(self.floor) if self.of_logits else weakest * self.floor
+        refused = live.gather(1, given) < least
+        # First what is kept, then native experts by their scores; there are always enough of the two.
+        rank = torch.full_like(scores, -torch.inf).scatter(1, native, scores.gather(1, native))
+        rank = rank.scatter(1, given, rank.gather(1, given).masked_fill(~refused, torch.inf))
+        some = refused.any(-1)
+        return torch.where(some[:, None], rank.topk(given.shape[1], -1).indices, given), some
+
+    def _count(self, given: Tensor, native: Tensor, missing: Tensor, refused: Tensor) -> None:
         assert self.counted is not None
-        same = (selection.sort(-1).values == native.sort(-1).values).all(-1)
+        same = (given.sort(-1).values == native.sort(-1).values).all(-1)
         replayed = self.counted & ~missing
-        counts = torch.stack([replayed.sum(), (replayed & same).sum(), (self.counted & missing).sum()])
+        kinds = (replayed, replayed & same, self.counted & missing, self.counted & refused)
+        counts = torch.stack([kind.sum() for kind in kinds])
         self.counts = counts if self.counts is None else self.counts + counts
 
 
 class ChunkReplay:
-    """The replay of one model chunk's routers."""
+    """The replay of one model chunk's routers. floor: see the head of this file."""
 
-    def __init__(self, chunk: GPTModel):
+    def __init__(self, chunk: GPTModel, floor: float | None = None):
         self.layers: list[tuple[int, LayerReplay]] = []
         for layer in chunk.decoder.layers:
             router = getattr(layer.mlp, "router", None)
@@ -75,7 +109,12 @@ class ChunkReplay:
                 if (problem := replay_conflict(vars(router.config))) is not None:
                     raise ValueError(problem)
                 RouterReplay.global_router_replay_instances.remove(router.router_replay)
-                router.router_replay = LayerReplay()
+                softmax_last = router.config.moe_router_score_function == "softmax" and not (
+                    router.config.moe_router_pre_softmax
+                )
+                router.router_replay = LayerReplay(
+                    floor, of_logits=softmax_last, bias=partial(getattr, router, "expert_bias", None)
+                )
                 router.router_replay.layer_number = layer.layer_number
                 self.layers.append((layer.layer_number - 1, router.router_replay))
 
@@ -83,11 +122,11 @@ class ChunkReplay:
         """Arm the routers for the next forward of this chunk.
 
         routes:    [tokens, layers of the whole model, topk] integers, this rank's tokens; -1 where a row is missing.
-        counted:   [tokens] bool, real tokens.
+        counted:   [tokens] bool, real tokens. The rows of others are taken for missing, whatever stands there.
         recompute: keep the routes for a forward that backward will repeat.
         """
         for layer, replay in self.layers:
-            indices = routes[:, layer].to(torch.int64)
+            indices = routes[:, layer].to(torch.int64).masked_fill(~counted[:, None], MISSING)
             replay.target_topk_idx = indices
             if recompute:
                 replay.replay_backward_list.append(indices)
@@ -124,14 +163,14 @@ class ChunkReplay:
             replay.clear_router_replay_action()
             replay.counted = None
 
-    def take_counts(self) -> dict[int, tuple[int, int, int]]:
+    def take_counts(self) -> dict[int, tuple[int, ...]]:
         """Counters by global layer since the last call."""
         counted = {layer: replay.counts for layer, replay in self.layers if replay.counts is not None}
         for _, replay in self.layers:
             replay.counts = None
         numbers = torch.stack(list(counted.values())).tolist() if counted else []  # waits once, for all layers
         taken = {layer: tuple(row) for layer, row in zip(counted, numbers, strict=True)}
-        return {layer: taken.get(layer, (0, 0, 0)) for layer, _ in self.layers}
+        return {layer: taken.get(layer, (0,) * COUNTS) for layer, _ in self.layers}
 
 
 @contextlib.contextmanager

@@ -21,6 +21,10 @@ class Routed(Protocol):
     def moe_layers(self) -> Sequence[int]: ...
 
 
+MISSING = -1
+"""In all places of a row: nobody knows which experts ran."""
+
+
 def route_dtype(num_experts: int) -> np.dtype:
     """The narrowest type that holds every expert id: uint8 up to 256 experts, else int16."""
     return np.dtype(np.uint8 if num_experts <= 256 else np.int16)
@@ -28,20 +32,35 @@ def route_dtype(num_experts: int) -> np.dtype:
 
 def check_routes(routes: np.ndarray, model: Routed) -> None:
     """Raise ValueError where routes [tokens, layers, topk] are not those of a model: another shape, an expert that it
-    does not have, or a row that names an expert twice. Rows of dense layers are not read."""
+    does not have, or a row that names an expert twice. Rows of dense layers are not read.
+
+    A row of -1 alone is one that is missing: that token routes natively in that layer.
+    """
     if routes.shape[1:] != (model.num_layers, model.topk):
         have, want = routes.shape[1:], (model.num_layers, model.topk)
         raise ValueError(f"routes are for {have[0]} layers, top {have[1]}; the model has {want[0]}, top {want[1]}")
     if not routes.size:
         return
-    if routes.min() < 0 or routes.max() >= model.num_experts:
-        raise ValueError(f"expert ids {routes.min()} .. {routes.max()} are outside [0, {model.num_experts})")
+    least = routes.min()
+    if least < MISSING or routes.max() >= model.num_experts:
+        raise ValueError(f"expert ids {least} .. {routes.max()} are outside [0, {model.num_experts})")
     moe_layers = list(model.moe_layers)
     sparse = routes if len(moe_layers) == model.num_layers else routes[:, moe_layers]
+    if least == MISSING:
+        absent = sparse == MISSING
+        partly = absent.any(-1) & ~absent.all(-1)
+        if partly.any():
+            row, layer = (int(i[0]) for i in partly.nonzero())
+            raise ValueError(
+                f"a route of layer {moe_layers[layer]} has {MISSING} among its experts for token {row}: a missing row "
+                f"is {MISSING} in all places"
+            )
     choices = np.ascontiguousarray(np.moveaxis(sparse, -1, 0))  # compared three times as fast as with a stride
     for a in range(model.topk - 1):
         for b in range(a + 1, model.topk):
             same = choices[a] == choices[b]
+            if least == MISSING:
+                same &= choices[a] != MISSING
             if same.any():
                 row, layer = (int(i[0]) for i in same.nonzero())
                 raise ValueError(

@@ -93,6 +93,11 @@ class Config(Frozen):
         self._check_environment()
         if self.replay.any:
             self.trainer.check_replay()
+        elif self.trainer.replay_floor is not None:
+            raise ValueError(
+                "trainer.replay_floor refuses replayed experts, and replay=none replays none; set replay=r3 or r2, or "
+                "leave trainer.replay_floor out"
+            )
         if self.trainer.offload_optimizer and self.precision.weights != "bfloat16":
             raise ValueError(
                 "Megatron-Core offloads the optimizer of bfloat16 weights only; set precision.weights=bfloat16, or "

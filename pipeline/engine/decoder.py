@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pybase64
 
-from megatron_ext.batch.routes import check_routes, route_dtype
+from megatron_ext.batch.routes import MISSING, check_routes, route_dtype
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import ServerError
 from pipeline.types import FinishReason, Sampled
@@ -109,7 +109,7 @@ class Decoder:
             raise AnswerError(f"{error}{hint}") from error
 
     def decoded_routes(self, meta: dict[str, Any], rows: int) -> np.ndarray | None:
-        """[rows, layers, topk] uint8 where that holds every expert id, else int16."""
+        """[rows, layers, topk] uint8 where that holds every expert id, else int16; int16 too where rows are missing."""
         if not self.routes:
             return None
         if meta.get("routed_experts") is None:
@@ -125,9 +125,11 @@ class Decoder:
         if width == 4:
             self.wide_routes += 1
         flat = np.frombuffer(sent, _ROUTE_TYPES.get(width, np.uint8))
-        if flat.size and not (flat.min() >= 0 and flat.max() < self.num_experts):  # before they are cut to fewer bits
-            raise AnswerError(f"expert ids {flat.min()} .. {flat.max()} are outside [0, {self.num_experts})")
-        return flat.reshape(shape).astype(route_dtype(self.num_experts), copy=False)
+        least = flat.min() if flat.size else 0
+        if flat.size and not (least >= MISSING and flat.max() < self.num_experts):  # before they are cut to fewer bits
+            raise AnswerError(f"expert ids {least} .. {flat.max()} are outside [0, {self.num_experts})")
+        dtype = np.dtype(np.int16) if least == MISSING else route_dtype(self.num_experts)
+        return flat.reshape(shape).astype(dtype, copy=False)
 
 
 def _decode_kept(meta: dict[str, Any], count: int) -> np.ndarray:

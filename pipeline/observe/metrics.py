@@ -73,11 +73,12 @@ def mismatch_by_lag(batch_version: int, rollouts: Sequence[Rollout], proximal: P
 
 
 def routing_metrics(routing: np.ndarray) -> dict[str, float]:
-    """Shares over tokens and layers, from counts [layers, 3]: replayed, native selection agreed, fallen back."""
-    replayed, agreed, fallen = (int(n) for n in routing.sum(0)) if len(routing) else (0, 0, 0)
+    """Shares over tokens and layers, from counts [layers, 4]: replayed, native choice agreed, fallen back, refused."""
+    replayed, agreed, fallen, refused = (int(n) for n in routing.sum(0)) if len(routing) else (0, 0, 0, 0)
     out = {"routing/replayed_fraction": replayed / max(replayed + fallen, 1)}
     if replayed:
         out["routing/agreement"] = agreed / replayed
+        out["routing/refused_fraction"] = refused / replayed
         out["routing/agreement_worst_layer"] = float((routing[:, 1] / np.maximum(routing[:, 0], 1)).min())
     return out
 

@@ -4,7 +4,8 @@ records.jsonl holds an object a step:
 
     step           its number
     pass_rates     [11]: groups by the share of their answers that pass, in tenths
-    routing        [layers][3]: tokens replayed, of these the trainer's own router agreed, tokens fallen back
+    routing        [layers][4]: tokens replayed, of these the trainer's own router agreed, tokens fallen back, tokens of
+                   which a floor refused an expert
     ratios         name -> {level, counts, nonfinite, bounds}, "proximal/rollout" and "current/proximal":
                    counts of log-ratios by BIN_EDGES, over tokens or over sequences (their mean log-ratio)
 

@@ -35,7 +35,7 @@ class Loop:
 
     def step(self, number):
         self.at_step(number)
-        nothing = np.zeros((0, 3), np.int64)
+        nothing = np.zeros((0, 4), np.int64)
         return step_result(number, [], [], [], [], [], nothing, metrics(number))
 
 

@@ -22,7 +22,7 @@ class FakeTrainers:
 
     def _policy(self, indices: Sequence[int], shift: float) -> PolicyTokens:
         rows = [(self.rollouts[i].rollout_logprobs + np.float32(shift)).astype(np.float32) for i in indices]
-        return PolicyTokens(rows, [np.full(len(r), 0.5, np.float32) for r in rows], np.array([[10, 9, 0]]))
+        return PolicyTokens(rows, [np.full(len(r), 0.5, np.float32) for r in rows], np.array([[10, 9, 0, 0]]))
 
     def load(self, samples) -> None:
         self.loaded = list(samples)

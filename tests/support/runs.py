@@ -50,8 +50,8 @@ def metrics(step: int, steps: int = 12) -> dict[str, float]:
 
 
 def routing(step: int, layers: int = LAYERS) -> np.ndarray:
-    """[layers, 3]: of 100 tokens, `step` disagree in the last layer."""
-    counts = np.tile([100, 100, 0], (layers, 1))
+    """[layers, 4]: of 100 tokens, `step` disagree in the last layer."""
+    counts = np.tile([100, 100, 0, 0], (layers, 1))
     counts[-1:, 1] -= step
     return counts
 

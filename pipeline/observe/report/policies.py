@@ -43,7 +43,7 @@ def mismatch(run: Run) -> Figure:
 
 def agreement(run: Run) -> Figure:
     routed = [(step, np.array(r["routing"], np.float64)) for step, r in run.records.items() if r.get("routing")]
-    routed = [(step, counts) for step, counts in routed if counts.ndim == 2 and counts.shape[1] == 3]
+    routed = [(step, counts) for step, counts in routed if counts.ndim == 2 and counts.shape[1] >= 3]
     caption = "Share of tokens for which the trainer's own router would have chosen the same experts as the server did."
     good = "1 everywhere but for rare ties: replay then changes nothing."
     bad = "One dark layer: that layer computes something else. Dark from some step on: look at mismatch there."

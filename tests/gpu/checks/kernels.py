@@ -78,6 +78,7 @@ def replayed_selection(device: str, *, tokens: int, experts: int, topk: int) -> 
         int((~missing).sum()),
         int((~missing & agreeing).sum()),
         int(missing.sum()),
+        0,
     ]
 
 

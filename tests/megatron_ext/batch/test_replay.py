@@ -1,5 +1,9 @@
 """Replayed routes: the routers take exactly what was given, and nothing stays behind."""
 
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -65,13 +69,36 @@ def test_missing_routes_are_native_and_counted(tiny_model_dir):
     )
     assert np.array_equal(missing.before, native.before)
     tokens = sum(s.input_length for s in make_samples(routes=True))
-    assert missing.routing.tolist() == [[0, 0, tokens]] * LAYERS
+    assert missing.routing.tolist() == [[0, 0, tokens, 0]] * LAYERS
 
     some = make_samples(routes=True, without_routes=(0, 5))
     lost = sum(s.input_length for s in some if s.routes is None)
     partly = outcome(ParallelConfig(), tiny_model_dir, settings, some, True)
     assert partly.routing[:, 0].tolist() == [tokens - lost] * LAYERS
     assert partly.routing[:, 2].tolist() == [lost] * LAYERS
+
+
+def test_a_row_of_minus_one_is_native_for_that_token_in_that_layer_alone(tiny_model_dir):
+    from dataclasses import replace
+
+    from tests.support.jobs import outcome
+
+    settings = TrainerConfig(micro_batch_tokens=60)
+    given = make_samples(routes=True)
+    holes = []
+    for i, sample in enumerate(given):
+        routes = np.asarray(sample.routes).astype(np.int16)
+        if i == 3:
+            routes[0, 1] = routes[1, 1] = routes[0, 2] = -1
+        holes.append(replace(sample, routes=routes))
+    whole, partly = (outcome(ParallelConfig(), tiny_model_dir, settings, s, True) for s in (given, holes))
+    assert partly.routing[:, 2].tolist() == [0, 2, 1, 0]
+    assert (partly.routing[:, 0] + partly.routing[:, 2]).tolist() == whole.routing[:, 0].tolist()
+    cuts = np.cumsum([s.response_length for s in given])
+    changed = np.flatnonzero(partly.before != whole.before)
+    assert len(changed) > 0
+    assert changed.min() >= cuts[2]
+    assert changed.max() < cuts[3]
 
 
 def native_routes(config: ParallelConfig, model: str):
@@ -106,10 +133,10 @@ def test_replaying_native_routes_changes_nothing_and_wrong_ones_do(tiny_model_di
     ((first, second, shifted, swapped),) = run_ranks(native_routes, ParallelConfig(), str(tiny_model_dir))
     for i in range(SAMPLES):
         assert np.array_equal(first.quantities[0][i], second.quantities[0][i])
-    assert all(replayed == agreed > 0 == fallen for replayed, agreed, fallen in second.routing.values())
+    assert all(replayed == agreed > 0 == fallen for replayed, agreed, fallen, _ in second.routing.values())
     for wrong in (shifted, swapped):
         assert max(np.abs(first.quantities[0][i] - wrong.quantities[0][i]).max() for i in range(SAMPLES)) > 1e-2
-        assert all(agreed < replayed for replayed, agreed, _ in wrong.routing.values())
+        assert all(agreed < replayed for replayed, agreed, *_ in wrong.routing.values())
 
 
 def router_gradients(config: ParallelConfig, model: str):
@@ -266,10 +293,121 @@ def counted_without_waiting() -> str:
     replay.counted = torch.ones(6, dtype=torch.bool, device="meta")
     chosen = torch.zeros(6, 2, dtype=torch.int64, device="meta")
     for _ in range(2):
-        replay._count(chosen, chosen, torch.zeros(6, dtype=torch.bool, device="meta"))
+        none = torch.zeros(6, dtype=torch.bool, device="meta")
+        replay._count(chosen, chosen, none, none)
     assert replay.counts is not None
     return replay.counts.device.type
 
 
 def test_counters_stay_on_the_device_of_the_routers():
     assert run_alone(counted_without_waiting) == ["meta"]
+
+
+# A floor. Four tokens, four experts, top 2, which the scores order 0, 1, 2, 3.
+
+LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]] * 4, np.float32))
+GIVEN = np.array([[1, 0], [2, 0], [3, 2], [-1, -1]])
+
+
+CASES = [
+    (None, [[1, 0], [2, 0], [3, 2], [0, 1]], 0),
+    (0.1, [[1, 0], [2, 0], [3, 2], [0, 1]], 0),
+    (0.2, [[1, 0], [2, 0], [2, 0], [0, 1]], 1),  # 0.05 < 0.2 x 0.3; what is given and kept comes before what is native
+    (0.6, [[1, 0], [0, 1], [0, 1], [0, 1]], 2),  # 0.15 too
+    (1.0, [[1, 0], [0, 1], [0, 1], [0, 1]], 2),
+]
+"""A floor; the selection; how many tokens it refused an expert of."""
+
+
+def chosen() -> dict[tuple[str, float | None], tuple[list, list]]:
+    """(selection, counts) by what the scores are, logits, probabilities or biased ones, and by the floor."""
+    import torch
+
+    from megatron_ext.batch.replay import LayerReplay
+    from megatron_ext.mcore import RouterReplayAction
+
+    out = {}
+    for kind, floor in [*((k, floor) for k in ("logits", "probabilities") for floor, *_ in CASES), ("biased", 1.0)]:
+        bias = torch.tensor([0.0, 0.0, 0.0, 0.7]) if kind == "biased" else None
+        scores = torch.from_numpy(LOGITS if kind == "logits" else np.exp(LOGITS)) + (0.0 if bias is None else bias)
+        replay = LayerReplay(floor, of_logits=kind == "logits", bias=lambda bias=bias: bias)
+        replay.target_topk_idx, replay.counted = torch.from_numpy(GIVEN), torch.ones(4, dtype=torch.bool)
+        replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        found, selection = replay.get_replay_topk(scores, 2, default_compute_topk=lambda s, k, **_: torch.topk(s, k))
+        assert replay.counts is not None
+        assert torch.equal(found, scores.gather(1, selection))
+        out[kind, floor] = selection.tolist(), replay.counts.tolist()
+    return out
+
+
+def test_a_floor_refuses_an_expert_by_its_live_probability_and_takes_the_strongest_native_one():
+    (found,) = run_alone(chosen)
+    for kind in ("logits", "probabilities"):
+        for floor, kept, refused in CASES:
+            assert found[kind, floor] == (kept, [3, 1, 1, refused]), (kind, floor)
+    # The bias makes expert 3 native; its probability, 0.05, is then the weakest, and nothing is below it.
+    assert found["biased", 1.0] == ([[1, 0], [2, 0], [3, 2], [3, 0]], [3, 0, 1, 0])
+
+
+def with_a_floor(config: ParallelConfig, model: str, floor: float | None, recompute: str):
+    it = trainer(model, config, replay_floor=floor, recompute=recompute)
+    before = it.logprobs(make_samples(routes=True))
+    update = it.update(make_samples(routes=True), weighted_likelihood)
+    return before.routing, update.grad_norm
+
+
+def test_a_floor_is_the_same_in_recomputed_forwards_and_reaches_every_router(tiny_model_dir):
+    answers = {
+        key: run_ranks(with_a_floor, ParallelConfig(), str(tiny_model_dir), *key)[0]
+        for key in ((None, "none"), (1.0, "none"), (1.0, "full"))
+    }
+    routing, norm = answers[1.0, "none"]
+    assert all(counts[3] == counts[0] - counts[1] > 0 for counts in routing.values())  # at 1 whatever is not native
+    assert all(counts[3] == 0 for counts in answers[None, "none"][0].values())
+    assert answers[1.0, "full"][1] == pytest.approx(norm, rel=1e-6)
+    assert answers[None, "none"][1] != pytest.approx(norm, rel=1e-3)
+
+
+# Padding
+
+
+CUTS = [{}, {"cp_size": 2, "cp_rank": 1}, {"sequence_parallel_size": 2}, {"align": 16}]
+
+
+def armed() -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """By layout: samples, which rows are real tokens, the rows that the routers are given, and those that they are
+    given where something that looks real stands in the padding, as an engine may leave there."""
+    import torch
+
+    from megatron_ext.batch.layout import TokenLayout
+    from megatron_ext.batch.micro_batch import make_micro_batch
+    from megatron_ext.batch.replay import ChunkReplay, LayerReplay
+
+    model: Any = SimpleNamespace(num_layers=LAYERS, topk=TOPK, num_experts=EXPERTS, moe_layers=range(LAYERS))
+    out = []
+    for count, packed, cut in itertools.product((0, 1, 5), (True, False), CUTS):
+        samples = make_samples(routes=True)[:count]
+        layout = TokenLayout(tuple(s.input_length for s in samples) or (1,), packed=packed, **cut)
+        batch = make_micro_batch(range(count), samples, layout, torch.device("cpu"), model)
+        assert batch.routes is not None
+        chunk = ChunkReplay.__new__(ChunkReplay)
+        chunk.layers = [(layer, LayerReplay()) for layer in range(LAYERS)]
+        given = []
+        for routes in (batch.routes, torch.where(batch.counted[:, None, None], batch.routes, 1)):
+            chunk.set(routes, batch.counted, recompute=True)
+            given.append(np.stack([replay.target_topk_idx.numpy() for _, replay in chunk.layers], 1))
+        out.append((count, batch.counted.numpy(), *given))
+    return out
+
+
+def test_a_row_of_padding_is_never_taken_for_a_real_one():
+    (layouts,) = run_alone(armed)
+    assert len(layouts) == 3 * 2 * len(CUTS)
+    padding = 0
+    for samples, counted, given, stale in layouts:
+        assert (given[~counted] == -1).all()
+        assert (given[counted] >= 0).all()
+        assert np.array_equal(stale, given)
+        assert counted.any() == bool(samples)
+        padding += int((~counted).sum())
+    assert padding > 100

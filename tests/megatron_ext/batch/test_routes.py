@@ -38,6 +38,20 @@ def test_the_last_expert_is_one_and_the_next_is_none():
         check_routes(routes(8, 0, 1), MODEL)
 
 
+def test_a_row_of_minus_one_is_missing_and_one_that_has_it_in_some_places_is_no_row():
+    found = routes(4, 5, 6).astype(np.int16)
+    found[0, 1] = -1
+    check_routes(found, MODEL)
+    found[1, 1, 2] = -1
+    with pytest.raises(
+        ValueError, match="a route of layer 1 has -1 among its experts for token 1: a missing row is -1 in"
+    ):
+        check_routes(found, MODEL)
+    found[1, 1, 2] = -2
+    with pytest.raises(ValueError, match=r"expert ids -2 \.\. 5 are outside"):
+        check_routes(found, MODEL)
+
+
 def test_rows_of_dense_layers_may_say_anything():
     dense = routes(3, 4, 5)
     dense[:, 0] = 0

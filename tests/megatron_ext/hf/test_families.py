@@ -140,7 +140,7 @@ def test_routers_choose_the_experts_that_transformers_chooses_and_dense_layers_h
 ):
     tokens = sum(s.input_length for s in models[family][1])
     dense = DENSE.get(family, [])
-    expected = [[0, 0, 0] if layer in dense else [tokens, tokens, 0] for layer in range(LAYERS)]
+    expected = [[0] * 4 if layer in dense else [tokens, tokens, 0, 0] for layer in range(LAYERS)]
     answer = answers(layout)[family]
     for chosen, sample in zip(answer.chosen, models[family][1], strict=True):
         assert np.array_equal(np.sort(chosen), np.sort(sample.routes))

@@ -21,7 +21,7 @@ def drawn(rng, tokens, sharpness, kept=VOCABULARY):
     among = p[:, -kept:] / p[:, -kept:].sum(1, keepdims=True)
     position = np.minimum((among.cumsum(1) < rng.random((tokens, 1))).sum(1), kept - 1)
     logprobs = np.log(p[np.arange(tokens), VOCABULARY - kept + position])
-    return PolicyTokens([logprobs.astype(np.float32)], [entropy.astype(np.float32)], np.zeros((0, 3)))
+    return PolicyTokens([logprobs.astype(np.float32)], [entropy.astype(np.float32)], np.zeros((0, 4)))
 
 
 def test_a_policy_that_is_sure_of_itself_is_not_taken_for_a_mask():

@@ -107,6 +107,17 @@ def test_an_answer_that_cannot_be_is_an_error(answer, words):
         asked(answer)
 
 
+def test_a_row_of_minus_one_is_a_missing_row_and_is_kept_as_one():
+    routes = routes_of(4, np.int32)
+    routes[2, 1] = -1
+    part, *_ = asked(answer_of(routed_experts=encoded(routes)))
+    assert part.routes.dtype == np.int16
+    assert np.array_equal(part.routes, routes)
+    routes[2, 0, 0] = -1
+    with pytest.raises(AnswerError, match=r"has -1 among its experts .*a missing row is -1 in all places"):
+        asked(answer_of(routed_experts=encoded(routes)))
+
+
 @pytest.mark.parametrize(("dtype", "wide"), [(np.uint8, 0), (np.int16, 0), (np.int32, 1)])
 def test_routes_of_any_width_are_narrowed_and_wide_ones_counted(dtype, wide):
     part, _, client = asked(answer_of(routed_experts=encoded(routes_of(4, dtype))))

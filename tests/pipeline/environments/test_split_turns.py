@@ -88,7 +88,7 @@ def learned(tokenizer, objective, cuts, pieces):
     batch = Batch(1, 0, (Group(played[0][0], tuple(one for _, one in played)),))
     places = [len(r.prompt_ids) + np.arange(len(r)) for r in batch.rollouts]
     values = [noise(3, p) for p in places]
-    proximal = PolicyTokens([-noise(1, p) for p in places], [], np.zeros((0, 3), np.int64))
+    proximal = PolicyTokens([-noise(1, p) for p in places], [], np.zeros((0, 4), np.int64))
     rows = loss_rows(objective, batch, Measured(proximal, values=values), max_new_tokens=99)
     mask = torch.from_numpy(padded([r.trained for r in batch.rollouts]))
 

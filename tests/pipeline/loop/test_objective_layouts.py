@@ -103,7 +103,7 @@ def inputs_of(model: str) -> dict[str, tuple[list[Sample], Denominators]]:
     for name, config in OBJECTIVES.items():
         objective = resolve(config)
         measured = Measured(
-            PolicyTokens(proximal, [], np.zeros((0, 3), np.int64)),
+            PolicyTokens(proximal, [], np.zeros((0, 4), np.int64)),
             reference if objective.needs_reference else None,
             values if objective.needs_critic else None,
         )

@@ -107,8 +107,8 @@ def test_r2_records_the_routes_of_the_proximal_pass_and_r3_does_not():
 
 
 def test_routing_is_of_the_proximal_pass_under_r3_and_of_the_updates_otherwise():
-    assert run("train.mini_batches=2")[1].proximal.routing.tolist() == [[10, 9, 0]]
-    assert run("train.mini_batches=2", replay=Replay.R2)[1].proximal.routing.tolist() == [[20, 18, 0]]
+    assert run("train.mini_batches=2")[1].proximal.routing.tolist() == [[10, 9, 0, 0]]
+    assert run("train.mini_batches=2", replay=Replay.R2)[1].proximal.routing.tolist() == [[20, 18, 0, 0]]
 
 
 def test_a_reference_and_a_critic_are_asked_where_the_objective_has_them():
@@ -172,7 +172,7 @@ def test_mini_batches_deal_whole_groups_in_turn():
 
 def rows_of(objective: str, batch: Batch, values=None):
     measured = Measured(
-        PolicyTokens([r.rollout_logprobs for r in batch.rollouts], [], np.zeros((0, 3), np.int64)),
+        PolicyTokens([r.rollout_logprobs for r in batch.rollouts], [], np.zeros((0, 4), np.int64)),
         values=values,
     )
     return loss_rows(resolve(ObjectiveConfig(preset=objective)), batch, measured, max_new_tokens=16)
@@ -200,7 +200,7 @@ def test_an_episode_cut_into_rollouts_has_the_advantages_of_the_whole(objective)
     measured = []
     for batch, critic in ((one, values), (two, pieces)):
         logprobs = [r.rollout_logprobs for r in batch.rollouts]
-        measured.append(Measured(PolicyTokens(logprobs, [], np.zeros((0, 3), np.int64)), logprobs, critic))
+        measured.append(Measured(PolicyTokens(logprobs, [], np.zeros((0, 4), np.int64)), logprobs, critic))
     preset = resolve(ObjectiveConfig(preset=objective))
     expected, found = (loss_rows(preset, b, m, max_new_tokens=16) for b, m in zip((one, two), measured, strict=True))
     assert len(found) == 3

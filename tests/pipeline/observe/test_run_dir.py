@@ -152,7 +152,7 @@ def test_a_step_shows_as_many_rollouts_as_asked_for(tmp_path):
     rollout = plain_rollout([1, 2], np.zeros(2))
     groups = [graded_group(Prompt(np.zeros(1, np.int32), f"question {n}", index=n), [rollout], [1.0]) for n in range(4)]
     rows = [np.zeros(2, np.float32)] * 4
-    result = step_result(12, groups, rows, rows, rows, [0.0] * 4, np.zeros((0, 3), np.int64))
+    result = step_result(12, groups, rows, rows, rows, [0.0] * 4, np.zeros((0, 4), np.int64))
     with RunDirectory(tmp_path / "a", CONFIG, rollouts_shown=2) as run:
         run.write_step(result, GSPO, Digits())
     text = (tmp_path / "a" / "rollouts" / "step_000012.txt").read_text()

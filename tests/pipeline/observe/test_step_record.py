@@ -42,7 +42,7 @@ def make_step(tokenizer, *texts, shift=0.0, step=1):
         prompt = Prompt(np.zeros(1, np.int32), f"question {index}", {"answer": 12}, index)
         groups.append(graded_group(prompt, [rollout], [0.5]))
         rows.append(logprobs + np.float32(shift))
-    routing = np.array([[10, 9, 0], [10, 10, 1]])
+    routing = np.array([[10, 9, 0, 0], [10, 10, 1, 2]])
     moved = [r - np.float32(0.5) for r in rows]
     return step_result(step, groups, rows, moved, rows, [0.25] * len(rows), routing)
 
@@ -109,7 +109,7 @@ def test_the_ratio_is_taken_at_the_level_that_is_clipped(tokenizer, preset, leve
 def test_a_record_holds_routing_by_layer_and_both_ratios(tokenizer):
     record = step_record(make_step(tokenizer, "12", "3", shift=1 / 64, step=7), GSPO)
     assert record["step"] == 7
-    assert record["routing"] == [[10, 9, 0], [10, 10, 1]]
+    assert record["routing"] == [[10, 9, 0, 0], [10, 10, 1, 2]]
     mismatch, update = (np.array(record["ratios"][n]["counts"]) for n in ("proximal/rollout", "current/proximal"))
     assert mismatch[np.searchsorted(BIN_EDGES, 1 / 64)] == 3
     assert update[np.searchsorted(BIN_EDGES, -0.5, side="right")] == 2
@@ -150,7 +150,7 @@ def test_tokens_that_the_policy_did_not_sample_have_no_log_probs_and_are_in_no_h
     )
     group = graded_group(Prompt(np.zeros(1, np.int32), "question"), [rollout], [1.0])
     rows = [np.array([-0.25, 9.0, -0.75], np.float32)]
-    result = step_result(1, [group], rows, rows, rows, [0.5], np.zeros((0, 3), np.int64))
+    result = step_result(1, [group], rows, rows, rows, [0.5], np.zeros((0, 4), np.int64))
     (shown,) = shown_rollouts(result, tokenizer, 1)
     assert shown["versions"] == [3, 4]
     assert [shown[k][1] for k in ("rollout", "proximal", "current", "entropy")] == [None] * 4
@@ -163,7 +163,7 @@ def test_a_conversation_is_one_answer_of_all_its_turns(tokenizer):
     group = Group(Prompt(np.zeros(1, np.int32), "question"), (told,))
     rows = [r.rollout_logprobs for r in told.rollouts]
     advantages = [np.array([1, 1, 0, 0, -1], np.float32), 0.25]
-    result = step_result(1, [group], rows, rows, rows, advantages, np.zeros((0, 3), np.int64))
+    result = step_result(1, [group], rows, rows, rows, advantages, np.zeros((0, 4), np.int64))
     (shown,) = shown_rollouts(result, tokenizer, 1)
     assert shown["text"] == list("123456")
     assert shown["turn"] == [0, 0, None, None, 1, 2]
