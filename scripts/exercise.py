@@ -111,11 +111,12 @@ def per_length() -> list[str]:
 def rewards_of_prompts() -> Tensor:
     """[3 prompts, M]: rewards of 0 or 1; a hard prompt, a middling one, an easy one, under one policy."""
     _, p = small_policy()
-    order = torch.randperm(len(p), generator=torch.Generator().manual_seed(3))
-    chance = p[order].cumsum(0)
+    order = torch.randperm(len(p), generator=torch.Generator().manual_seed(3)).tolist()
     rewards = torch.zeros(3, len(p), dtype=torch.float64)
     for row, share in zip(rewards, (0.1, 0.5, 0.9), strict=True):
-        row[order[chance <= share + 0.05]] = 1.0
+        for answer in order:
+            if float((row * p).sum() + p[answer]) <= share:
+                row[answer] = 1.0
     return rewards
 
 
@@ -154,30 +155,37 @@ def total_variance() -> list[str]:
     return rows
 
 
-def batch_directions(prompts: int = 2, group: int = 2) -> dict[str, Tensor]:
+def batch_directions(prompts: int = 2, group: int = 3) -> dict[str, Tensor]:
     """Mean gradient [prompts, rows * V] by advantage, over every batch of answers to the prompts of `short_rewards`:
     the part of each prompt, a mean over its answers.
+
+    An advantage reads rewards and lengths alone, so answers alike in both are one class, with its probability and the
+    mean of its scores.
     """
     _, p, grads = short_policy()
-    rewards = short_rewards()
-    batches = torch.tensor(list(itertools.product(range(len(p)), repeat=prompts * group)))
-    weight = p[batches].prod(-1)
+    longest = int(SHORT.lengths.max())
+    kind = (short_rewards() * longest + SHORT.lengths - 1).long()  # [prompts, M]
+    member = torch.nn.functional.one_hot(kind, 2 * longest).double() * p[:, None]  # [prompts, M, classes]
+    chance = member.sum(1)
+    score = torch.einsum("kmc,md->kcd", member, grads) / chance.clamp(min=1e-300)[..., None]
+    batches = torch.tensor(list(itertools.product(range(2 * longest), repeat=prompts * group)))
     ids = torch.arange(prompts).repeat_interleave(group)
-    R = rewards[ids.expand_as(batches), batches]
-    lengths = SHORT.mask[batches]
+    weight = chance[ids.expand_as(batches), batches].prod(-1)
+    batches, weight = batches[weight > 0], weight[weight > 0]
+    R, N = (batches // longest).double(), batches % longest + 1
     unique = (torch.arange(len(batches))[:, None] * prompts + ids).flatten()
-    plain = {
+    advantages = {
         "R - mean": group_mean(R.flatten(), unique).view_as(R),
-        "(R - mean)/std": group_std(R.flatten(), unique).view_as(R),
         "R - mean of the others": leave_one_out(R.flatten(), unique).view_as(R),
+        "(R - mean)/std": group_std(R.flatten(), unique).view_as(R),
     }
-    white = {
-        f"{name}, whitened": torch.stack([whiten(a, m) for a, m in zip(plain[name], lengths, strict=True)])
-        for name in ("R - mean", "(R - mean)/std")
-    }
+    masks = torch.arange(longest) < N[..., None]
+    for name in ("R - mean", "(R - mean)/std"):
+        rows = [whiten(a, m) for a, m in zip(advantages[name], masks, strict=True)]
+        advantages[f"{name}, whitened"] = torch.stack(rows)
     out = {}
-    for name, A in (plain | white).items():
-        each = (weight[:, None, None] * A[..., None] * grads[batches]).sum(0)
+    for name, A in advantages.items():
+        each = torch.einsum("b,bi,bid->id", weight, A, score[ids.expand_as(batches), batches])
         out[name] = torch.stack([each[ids == k].mean(0) for k in range(prompts)])
     return out
 
@@ -186,8 +194,9 @@ SHORT = tree(vocabulary=3, length=2)
 
 
 def short_policy() -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, probabilities [M], scores [M, rows * V]) of sequences of at most 2 tokens."""
+    """(logits, probabilities [M], scores [M, rows * V]) of sequences of at most 2 tokens; about half stop at once."""
     logits = torch.randn(SHORT.rows, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logits[0, 0] = logits[0, 1:].logsumexp(0)
     return logits, probabilities(logprobs(logits, SHORT)), scores(logits, SHORT)
 
 
@@ -199,7 +208,7 @@ def short_rewards() -> Tensor:
 
 
 def normalisation() -> list[str]:
-    """What the mean gradient of a batch of two prompts and two answers each is of the true one, by advantage."""
+    """What the mean gradient of a batch of two prompts, three answers each, is of the true one, by advantage."""
     logits, p, _ = short_policy()
     rewards = short_rewards()
     truth = torch.stack([gradient_of_mean(r, logits, SHORT).flatten() for r in rewards])

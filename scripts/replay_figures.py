@@ -27,7 +27,7 @@ KEYS = ("k3", "abs_logprob", "p99", "max_abs_logprob", "f2", "chi2_sequence")
 
 
 def measure(dtype: str, prompts: int) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]], np.ndarray]:
-    """Token log-ratios and mismatch by kind of routing, and the routers' counts [layers, 3] under replay."""
+    """Token log-ratios and mismatch by kind of routing, and the routers' counts [layers, 4] under replay."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "logs").mkdir()
         config = load_config(QUICKSTART, [*SETTINGS, f"precision.weights={dtype}"])
