@@ -93,6 +93,7 @@ class Conversation:
         self._done: list[Rollout] = []
         self.turns = self.seams = 0
         self._unheard: list[int] = []
+        self._first_heard = False  # whether `sample` gave back the last turn for the first time
         self._answered: list[tuple[Message, list[Message]]] = []  # turns, and what tools said to them
         self.cut: CutBy | None = None
         self.messages: list[Message] = list(prompt.opening.messages)
@@ -204,9 +205,11 @@ class Conversation:
         return tuple(0.0 if k in self._unheard else next(own) for k in range(self.turns + len(self._unheard)))
 
     def unhear(self) -> None:
-        """The last turn reached nobody: it counts as one whose sampling was cancelled."""
-        self.turns -= 1
-        self._unheard.append(self.turns + len(self._unheard))
+        """What was sampled last reached nobody: it counts as if its sampling had been cancelled."""
+        if self._first_heard:
+            self._first_heard = False
+            self.turns -= 1
+            self._unheard.append(self.turns + len(self._unheard))
 
     @property
     def calls(self) -> tuple[tuple[Call, ...], ...]:
@@ -294,7 +297,8 @@ class Conversation:
             self.messages.append(message)
             self._answered.append((message, []))
             self._unheard.append(self.turns + len(self._unheard))
-        if heard and self._last_unheard:
+        self._first_heard = heard and self._last_unheard
+        if self._first_heard:
             self._unheard.pop()
             self.turns += 1
         self._spoken += text

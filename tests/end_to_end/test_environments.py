@@ -67,17 +67,15 @@ def test_a_tiny_model_gets_better_at_a_game_of_several_turns_with_credit_by_turn
 
 @pytest.mark.slow
 @pytest.mark.proof
-@pytest.mark.parametrize(("example", "data"), [("agent", "calculator"), ("python_tool", "python_tool")])
-def test_an_example_whose_tool_is_a_process_takes_a_step_on_both_engines(example, data, tmp_path):
-    """The game and the calculator take forty, above."""
-    data_of(data, tmp_path)
-    small = ["evaluate=[]", "supervised.steps=60", "supervised.decay_steps=null", "train.steps=1"]
+def test_the_agent_that_knows_an_address_takes_a_step_on_both_engines(tmp_path):
+    """The game and the calculator take forty, above; all begin in tests/test_examples.py."""
+    data_of("calculator", tmp_path)
+    small = ["evaluate=[]", "supervised.steps=20", "supervised.decay_steps=null", "train.steps=1"]
     few = ["rollout.prompts_per_step=8", "rollout.samples_per_prompt=4"]
-    config = f"examples/{example}/{example}.yaml"
-    run = Command(tmp_path, sources(tmp_path, "questions"), *small, *few, config=config)
+    run = Command(tmp_path, sources(tmp_path, "questions"), *small, *few, config="examples/agent/agent.yaml")
     assert run.end(120) == 0, run.text()
     (step,) = (json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines())
     assert (step["environment/conversations"], step["environment/failed"]) == (32, 0)
-    assert step["environment/turns_mean"] >= 1
+    assert step["endpoint/requests"] >= 32
     assert step["mismatch/max_abs_logprob"] < 1e-4
-    assert [line for line in run.orphans(1) if not line.startswith("ray::")] == []  # Ray's own take a minute at times
+    assert run.own_orphans() == []

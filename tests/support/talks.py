@@ -60,6 +60,11 @@ class Talk:
             conversation.append([{"role": "tool", "content": f"{sum(map(int, turn.token_ids))}"}])
 
 
+def in_streams(prompt: Prompt) -> bool:
+    """Whether OverHTTP asks for its answers as streams."""
+    return bool(prompt.index // 2 % 2)
+
+
 class OverHTTP:
     """The same, led by an unchanged client of the openai package, with a tool that takes its time: for half of the
     prompts so much that the others are trained on meanwhile. Half of the prompts have their answers as streams. The
@@ -70,7 +75,7 @@ class OverHTTP:
         messages, told, earned = list(prompt.opening.messages), 0, []
         async with serve(conversation) as address, AsyncOpenAI(base_url=address.url, api_key=address.key) as client:
             for turn in range(TURNS):
-                ask = streamed if prompt.index // 2 % 2 else whole
+                ask = streamed if in_streams(prompt) else whole
                 message, count, texts = await ask(client, messages)
                 told += count
                 earned.append(sum(len(text) % 2 == 0 for text in texts) / TURN_TOKENS)  # turns differ in it

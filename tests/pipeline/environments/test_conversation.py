@@ -253,6 +253,22 @@ def test_a_turn_that_nobody_saw_has_no_reward_and_counts_for_no_limit(tmp_path):
     assert [r.turns for r in made.rollouts] == [1, 1]
 
 
+@pytest.mark.parametrize(("first", "turns"), [(2, 1), (40, 0)])
+def test_a_turn_whose_end_reached_nobody_was_seen_where_its_beginning_was(first, turns, tmp_path):
+    async def run():
+        made, engine, _ = conversation("smollm2", tmp_path, ["answer<|im_end|>"])
+        await made.sample(max_new_tokens=first)
+        if first < 40:
+            engine.said = ["swer<|im_end|>"]
+            await made.sample()
+        made.unhear()
+        made.unhear()
+        return made
+
+    made = asyncio.run(run())
+    assert (made.turns, made.turn_rewards([0.5] * turns)) == (turns, (0.5,) if turns else (0.0,))
+
+
 def test_two_turns_between_which_the_template_writes_nothing_are_refused(tmp_path):
     class Silent(TemplateWriter):
         def suffix(self, *_):

@@ -118,6 +118,8 @@ def test_a_client_leads_a_conversation_with_tools_and_each_request_goes_on_in_ex
     calls = [call for m in made.messages for call in m.get("tool_calls") or []]
     assert [call["function"]["arguments"] for call in calls] == [{"x": 12}, {"x": 13}, {"x": 14}]
     assert len({call["id"] for call in calls}) == 3
+    told = [[(name, json.loads(arguments)["x"], result) for name, arguments, result in turn] for turn in made.calls]
+    assert told == [[("look", 12, "12")], [("look", 13, "13"), ("look", 14, "14")], []]
 
 
 def test_without_a_choice_of_tools_what_looks_like_a_call_is_text(tokenizer):
