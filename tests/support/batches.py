@@ -11,8 +11,20 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.objectives import PRESETS, Denominators, LossInputs, ObjectiveConfig, resolve
+from pipeline.objectives import PRESETS, Composition, Denominators, LossInputs, ObjectiveConfig, resolve
 
+
+def _loss_of(name: str) -> Composition:
+    """A row's cells without those that are used before the loss."""
+    cells = PRESETS[name].cells
+    if cells.needs_critic or cells.kl_in_reward:
+        return cells
+    cells = replace(cells, std="population", std_epsilon=0.0, whiten=False, second_moment=None)
+    return replace(cells, advantage="group_mean", dynamic_sampling=False, overlong_fraction=0.0)
+
+
+DISTINCT = sorted({_loss_of(name): name for name in sorted(PRESETS, reverse=True)}.values())
+"""One preset for each loss: RLOO's is REINFORCE's, and MaxRL's Dr.GRPO's. For what holds of a loss whatever A is."""
 PER_TOKEN_ADVANTAGES = ("ppo", "reinforce_plus_plus", "gspo_token")
 
 

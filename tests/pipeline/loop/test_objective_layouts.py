@@ -12,18 +12,19 @@ from megatron_ext.batch.layout import Sample, plan_micro_batches
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import merge_tokens, merge_update
 from pipeline.loop.update import Measured, loss_rows
-from pipeline.objectives import PRESETS, Denominators, KLConfig, ObjectiveConfig, resolve
+from pipeline.objectives import Denominators, KLConfig, ObjectiveConfig, resolve
 from pipeline.step import Batch, PolicyTokens
 from pipeline.trainer.group import to_sample
 from pipeline.trainer.losses import critic_loss, policy_loss
 from pipeline.types import Group, Prompt, Rollout
+from tests.support.batches import DISTINCT
 from tests.support.episodes import graded_group
 from tests.support.proofs import sampled
 from tests.support.ranks import run_ranks
 
 PROMPTS, SAMPLES, LONGEST = 4, 4, 12
-# Each preset, and the two that hold most: a KL in the loss, and an entropy bonus beside it.
-OBJECTIVES = {name: ObjectiveConfig(preset=name) for name in PRESETS} | {
+# Each loss that a preset has, and the two that hold most: a KL in the loss, and an entropy bonus beside it.
+OBJECTIVES = {name: ObjectiveConfig(preset=name) for name in DISTINCT} | {
     "grpo with unbiased k3": ObjectiveConfig(preset="grpo", kl=KLConfig(estimator="unbiased_k3", beta=0.1)),
     "gspo with k3": ObjectiveConfig(preset="gspo", kl=KLConfig(estimator="k3", beta=0.1)),
 }
