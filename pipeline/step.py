@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,6 +79,7 @@ class StepResult:
     current_logprobs: [N] float32 a rollout, log pi at the start of the mini-batch that trained on it.
     advantages:       a number, or [N] float32, a rollout.
     ended:            groups that ended since the step before, and that no step trains on.
+    ranks:            of each trainer rank by phase, seconds (own, waited for other ranks).
     """
 
     metrics: dict[str, float]
@@ -87,3 +88,4 @@ class StepResult:
     current_logprobs: list[np.ndarray]
     advantages: list[np.ndarray | float]
     ended: Sequence[Ended] = ()
+    ranks: Sequence[Mapping[str, tuple[float, float]]] = ()

@@ -113,7 +113,7 @@ class Loop:
             "weights/version": batch.version,
             "throughput/train_tokens_per_s": read / timer.seconds["train"],
         }
-        return replace(result, metrics=metrics, ended=tuple(self._ended))
+        return replace(result, metrics=metrics, ended=tuple(self._ended), ranks=self.trainers.take_seconds())
 
     @property
     def replay(self) -> Replay:

@@ -37,6 +37,7 @@ from pipeline.observe.console import Console
 from pipeline.observe.facts import write_facts, written_by_this_job
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.sinks import Sinks
+from pipeline.observe.stragglers import Stragglers
 from pipeline.rollout.saved import Saved
 from pipeline.say import to_stderr
 from pipeline.step import StepResult
@@ -155,6 +156,7 @@ class _Run:
     ):
         self.config, self.store, self.stop, self.console = config, store, stop, console
         self.directory, self.last, self.restarts = directory, last, restarts
+        self.stragglers = Stragglers(console.say)
 
     def go(
         self,
@@ -245,6 +247,7 @@ class _Run:
     ) -> StepResult:
         """One RL step, its evaluations and its records."""
         result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+        result.metrics.update(self.stragglers.step(result))
         began = time.perf_counter()
         scores = evaluations.after(number)
         better = evaluations.better(number, scores)

@@ -8,6 +8,8 @@ records.jsonl holds an object a step:
                    which a floor refused an expert
     ratios         name -> {level, counts, nonfinite, bounds}, "proximal/rollout" and "current/proximal":
                    counts of log-ratios by BIN_EDGES, over tokens or over sequences (their mean log-ratio)
+    ranks          phase -> {own, waited}, each [trainer ranks] seconds
+    servers        number -> {tokens, seconds}: sampled, and what its requests took
 
 and rollouts/step_000012.json a list of the rollouts that step_000012.txt shows, token by token.
 """
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.observe.rollout_text import pick
+from pipeline.observe.stragglers import rank_seconds, server_seconds
 from pipeline.text.characters import shortened
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ def step_record(result: StepResult, objective: Objective, passing_reward: float 
             "proximal/rollout": histogram(proximal, mu, "token") | {"bounds": [None, None]},
             "current/proximal": update | {"bounds": clip_bounds(objective)},
         },
+        "ranks": rank_seconds(result.ranks),
+        "servers": server_seconds(rollouts),
     }
 
 

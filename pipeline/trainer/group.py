@@ -25,6 +25,7 @@ from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, ObjectiveConfig
 from pipeline.step import PolicyTokens
 from pipeline.trainer.losses import LossRow
+from pipeline.trainer.phases import PhaseSeconds
 from pipeline.trainer.rank import TrainerRank
 from pipeline.types import Rollout
 from pipeline.waiting import START_S, Waiting
@@ -169,6 +170,10 @@ class TrainerGroup:
     def where(self) -> list[dict[str, Any]]:
         """Host, Ray node, process, GPUs and NCCL variables of every rank, see TrainerRank.where."""
         return self._call("where")
+
+    def take_seconds(self) -> list[PhaseSeconds]:
+        """Of every rank by phase, since it was asked last."""
+        return self._call("take_seconds")
 
     def begin_save(self, directory: Path) -> None:
         """Begin to write a training checkpoint into an empty directory that every rank sees."""

@@ -19,6 +19,7 @@ from pipeline.cluster.threads import thread_environment
 from pipeline.config.precision import RolloutWeights
 from pipeline.imports import lasting_imports
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
+from pipeline.trainer.phases import PhaseSeconds, timed
 
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
@@ -50,6 +51,7 @@ class TrainerRank:
             os.dup2(log, descriptor)
         self.rank, self.threads = rank, threads
         self.samples: list[Sample] = []
+        self.seconds: PhaseSeconds = {}
         self.sender = None
         self.save: StagedSave | None = None
 
@@ -92,15 +94,17 @@ class TrainerRank:
             import torch
             import torch._dynamo  # the first optimizer does
 
-            from megatron_ext import parallel
+            from megatron_ext import collective_clock, parallel
             from megatron_ext.trainer import Trainer
 
         torch.set_num_threads(self.threads)
+        collective_clock.install()
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         os.environ["LOCAL_RANK"] = own_gpu(gpus, os.environ)
         parallel.initialize(parallel_config, rank=self.rank, init_method=meeting_point, seed=seed)
         self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, **settings)
 
+    @timed("load")
     def load(self, samples: list[Sample]) -> None:
         """Keep the samples that everything up to the next `load` works on."""
         self.samples = samples
@@ -109,11 +113,13 @@ class TrainerRank:
         """Give every loaded sample these routes."""
         self.samples = [replace(s, routes=r) for s, r in zip(self.samples, routes, strict=True)]
 
+    @timed("{}")
     def measure(self, method: str, indices: Sequence[int] | None, *args: Any) -> TokenPart:
         """`logprobs`, `reference_logprobs` or `values` of loaded samples, all of them by default."""
         samples = self.samples if indices is None else [self.samples[i] for i in indices]
         return getattr(self.trainer, method)(samples, *args)
 
+    @timed("update")
     def update_policy(
         self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> UpdatePart:
@@ -123,6 +129,7 @@ class TrainerRank:
         loss = policy_loss(resolve(objective), denominators, list(rows))
         return self.trainer.update(self._with(rows), loss)
 
+    @timed("critic")
     def update_critic(
         self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> UpdatePart:
@@ -140,6 +147,11 @@ class TrainerRank:
         from pipeline.trainer.losses import supervised_loss
 
         return self.trainer.update(samples, supervised_loss(sum(s.response_length for s in samples)))
+
+    def take_seconds(self) -> PhaseSeconds:
+        """By phase, since it was asked last."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A new phase of training begins: its own settings, no moments of the last."""
@@ -163,6 +175,7 @@ class TrainerRank:
             self.sender = WeightSender(servers, config, device=device)
             self.sender.connect()
 
+    @timed("sync")
     def send_weights(self, version: int, flush: bool) -> None:
         """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
         buckets = self._sent()

@@ -19,6 +19,7 @@ class FakeTrainers:
         self.updates: list[tuple[object, dict]] = []
         self.loaded = []
         self.sent: list[int] = []
+        self.seconds: list[dict[str, tuple[float, float]]] = []
 
     def _policy(self, indices: Sequence[int], shift: float) -> PolicyTokens:
         rows = [(self.rollouts[i].rollout_logprobs + np.float32(shift)).astype(np.float32) for i in indices]
@@ -32,6 +33,9 @@ class FakeTrainers:
 
     def send_again(self, version: int, servers=()) -> bool:
         return False
+
+    def take_seconds(self):
+        return self.seconds
 
     def logprobs(self, routing=None, indices=None) -> PolicyTokens:
         self.calls.append(f"logprobs {routing}")

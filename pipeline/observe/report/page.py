@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from pipeline.observe.report import ahead, learning, policies, scores, speed
+from pipeline.observe.report import ahead, learning, policies, scores, slowest, speed
 from pipeline.observe.report.figure import Figure, present
 from pipeline.observe.report.html import Tile, render_page
 from pipeline.observe.report.rollouts import LEVELS, SMALLEST_DECADE, SURPRISE, shown_steps
@@ -87,7 +87,7 @@ def sections(run: Run) -> list[tuple[str, list[Figure]]]:
             [policies.clipped(run), learning.grad_norm(run), *policies.ratios(run, "current/proximal")],
         ),
         *([("How far do rollouts run ahead?", ahead.figures(run))] if run.has("rollout/lag_mean") else []),
-        ("Where does the time go?", [speed.time(run), speed.throughput(run)]),
+        ("Where does the time go?", [speed.time(run), speed.throughput(run), *slowest.figures(run)]),
     ]
 
 

@@ -1,0 +1,124 @@
+"""Who is slow: the trainer rank, or the server, that takes longer than its like, step after step.
+
+A rank's own seconds are those in which it did not wait for other ranks (`megatron_ext.collective_clock`). A server's
+are those of its requests, by token. One is a straggler in a phase where in STEPS of the last WINDOW steps it took at
+least TIMES as long as the median of the others, and more than SHARE of the step longer. A noisy core makes now this
+rank slow and now that one; nobody is named for it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from pipeline.types import Rollout
+
+if TYPE_CHECKING:
+    from pipeline.step import StepResult
+
+TIMES, SHARE = 1.5, 0.05
+WINDOW, STEPS = 5, 4
+
+SAMPLING = "sampling"
+"""The phase of the servers."""
+
+Table = Mapping[str, Mapping[str, float]]
+"""phase -> who -> seconds, or in `SAMPLING` a share."""
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """who: "trainer rank 3" or "server 1". times: as long as the median of the others; lost_s: seconds a step, longer
+    than that. Both are medians over the steps in which it was slow."""
+
+    who: str
+    phase: str
+    times: float
+    lost_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.who} is slow: {self.phase} takes it {self.times:.1f} times as long as the others, {self.lost_s:.2g}"
+            f" s more a step, in {STEPS} of the last {WINDOW} steps"
+        )
+
+
+def rank_seconds(ranks: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, dict[str, list[float]]]:
+    """phase -> {own, waited}: [ranks] seconds each."""
+
+    def column(phase: str, k: int) -> list[float]:
+        return [round(rank.get(phase, (0.0, 0.0))[k], 4) for rank in ranks]
+
+    phases = dict.fromkeys(phase for rank in ranks for phase in rank)
+    return {phase: {"own": column(phase, 0), "waited": column(phase, 1)} for phase in phases}
+
+
+def server_seconds(rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:
+    """server -> {tokens, seconds} of the rollouts that it sampled alone."""
+    out: dict[str, dict[str, float]] = {}
+    for rollout in rollouts:
+        if len(rollout.servers) == 1:
+            own = out.setdefault(str(rollout.servers[0]), {"tokens": 0.0, "seconds": 0.0})
+            own["tokens"] += rollout.trained_tokens
+            own["seconds"] = round(own["seconds"] + rollout.seconds, 4)
+    return out
+
+
+def table_of(ranks: Mapping[str, Mapping[str, Sequence[float]]], servers: Mapping[str, Mapping[str, float]]) -> Table:
+    """Of a record, what can be held against each other: of ranks their own seconds, of servers the seconds that a token
+    of theirs took, in those of the mean server."""
+    table = {phase: {f"trainer rank {i}": s for i, s in enumerate(own["own"])} for phase, own in ranks.items()}
+    paces = {f"server {n}": own["seconds"] / own["tokens"] for n, own in servers.items() if own["tokens"]}
+    if paces and (mean := sum(paces.values()) / len(paces)) > 0:
+        table[SAMPLING] = {name: pace / mean for name, pace in paces.items()}
+    return table
+
+
+class Stragglers:
+    """Of a run. say: takes a line where one is found that was not known."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self._last: dict[tuple[str, str], deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._known: set[tuple[str, str]] = set()
+
+    def step(self, result: StepResult) -> dict[str, float]:
+        """Take a finished step; its metrics, with who is slow where somebody is."""
+        step_s = result.metrics.get("time/step_s", 0.0)
+        table = table_of(rank_seconds(result.ranks), server_seconds(result.batch.rollouts))
+        found = self.hear(table, step_s, result.metrics.get("time/rollout_s", step_s))
+        for straggler in found:
+            if (straggler.who, straggler.phase) not in self._known:
+                self.say(f"step {result.batch.step}: {straggler}")
+        self._known = {(s.who, s.phase) for s in found}
+        worst = {s.who.rpartition(" ")[0]: s for s in sorted(found, key=lambda s: s.lost_s)}
+        out: dict[str, float] = {}
+        for kind, straggler in worst.items():
+            name = f"straggler/{kind.split()[-1]}"
+            out |= {
+                name: float(straggler.who.rpartition(" ")[2]),
+                f"{name}_times": straggler.times,
+                f"{name}_lost_s": straggler.lost_s,
+            }
+        return out
+
+    def hear(self, table: Table, step_s: float, rollout_s: float) -> list[Straggler]:
+        """A step's table, the seconds that it took, and those in which servers sampled for it."""
+        found = []
+        for phase, by_who in table.items():
+            for who, seconds in by_who.items():
+                others = [s for other, s in by_who.items() if other != who]
+                if not others:
+                    continue
+                usual = median(others)
+                more = (seconds - usual) * (rollout_s if phase == SAMPLING else 1.0)
+                last = self._last[who, phase]
+                last.append((seconds / max(usual, 1e-6), more))
+                slow = [(t, m) for t, m in last if t >= TIMES and m >= SHARE * step_s]
+                if len(slow) >= STEPS:
+                    times, lost = (median(values) for values in zip(*slow, strict=True))
+                    found.append(Straggler(who, phase, times, lost))
+        return found
