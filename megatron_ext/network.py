@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -153,11 +154,13 @@ class Network:
         with torch.no_grad():
             return self._run(samples, use, routing, forward_only=True)
 
-    def step(self, samples: Sequence[Sample], use: Use, routing: Routing) -> tuple[float, float, bool]:
+    def step(
+        self, samples: Sequence[Sample], use: Use, routing: Routing, skip_above: float = math.inf
+    ) -> tuple[float, float, bool]:
         """Forward, backward, reduction, clipping, Adam: one optimizer step on all samples.
 
-        Returns (gradient norm before clipping, learning rate, skipped: a gradient that is not finite leaves the weights
-        as they are)."""
+        Returns (gradient norm before clipping, learning rate, skipped: a gradient that is not finite, or whose norm is
+        above `skip_above`, leaves the weights as they are)."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -165,6 +168,8 @@ class Network:
         rate = self.optimizer_config.rate(self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        for part in self.optimizer.chained_optimizers:
+            part.config.grad_norm_skip_threshold = skip_above
         done, norm, _ = self.optimizer.step()
         self.steps += 1
         return float(norm or 0.0), rate, not done

@@ -118,3 +118,24 @@ def merge_update(parts: Sequence[UpdatePart]) -> dict[str, float]:
         "train/lr": parts[0].lr,
         "train/skipped_updates": float(parts[0].skipped),
     }
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """What one rank has that is not finite.
+
+    kind:   "weight", or "output" of a module whose inputs were finite.
+    name:   of the parameter or the module, layers and experts counted over the whole model, from 0.
+    layer, expert: None where it is in none.
+    wrong, of: numbers that are not finite, and how many there are.
+    depth, order: of an output: what comes first in the model, and in a rank's pass.
+    """
+
+    kind: Literal["weight", "output"]
+    name: str
+    layer: int | None
+    expert: int | None
+    wrong: int
+    of: int
+    depth: int = 0
+    order: int = 0

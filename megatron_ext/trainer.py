@@ -6,6 +6,7 @@ all ranks are joined by the functions of `parts`, which need no process group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ from megatron_ext.checkpoint.staged_save import StagedSave
 from megatron_ext.checkpoint.training import Networks
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchanged
+from megatron_ext.finite import first_output_not_finite, parameters_not_finite
 from megatron_ext.hf.bucket import Bucket
 from megatron_ext.hf.description import read_description
 from megatron_ext.hf.export import HFExporter
 from megatron_ext.network import Network, Routing
-from megatron_ext.parts import Metrics, TokenPart, UpdatePart, add_metrics
+from megatron_ext.parts import Metrics, NotFinite, TokenPart, UpdatePart, add_metrics
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,18 @@ class Trainer:
         assert self.critic is not None
         return self._measure(self.critic, samples, "native")
 
-    def update(self, samples: Sequence[Sample], loss: LossFunction) -> UpdatePart:
+    def not_finite(self, samples: Sequence[Sample]) -> list[NotFinite]:
+        """This rank's weights that are not finite, and of a forward pass of the policy the first output that is not."""
+        found = first_output_not_finite(self.policy, samples, self._routing)
+        return [*parameters_not_finite(self.policy), *([] if found is None else [found])]
+
+    def update(self, samples: Sequence[Sample], loss: LossFunction, skip_above: float = math.inf) -> UpdatePart:
         """One optimizer step of the policy on all samples: forward, backward, reduction, clipping, Adam.
 
         The answer holds the log-probs that the loss saw, which are those of the weights before the step.
-        A gradient that is not finite leaves the weights as they are: `skipped`.
+        A gradient that is not finite, or whose norm is above `skip_above`, leaves the weights as they are: `skipped`.
         """
-        return self._update(self.policy, samples, loss, self._routing)
+        return self._update(self.policy, samples, loss, self._routing, skip_above)
 
     def update_critic(self, samples: Sequence[Sample], loss: LossFunction) -> UpdatePart:
         """The same for the critic."""
@@ -169,7 +176,13 @@ class Trainer:
         return _token_part(network, samples, seen, routes if parallel.is_reporter(any_stage=True) else {})
 
     @staticmethod
-    def _update(network: Network, samples: Sequence[Sample], loss: LossFunction, routing: Routing) -> UpdatePart:
+    def _update(
+        network: Network,
+        samples: Sequence[Sample],
+        loss: LossFunction,
+        routing: Routing,
+        skip_above: float = math.inf,
+    ) -> UpdatePart:
         metrics: Metrics = {}
         seen: dict[int, tuple[Tensor, ...]] = {}
 
@@ -182,7 +195,7 @@ class Trainer:
                 add_metrics(metrics, {"loss/objective": (float(value.detach()), 0.0, "sum")} | measured)
             return value, {}
 
-        norm, rate, skipped = network.step(samples, share, routing)
+        norm, rate, skipped = network.step(samples, share, routing, skip_above)
         return UpdatePart(metrics, norm, rate, skipped, _token_part(network, samples, seen, {}))
 
 

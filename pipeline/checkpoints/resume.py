@@ -43,12 +43,13 @@ class ResumeError(SamerouteError):
 @dataclass(frozen=True)
 class Start:
     """The checkpoint that a run goes on from, what to tell the user, a sentence each, and the rollouts that were made
-    ahead; None where there were none, or are not wanted."""
+    ahead; None where there were none, or are not wanted. pass_over: steps whose prompts are not asked again."""
 
     path: Path
     progress: Progress
     notes: list[str]
     saved: Saved | None = None
+    pass_over: int = 0
 
 
 def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Start | None:

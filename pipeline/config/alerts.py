@@ -60,6 +60,18 @@ DEFAULT_RULES = (
     AlertRule(metric="policy/entropy", rises_by=1.0, for_steps=3, why="the policy goes over to noise"),
     AlertRule(metric="response/length_mean", below=1.5, for_steps=5, why="answers are empty"),
     AlertRule(metric="response/truncated_fraction", above=0.5, for_steps=5, why="answers do not come to an end"),
+    AlertRule(
+        metric="response/repeating_fraction",
+        above=0.2,
+        for_steps=3,
+        why="answers go in circles; look at rollouts/ of the run directory",
+    ),
+    AlertRule(
+        metric="response/garbage_fraction",
+        above=0.05,
+        for_steps=3,
+        why="answers hold characters that nobody can read; look at rollouts/ of the run directory",
+    ),
     AlertRule(metric="reward/mean", falls_by=0.5, for_steps=5, why="the policy has lost half of its best reward"),
     AlertRule(metric="reward/std", below=1e-6, for_steps=5, why="all rewards are equal, so nothing is learnt"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from megatron_ext.config import Frozen, OptimizerConfig
 
@@ -28,6 +28,12 @@ class RunConfig(Frozen):
         ge=0,
         description="a run whose trainer rank, server or Ray failed begins again from its newest checkpoint by itself, "
         "so often within run.restart_window_minutes; 0: it ends",
+    )
+    rollback_after: int | None = Field(
+        None,
+        ge=1,
+        description="after so many steps in a row with a skipped update the run begins again from its last checkpoint "
+        "before them, and passes over the prompts that led there; counts as a restart of run.max_restarts; null: never",
     )
     restart_window_minutes: float = Field(60.0, gt=0, description="restarts that are longer ago do not count")
     rollouts_shown: int = Field(4, ge=0, description="sampled rollouts written in readable form, each step")
@@ -120,6 +126,15 @@ class TrainConfig(OptimizerConfig):
 
     steps: int = Field(100, ge=0, description="RL steps; 0 ends after the supervised steps")
     mini_batches: int = Field(1, ge=1, description="optimizer steps on the rollouts of one step")
+    skip_grad_norm_above: float | None = Field(
+        None,
+        gt=0,
+        description="an update whose gradient norm, before clipping, is above this is not made, and its batch is "
+        "dumped; null: no such bound",
+    )
+    skip_grad_norm_times: float | None = Field(
+        None, gt=1, description="the same above so many times the median norm of the last 50 updates (5 at least)"
+    )
 
 
 class CriticConfig(OptimizerConfig):
@@ -163,6 +178,14 @@ class ChecksConfig(Frozen):
     probe_rollouts: int = Field(64, ge=1, description="rollouts of such a measurement, and of `sameroute diagnose`")
 
 
+class ProfileConfig(Frozen):
+    """Which steps are traced, and of whom, into profiles/ of the run directory."""
+
+    steps: tuple[PositiveInt, ...] = Field(description="RL steps that are traced; a traced step is slower")
+    ranks: tuple[NonNegativeInt, ...] = Field((0,), description="trainer ranks, traced by torch's profiler")
+    servers: tuple[NonNegativeInt, ...] = Field((), description="servers, from 0, traced by SGLang's profiler")
+
+
 class DebugConfig(Frozen):
     """What a run leaves for those who look into it."""
 
@@ -170,6 +193,14 @@ class DebugConfig(Frozen):
         False,
         description="write what a step trains on to dumps/, for `sameroute train --from-dump`: true for every step, or "
         "a list of steps",
+    )
+    profile: ProfileConfig | None = Field(None, description="steps that are traced; null: none")
+    stall_s: float | None = Field(
+        300.0,
+        gt=0,
+        description="a wait for ranks or servers that is so long, and three times as long as usual, is a stall: where "
+        "every process is goes to stalls/, and who is waited for is said; null: only shortly before a time-out ends "
+        "the run",
     )
 
     def dumps(self, step: int) -> bool:
@@ -186,6 +217,11 @@ class ClusterConfig(Frozen):
         None, description="kind of GPU, for `sameroute plan`; given, a layout that asks for more GPUs is refused"
     )
     address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        description="of one GPU (without GPUs, of one process), in any currency; given, the cost is told",
+    )
     join_timeout_s: float = Field(300.0, gt=0, description="nodes of a running cluster that join later fail the run")
     object_store_gb: float | None = Field(
         None,

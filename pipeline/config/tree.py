@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,6 +141,12 @@ class Config(Frozen):
                 "'{kind: token_tis}' (geometric_tis where the ratio is of sequences), or objective.correction=none to "
                 "train without one"
             )
+        self._check_profile()
+        if self.run.rollback_after is not None and not (self.run.max_restarts and self.checkpoint.every_steps):
+            raise ValueError(
+                f"run.rollback_after={self.run.rollback_after} goes back to a checkpoint as a restart; set "
+                "checkpoint.every_steps, and run.max_restarts to 1 or more"
+            )
         self._check_sources()
         self._check_evaluation()
         longest = request_tokens(self.data.max_prompt_tokens, self.longest_answer)
@@ -181,6 +188,18 @@ class Config(Frozen):
                 f"a turn may have rollout.max_new_tokens={self.rollout.max_new_tokens}, and the whole conversation "
                 f"environment.max_tokens={self.environment.max_tokens}; raise that, or lower a turn's"
             )
+
+    def _check_profile(self) -> None:
+        profile = self.debug.profile
+        if profile is None:
+            return
+        for name, chosen, least, most in (
+            ("steps", profile.steps, 1, self.train.steps),
+            ("ranks", profile.ranks, 0, self.parallel.ranks - 1),
+            ("servers", profile.servers, 0, math.inf if self.server.replicas is None else self.server.replicas - 1),
+        ):
+            if wrong := [n for n in chosen if n > most]:
+                raise ValueError(f"debug.profile.{name} names {wrong[0]}, and this run has {least} to {most}")
 
     def _check_sources(self) -> None:
         own = asked_of(self.data.origins)

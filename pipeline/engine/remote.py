@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.cluster.placement import on_node
+from pipeline.cluster.stacks import ProcessStacks
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import NodeGoneError, ServerError, SGLangServer
 
@@ -37,6 +38,9 @@ class _Host:
 
     def alive(self) -> bool:
         return self.server.alive()
+
+    def stacks(self) -> list[ProcessStacks]:
+        return self.server.stacks()
 
     def stop(self) -> None:
         self.server.stop()
@@ -112,6 +116,13 @@ class RemoteServer:
             return ray.get(self._actor.alive.remote(), timeout=_ANSWER_S)
         except (RayActorError, TimeoutError):
             return False
+
+    def stacks(self) -> list[ProcessStacks]:
+        """Of all its processes, now. Raises NodeGoneError."""
+        try:
+            return self._ask(lambda: self._actor.stacks.remote(), _ANSWER_S)
+        except TimeoutError as error:
+            raise NodeGoneError(f"the node of the server {self._url} does not answer") from error
 
     def log_tail(self) -> str:
         """The last lines of the log, under its path."""

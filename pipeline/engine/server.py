@@ -23,12 +23,13 @@ from typing import Literal, Self
 from megatron_ext.hf.families import FAMILIES
 from pipeline import http
 from pipeline.cluster.loopback import is_loopback, loopback_environment
+from pipeline.cluster.stacks import ProcessStacks, stacks_of
 from pipeline.cluster.threads import thread_environment
 from pipeline.config.precision import PrecisionConfig
 from pipeline.config.server import CAPTURING, ServerConfig
 from pipeline.deaf import deaf_children
 from pipeline.engine.keys import ServerKeys
-from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
+from pipeline.engine.processes import TOKEN_VARIABLE, processes_of, remove_server, shared_memory_of
 from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.imports import own_folder
 from pipeline.say import to_stderr
@@ -305,6 +306,10 @@ class SGLangServer:
     def alive(self) -> bool:
         """Whether the server's first process runs; SGLang ends it when a scheduler dies."""
         return self._process is not None and self._process.poll() is None
+
+    def stacks(self) -> list[ProcessStacks]:
+        """Of all its processes, now."""
+        return stacks_of(sorted(process.pid for process in processes_of(self._token)))
 
     def log_tail(self, lines: int = _LOG_TAIL_LINES) -> str:
         """The last lines of the log, under its path."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.checkpoints.resume import Start
+from pipeline.checkpoints.store import read_progress
 from pipeline.config import Config
 from pipeline.config.replay import Replay
 from pipeline.diagnose import diagnose
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.diagnosis import Diagnosis
+from pipeline.diagnose.not_finite import where_not_finite
 from pipeline.diagnose.page import write_page
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.loop.compare import DisagreementError
@@ -60,6 +63,27 @@ def diagnose_config(config: Config, out: Path, dump: Path | None = None) -> Diag
         console.say(found.sentence)
         console.say(f"{out / 'diagnose.html'}, {out / 'diagnose.json'}")
     return found
+
+
+def find_not_finite(config: Config, out: Path, dump: Path, checkpoint: Path | None = None) -> bool:
+    """Pass a dumped step through the trainer and say where the first number that is not finite comes from; whether
+    there is one. No server is started, and nothing is left running.
+
+    dump: as for `diagnose_config`. checkpoint: of the weights; None: those that the configuration begins with.
+    Raises what `train` raises.
+    """
+    dumped = DumpedSteps(dump)
+    start = None if checkpoint is None else Start(checkpoint, read_progress(checkpoint), [])
+    config = config.model_copy(update={"supervised": config.supervised.model_copy(update={"steps": 0})})
+    check_inputs(config)
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with Console(0) as console, open_loop(config, out, logs, serve=False, start=start) as (loop, _):
+        step = dumped.read(dumped.steps[0], config, loop.shape)
+        loop.load(step.batch.rollouts)
+        found = loop.trainers.not_finite()
+        console.say(where_not_finite(found))
+    return any(found)
 
 
 def _with_routes(config: Config) -> Config:

@@ -16,11 +16,11 @@ from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
 from pipeline.config.replay import Replay
 from pipeline.data.prompts import PromptSource
-from pipeline.dumps.dump import Dump, write_dump
+from pipeline.dumps.dump import Dump, dump_path, write_dump
 from pipeline.engine.fleet import Fleet
 from pipeline.engine.sampling import Sampling
 from pipeline.environments.running import Environments
-from pipeline.loop.compare import compare, compare_scored, replay_probe, scored_rollouts
+from pipeline.loop.compare import DisagreementError, compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.evaluations import on_own_loop
 from pipeline.loop.update import Update, teaches
 from pipeline.objectives import resolve
@@ -33,8 +33,11 @@ from pipeline.rollout.producer import Producer, Taken
 from pipeline.rollout.sampler import sample_groups_sync
 from pipeline.step import Batch, StepResult
 from pipeline.trainer.group import TrainerGroup, to_sample
+from pipeline.trainer.spikes import GradientSpikes
 from pipeline.types import Ended, Group, Rollout
 from pipeline.waiting import Waiting
+
+_MOST_KEPT = 10  # batches of a run that are dumped because something was wrong with them
 
 
 def _to_standard_error(line: str) -> None:
@@ -67,7 +70,7 @@ class Loop:
 
     def __post_init__(self):
         self.objective = resolve(self.config.objective)
-        self.waiting = Waiting()
+        self.waiting, self.spikes, self._kept = Waiting(), GradientSpikes(self.config.train), 0
         self._ended: list[Ended] = []
         precision = self.config.precision
         self.sampling = Sampling(
@@ -99,7 +102,10 @@ class Loop:
             with timer("train"):
                 self.load(batch.rollouts)
                 metrics |= self.probe_replay(batch)
-                result = self.update(batch, timer)
+                with self._kept_where_it_fails(batch):
+                    result = self.update(batch, timer)
+            if why := self.spikes.ended():
+                self.say(f"step {number}: an update was skipped, {why}; {self._keep(batch)}")
             self.transfer(timer)
         read = sum(len(r.prompt_ids) + len(r) for r in batch.rollouts)
         metrics |= result.metrics | batch_metrics(batch) | self.fleet.metrics()
@@ -111,9 +117,28 @@ class Loop:
         metrics |= {
             "step": number,
             "weights/version": batch.version,
+            "train/steps_skipped_in_a_row": float(self.spikes.in_a_row),
             "throughput/train_tokens_per_s": read / timer.seconds["train"],
         }
         return replace(result, metrics=metrics, ended=tuple(self._ended), ranks=self.trainers.take_seconds())
+
+    def _keep(self, batch: Batch) -> str:
+        """Dump what a step trains on, for those who look into it; where it is, in words."""
+        if self.dumps is None or (self._kept == _MOST_KEPT and not self.config.debug.dumps(batch.step)):
+            return f"its batch is not dumped, as those of {self._kept} others are" if self._kept else "it is not dumped"
+        file = dump_path(self.dumps, batch.step)
+        if not self.config.debug.dumps(batch.step):
+            self._kept += 1
+            file = write_dump(self.dumps, Dump(batch, self.sampling.temperature))
+        return f"its batch is {file}"
+
+    @contextlib.contextmanager
+    def _kept_where_it_fails(self, batch: Batch) -> Iterator[None]:
+        try:
+            yield
+        except DisagreementError:
+            self.say(f"step {batch.step}: {self._keep(batch)}")
+            raise
 
     @property
     def replay(self) -> Replay:
@@ -127,7 +152,7 @@ class Loop:
 
     def update(self, batch: Batch, timer: Timer) -> StepResult:
         """Train on a batch whose rollouts are loaded; see `Update`."""
-        return Update(self.config, self.objective, self.trainers, self.shape, self.replay)(batch, timer)
+        return Update(self.config, self.objective, self.trainers, self.shape, self.replay, self.spikes)(batch, timer)
 
     def sync(self) -> None:
         """The trainer's weights to the servers, where there are any, under the next version."""
@@ -139,7 +164,8 @@ class Loop:
 
     def _waits_for_servers(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Around a call that the servers hold up: a line says so where it is long."""
-        return self.waiting.during(what, lambda: "answers of the servers (logs/sglang*.log)")
+        limit_s = self.config.rollout.timeout_s
+        return self.waiting.during(what, lambda: "answers of the servers (logs/sglang*.log)", limit_s)
 
     def transfer(self, timer: Timer) -> None:
         """`sync`, while no server samples."""

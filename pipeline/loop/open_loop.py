@@ -101,6 +101,8 @@ def _prepare_trainers(
             trainers.restart_optimizer(config.train)
         trainers.resume(start.path)
         source.restore(start.progress.cursor)
+        if start.pass_over:
+            source.take(start.pass_over * config.rollout.prompts_per_step)
         if start.progress.step:
             return
     done = 0 if start is None else start.progress.supervised

@@ -10,13 +10,14 @@ from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
 from pipeline.restart_budget import RestartBudget
 from pipeline.trainer.group import RankDiedError, TrainerError
+from pipeline.trainer.spikes import SpikesError
 
-_ENGINE_FAILURES = (TrainerError, ServerError, PlacementError)
+_ENGINE_FAILURES = (TrainerError, ServerError, PlacementError, SpikesError)
 
 
 def engine_failed(error: SamerouteError) -> bool:
     """Whether another attempt may not meet it again: a process that died or hung, a node that was lost, also where that
-    is why something else, a checkpoint, could not be had."""
+    is why something else, a checkpoint, could not be had; or updates that other prompts may not spoil."""
     return isinstance(error, _ENGINE_FAILURES) or isinstance(error.__cause__, RankDiedError)
 
 

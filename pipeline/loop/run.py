@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.hf.companions import write_companions
@@ -17,6 +18,8 @@ from pipeline.checkpoints.store import CheckpointStore, Progress, progress_of
 from pipeline.cluster.limits import raise_open_files
 from pipeline.config import Config
 from pipeline.data.prompts import PromptSource
+from pipeline.diagnose.profiles import Profiles
+from pipeline.diagnose.stall import StallReports
 from pipeline.disk.claim import Claim, claim
 from pipeline.disk.lock import refuse_held
 from pipeline.disk.scratch import scratch_folder
@@ -34,7 +37,9 @@ from pipeline.loop.open_loop import open_loop
 from pipeline.loop.restarts import Restarts, engine_failed
 from pipeline.loop.stop import Stopped, StopRequest
 from pipeline.observe.console import Console
+from pipeline.observe.device_hours import DeviceHours
 from pipeline.observe.facts import write_facts, written_by_this_job
+from pipeline.observe.garbled import answer_metrics
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.sinks import Sinks
 from pipeline.observe.stragglers import Stragglers
@@ -42,6 +47,7 @@ from pipeline.rollout.saved import Saved
 from pipeline.say import to_stderr
 from pipeline.step import StepResult
 from pipeline.trainer.group import TrainerGroup
+from pipeline.trainer.spikes import SpikesError
 
 
 def train(
@@ -60,7 +66,7 @@ def train(
     """
     store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep_last)
     stop = stop or StopRequest(None)
-    restarts = Restarts(config.run.max_restarts, 60 * config.run.restart_window_minutes)
+    restarts, spoiled = Restarts(config.run.max_restarts, 60 * config.run.restart_window_minutes), 0
     with _ended_at_once(config, store, stop):
         dumped = None if from_dump is None else dumped_steps(from_dump, config)
         while True:
@@ -72,13 +78,15 @@ def train(
                     source, sets = check_prompts(config, scratch)
                     with claim(config.run.directory) as claimed:
                         asked = (source, sets)
-                        return _claimed(config, claimed, asked, dumped, store, restarts, resume=resume, stop=stop)
+                        return _claimed(
+                            config, claimed, asked, dumped, store, restarts, resume=resume, stop=stop, spoiled=spoiled
+                        )
             except SamerouteError as failure:
                 latest = store.latest()
                 if not engine_failed(failure) or latest is None or stop.requested:
                     raise
                 to_stderr(f"{failure}\n{restarts.again(failure)}, from {latest}")
-                resume = True
+                resume, spoiled = True, failure.step if isinstance(failure, SpikesError) else 0
 
 
 def _claimed(
@@ -91,10 +99,14 @@ def _claimed(
     *,
     resume: bool,
     stop: StopRequest,
+    spoiled: int = 0,
 ) -> Path:
-    """The run, in a directory that is its own. asked: its prompts and its evaluations, checked."""
+    """The run, in a directory that is its own. asked: its prompts and its evaluations, checked. spoiled: the step that
+    an attempt before came to, whose prompts are passed over; 0: none are."""
     source, sets = asked
     start = choose_start(config, store, asked=resume)
+    if start is not None and spoiled > start.progress.step:
+        start = replace(start, pass_over=spoiled - start.progress.step)
     if start is None:
         check_not_replaced(config)
     steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
@@ -157,6 +169,7 @@ class _Run:
         self.config, self.store, self.stop, self.console = config, store, stop, console
         self.directory, self.last, self.restarts = directory, last, restarts
         self.stragglers = Stragglers(console.say)
+        self.hours = DeviceHours(config.parallel.ranks, 0, config.cluster.price_per_hour)
 
     def go(
         self,
@@ -187,6 +200,10 @@ class _Run:
         ):
             write_facts(directory.path, loop.trainers)
             loop.say = self.console.say
+            stalled = StallReports.of_run(directory.path, loop.trainers, loop.fleet, self.console.say)
+            for waiting in (loop.waiting, loop.trainers.waiting):
+                waiting.on_stall(stalled, config.debug.stall_s)
+            self.hours.servers = len(loop.fleet.servers) * config.server.tensor_parallel
             if config.replay.any and not loop.replay.any:
                 self.console.say(
                     f"replay={config.replay} replays nothing: the model has no experts, so there are no routes"
@@ -246,8 +263,11 @@ class _Run:
         evaluations: Evaluations,
     ) -> StepResult:
         """One RL step, its evaluations and its records."""
-        result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+        with self._traced(loop, number):
+            result = loop.step(number) if dumped is None else _replay(loop, dumped, number)
+        result.metrics.update(answer_metrics(result.batch.rollouts, loop.source.tokenizer))
         result.metrics.update(self.stragglers.step(result))
+        result.metrics.update(self.hours.step(result.metrics, sum(r.trained_tokens for r in result.batch.rollouts)))
         began = time.perf_counter()
         scores = evaluations.after(number)
         better = evaluations.better(number, scores)
@@ -259,10 +279,18 @@ class _Run:
         self.directory.write_step(result, loop.objective, loop.source.tokenizer)
         self.console.step(result.metrics)
         sinks.record(result.metrics)
+        loop.spikes.check(number, self.config.run.rollback_after)
         self._step_done(loop, saver, number, evaluations, save=better)
         if better:
             self._export(loop.trainers)
         return result
+
+    def _traced(self, loop: Loop, number: int) -> contextlib.AbstractContextManager[None]:
+        """Around a step that debug.profile may name."""
+        profile = self.config.debug.profile
+        if profile is None:
+            return contextlib.nullcontext()
+        return Profiles(profile, self.directory.path, loop.trainers, loop.fleet, self.console.say).of_step(number)
 
     def _export(self, trainers: TrainerGroup) -> None:
         """The best model so far, to where the configuration wants it."""
@@ -295,6 +323,8 @@ class _Run:
         """An RL step, recorded and synchronised. save: whatever checkpoint.every_steps says."""
         saver.poll()
         every = self.config.checkpoint.every_steps
+        if loop.spikes.in_a_row and self.config.run.rollback_after is not None and number < self.last:
+            save, every = False, None  # what a rollback goes back to is from before the first of them
         due = save or (every is not None and (number % every == 0 or number == self.last or evaluations.exhausted))
         if not (due or self.stop.requested):
             return

@@ -26,6 +26,7 @@ from pipeline.objectives.terms.second_moment import kept_tokens
 from pipeline.observe.metrics import Timer, routing_metrics
 from pipeline.step import Batch, PolicyTokens, StepResult
 from pipeline.trainer.losses import ON_POLICY, LossRow
+from pipeline.trainer.spikes import GradientSpikes
 from pipeline.types import Episode, Group
 
 
@@ -37,7 +38,11 @@ class Trainers(Protocol):
     def reference_logprobs(self) -> list[np.ndarray]: ...
     def values(self) -> list[np.ndarray]: ...
     def update_policy(
-        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
+        self,
+        objective: ObjectiveConfig,
+        denominators: Denominators,
+        rows: dict[int, LossRow],
+        skip_above: float = ...,
     ) -> tuple[dict[str, float], PolicyTokens]: ...
     def update_critic(
         self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
@@ -62,6 +67,7 @@ class Update:
     """How a step trains.
 
     trainers: hold the batch's rollouts. model: a description with num_layers and num_experts. replay: of this model.
+    spikes: which updates are not made.
     """
 
     config: Config
@@ -69,6 +75,7 @@ class Update:
     trainers: Trainers
     model: Any
     replay: Replay
+    spikes: GradientSpikes
 
     def __call__(self, batch: Batch, timer: Timer) -> StepResult:
         """Train on a batch. Raises DisagreementError where its rollouts are not of the trainer's weights.
@@ -144,7 +151,8 @@ class Update:
             max_length=self.config.longest_rollout,
             prompts=len({int(groups[i]) for i in rows}),
         )
-        metrics, seen = self.trainers.update_policy(self.config.objective, denominators, rows)
+        metrics, seen = self.trainers.update_policy(self.config.objective, denominators, rows, self.spikes.limit)
+        self.spikes.took(metrics)
         if self.objective.needs_critic:
             metrics |= self.trainers.update_critic(self.config.objective, denominators, rows)
         return metrics, seen

@@ -12,6 +12,8 @@ tensorboard/         the same as events
 logs/                one log a process of both engines
 rollouts/            step_000012.txt and .json: a few sampled rollouts, for people and for the report
 dumps/               step_000012.safetensors: what a step trained on, where debug.dump_rollouts asks for it
+stalls/              stall_001.txt: where every process was when the run stood still
+profiles/            step_000012/: traces of the steps that debug.profile names
 checkpoints/         step_12: all that resuming after that step needs, where checkpoint.every_steps asks for it
 dropped/             what a resumed run had written after its checkpoint: rows of both files, rollouts
 hf/                  the trained model, where the run wrote one
@@ -88,6 +90,8 @@ _DIRECTORIES = (
     "episodes",
     "servers",
     "dumps",
+    "stalls",
+    "profiles",
     "model",
     "hf",
     "best_hf",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from megatron_ext.batch.layout import Sample
 from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
-from megatron_ext.parts import TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
+from megatron_ext.parts import NotFinite, TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.cluster.placement import on_node
 from pipeline.cluster.ray_processes import ended, what_died
 from pipeline.config.precision import RolloutWeights
@@ -128,11 +129,15 @@ class TrainerGroup:
         return merge_tokens(self._call("measure", "values", None), self._loaded)[0]
 
     def update_policy(
-        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
+        self,
+        objective: ObjectiveConfig,
+        denominators: Denominators,
+        rows: dict[int, LossRow],
+        skip_above: float = math.inf,
     ) -> tuple[dict[str, float], PolicyTokens]:
-        """One optimizer step on some of the loaded samples, each with its row. Returns metrics, and
+        """One optimizer step on some of the loaded samples, each with its row; see Trainer.update. Returns metrics, and
         what `logprobs` would have said of these samples before it."""
-        parts = self._call("update_policy", objective, denominators, self._put(rows))
+        parts = self._call("update_policy", objective, denominators, self._put(rows), skip_above)
         return merge_update(parts), self._policy([p.seen for p in parts], list(rows))
 
     def update_critic(
@@ -170,6 +175,20 @@ class TrainerGroup:
     def where(self) -> list[dict[str, Any]]:
         """Host, Ray node, process, GPUs and NCCL variables of every rank, see TrainerRank.where."""
         return self._call("where")
+
+    def begin_profile(self, ranks: Sequence[int]) -> None:
+        """These ranks trace what they compute from now on."""
+        self._wait(self._ask([self.ranks[r] for r in ranks], "begin_profile"), "begin_profile")
+
+    def end_profile(self, ranks: Sequence[int], folder: Path) -> None:
+        """They write their traces into a folder that they see."""
+        files = [str(folder / f"trainer_rank{r}.json.gz") for r in ranks]
+        answers = [self._ask([self.ranks[r]], "end_profile", file)[0] for r, file in zip(ranks, files, strict=True)]
+        self._wait(answers, "end_profile")
+
+    def not_finite(self) -> list[list[NotFinite]]:
+        """Of every rank, see Trainer.not_finite, of all loaded samples."""
+        return self._call("not_finite")
 
     def take_seconds(self) -> list[PhaseSeconds]:
         """Of every rank by phase, since it was asked last."""
@@ -294,7 +313,8 @@ class TrainerGroup:
         """
         timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
         deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
-        wait = self.waiting.begin(method, START_S if method in _STARTING else None)
+        limit_s = self.weights_timeout_s if restart else timeout_s
+        wait = self.waiting.begin(method, START_S if method in _STARTING else None, limit_s)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             self._check_ray()

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
-from megatron_ext.parts import TokenPart, UpdatePart
+from megatron_ext.parts import NotFinite, TokenPart, UpdatePart
 from pipeline.cluster.threads import thread_environment
 from pipeline.config.precision import RolloutWeights
 from pipeline.imports import lasting_imports
@@ -121,13 +121,14 @@ class TrainerRank:
 
     @timed("update")
     def update_policy(
-        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
+        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow], skip_above: float
     ) -> UpdatePart:
-        """One optimizer step on some of the loaded samples. rows: sample index -> what the loss reads of it."""
+        """One optimizer step on some of the loaded samples. rows: sample index -> what the loss reads of it.
+        skip_above: see Trainer.update."""
         from pipeline.trainer.losses import policy_loss
 
         loss = policy_loss(resolve(objective), denominators, list(rows))
-        return self.trainer.update(self._with(rows), loss)
+        return self.trainer.update(self._with(rows), loss, skip_above)
 
     @timed("critic")
     def update_critic(
@@ -147,6 +148,25 @@ class TrainerRank:
         from pipeline.trainer.losses import supervised_loss
 
         return self.trainer.update(samples, supervised_loss(sum(s.response_length for s in samples)))
+
+    def begin_profile(self) -> None:
+        """Trace what this rank computes from now on."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self.profile = profile(activities=[ProfilerActivity.CPU, *gpu])
+        self.profile.start()
+
+    def end_profile(self, file: str) -> None:
+        """Write the trace."""
+        self.profile.stop()
+        self.profile.export_chrome_trace(file)
+        del self.profile
+
+    def not_finite(self) -> list[NotFinite]:
+        """See Trainer.not_finite, of all loaded samples."""
+        return self.trainer.not_finite(self.samples)
 
     def take_seconds(self) -> PhaseSeconds:
         """By phase, since it was asked last."""

@@ -13,6 +13,8 @@ import pytest
 from pipeline.commands.main import main
 from pipeline.config import load_config
 from pipeline.engine.fleet import Fleet
+from pipeline.trainer.spikes import GradientSpikes
+from pipeline.waiting import Waiting
 from tests.support.episodes import step_result
 from tests.support.receivers import free_port
 from tests.support.runs import metrics
@@ -31,7 +33,8 @@ class Loop:
 
     def __init__(self, at_step):
         self.at_step, self.on_servers = at_step, None
-        self.trainers = SimpleNamespace(where=lambda: [{"rank": 0}], save_hf=lambda directory: None)
+        self.waiting, self.spikes = Waiting(), GradientSpikes(self.config.train)
+        self.trainers = SimpleNamespace(where=lambda: [{"rank": 0}], save_hf=lambda directory: None, waiting=Waiting())
 
     def step(self, number):
         self.at_step(number)

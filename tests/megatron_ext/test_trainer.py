@@ -97,6 +97,25 @@ def test_an_update_moves_logprobs_towards_the_loss(tiny_model_dir):
     assert ((result.after - result.before) * weights).sum() > 0
 
 
+def with_a_limit(config: ParallelConfig, model: str):
+    from megatron_ext.trainer import Trainer
+
+    it = Trainer(model, config, TRAINER, OptimizerConfig(lr=1e-2), replay=False)
+    samples = make_samples(routes=False)
+    before = [p.detach().clone() for p in it.policy.chunks[0].parameters()]
+    spike = it.update(samples, weighted_likelihood, 1e-3)
+    same = all(torch.equal(a, b) for a, b in zip(before, it.policy.chunks[0].parameters(), strict=True))
+    made = it.update(samples, weighted_likelihood)
+    moved = not all(torch.equal(a, b) for a, b in zip(before, it.policy.chunks[0].parameters(), strict=True))
+    return spike.skipped, same, made.skipped, moved, spike.grad_norm
+
+
+def test_a_gradient_above_the_limit_moves_no_weight_on_any_rank_and_the_next_update_does(tiny_model_dir):
+    first, second = run_ranks(with_a_limit, ParallelConfig(ranks=2, expert=2), str(tiny_model_dir))
+    assert first[:4] == second[:4] == (True, True, False, True)
+    assert first[4] == second[4] > 1e-3
+
+
 def with_entropy_bonus(config: ParallelConfig, model: str, trainer: TrainerConfig):
     from megatron_ext.trainer import Trainer
 

@@ -61,6 +61,7 @@ CODES = {
     "pipeline.trainer.group.RankDiedError": 1,
     "pipeline.trainer.group.ServersFailedError": 1,
     "pipeline.trainer.group.TrainerError": 1,
+    "pipeline.trainer.spikes.SpikesError": 1,
     "pipeline.weights.servers.WeightCheckError": 1,
     "pipeline.weights.servers.WeightTransferError": 1,
 }

@@ -103,3 +103,33 @@ def test_a_polling_wait_asks_who_only_when_a_line_is_due(said, clock):
 def test_what_ends_a_wait_passes_through(said):
     with pytest.raises(ZeroDivisionError), Waiting(said.append).during("x", str):
         1 / 0  # noqa: B018
+
+
+def test_a_stall_is_told_once_a_wait_after_its_time_and_three_times_the_usual(said, clock):
+    waits, stalls = Waiting(said.append), []
+    waits.on_stall(lambda what, seconds: stalls.append((what, seconds)), 30)
+    lines_at(clock, waits.begin("update"), 29, 30, 60)
+    assert stalls == [("update", 30)]
+    for _ in range(3):
+        waits.ended("update", 20)
+    lines_at(clock, waits.begin("update"), 59, 60)
+    assert stalls[1:] == [("update", 60)]
+
+
+def test_a_stall_is_told_before_the_time_out_ends_the_run(clock):
+    waits, stalls = Waiting(lambda _: None), []
+    waits.on_stall(lambda what, seconds: stalls.append(seconds), None)
+    lines_at(clock, waits.begin("update", limit_s=100), 89, 91)
+    lines_at(clock, waits.begin("update"), 10_000)
+    assert stalls == [91]
+
+
+def test_a_stall_is_told_while_a_call_blocks(said):
+    waits, stalls = Waiting(said.append), []
+    waits.on_stall(lambda what, seconds: stalls.append(what), 0.02)
+    deadline = time.monotonic() + 10
+    with waits.during("sampling", lambda: "the server"):
+        while not stalls:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    assert stalls == ["sampling"]

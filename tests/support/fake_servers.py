@@ -54,6 +54,9 @@ class Server:
     def stop(self):
         self.living = False
 
+    def stacks(self):
+        return []
+
     def log_tail(self):
         return f"{self.log_path}:\nthe last words"
 

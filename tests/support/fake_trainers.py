@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ class FakeTrainers:
         self.updates: list[tuple[object, dict]] = []
         self.loaded = []
         self.sent: list[int] = []
+        self.norms: list[float] = []
         self.seconds: list[dict[str, tuple[float, float]]] = []
 
     def _policy(self, indices: Sequence[int], shift: float) -> PolicyTokens:
@@ -54,11 +56,14 @@ class FakeTrainers:
         self.calls.append("values")
         return [np.zeros(len(r), np.float32) for r in self.rollouts]
 
-    def update_policy(self, objective, denominators, rows):
+    def update_policy(self, objective, denominators, rows, skip_above=math.inf):
         self.calls.append("update_policy")
         self.updates.append((denominators, dict(rows)))
         shift = self.gap + self.move * (len(self.updates) - 1)
-        return {"loss/policy": float(len(rows)), "train/grad_norm": 1.0}, self._policy(list(rows), shift)
+        norm = self.norms.pop(0) if self.norms else 1.0
+        skipped = not norm <= skip_above or not math.isfinite(norm)
+        metrics = {"loss/policy": float(len(rows)), "train/grad_norm": norm, "train/skipped_updates": float(skipped)}
+        return metrics, self._policy(list(rows), shift)
 
     def update_critic(self, objective, denominators, rows):
         self.calls.append("update_critic")

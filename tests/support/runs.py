@@ -28,6 +28,8 @@ def metrics(step: int, steps: int = 12) -> dict[str, float]:
         "response/length_mean": 6.0,
         "response/length_max": 8.0,
         "response/truncated_fraction": 0.0,
+        "response/repeating_fraction": 0.0,
+        "response/garbage_fraction": 0.0,
         "policy/entropy": 1.1 - done,
         "mismatch/abs_logprob": 2e-7,
         "mismatch/p99": 1e-6,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.cluster.stacks import ProcessStacks
 from pipeline.engine.control import SGLangControl
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
@@ -27,6 +28,10 @@ class AddedServer:
     def log_tail(self) -> str:
         """Where to look."""
         return f"its log: {self.log_path}"
+
+    def stacks(self) -> list[ProcessStacks]:
+        """None: its processes are not seen from here."""
+        return []
 
     def restart(self) -> None:
         """Nobody here can."""

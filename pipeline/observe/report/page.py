@@ -28,6 +28,8 @@ _FILES = (
     ("logs", "of both engines, a file a process"),
     ("tensorboard", "the numbers for TensorBoard"),
     ("dumps", "what the steps trained on, for sameroute train --from-dump"),
+    ("stalls", "where every process was when the run stood still"),
+    ("profiles", "traces of steps, for ui.perfetto.dev"),
     ("hf", "the trained model"),
     ("summary.png", "reward, mismatch and length in one picture"),
 )
@@ -87,7 +89,7 @@ def sections(run: Run) -> list[tuple[str, list[Figure]]]:
             [policies.clipped(run), learning.grad_norm(run), *policies.ratios(run, "current/proximal")],
         ),
         *([("How far do rollouts run ahead?", ahead.figures(run))] if run.has("rollout/lag_mean") else []),
-        ("Where does the time go?", [speed.time(run), speed.throughput(run), *slowest.figures(run)]),
+        ("Where does the time go?", [speed.time(run), speed.throughput(run), *speed.idle(run), *slowest.figures(run)]),
     ]
 
 

@@ -82,6 +82,31 @@ def throughput(run: Run) -> Figure:
     )
 
 
+def idle(run: Run) -> list[Figure]:
+    """None where no step has counted its device-hours."""
+    lines = {"devices/trainer_idle": "trainer", "devices/servers_idle": "servers"}
+    if not run.has("devices/hours"):
+        return []
+    hours, unused = (float(np.nanmax(run.column(f"devices/{name}"))) for name in ("hours", "idle_hours"))
+    tokens = float(np.nanmean(run.column("devices/tokens_per_hour")))
+    now = f"{hours:,.3g} device-hours so far, {unused:,.3g} of them idle ({unused / max(hours, 1e-12):.0%}); "
+    now += f"{tokens:,.0f} trained tokens an hour of a device."
+    if run.has("devices/cost"):
+        now += f" Cost: {np.nanmax(run.column('devices/cost')):,.2f}."
+    return [
+        Figure(
+            "idle",
+            "Idle devices",
+            "Share of a step in which the trainer, or the servers, have nothing to do. A device is a GPU, or a process "
+            "where there are none. Sums are since the run, or its resumption, began.",
+            "Low on both sides: with rollout.max_staleness above 0 they work beside each other.",
+            "One side idle for half of the step: give the other more devices, or let it run ahead.",
+            now,
+            line_plot(run, lines, "share of the step", percent=True),
+        )
+    ]
+
+
 def _seconds(run: Run, phase: str) -> np.ndarray:
     """[steps] of a phase; a step that did not run it took no time for it."""
     seconds = run.column(f"time/{phase}_s")

@@ -219,6 +219,7 @@ def known_metrics() -> dict[str, set[str]]:
     import torch
 
     from pipeline.objectives import mismatch_metrics
+    from pipeline.observe.garbled import answer_metrics
     from pipeline.observe.metrics import batch_metrics
     from pipeline.rewards import Failures
     from pipeline.step import Batch
@@ -232,6 +233,7 @@ def known_metrics() -> dict[str, set[str]]:
         *mismatch_metrics(one, one, torch.ones(1, 2, dtype=torch.bool)),
         *batch_metrics(Batch(1, 0, (group,))),
         *Failures().metrics(),
+        *answer_metrics([], None),
     ]
     families: dict[str, set[str]] = {}
     for name in names:

@@ -5,6 +5,7 @@ The verifier runs in real processes; server and trainer are made up here.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.config import load_config
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.dumps.dump import dump_path, read_dump
 from pipeline.engine.fleet import Fleet
+from pipeline.loop.compare import DisagreementError
 from pipeline.loop.loop import Loop, NothingToLearnError
 from pipeline.loop.update import mini_batches
 from pipeline.observe.metrics import Timer, batch_metrics
@@ -182,3 +184,34 @@ def test_the_source_learns_the_rewards_of_every_group_also_of_those_that_dynamic
     loop = make_loop(answers, "objective.dynamic_sampling=true")
     loop.step(1)
     assert loop.learned == [(0, [1, 1]), (1, [0, 1]), (2, [1, 0]), (3, [1, 0]), (4, [0, 0]), (5, [1, 0])]
+
+
+SOUND = [("1", "0")] * 4
+
+
+def test_a_gradient_spike_skips_the_update_is_counted_and_leaves_its_batch(make_loop):
+    loop = make_loop(SOUND, "train.skip_grad_norm_above=10")
+    loop.trainers.norms = [80.0]
+    result = loop.step(1)
+    assert result.metrics["train/skipped_updates"] == result.metrics["train/steps_skipped_in_a_row"] == 1
+    file = dump_path(loop.dumps, 1)
+    why = "its gradient norm, 80, is above 10"
+    assert loop.said == [f"step 1: an update was skipped, {why}; its batch is {file}"]
+    assert rewards_of(read_dump(file).batch.groups) == rewards_of(result.batch.groups)
+
+
+def test_an_update_within_its_limit_is_made_and_leaves_nothing(make_loop):
+    loop = make_loop(SOUND, "train.skip_grad_norm_above=10")
+    loop.trainers.norms = [9.0]
+    assert loop.step(1).metrics["train/skipped_updates"] == 0
+    assert loop.said == []
+    assert not loop.dumps.exists()
+
+
+def test_a_step_whose_engines_disagree_leaves_its_batch(make_loop):
+    loop = make_loop(SOUND)
+    loop.trainers.gap = math.nan
+    with pytest.raises(DisagreementError):
+        loop.step(1)
+    assert dump_path(loop.dumps, 1).is_file()
+    assert loop.said == [f"step 1: its batch is {dump_path(loop.dumps, 1)}"]

@@ -15,6 +15,7 @@ from pipeline.loop.compare import DisagreementError
 from pipeline.loop.restarts import RestartLimitError, Restarts
 from pipeline.loop.stop import StopRequest
 from pipeline.trainer.group import RankDiedError, TrainerError
+from pipeline.trainer.spikes import SpikesError
 
 DIED = TrainerError("trainer rank 0 died")
 
@@ -44,12 +45,14 @@ def attempts(tmp_path, monkeypatch):
 
     class Attempts:
         resumed: list[bool]
+        spoiled: list[int]
 
         def run(self, *ends: Exception, restarts: int = 3, checkpoint: bool = True, stop=None) -> Path:
-            self.resumed, left = [], list(ends)
+            self.resumed, self.spoiled, left = [], [], list(ends)
 
-            def attempt(*_, resume, **__):
+            def attempt(*_, resume, spoiled, **__):
                 self.resumed.append(resume)
+                self.spoiled.append(spoiled)
                 if left:
                     raise left.pop(0)
                 return tmp_path
@@ -68,6 +71,12 @@ def test_a_run_whose_engine_failed_is_resumed(attempts, capsys, tmp_path):
     said = capsys.readouterr().err
     assert f"trainer rank 0 died\nrestart 1 of 3 within 60 minutes, from {tmp_path / 'step_4'}" in said
     assert "the SGLang server died\nrestart 2 of 3" in said
+
+
+def test_skipped_updates_in_a_row_go_back_and_the_prompts_up_to_them_are_passed_over(attempts):
+    attempts.run(SpikesError("3 steps in a row", 9), DIED)
+    assert attempts.resumed == [False, True, True]
+    assert attempts.spoiled == [0, 9, 0]
 
 
 @pytest.mark.parametrize(("cause", "resumed"), [(RankDiedError("rank 0 died"), True), (OSError("disk full"), False)])

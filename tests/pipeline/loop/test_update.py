@@ -17,6 +17,7 @@ from pipeline.objectives import PRESETS, ObjectiveConfig, resolve
 from pipeline.observe.metrics import Timer
 from pipeline.step import Batch, PolicyTokens
 from pipeline.trainer.losses import ON_POLICY
+from pipeline.trainer.spikes import GradientSpikes
 from pipeline.types import Episode, Group, Prompt
 from tests.support.episodes import graded_group, plain_rollout
 from tests.support.fake_trainers import FakeTrainers
@@ -38,7 +39,7 @@ def run(*overrides, replay=Replay.R3, batch=None, **fake):
     batch = batch or make_batch()
     config = load_config(QUICKSTART, list(overrides))
     trainers = FakeTrainers(batch.rollouts, **fake)
-    update = Update(config, resolve(config.objective), trainers, MODEL, replay)
+    update = Update(config, resolve(config.objective), trainers, MODEL, replay, GradientSpikes(config.train))
     return trainers, update(batch, Timer())
 
 
@@ -154,7 +155,8 @@ def test_the_reference_is_compared_on_sampled_tokens():
     batch = batch_with_holes()
     kl = "objective={preset: grpo, kl: {estimator: k1, beta: 0.1, place: reward}}"
     config = load_config(QUICKSTART, ["train.mini_batches=1", kl])
-    result = Update(config, resolve(config.objective), Reference(batch.rollouts), MODEL, Replay.NONE)(batch, Timer())
+    trainers, spikes = Reference(batch.rollouts), GradientSpikes(config.train)
+    result = Update(config, resolve(config.objective), trainers, MODEL, Replay.NONE, spikes)(batch, Timer())
     assert result.metrics["kl/reference"] == pytest.approx(1.0)
 
 

@@ -148,6 +148,8 @@ def test_a_run_that_learns_raises_no_default_alert_and_each_sign_of_a_collapse_r
         "policy/entropy": 1e-5,
         "response/length_mean": 1.0,
         "response/truncated_fraction": 0.9,
+        "response/repeating_fraction": 0.4,
+        "response/garbage_fraction": 0.4,
         "reward/mean": 0.2,
         "reward/std": 0.0,
     }
