@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,13 @@ _OFFLOADED: dict[str, Any] = {
     "overlap_cpu_optimizer_d2h_h2d": True,
     "use_precision_aware_optimizer": True,  # else float32 weights would stay on the GPU beside those of the CPU
 }
+
+
+def _infinite_where_not_finite(measure: Callable[[], Any]) -> float:
+    """A gradient's norm. Megatron-Core (0.19.2) looks for a NaN only where it scales the loss. Else a NaN is above no
+    threshold and goes into every weight; what is infinite is above the largest number."""
+    norm = float(measure())
+    return norm if math.isfinite(norm) else math.inf
 
 
 class _ContextGather(torch.autograd.Function):
@@ -143,6 +151,7 @@ class Network:
         )
         self.mcore_config.finalize_model_grads_func = finalize_model_grads
         self.mcore_config.grad_scale_func = self.optimizer.scale_loss
+        self.optimizer.get_grad_norm = partial(_infinite_where_not_finite, self.optimizer.get_grad_norm)
 
     def _drop_optimizer(self) -> None:
         """Of two there would be float32 weights and moments twice."""
@@ -169,10 +178,10 @@ class Network:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for part in self.optimizer.chained_optimizers:
-            part.config.grad_norm_skip_threshold = skip_above
+            part.config.grad_norm_skip_threshold = min(skip_above, sys.float_info.max)
         done, norm, _ = self.optimizer.step()
         self.steps += 1
-        return float(norm or 0.0), rate, not done
+        return float(norm) if norm is not None and math.isfinite(norm) else 0.0, rate, not done
 
     @property
     def recomputes_routers(self) -> bool:

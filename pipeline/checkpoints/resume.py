@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class Start:
     notes: list[str]
     saved: Saved | None = None
     pass_over: int = 0
+
+    def past(self, step: int) -> Start:
+        """The same, with the prompts of all steps up to this one passed over."""
+        return replace(self, pass_over=max(0, step - self.progress.step))
 
 
 def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Start | None:

@@ -27,6 +27,11 @@ class Frame:
     file: str
     line: int
 
+    @property
+    def name(self) -> str:
+        """Of the function, without those that it is defined in."""
+        return self.function.rpartition(".")[2]
+
     def __str__(self) -> str:
         return f"{self.function} ({'/'.join(self.file.strip('/').split('/')[-3:])}:{self.line})"
 

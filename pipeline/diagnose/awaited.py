@@ -55,7 +55,7 @@ def _of_ranks(busy: dict[str, tuple[Frame, ...]], problems: dict[str, str]) -> s
     kinds: dict[str, list[str]] = {}
     for who, frame in waiting.items():
         if frame is not None:
-            kinds.setdefault(frame.function, []).append(who)
+            kinds.setdefault(frame.name, []).append(who)
     unread = [who for who, why in problems.items() if why]
     if late:
         names = ", ".join(f"{who}, which is in {busy[who][0]}" for who in late[:4])
@@ -101,7 +101,7 @@ def _of_servers(servers: Sequence[Seen]) -> str:
 def _working(process: ProcessStacks) -> tuple[Frame, ...]:
     """The thread of a rank that a call runs in; none where it has nothing to do."""
     for thread in process.threads:
-        calls = [f for f in thread.frames if _RANK_FILE in f.file and f.function not in ("position", "servers_awaited")]
+        calls = [f for f in thread.frames if _RANK_FILE in f.file and f.name not in ("position", "servers_awaited")]
         if calls:
             return thread.frames
     return ()
@@ -123,7 +123,7 @@ def _collective(frames: Sequence[Frame]) -> Frame | None:
     for frame in frames:
         if not any(part in frame.file for part in _COLLECTIVES):
             break
-        if frame.function not in _WRAPPERS:
+        if frame.name not in _WRAPPERS:
             inside = frame
     return inside or frames[0]
 

@@ -109,7 +109,7 @@ class Membership:
     def __init__(self, servers: Sequence[FleetServer], config: ServerConfig, say: Callable[[str], None] = to_stderr):
         self.servers, self.say = list(servers), say
         self.lost = self.restarted = self.joined = self.left = 0
-        self._config, self._waits = config, Waiting(say)
+        self._config, self.waits = config, Waiting(say)
         self._lock, self._starting = threading.RLock(), threading.Lock()
         self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
         self.failure: Exception | None = None
@@ -141,7 +141,7 @@ class Membership:
             for server in members:
                 losses = server.losses
                 named = f"the server {server.process.url} (log: {server.process.log_path})"
-                with self._waits.during("the probe before a transfer", lambda named=named: named):
+                with self.waits.during("the probe before a transfer", lambda named=named: named):
                     answers = server.answers(self._config.probe_timeout_s)
                 if not answers:
                     self.lose(server, "does not answer", losses)

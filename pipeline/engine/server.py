@@ -309,7 +309,8 @@ class SGLangServer:
 
     def stacks(self) -> list[ProcessStacks]:
         """Of all its processes, now."""
-        return stacks_of(sorted(process.pid for process in processes_of(self._token)))
+        found = stacks_of(sorted(process.pid for process in processes_of(self._token)))
+        return [one for one in found if one.state != "gone"]  # between the listing and the reading
 
     def log_tail(self, lines: int = _LOG_TAIL_LINES) -> str:
         """The last lines of the log, under its path."""

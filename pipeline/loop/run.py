@@ -6,7 +6,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.hf.companions import write_companions
@@ -105,8 +104,7 @@ def _claimed(
     an attempt before came to, whose prompts are passed over; 0: none are."""
     source, sets = asked
     start = choose_start(config, store, asked=resume)
-    if start is not None and spoiled > start.progress.step:
-        start = replace(start, pass_over=spoiled - start.progress.step)
+    start = None if start is None else start.past(spoiled)
     if start is None:
         check_not_replaced(config)
     steps = range(1, config.train.steps + 1) if dumped is None else dumped.steps
@@ -201,7 +199,7 @@ class _Run:
             write_facts(directory.path, loop.trainers)
             loop.say = self.console.say
             stalled = StallReports.of_run(directory.path, loop.trainers, loop.fleet, self.console.say)
-            for waiting in (loop.waiting, loop.trainers.waiting):
+            for waiting in (loop.waiting, loop.trainers.waiting, loop.fleet.members.waits):
                 waiting.on_stall(stalled, config.debug.stall_s)
             self.hours.servers = len(loop.fleet.servers) * config.server.tensor_parallel
             if config.replay.any and not loop.replay.any:

@@ -116,6 +116,27 @@ def test_a_gradient_above_the_limit_moves_no_weight_on_any_rank_and_the_next_upd
     assert first[4] == second[4] > 1e-3
 
 
+def with_a_nan(config: ParallelConfig, model: str):
+    from megatron_ext.trainer import Trainer
+
+    it = Trainer(model, config, TRAINER, OptimizerConfig(lr=1e-2), replay=False)
+    samples = make_samples(routes=False)
+    before = [p.detach().clone() for p in it.policy.chunks[0].parameters()]
+
+    def of_one_sample(batch):
+        loss, metrics = weighted_likelihood(batch)
+        return loss * (torch.nan if 0 in batch.indices else 1.0), metrics
+
+    broken = it.update(samples, of_one_sample)
+    same = all(torch.equal(a, b) for a, b in zip(before, it.policy.chunks[0].parameters(), strict=True))
+    return broken.skipped, broken.grad_norm, same, it.update(samples, weighted_likelihood).skipped
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_on_any(tiny_model_dir):
+    ranks = run_ranks(with_a_nan, ParallelConfig(ranks=2, expert=2), str(tiny_model_dir))
+    assert ranks == [(True, 0.0, True, False)] * 2
+
+
 def with_entropy_bonus(config: ParallelConfig, model: str, trainer: TrainerConfig):
     from megatron_ext.trainer import Trainer
 

@@ -41,7 +41,7 @@ def test_every_step_is_dumped_or_none_or_those_that_are_listed(override, dumped)
         ("rollout.interrupt=wait", r"rollout\.interrupt: .*'abort', 'in_place', 'retract' or 'drain'"),
         (
             "run.rollback_after=3",
-            r"goes back to a checkpoint as a restart; set checkpoint\.every_steps, and run\.max_r",
+            r"goes back to a checkpoint as a restart; set checkpoint\.every_steps",
         ),
         ("debug.profile={steps: [81]}", r"debug\.profile\.steps names 81, and this run has 1 to 80"),
         ("debug.profile={steps: [1], ranks: [1]}", r"debug\.profile\.ranks names 1, and this run has 0 to 0"),

@@ -9,9 +9,9 @@ from tests.support.fake_servers import Server, fleet_of
 
 RANK = Frame("TrainerRank.update_policy", "/x/pipeline/trainer/rank.py", 120)
 REDUCE = (
-    Frame("timed_wait", "/x/megatron_ext/collective_clock.py", 40),
+    Frame("install.<locals>.timed_wait", "/x/megatron_ext/collective_clock.py", 40),
     Frame("all_reduce", "/x/torch/distributed/distributed_c10d.py", 2800),
-    Frame("wrapper", "/x/torch/distributed/c10d_logger.py", 83),
+    Frame("_logger.<locals>.wrapper", "/x/torch/distributed/c10d_logger.py", 83),
 )
 GATHER = (Frame("all_gather_into_tensor", "/x/torch/distributed/distributed_c10d.py", 3900),)
 SLEEP = (Frame("tokenize_slowly", "/x/mine.py", 7),)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.observe.stragglers import STEPS, WINDOW, Stragglers, rank_seconds
+from pipeline.observe.stragglers import STEPS, WINDOW, Stragglers, rank_seconds, table_of
 from pipeline.types import Prompt
 from tests.support.episodes import graded_group, plain_rollout, step_result
 
@@ -69,3 +69,7 @@ def test_seconds_are_a_row_a_phase():
         "update": {"own": [1.0, 2.0], "waited": [0.5, 0.0]},
         "sync": {"own": [0.0, 0.25], "waited": [0.0, 0.0]},
     }
+
+
+def test_the_rank_that_sends_the_weights_is_not_slow_for_it():
+    assert set(table_of({"sync": {"own": [0.9, 0.1]}, "update": {"own": [1.0, 1.0]}}, {})) == {"update"}
