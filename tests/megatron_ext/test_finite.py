@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from pipeline.diagnose.not_finite import where_not_finite
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from pipeline.diagnose.not_finite import where_not_finite
 from tests.support.jobs import make_samples
 from tests.support.ranks import run_ranks
 

@@ -190,7 +190,7 @@ SOUND = [("1", "0")] * 4
 
 
 def test_a_gradient_spike_skips_the_update_is_counted_and_leaves_its_batch(make_loop):
-    loop = make_loop(SOUND, "train.skip_grad_norm_above=10")
+    loop = make_loop(SOUND, "train.skip_grad_norm_above=10", "train.mini_batches=1")
     loop.trainers.norms = [80.0]
     result = loop.step(1)
     assert result.metrics["train/skipped_updates"] == result.metrics["train/steps_skipped_in_a_row"] == 1

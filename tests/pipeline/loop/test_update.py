@@ -136,7 +136,9 @@ def test_a_second_moment_asks_for_the_proximal_pass_and_counts_what_it_drops():
     batch = make_batch()
     config = load_config(QUICKSTART, ["train.mini_batches=1", "objective={preset: m2po}", "checks.max_abs_logprob=9"])
     trainers = Apart(batch.rollouts)
-    result = Update(config, resolve(config.objective), trainers, MODEL, Replay.NONE)(batch, Timer())
+    result = Update(config, resolve(config.objective), trainers, MODEL, Replay.NONE, GradientSpikes(config.train))(
+        batch, Timer()
+    )
     assert trainers.calls == ["logprobs None", "update_policy"]
     assert result.metrics["correction/second_moment_cut"] == pytest.approx(1 / 19)
     ((_, rows),) = trainers.updates
