@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from pipeline.cluster.placement import on_node
 from pipeline.cluster.stacks import ProcessStacks, stacks_of
@@ -85,7 +86,7 @@ def _answer(call: Any, places: Sequence[dict[str, Any]]) -> Sequence[ProcessStac
         if done:
             return ray.get(done[0])
         why = f"its node did not answer in {_ANSWER_S:g} s"
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         why = f"its node: {str(error)[-300:]}"
     return [ProcessStacks(place["pid"], "unknown", "", problem=why) for place in places]
 
