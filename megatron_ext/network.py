@@ -153,6 +153,29 @@ class Network:
         self.mcore_config.grad_scale_func = self.optimizer.scale_loss
         self.optimizer.get_grad_norm = partial(_infinite_where_not_finite, self.optimizer.get_grad_norm)
 
+    @property
+    def weights(self) -> Iterator[Tensor]:
+        """Parameters and buffers."""
+        for chunk in self.chunks:
+            yield from chunk.parameters()
+            yield from chunk.buffers()
+
+    @property
+    def moments(self) -> Iterator[Tensor]:
+        """What the optimizer holds, and the weights where it updates these themselves; nothing before it was begun."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer] if self.optimizer else [])
+        for inner in (part.optimizer for part in parts if not part.is_stub_optimizer):
+            for group in inner.param_groups:
+                yield from group["params"]
+            for state in inner.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    @property
+    def gradients(self) -> Iterator[Tensor]:
+        """Megatron-Core's buffers of them; a step begins by zeroing these."""
+        for model in self.models if self.trainable else ():
+            yield from (buffer.grad_data for buffer in model.buffers + model.expert_parallel_buffers)
+
     def _drop_optimizer(self) -> None:
         """Of two there would be float32 weights and moments twice."""
         self.optimizer = self.mcore_config.grad_scale_func = None

@@ -6,12 +6,14 @@ all ranks are joined by the functions of `parts`, which need no process group.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from megatron_ext import parallel
@@ -26,6 +28,7 @@ from megatron_ext.finite import first_output_not_finite, parameters_not_finite
 from megatron_ext.hf.bucket import Bucket
 from megatron_ext.hf.description import read_description
 from megatron_ext.hf.export import HFExporter
+from megatron_ext.host_copy import HostCopy, storages
 from megatron_ext.network import Network, Routing
 from megatron_ext.parts import Metrics, NotFinite, TokenPart, UpdatePart, add_metrics
 
@@ -94,6 +97,8 @@ class Trainer:
         if self.critic is not None and critic is not None:
             self.critic.restart_optimizer(critic)
         self.exporter = HFExporter(self.policy.chunks, model)
+        device = self.policy.device
+        self._host = {"weights": HostCopy(device), "optimizer": HostCopy(device)}
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """Begin a phase of the policy's training: these settings, no moments, the step count at 0."""
@@ -155,6 +160,30 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Become what the trainer was that saved, in whatever layout; see checkpoint.training.load."""
         training.load(path, self._networks)
+
+    def release_memory(self, part: Literal["weights", "optimizer"]) -> None:
+        """Move the weights of all models, or the states of all optimizers, to the host. Gradients go with the states
+        and are not kept. Until `resume_memory` nothing that reads these may be called; of what is away already nothing
+        happens."""
+        if self._host[part].away:
+            return
+        networks = [network for _, network in self._networks.items()]
+        weights = [tensor for network in networks for tensor in network.weights]
+        if part == "weights":
+            self._host[part].take(weights)
+        else:
+            own = {storage._cdata for storage in storages(weights, self.policy.device)}
+            moments = [t for n in networks for t in n.moments if t.untyped_storage()._cdata not in own]
+            self._host[part].take(moments, dropped=[t for n in networks for t in n.gradients])
+        if self.policy.device.type == "cuda":
+            gc.collect()
+            torch.cuda.ipc_collect()  # buckets that servers have read
+            torch.cuda.empty_cache()
+
+    def resume_memory(self, part: Literal["weights", "optimizer"]) -> None:
+        """Everything of it as it was, gradients as zeros; nothing happens where it is there."""
+        if self._host[part].away:
+            self._host[part].give_back()
 
     @property
     def _networks(self) -> Networks:

@@ -2,7 +2,8 @@
 
 The trainer's ranks take the first GPUs, one each. Where the machine has enough for both engines, Ray places the servers
 on the others. Where it has not, they share: servers are placed from the last GPU downwards, each on GPUs that no other
-server has, so that as few as possible are the trainer's too.
+server has, so that as few as possible are the trainer's too. Where they take turns (`cluster.colocated`), they share
+whatever the machine has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from pipeline.errors import NOT_STARTED
 SHARED_FRACTION = 0.3
 """Of a GPU's memory, for the weights and the cache of a server that runs beside a trainer rank. SGLang's own choice is
 most of it. The trainer needs 18 bytes a parameter and its activations, a server 2 and its cache."""
+
+COLOCATED_FRACTION = 0.75
+"""The same of a server that takes turns with the trainer: beside it stay that one's CUDA context and communicators, and
+its weights while they are sent to a server that was started again."""
 
 
 class TooFewGPUs(PlacementError):
@@ -72,8 +77,9 @@ def places_of_servers(config: Config, gpus: int, servers: int) -> list[ServerPla
 
 
 def memory_share(config: Config, place: ServerPlace) -> float | None:
-    """The server's mem_fraction_static: the configured one, or SHARED_FRACTION beside a trainer rank. None: SGLang's
-    own choice."""
+    """The server's mem_fraction_static: the configured one, or that beside a trainer. None: SGLang's own choice."""
     own = config.server.mem_fraction_static
     given = own is not None or any(argument.startswith("--mem-frac") for argument in config.server.extra_args)
-    return SHARED_FRACTION if place.shared and not given else own
+    if given or not place.shared:
+        return own
+    return COLOCATED_FRACTION if config.cluster.colocated else SHARED_FRACTION

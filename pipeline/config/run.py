@@ -209,12 +209,18 @@ class DebugConfig(Frozen):
 
 
 class ClusterConfig(Frozen):
-    """The machines, and where Ray runs on them. The trainer takes `parallel.ranks` GPUs, rollout servers the rest."""
+    """The machines, and where Ray runs on them. The trainer takes `parallel.ranks` GPUs, rollout servers the rest, or,
+    colocated, the same."""
 
     nodes: int = Field(1, ge=1, description="machines of the run")
     gpus_per_node: int = Field(8, ge=1, description="GPUs of one of them")
     gpu: GPUName | None = Field(
         None, description="kind of GPU, for `sameroute plan`; given, a layout that asks for more GPUs is refused"
+    )
+    colocated: bool = Field(
+        False,
+        description="trainer and servers take turns on the GPUs of one machine: whoever waits has given its memory "
+        "back, the trainer's lies in the machine's (docs/colocated.md)",
     )
     address: str | None = Field(None, description="of a running Ray cluster; null starts one on this machine")
     price_per_hour: float | None = Field(

@@ -97,6 +97,12 @@ class ServerConfig(Frozen):
     probe_timeout_s: float = Field(
         30.0, gt=0, description="a server whose scheduler does not answer for twice as long is killed and started again"
     )
+    memory_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="a server that does not give its memory back, or take it, in so long is killed and started again, "
+        "with cluster.colocated",
+    )
     max_restarts: int = Field(
         3, ge=0, description="servers started again within restart_window_s; one more ends the run. 0: the first does"
     )

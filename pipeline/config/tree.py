@@ -92,6 +92,7 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _together(self):
         self._check_environment()
+        self._check_colocated()
         if self.replay.any:
             self.trainer.check_replay()
         elif self.trainer.replay_floor is not None:
@@ -177,6 +178,32 @@ class Config(Frozen):
                 "server.attention_backend out"
             )
 
+    def _check_colocated(self) -> None:
+        """Raise ValueError for what engines that take turns cannot do."""
+        cluster, rollout, wrong = self.cluster, self.rollout, None
+        if not cluster.colocated:
+            return
+        if rollout.max_staleness:
+            wrong = f"rollout.max_staleness={rollout.max_staleness} samples while the trainer works", "set it to 0"
+        elif rollout.interrupt not in ("abort", "drain"):
+            wrong = (
+                f"rollout.interrupt={rollout.interrupt} keeps answers in the servers' memory, which they give back",
+                "set it to abort or drain",
+            )
+        elif cluster.nodes > 1 or cluster.address is not None:
+            wrong = (
+                f"cluster.nodes={cluster.nodes}, cluster.address={cluster.address} ask for a cluster, and turns are "
+                "taken on one machine",
+                "set cluster.nodes=1 and cluster.address=null",
+            )
+        elif self.weights.transport == "distributed":
+            wrong = (
+                "weights.transport=distributed makes a group of trainer and servers, and NCCL takes one process a GPU",
+                "set weights.transport=shared_memory",
+            )
+        if wrong is not None:
+            raise ValueError(f"cluster.colocated: {wrong[0]}; {wrong[1]}, or cluster.colocated=false")
+
     def _check_environment(self) -> None:
         if self.environment is None:
             return
@@ -260,8 +287,9 @@ class Config(Frozen):
 
     @property
     def rollout_gpus(self) -> int:
-        """GPUs of the cluster that the trainer does not take."""
-        return self.cluster.nodes * self.cluster.gpus_per_node - self.parallel.ranks
+        """GPUs of the cluster that servers may take: those that the trainer does not, or, by turns, all."""
+        every = self.cluster.nodes * self.cluster.gpus_per_node
+        return every if self.cluster.colocated else every - self.parallel.ranks
 
     def proximal_pass(self, replay: Replay) -> bool:
         """Whether an update begins with a forward pass of its own for log pi_o.

@@ -9,9 +9,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pipeline import http
+from pipeline.cluster.colocation import ServerPart
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
 
@@ -50,6 +51,22 @@ class HeldWeights:
     parameters: list[str]
 
 
+class Transfer(Protocol):
+    """Whoever owns the trained weights: from all its owners to the servers that are named."""
+
+    def send_weights(self, version: int, servers: Sequence[ServerAddress], *, flush: bool) -> None:
+        """The current weights, under this version. flush: the servers forget their prefix cache, they run nothing.
+
+        Raises ServerError where a server does not take part, and another error for what the owners cannot do.
+        """
+        ...
+
+    def send_again(self, version: int, servers: Sequence[ServerAddress]) -> bool:
+        """The same weights to servers that came later; False, and nothing is sent, where the owners hold others by
+        now. From any thread."""
+        ...
+
+
 class SGLangControl:
     """One server.
 
@@ -66,7 +83,7 @@ class SGLangControl:
         self.log_path = log_path
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """POST `body` as JSON and return the answer's JSON ({} when it is not JSON).
+        """POST `body` as JSON and return the answer's JSON ({} when it is none, or null).
 
         Raises ServerError, with SGLang's own message, when the server refuses or cannot be reached.
         """
@@ -88,7 +105,7 @@ class SGLangControl:
     def _content(self, path: str, answer: http.Answer) -> dict[str, Any]:
         """The answer's JSON. Raises ServerError for a refusal."""
         try:
-            content = answer.json()
+            content = answer.json() or {}  # null, of calls about memory
         except ValueError:
             content = {}
         if answer.status != 200 or content.get("success") is False:
@@ -121,6 +138,22 @@ class SGLangControl:
         """What each scheduler was doing when it last said so: num_running_reqs, num_waiting_reqs, num_used_tokens,
         timestamp, ... SGLang's process for HTTP answers, from memory that the schedulers write to as they get on."""
         return self.get("/v1/loads")["loads"]
+
+    def release_memory(self) -> None:
+        """Give back the memory of weights, cache and CUDA graphs; what is still in hand is aborted.
+
+        SGLang's scheduler dies of this call while it has a request, so its cache is flushed before, which waits until
+        it has none and is refused where that does not come. Raises ServerError.
+        """
+        self.abort()
+        self.post(f"/flush_cache?timeout={self.timeout_s:g}")
+        self.post("/release_memory_occupation")
+
+    def resume_memory(self, part: ServerPart) -> None:
+        """Memory for the weights, or for all else; what was in it is gone, and of the weights must be sent."""
+        self.post(
+            "/resume_memory_occupation", {"tags": ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]}
+        )
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes. ServerError when requests are still running."""

@@ -10,18 +10,19 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
+from pipeline.cluster.colocation import Apart, ServerPart, Turns
 from pipeline.config.run import InterruptMode
 from pipeline.config.server import ServerConfig
 from pipeline.engine.client import AbortedError, SGLangClient, UnreachableError
-from pipeline.engine.control import ServerAddress
+from pipeline.engine.control import ServerAddress, Transfer
 from pipeline.engine.decoder import AnswerError
 from pipeline.engine.interruption import Told, Updates, let_requests_go_on, must_be_current, stop_requests
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
@@ -39,22 +40,6 @@ _LISTEN_S = 1.0
 _TRIES = 3  # of a request whose connection broke while its server lives
 
 
-class Transfer(Protocol):
-    """Whoever owns the trained weights: from all its owners to the servers that are named."""
-
-    def send_weights(self, version: int, servers: Sequence[ServerAddress], *, flush: bool) -> None:
-        """The current weights, under this version. flush: the servers forget their prefix cache, they run nothing.
-
-        Raises ServerError where a server does not take part, and another error for what the owners cannot do.
-        """
-        ...
-
-    def send_again(self, version: int, servers: Sequence[ServerAddress]) -> bool:
-        """The same weights to servers that came later; False, and nothing is sent, where the owners hold others by
-        now. From any thread."""
-        ...
-
-
 class Fleet:
     """Servers that hold the same weights, used as one client is. Without servers it only counts versions."""
 
@@ -66,6 +51,7 @@ class Fleet:
         self.sent_again = self.interrupted_requests = 0
         self._version = self._begun = 0
         self._updates, self._pressure = Updates(), Pressure()
+        self.turns: Turns = Apart()
         self._source: Transfer | None = None
         self._sending = threading.Lock()
         self._interrupt: InterruptMode | None = None
@@ -122,7 +108,7 @@ class Fleet:
             "servers/requests_interrupted": float(self.interrupted_requests),
             "servers/wide_routes": float(sum(s.client.decoder.wide_routes for s in self.servers)),
         }
-        return self.members.metrics() | counts | self._pressure.metrics()
+        return self.members.metrics() | counts | self._pressure.metrics() | self.turns.metrics()
 
     # The weights
 
@@ -138,19 +124,32 @@ class Fleet:
             self._source = trainers
             self._version += 1  # before: servers that fail half-way hold neither the old weights nor the new
             self._updates.modes[self._version] = self._interrupt or "abort"
-        while self.serves:
-            with self._sending:
-                members = self.members.reconcile()
-                losses = [server.losses for server in members]
-                try:
-                    addresses = [server.address for server in members]
-                    trainers.send_weights(self._version, addresses, flush=self._interrupt != "in_place")
-                except ServerError as error:
-                    for server, known in zip(members, losses, strict=True):
-                        self.members.lose(server, f"was in a transfer of weights that failed ({error})", known)
-                    continue
-                self._hold(members)
-                return
+        flush = self._interrupt != "in_place"
+        self._send(lambda addresses: trainers.send_weights(self._version, addresses, flush=flush))
+
+    def send_again(self) -> None:
+        """The weights that the servers held, to all of them, which lost them with their memory."""
+        source, version = self._source, self._version
+        if source is None or not self._send(lambda addresses: source.send_again(version, addresses)):
+            raise RuntimeError(f"the trainer no longer holds the weights of version {version}: a transfer was left out")
+
+    def _send[T](self, send: Callable[[Sequence[ServerAddress]], T]) -> T | None:
+        """To every server that is up; again where one fails. Returns what `send` says; None: there are no servers."""
+        if not self.serves:
+            return None
+        with self.turns.sending():
+            while True:
+                with self._sending:
+                    members = self.members.reconcile()
+                    losses = [server.losses for server in members]
+                    try:
+                        said = send([server.address for server in members])
+                    except ServerError as error:
+                        for server, known in zip(members, losses, strict=True):
+                            self.members.lose(server, f"was in a transfer of weights that failed ({error})", known)
+                        continue
+                    self._hold(members)
+                    return said
 
     def _hold(self, servers: Sequence[FleetServer]) -> None:
         """They hold the current weights."""
@@ -159,10 +158,22 @@ class Fleet:
             if server.state is ServerState.PENDING_WEIGHTS:
                 server.state = ServerState.SERVING if self._interrupt is None else ServerState.PAUSED
 
+    # Their memory, where the trainer has it by turns; see `colocation`
+
+    def release_memory(self) -> None:
+        """Every server gives its memory back, see Membership.release_memory."""
+        self.members.release_memory()
+
+    def resume_memory(self, part: ServerPart) -> None:
+        """Every server takes this part back."""
+        self.members.resume_memory(part)
+
     def catch_up(self) -> None:
         """The current weights to servers that came back, to them alone; where the trainer holds others by now, they
         wait for the next transfer."""
-        with self._sending:
+        if not any(s.state is ServerState.PENDING_WEIGHTS for s in self.servers):
+            return
+        with self.turns.sending(), self._sending:
             late = [s for s in self.servers if s.state is ServerState.PENDING_WEIGHTS]
             if not late:
                 return
@@ -221,6 +232,8 @@ class Fleet:
 
     async def __aenter__(self) -> Self:
         """Sampling calls belong inside; may be nested."""
+        if not self.entered:
+            await asyncio.to_thread(self.turns.sampling)
         stack = AsyncExitStack()
         for server in self.servers:
             await stack.enter_async_context(server.client)
@@ -287,7 +300,7 @@ class Fleet:
             server = self._choose(group)
             if server is None:  # it was taken meanwhile
                 continue
-            with self._working(server, group):
+            with server.working(group):
                 call: asyncio.Task[T] = asyncio.ensure_future(ask(server.client))  # pyright: ignore[reportAssignmentType]
                 server.calls[call] = losses = server.losses
                 try:
@@ -322,18 +335,6 @@ class Fleet:
             raise ServerError(self.members.none_serves())
         self._refresh()
         return None
-
-    @contextmanager
-    def _working(self, server: FleetServer, group: object) -> Iterator[None]:
-        server.groups[group] += group is not None
-        server.in_flight += 1
-        try:
-            yield
-        finally:
-            server.in_flight -= 1
-            server.groups[group] -= group is not None
-            if not server.groups[group]:
-                del server.groups[group]
 
     def _refresh(self) -> None:
         """Let requests through where some server takes them, or none ever will."""

@@ -10,12 +10,15 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.cluster.colocation import ServerPart
 from pipeline.cluster.stacks import ProcessStacks
 from pipeline.config.server import ServerConfig
 from pipeline.engine.client import SGLangClient
@@ -68,8 +71,8 @@ class FleetServer:
 
     client: its HTTP interface, for sampling and for control. in_flight: requests that it works on, and groups: how many
     of each group. losses: how often it was lost. calls: tasks of its requests, and `losses` when they began: those of
-    before are given up. halted: its schedulers stand still. added: somebody else started it; once it is lost, it has
-    left.
+    before are given up. halted: its schedulers stand still. released: what of its memory it has given back. added:
+    somebody else started it; once it is lost, it has left.
     """
 
     process: ServerProcess
@@ -81,15 +84,44 @@ class FleetServer:
     losses: int = field(default=0, init=False)
     calls: dict[asyncio.Task[Any], int] = field(default_factory=dict, init=False)
     halted: bool = field(default=False, init=False)
+    released: tuple[ServerPart, ...] = field(default=(), init=False)
 
     @property
     def address(self) -> ServerAddress:
         """What another process needs to reach it."""
         return ServerAddress(self.process.url, self.process.log_path, self.process.keys)
 
+    @contextmanager
+    def working(self, group: object) -> Iterator[None]:
+        """Around a request of this group."""
+        self.groups[group] += group is not None
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self.groups[group] -= group is not None
+            if not self.groups[group]:
+                del self.groups[group]
+
+    def control(self, timeout_s: float) -> SGLangControl:
+        """For calls that steer it and take no longer."""
+        process = self.process
+        return SGLangControl(process.url, keys=process.keys, timeout_s=timeout_s, log_path=process.log_path)
+
+    def release_memory(self, timeout_s: float) -> None:
+        """All of it; see SGLangControl."""
+        self.control(timeout_s).release_memory()
+
+    def resume_memory(self, part: ServerPart, timeout_s: float) -> None:
+        """One that was started since has it."""
+        if part in self.released:
+            self.control(timeout_s).resume_memory(part)
+            self.released = tuple(other for other in self.released if other != part)
+
     def answers(self, timeout_s: float) -> bool:
         """Whether its process runs and its scheduler answers: the process for HTTP alone does so for a wedged one."""
-        control = SGLangControl(self.process.url, keys=self.process.keys, timeout_s=timeout_s)
+        control = self.control(timeout_s)
         for _ in range(2):  # a machine that stood still for the first is no fault of the server
             try:
                 if self.process.alive():
@@ -115,12 +147,14 @@ class Membership:
         self.failure: Exception | None = None
         self._closing = threading.Event()
         self._coming: set[FleetServer] = set()
+        self._held_back = False
 
     def wait_ready(self) -> None:
         """Block until every server answers. Raises ServerError with the end of the log of one that does not."""
         for server in self.servers:
-            server.process.wait_ready()
-            server.state = ServerState.SERVING
+            if server.state is ServerState.STARTING:
+                server.process.wait_ready()
+                server.state = ServerState.SERVING
 
     def check(self) -> None:
         """Look for processes that have ended; raise ServerError where servers are given up."""
@@ -170,7 +204,7 @@ class Membership:
             known = server.state in OUT or (losses is not None and losses != server.losses)
             if known or self._closing.is_set():
                 return
-            server.state, server.halted = ServerState.LOST, False
+            server.state, server.halted, server.released = ServerState.LOST, False, ()
             server.losses += 1
             self.lost += 1
             if server.added:
@@ -197,6 +231,41 @@ class Membership:
         with self._lock:
             server.state, server.halted = ServerState.LEFT, False
             self.left += 1
+
+    def release_memory(self) -> None:
+        """Every server ends what it has in hand and gives its memory back. One that does not is lost, and its processes
+        are ended; none is started before `resume_memory`. Raises ServerError where servers are given up."""
+        with self._starting:
+            self._held_back = True
+        while any(server.state is ServerState.STARTING for server in self.servers):
+            self.check()
+            time.sleep(0.1)
+        for server in self._each("give its memory back", lambda s: s.release_memory(self._config.memory_timeout_s)):
+            server.released = ("weights", "cache")
+        for server in self.servers:
+            if server.state is ServerState.LOST:
+                server.process.stop()
+        self.check()
+
+    def resume_memory(self, part: ServerPart) -> None:
+        """Every server takes this part back; one that cannot is lost. What was lost before is started again now. Raises
+        ServerError where servers are given up."""
+        self._held_back = False
+        self._each("take its memory back", lambda s: s.resume_memory(part, self._config.memory_timeout_s))
+        self.check()
+
+    def _each(self, what: str, call: Callable[[FleetServer], None]) -> list[FleetServer]:
+        """Ask all that are up, at once; those that did it. The others are lost."""
+        servers, done = [server for server in self.servers if server.state in UP], []
+        with ThreadPoolExecutor(max(1, len(servers))) as threads:
+            calls = [(server, server.losses, threads.submit(call, server)) for server in servers]
+        for server, losses, made in calls:
+            try:
+                made.result()
+                done.append(server)
+            except ServerError as error:
+                self.lose(server, f"did not {what} ({error})", losses)
+        return done
 
     def bring_back(self, server: FleetServer) -> None:
         """Start one that has left again, in the background; it gets requests once it holds the current weights."""
@@ -227,10 +296,11 @@ class Membership:
                     self._coming.discard(server)
 
     def _started(self, server: FleetServer) -> bool:
-        """False where its node is gone and no other has room. Raises ServerError where it does not start."""
+        """False where its node is gone and no other has room, and where none may start now. Raises ServerError where it
+        does not start."""
         try:
             with self._starting:
-                if self._closing.is_set():
+                if self._closing.is_set() or self._held_back:
                     return False
                 server.state = ServerState.STARTING  # before: what fails from here on is another loss
                 server.process.restart()

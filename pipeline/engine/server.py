@@ -76,6 +76,7 @@ class SGLangServer:
     trust_remote_code: let SGLang run the Python code that the folder's config.json names.
     base_gpu: the first of the GPUs that this process sees which the server takes. environment: further variables.
     return_routed_experts: let requests ask for the experts of every token (mixture-of-experts models only).
+    memory_saver: it can give its GPUs' memory away and take it back.
     keys: that open it; None: a pair of its own.
     """
 
@@ -93,6 +94,7 @@ class SGLangServer:
         keys: ServerKeys | None = None,
         base_gpu: int = 0,
         environment: Mapping[str, str] | None = None,
+        memory_saver: bool = False,
     ) -> None:
         self.config = config
         self.model_path = Path(model_path)
@@ -103,7 +105,7 @@ class SGLangServer:
         self.keys = keys or ServerKeys.random()
         self.seed = seed
         self.return_routed_experts = return_routed_experts
-        self.base_gpu, self.environment = base_gpu, dict(environment or {})
+        self.base_gpu, self.environment, self.memory_saver = base_gpu, dict(environment or {}), memory_saver
         self._port: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._token = secrets.token_hex(6)
@@ -189,6 +191,7 @@ class SGLangServer:
         if self.return_routed_experts:
             flags.append("--enable-return-routed-experts")
         if self.device == "cuda":
+            flags += ["--enable-memory-saver"] * self.memory_saver
             arguments["--attention-backend"] = self.precision.cache_backend(config.attention_backend)
             if self.return_routed_experts:
                 arguments["--moe-runner-backend"] = config.moe_runner or CAPTURING[0]

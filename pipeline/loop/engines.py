@@ -15,6 +15,7 @@ import ray
 import torch
 
 from megatron_ext.hf.description import ModelDescription
+from pipeline.cluster.colocation import Colocated
 from pipeline.cluster.nccl import nccl_environment
 from pipeline.cluster.object_store import object_store_gb
 from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_servers
@@ -47,6 +48,12 @@ class Engines:
     trainers: TrainerGroup
     gpus: int
     graders: RemoteGraders | None = None
+
+    def take_turns(self) -> None:
+        """Where both engines share their GPUs: wait for the servers, whose turn is first. Raises ServerError."""
+        if self.config.cluster.colocated and self.fleet.serves:
+            self.fleet.wait_ready()
+            self.fleet.turns = self.trainers.turns = Colocated(self.trainers, self.fleet)
 
     def connect(self) -> None:
         """Wait for the servers, and make the way that weights take to them. Raises ServerError, TrainerError."""
@@ -177,7 +184,7 @@ def _servers(
     if any(own != config.server for own in settings):
         logger.warning(
             "server.mem_fraction_static is not set and trainer and server share a GPU: such a server takes %g of its "
-            "memory for weights and cache, and the trainer has the rest",
+            "memory for weights and cache",
             next(own.mem_fraction_static for own in settings if own != config.server),
         )
     bases = [0 if place is None else place.base for place in places]
@@ -217,6 +224,7 @@ def _made(
             keys=keys,
             base_gpu=base,
             environment=environment,
+            memory_saver=config.cluster.colocated,
         )
         for number, (own, base) in enumerate(settings)
     ]
@@ -302,7 +310,9 @@ def server_count(config: Config, gpus: int) -> int:
     if config.server.replicas is not None or not gpus:
         count = config.server.replicas or 1
     else:
-        beside = gpus - config.parallel.ranks if config.cluster.address is None else config.rollout_gpus
+        beside = config.rollout_gpus
+        if config.cluster.address is None:
+            beside = gpus - config.parallel.ranks * (not config.cluster.colocated)
         count = max(1, beside // config.server.tensor_parallel)
     if count > 1 and config.server.port is not None and config.cluster.address is None:
         raise ServerError(
@@ -320,7 +330,9 @@ def sampler_count(config: Config, servers: int) -> int:
 
 
 def shares_gpus(config: Config, gpus: int) -> bool:
-    """Whether trainer and servers run side by side on the same GPUs of this machine, which has too few for both."""
+    """Whether trainer and servers run on the same GPUs of this machine, by turns or because it has too few for both."""
+    if config.cluster.colocated:
+        return gpus > 0
     needed = config.parallel.ranks + server_count(config, gpus) * config.server.tensor_parallel
     return config.cluster.address is None and gpus < needed
 

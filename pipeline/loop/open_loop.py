@@ -61,12 +61,16 @@ def open_loop(
         # Verifiers are loaded while the engines load.
         grading = stack.enter_context(graders.open(config.rewards, config.grading)) if serve else None
         trainers, fleet = engines.trainers, engines.fleet
+        engines.take_turns()
         _prepare_trainers(config, model_path, trainers, source, start, on_supervised, may_stop)
         engines.connect()
         in_loop = start is not None and start.progress.step > 0
         if start is not None and in_loop:
             fleet.begin_at(start.progress.version)
-        if in_loop or config.supervised.steps or config.precision.rollout_weights != "same":
+        differ = in_loop or config.supervised.steps or config.precision.rollout_weights != "same"
+        if config.cluster.colocated and not differ:
+            fleet.begin_at(0)  # those that the servers began with went with their memory
+        if config.cluster.colocated or differ:
             fleet.transfer(trainers)
         loop = Loop(config, shape, source, fleet, trainers, directory / "dumps", grading=grading, graders=graders)
         loop.environments = leads

@@ -18,6 +18,7 @@ from megatron_ext.batch.layout import Sample
 from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
 from megatron_ext.parts import NotFinite, TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
+from pipeline.cluster.colocation import Apart, TrainerPart, Turns
 from pipeline.cluster.placement import on_node
 from pipeline.cluster.ray_processes import ended, what_died
 from pipeline.config.precision import RolloutWeights
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 _STARTING = ("meeting_point", "build")
+_COMPUTING = ("build", "measure", "update_policy", "update_critic", "update_supervised", "restart_optimizer",
+              "keep_reference", "begin_save", "resume")  # fmt: skip
 _CHANGING = ("build", "resume", "update_policy", "update_supervised")  # the weights
 ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
 
@@ -82,6 +85,7 @@ class TrainerGroup:
         self._held: int | None = None  # version of the weights, while they are those that were sent last
         self._sending = threading.RLock()
         self.waiting = Waiting()
+        self.turns: Turns = Apart()
         resources: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
         if environment:  # none: a runtime environment of its own would start other workers
             resources["runtime_env"] = {"env_vars": dict(environment)}
@@ -170,7 +174,16 @@ class TrainerGroup:
 
     def save_hf(self, directory: Path) -> None:
         """Write the weights into a Hugging Face directory that exists; rank 0 writes."""
-        self._call("save_hf", str(directory.resolve()))
+        with self.turns.reading():
+            self._call("save_hf", str(directory.resolve()))
+
+    def release_memory(self, parts: Sequence[TrainerPart]) -> None:
+        """Move these to the host on every rank, see Trainer.release_memory."""
+        self._call("release_memory", parts)
+
+    def resume_memory(self, parts: Sequence[TrainerPart]) -> None:
+        """Move them back."""
+        self._call("resume_memory", parts)
 
     def where(self) -> list[dict[str, Any]]:
         """Host, Ray node, process, GPUs and NCCL variables of every rank, see TrainerRank.where."""
@@ -253,7 +266,10 @@ class TrainerGroup:
         with self._sending:
             if self._held != version:
                 return False
-            self.send_weights(version, servers)
+            try:
+                self.send_weights(version, servers)
+            finally:
+                self._held = version  # also where a server failed
             return True
 
     @staticmethod
@@ -269,7 +285,9 @@ class TrainerGroup:
     def weight_differences(self) -> list[WeightDifference]:
         """Every tensor that a connected server holds otherwise than the trainer does, bit for bit, by its Hugging Face
         name; an empty list where they agree. The servers must be idle."""
-        return self._call("weight_differences")[0]
+        self.turns.sampling()
+        with self.turns.reading():
+            return self._call("weight_differences")[0]
 
     def close(self) -> None:
         """Leave the servers and the process groups."""
@@ -277,6 +295,8 @@ class TrainerGroup:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """`method` on every rank, together. Answers in rank order."""
+        if method in _COMPUTING:
+            self.turns.training()
         with self._sending if method in _CHANGING else contextlib.nullcontext():
             if method in _CHANGING:
                 self._held = None

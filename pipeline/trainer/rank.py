@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
     from megatron_ext.checkpoint.staged_save import Part, StagedSave
     from megatron_ext.hf.bucket import Bucket
+    from pipeline.cluster.colocation import TrainerPart
     from pipeline.engine.control import ServerAddress
     from pipeline.trainer.losses import LossRow
     from pipeline.weights import WeightDifference, WeightsConfig
@@ -204,6 +205,16 @@ class TrainerRank:
                 self.sender.send(buckets, version, flush=flush)
         finally:
             _walk(buckets)  # whatever a server does, no rank waits for this one
+
+    def release_memory(self, parts: Sequence[TrainerPart]) -> None:
+        """See Trainer.release_memory; before `build` there is nothing."""
+        for part in parts if hasattr(self, "trainer") else ():
+            self.trainer.release_memory(part)
+
+    def resume_memory(self, parts: Sequence[TrainerPart]) -> None:
+        """See Trainer.resume_memory."""
+        for part in parts if hasattr(self, "trainer") else ():
+            self.trainer.resume_memory(part)
 
     def begin_save(self, directory: str) -> None:
         """Begin to write a training checkpoint into an empty directory that every rank sees."""

@@ -34,6 +34,9 @@ def activate() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import add_attention_backend_choices, add_deterministic_attention_backend_choices
 
+    from pipeline.engine.inside.cpu import given_memory
+
+    given_memory.install()
     add_attention_backend_choices([CPU_ATTENTION_BACKEND])
     add_deterministic_attention_backend_choices([CPU_ATTENTION_BACKEND, "torch_native"])
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _after_configuration, HookType.AFTER)

@@ -83,6 +83,8 @@ class ServerChanges:
         fleet, known = self._loop.fleet, self._known(request.url)
         if known is not None and known.state is not ServerState.LEFT:
             raise MembershipError(f"it is a server of the run already, and {known.state.value}")
+        if self._loop.config.cluster.colocated:
+            raise MembershipError("the run's trainer and servers take turns on their GPUs (cluster.colocated)")
         if known is not None and not known.added:
             fleet.members.bring_back(known)
             return f"{request.url} is started again, at an address that may be another"
