@@ -154,14 +154,14 @@ class Network:
         self.optimizer.get_grad_norm = partial(_infinite_where_not_finite, self.optimizer.get_grad_norm)
 
     @property
-    def weights(self) -> Iterator[Tensor]:
+    def weight_tensors(self) -> Iterator[Tensor]:
         """Parameters and buffers."""
         for chunk in self.chunks:
             yield from chunk.parameters()
             yield from chunk.buffers()
 
     @property
-    def moments(self) -> Iterator[Tensor]:
+    def optimizer_tensors(self) -> Iterator[Tensor]:
         """What the optimizer holds, and the weights where it updates these themselves; nothing before it was begun."""
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer] if self.optimizer else [])
         for inner in (part.optimizer for part in parts if not part.is_stub_optimizer):
@@ -171,7 +171,7 @@ class Network:
                 yield from (value for value in state.values() if isinstance(value, Tensor))
 
     @property
-    def gradients(self) -> Iterator[Tensor]:
+    def gradient_buffers(self) -> Iterator[Tensor]:
         """Megatron-Core's buffers of them; a step begins by zeroing these."""
         for model in self.models if self.trainable else ():
             yield from (buffer.grad_data for buffer in model.buffers + model.expert_parallel_buffers)

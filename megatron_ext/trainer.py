@@ -168,13 +168,13 @@ class Trainer:
         if self._host[part].away:
             return
         networks = [network for _, network in self._networks.items()]
-        weights = [tensor for network in networks for tensor in network.weights]
+        weights = [tensor for network in networks for tensor in network.weight_tensors]
         if part == "weights":
             self._host[part].take(weights)
         else:
             own = {storage._cdata for storage in storages(weights, self.policy.device)}
-            moments = [t for n in networks for t in n.moments if t.untyped_storage()._cdata not in own]
-            self._host[part].take(moments, dropped=[t for n in networks for t in n.gradients])
+            moments = [t for n in networks for t in n.optimizer_tensors if t.untyped_storage()._cdata not in own]
+            self._host[part].take(moments, dropped=[t for n in networks for t in n.gradient_buffers])
         if self.policy.device.type == "cuda":
             gc.collect()
             torch.cuda.ipc_collect()  # buckets that servers have read

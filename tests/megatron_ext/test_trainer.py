@@ -234,3 +234,46 @@ def optimizers_alive(config: ParallelConfig, model: str) -> list[bool]:
 
 def test_there_is_never_a_second_optimizer(tiny_model_dir):
     assert run_ranks(optimizers_alive, ParallelConfig(), str(tiny_model_dir)) == [[False, False]]
+
+
+def steps_around_a_turn(layout, model: str, dtype: str, turns: bool) -> tuple[list[dict], list[int]]:
+    """Two steps of a policy and a critic beside a reference; in between, memory is given away and taken back."""
+    from megatron_ext.trainer import Trainer
+
+    optimizer = OptimizerConfig(lr=1e-3)
+    trainer = Trainer(model, layout, TRAINER, optimizer, replay=False, reference=True, critic=optimizer,
+                      precision=TrainerPrecision(weights=dtype))  # fmt: skip
+    samples, seen, held = make_samples(routes=False), [], []
+
+    def bytes_held():
+        networks = [network for _, network in trainer._networks.items()]
+        tensors = [t for n in networks for t in (*n.weight_tensors, *n.optimizer_tensors, *n.gradient_buffers)]
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+    for _ in range(2):
+        parts = [trainer.update(samples, weighted_likelihood), trainer.update_critic(samples, weighted_likelihood)]
+        measured = [trainer.logprobs(samples), trainer.reference_logprobs(samples), trainer.values(samples)]
+        seen.append([part.grad_norm for part in parts] + [part.quantities[0] for part in measured])
+        for part in ("optimizer", "weights") if turns else ():
+            held.append(bytes_held())
+            trainer.release_memory(part)
+            trainer.release_memory(part)
+        for part in ("weights", "optimizer") if turns else ():
+            held.append(bytes_held())
+            trainer.resume_memory(part)
+            trainer.resume_memory(part)
+    return seen, held
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trainer_whose_memory_was_away_goes_on_as_if_it_had_not_been(tiny_model_dir, dtype):
+    ((apart, _),) = run_ranks(steps_around_a_turn, ParallelConfig(), str(tiny_model_dir), dtype, False)
+    ((turns, held),) = run_ranks(steps_around_a_turn, ParallelConfig(), str(tiny_model_dir), dtype, True)
+    for one, other in zip(apart, turns, strict=True):
+        assert one[:2] == other[:2]
+        for a, b in zip(one[2:], other[2:], strict=True):
+            assert a.keys() == b.keys()
+            assert all(np.array_equal(a[i], b[i]) for i in a)
+    whole, weights_left, nothing, weights_back = held[:4]
+    assert nothing == 0
+    assert 0 < weights_left == weights_back < whole

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.one_machine import SHARED_FRACTION, TooFewGPUs, check_gpus, memory_share, places_of_servers
+from pipeline.cluster.one_machine import (
+    COLOCATED_FRACTION,
+    SHARED_FRACTION,
+    TooFewGPUs,
+    check_gpus,
+    memory_share,
+    places_of_servers,
+)
 from pipeline.cluster.placement import PlacementError
 from pipeline.config import load_config
 from pipeline.errors import NOT_STARTED
@@ -74,6 +81,8 @@ def test_a_server_beside_the_trainer_leaves_it_memory_unless_a_share_is_set():
     assert share(1) == SHARED_FRACTION
     assert share(2) is None  # a GPU of its own
     assert share(1, "server.mem_fraction_static=0.5") == 0.5
+    assert share(1, "cluster.colocated=true") == COLOCATED_FRACTION
+    assert share(1, "cluster.colocated=true", "server.mem_fraction_static=0.5") == 0.5
     assert share(1, 'server.extra_args=["--mem-fraction-static=0.6"]') is None
 
 

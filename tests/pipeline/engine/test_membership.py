@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline import waiting
+from pipeline.engine import membership
 from pipeline.engine.fleet import ServerState
 from pipeline.engine.membership import Membership
 from pipeline.engine.server import NodeGoneError, ServerError
@@ -289,3 +292,66 @@ def test_a_server_that_hangs_when_it_is_to_stand_still_is_lost(monkeypatch):
             a.loading.set()
 
     asyncio.run(run())
+
+
+def memory_of(monkeypatch, refuses=()):
+    """What servers were asked of their memory; those that are named do not answer."""
+    asked = []
+
+    def ask(server, what):
+        asked.append(f"{server.process.name} {what}")
+        if asked[-1] in refuses:
+            raise ServerError("unlucky")
+
+    monkeypatch.setattr(Member, "control", lambda self, timeout_s: SimpleNamespace(
+        release_memory=lambda: ask(self, "gives"), resume_memory=lambda part: ask(self, f"takes {part}"),
+    ))  # fmt: skip
+    return asked
+
+
+def test_a_server_that_keeps_its_memory_is_ended_and_started_again_when_its_turn_comes(monkeypatch):
+    asked = memory_of(monkeypatch, refuses=["b gives"])
+    a, b = Server("a"), Server("b")
+    fleet = fleet_of(a, b)
+    fleet.release_memory()
+    assert sorted(asked) == ["a gives", "b gives"]
+    assert [server.released for server in fleet.servers] == [("weights", "cache"), ()]
+    assert not b.living
+    time.sleep(0.05)
+    assert b.starts == 1  # the memory is the trainer's
+    monkeypatch.setattr(membership, "_LOOK_S", 0.01)
+    fleet.resume_memory("weights")
+    assert fleet.servers[0].released == ("cache",)
+    fleet.resume_memory("cache")
+    assert asked[2:] == ["a takes weights", "a takes cache"]
+    assert fleet.servers[0].released == ()
+    fleet.close()
+
+
+def test_no_memory_is_the_trainers_while_a_server_is_starting(monkeypatch):
+    memory_of(monkeypatch)
+    a, b = Server("a"), Server("b")
+    fleet = fleet_of(a, b)
+    b.loading.clear()
+    fleet.members.lose(fleet.servers[1], "died")
+    wait_for(lambda: fleet.servers[1].state is ServerState.STARTING)
+    given = threading.Thread(target=fleet.release_memory)
+    given.start()
+    given.join(0.15)
+    assert given.is_alive()
+    b.loading.set()
+    given.join(10)
+    assert [server.released for server in fleet.servers] == [("weights", "cache")] * 2
+    fleet.close()
+
+
+def test_weights_that_were_lost_with_the_memory_are_sent_again_and_no_others():
+    fleet, trainers = fleet_of(Server("a")), Trainers()
+    with pytest.raises(RuntimeError, match="a transfer was left out"):
+        fleet.send_again()
+    fleet.transfer(trainers)
+    fleet.send_again()
+    assert [version for version, _, _ in trainers.sent] == [1, 1]
+    trainers.current = False
+    with pytest.raises(RuntimeError, match="no longer holds the weights of version 1"):
+        fleet.send_again()

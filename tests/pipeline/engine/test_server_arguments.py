@@ -13,7 +13,7 @@ from pipeline.engine.server import SGLangServer, startup_timeout
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    def arguments(device="cpu", trust_remote_code=False, model=None, **config):
+    def arguments(device="cpu", trust_remote_code=False, model=None, memory_saver=False, **config):
         (tmp_path / "config.json").write_text(json.dumps(model or {"model_type": "qwen3_moe"}))
         server = SGLangServer(
             ServerConfig(**config),
@@ -23,6 +23,7 @@ def arguments(tmp_path, monkeypatch):
             seed=0,
             return_routed_experts=False,
             trust_remote_code=trust_remote_code,
+            memory_saver=memory_saver,
         )
         monkeypatch.setattr(server, "_port", 30000)
         return server.arguments()
@@ -37,6 +38,12 @@ def value_of(arguments, name):
 def test_a_models_own_code_runs_in_the_server_only_where_it_is_trusted(arguments):
     assert "--trust-remote-code" not in arguments()
     assert "--trust-remote-code" in arguments(trust_remote_code=True)
+
+
+def test_a_server_on_gpus_is_told_that_it_will_give_its_memory_away(arguments):
+    assert "--enable-memory-saver" in arguments("cuda", memory_saver=True)
+    assert "--enable-memory-saver" not in arguments("cuda")
+    assert "--enable-memory-saver" not in arguments("cpu", memory_saver=True)  # it hooks the allocator of a GPU
 
 
 def test_a_server_is_told_what_its_family_needs(arguments):

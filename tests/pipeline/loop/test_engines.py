@@ -23,6 +23,8 @@ JOINED = ["cluster={address: auto, nodes: 2, gpus_per_node: 8}"]
         (["parallel.ranks=8"], 8, 1, True),  # the trainer takes them all
         (["server.replicas=2"], 8, 2, False),
         (["server.replicas=8"], 8, 8, True),
+        (["cluster.colocated=true", "parallel.ranks=8", "server.tensor_parallel=2"], 8, 4, True),
+        (["cluster.colocated=true", "server.replicas=2"], 8, 2, True),  # by turns, though there are enough
         ([*JOINED, "parallel.ranks=8"], 8, 8, False),
         ([*JOINED, "parallel.ranks=8"], 1, 8, False),  # the controller's own machine does not count
     ],

@@ -84,6 +84,29 @@ def test_a_transfer_gives_the_new_model_and_its_version_to_every_token(
     assert shared_memory() == before
 
 
+def test_a_server_that_gave_its_memory_away_knows_nothing_until_it_has_weights_again(client, sender, original):
+    sender.send(buckets(original), 1)
+    checksums, scores = client.checksums(), score(client)
+
+    async def with_requests_in_hand():
+        async with client:
+            asked = asyncio.create_task(client.sample(SEQUENCE[:8], Sampling(400, 1.0, ignore_eos=True)))
+            while not (await client.current_loads())[0]["num_running_reqs"]:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(client.release_memory)
+            return await asked
+
+    cut = asyncio.run(with_requests_in_hand())
+    assert cut.finish_reason == "abort"
+    assert 0 < len(cut.ids) < 400
+    assert client.checksums() != checksums
+    client.resume_memory("weights")
+    sender.send(buckets(original), 2)
+    client.resume_memory("cache")
+    assert client.checksums() == checksums
+    assert np.array_equal(score(client), scores)
+
+
 def test_the_size_of_the_buckets_does_not_matter(client, sender, original):
     doubled = {name: tensor * 2 for name, tensor in original.items()}
     sender.send(buckets(doubled, 1000), 5)
