@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import services, worker
 from ray._private.node import Node
@@ -53,12 +54,27 @@ def only_what_runs_actors() -> Iterator[None]:
 
 
 def end_own_cluster() -> None:
-    """End the cluster that this process has started, and its processes at once: they do not hear SIGTERM (`deaf.py`),
-    and Ray (2.60) would give each of them a second to follow it before it kills it."""
-    if (node := worker._global_node) is not None:
-        kill = node.kill_all_processes
-        node.kill_all_processes = lambda **settings: kill(**settings | {"allow_graceful": False})
+    """End the cluster that this process has started, its processes and theirs at once.
+
+    They do not hear SIGTERM (`deaf.py`): Ray (2.60) would give each a second to follow it before it kills it, and the
+    raylet's children notice only by and by that it is gone.
+    """
+    if (node := worker._global_node) is None:
+        ray.shutdown()
+        return
+    kill, theirs = node.kill_all_processes, []
+
+    def kill_at_once(**settings: Any) -> None:
+        for _, process in _processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                theirs.extend(psutil.Process(process.pid).children(recursive=True))
+        kill(**settings | {"allow_graceful": False})
+
+    node.kill_all_processes = kill_at_once
     ray.shutdown()
+    for child in theirs:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _with_an_idle_agent(command: list[str]) -> list[str]:
