@@ -28,7 +28,8 @@ VALUES = {
     '"checksums.json"': "megatron_ext/checkpoint/names.py",
     "(dcp.FileSystemWriter)": "megatron_ext/checkpoint/rank_file.py",
     '"weight_map": dict': "megatron_ext/hf/writer.py",
-    '"num_nextn_predict_layers": 0': "megatron_ext/hf/companions.py",
+    '"num_nextn_predict_layers",': "megatron_ext/hf/config_json.py",
+    '"carried.safetensors"': "megatron_ext/hf/writer.py",
 }
 
 

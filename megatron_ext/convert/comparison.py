@@ -46,6 +46,11 @@ class Comparison:
     tensors: int = 0
     cast: list[str] = field(default_factory=list)
 
+    def add(self, other: Comparison) -> None:
+        """Tensors that were compared besides."""
+        self.tensors += other.tensors
+        self.cast += other.cast
+
 
 def compare(made: Streamed, files: TensorFiles, *, to_hf: bool, advance: Advance) -> Comparison:
     """Read both sides back: each tensor of one side, cast to the dtype of the other, is that of the other.

@@ -25,8 +25,7 @@ from megatron_ext.convert.comparison import Comparison, compare, source_dtype
 from megatron_ext.convert.output import OutputError, keep_apart, output_directory, progress, size_text
 from megatron_ext.convert.ranks import run_ranks
 from megatron_ext.convert.tensors import CheckpointTensors, hf_of_checkpoint, write_checkpoint, write_hf
-from megatron_ext.hf.companions import Dtype, write_companions
-from megatron_ext.hf.config_json import draft_tensors
+from megatron_ext.hf.companions import Carried, Dtype, write_companions
 from megatron_ext.hf.description import ModelDescription, read_description
 from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.tied import HEAD_NAME, check_tied_head
@@ -34,19 +33,19 @@ from megatron_ext.hf.tied import HEAD_NAME, check_tied_head
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did. left_out: tensors of the source without a place. compared: None where not asked for."""
+    """What a conversion did. carried: tensors that are not trained. compared: None where not asked for."""
 
     out: Path
     dtype: Dtype
     nbytes: int
     seconds: float
-    left_out: list[str]
+    carried: list[str]
     compared: Comparison | None
 
     def __str__(self) -> str:
         lines = [f"{self.out}: {size_text(self.nbytes)} of {self.dtype} in {self.seconds:.1f} s"]
-        if self.left_out:
-            lines.append(f"left out: {len(self.left_out)} multi-token-prediction tensors, named above")
+        if self.carried:
+            lines.append(f"as they were, in the dtype that they had: {len(self.carried)} tensors that are not trained")
         if self.compared is None:
             lines.append("not compared with the source")
         else:
@@ -94,11 +93,12 @@ def to_megatron(
     layout.check_model(model)
     check_tied_head(hf_dir, model)
     files = TensorFiles(hf_dir)
-    spare = {HEAD_NAME} if model.tied_embeddings else set()
+    carried = Carried(hf_dir)
+    spare = {*carried.names, *((HEAD_NAME,) if model.tied_embeddings else ())}
     dtype = dtype or source_dtype(files, spare)
-    drafts = set(draft_tensors(model.hf, files.files))
     width = {"float32": 4, "bfloat16": 2}[dtype]
-    nbytes = sum(math.prod(shape) * width for name, shape in files.shapes.items() if name not in drafts | spare)
+    nbytes = sum(math.prod(shape) * width for name, shape in files.shapes.items() if name not in spare)
+    nbytes += carried.nbytes
     compared = None
     with contextlib.ExitStack() as stack:
         if "RANK" in os.environ:
@@ -121,7 +121,7 @@ def to_megatron(
             results: list[Comparison] = []
             run_ranks(_compare_checkpoint, ParallelConfig(), partial, model, files, nbytes, results)
             (compared,) = results
-    return Report(out, dtype, nbytes, time.monotonic() - began, sorted(drafts), compared)
+    return Report(out, dtype, nbytes, time.monotonic() - began, carried.names, compared)
 
 
 def _write_rank(hf_dir: Path, partial: Path, layout: ParallelConfig, dtype: Dtype) -> None:
@@ -148,7 +148,9 @@ def _compare_checkpoint(
     partial: Path, model: ModelDescription, files: TensorFiles, nbytes: int, results: list[Comparison]
 ) -> None:
     with progress("comparing", nbytes) as advance:
-        results.append(compare(CheckpointTensors(partial, model), files, to_hf=False, advance=advance))
+        compared = compare(CheckpointTensors(partial, model), files, to_hf=False, advance=advance)
+        compared.add(compare(Carried(partial / HF_FOLDER), files, to_hf=True, advance=advance))
+        results.append(compared)
 
 
 def to_hf(
@@ -176,16 +178,19 @@ def to_hf(
         tensors = CheckpointTensors(checkpoint, read_description(companions))
         target = dtype or tensors.dtype
         width = {"float32": 4, "bfloat16": 2}[target]
-        nbytes = sum(t.numel() * width for _, t in tensors.outputs())
+        carried = Carried(companions)
+        nbytes = sum(t.numel() * width for _, t in tensors.outputs()) + carried.nbytes
         compared = None
         with output_directory(out, needed_bytes=nbytes, overwrite=overwrite) as partial:
+            write_companions(companions, partial, target)  # first: what it carries is in the index of the weights
             with progress("writing", nbytes) as advance:
                 write_hf(tensors, partial, target, shard_bytes, advance)
-            write_companions(companions, partial, target)
             if verify:
                 with progress("comparing", nbytes) as advance:
-                    compared = compare(tensors, TensorFiles(partial), to_hf=True, advance=advance)
-        results.append(Report(out, target, nbytes, time.monotonic() - began, [], compared))
+                    written = TensorFiles(partial)
+                    compared = compare(tensors, written, to_hf=True, advance=advance)
+                    compared.add(compare(carried, written, to_hf=True, advance=advance))
+        results.append(Report(out, target, nbytes, time.monotonic() - began, carried.names, compared))
 
     run_ranks(convert, ParallelConfig())
     return results[0]

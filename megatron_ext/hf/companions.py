@@ -1,17 +1,26 @@
-"""A Hugging Face model directory without its weights: what stands beside them when a model is written.
+"""A Hugging Face model directory without the trainer's weights: what stands beside them when a model is written.
 
 The one writer of such directories, for a run's `hf/`, a checkpoint's and a conversion's. Its config.json says what the
-weights beside it are, or will be, and not what the source's were.
+weights beside it are, or will be, and not what the source's were. Tensors that the trainer does not build come along.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ext.hf.config_json import read_hf_config
+from megatron_ext.hf.config_json import DRAFT_LAYERS, draft_tensors, read_hf_config
+from megatron_ext.hf.families import FAMILIES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -28,12 +37,16 @@ _DTYPE_NAMES = ("dtype", "torch_dtype")
 def write_companions(source: Path, target: Path, dtype: Dtype) -> None:
     """Everything of the model directory `source` but weights into `target`, which is made where it is not there.
 
-    Copied: configuration, tokenizer, chat templates, generation settings, code, licence. config.json names `dtype`, in
-    which the weights are written, and neither quantization nor layers that are not written.
-    Raises FileNotFoundError for a source without config.json, ValueError where that is no JSON, OSError.
+    Copied: configuration, tokenizer, chat templates, generation settings, code, licence, and the tensors that are
+    `Carried`, into a file of their own. config.json names `dtype`, in which the weights are written, and neither
+    quantization nor layers that are not written.
+    Raises FileNotFoundError for a source without config.json, ValueError where that is no JSON, OSError, and as
+    `Carried` does.
     """
-    config = exported_config(read_hf_config(source), dtype)
+    carried = Carried(source)
+    config = exported_config(read_hf_config(source), dtype, drafts=carried.drafts)
     target.mkdir(parents=True, exist_ok=True)
+    carried.write(target)
     for file in sorted(source.iterdir()):
         if file.is_file() and not _holds_weights(file.name):
             shutil.copyfile(file, target / file.name)
@@ -43,11 +56,82 @@ def write_companions(source: Path, target: Path, dtype: Dtype) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def exported_config(hf: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
-    """config.json of a model written from here: in this dtype, not quantized, without multi-token-prediction layers."""
+def exported_config(hf: dict[str, Any], dtype: Dtype, *, drafts: bool = False) -> dict[str, Any]:
+    """config.json of a model written from here: in this dtype, not quantized. drafts: its multi-token-prediction layers
+    are written too."""
     names = [name for name in _DTYPE_NAMES if name in hf] or _DTYPE_NAMES[:1]
-    drafts = {"num_nextn_predict_layers": 0} if hf.get("num_nextn_predict_layers") else {}
-    return {k: v for k, v in hf.items() if k != "quantization_config"} | drafts | dict.fromkeys(names, dtype)
+    without = {} if drafts else {name: 0 for name in DRAFT_LAYERS if hf.get(name)}
+    return {k: v for k, v in hf.items() if k != "quantization_config"} | without | dict.fromkeys(names, dtype)
+
+
+def carried_names(hf: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Of the tensors of a model directory, those that are `Carried`."""
+    names, drafts = set(names), any(hf.get(name) for name in DRAFT_LAYERS)
+    return sorted(names.intersection(always_carried(hf)).union(draft_tensors(hf, names) if drafts else ()))
+
+
+def always_carried(hf: dict[str, Any]) -> list[str]:
+    """Tensors that a model of this family has, and the trainer does not build."""
+    family = FAMILIES.get(hf.get("model_type", ""))
+    patterns = () if family is None else family.carried
+    return [pattern.format(layer=layer) for layer in range(hf.get("num_hidden_layers", 0)) for pattern in patterns]
+
+
+class Carried:
+    """Tensors of a model that the trainer does not build, and every model written from here has as they came, in the
+    dtype that they have: multi-token-prediction layers, which draft for speculative decoding, and what a family names.
+
+    They are no part of the policy: no update moves them, and no route is replayed in them.
+    """
+
+    def __init__(self, folder: Path):
+        """Of a model directory, among whose weights they are, or of the `hf` folder of a checkpoint, whose file of
+        them has checksums. Raises as `read_hf_config` and `TensorFiles` do, KeyError where one is missing that the
+        family has, and ValueError for another dtype than float32, bfloat16 and float16."""
+        hf = read_hf_config(folder)
+        needed, drafts = always_carried(hf), any(hf.get(name) for name in DRAFT_LAYERS)
+        self.names: list[str] = []
+        self.drafts = False
+        if drafts or needed:
+            self._find(folder, hf)
+        if missing := sorted(set(needed).difference(self.names)):
+            raise KeyError(f"{folder} lacks tensors of {hf['model_type']}: {', '.join(missing)}")
+        if drafts and not self.drafts:
+            log.warning("%s has no tensors of multi-token-prediction layers, though its config.json names some", folder)
+
+    def _find(self, folder: Path, hf: dict[str, Any]) -> None:
+        from megatron_ext.hf.files import TensorFiles
+        from megatron_ext.hf.writer import CARRIED, has_weights
+
+        if (folder / CARRIED).is_file():
+            self._files = TensorFiles(folder, CARRIED)
+        elif has_weights(folder):
+            self._files = TensorFiles(folder)
+        else:
+            return
+        self.names = carried_names(hf, self._files.files)
+        self.drafts = not set(self.names) <= set(always_carried(hf))
+        if odd := [name for name in self.names if self._files.dtypes[name] not in ("F32", "BF16", "F16")]:
+            raise ValueError(f"{odd[0]} is {self._files.dtypes[odd[0]]}; write it in float32, bfloat16 or float16")
+
+    @property
+    def nbytes(self) -> int:
+        width = {"F32": 4, "BF16": 2, "F16": 2}
+        return sum(math.prod(self._files.shapes[name]) * width[self._files.dtypes[name]] for name in self.names)
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor), each once. Raises DamagedModel where a checksum is wrong."""
+        for name in self.names:
+            yield name, self._files[name]
+
+    def write(self, target: Path) -> None:
+        """Into a file of their own, or, where there are none, no such file. Raises OSError."""
+        from megatron_ext.hf.writer import CARRIED, write_carried
+
+        if self.names:
+            write_carried(self._files.described(self.names), self.stream(), target)
+        else:
+            (target / CARRIED).unlink(missing_ok=True)
 
 
 def _holds_weights(name: str) -> bool:

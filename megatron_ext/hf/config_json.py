@@ -25,7 +25,9 @@ _OPTIONAL = (
     *("head_dim", "rotary_dim"),
 )
 """Whole numbers of at least 1 where they are there and not null."""
-_FROM_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+DRAFT_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules")
+"""How many multi-token-prediction layers there are, by either name."""
+_FROM_ZERO = ("first_k_dense_replace", "n_shared_experts", *DRAFT_LAYERS)
 _TRUTHS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "qkv_bias", "use_qk_norm", "use_sliding_window")
 _NUMBERS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "partial_rotary_factor", "swiglu_limit")
 _OF_EVERY_LAYER = ("layer_types", "mlp_layer_types")
@@ -175,9 +177,8 @@ def num_experts(hf: dict[str, Any]) -> int:
 def draft_tensors(hf: dict[str, Any], names: Iterable[str]) -> list[str]:
     """Which tensor names belong to multi-token-prediction layers.
 
-    They stand behind the model's own layers, draft tokens for speculative decoding, and are no part of the policy:
-    they are left out, by name and in the log, and the config of an exported model says that it has none.
+    They stand behind the model's own layers and draft tokens for speculative decoding.
     """
-    count, first = hf.get("num_nextn_predict_layers") or 0, hf["num_hidden_layers"]
+    count, first = max(hf.get(name) or 0 for name in DRAFT_LAYERS), hf.get("num_hidden_layers", 0)
     hit = re.compile(r"model\.layers\.(\d+)\.")
     return sorted(n for n in names if (m := hit.match(n)) and first <= int(m[1]) < first + count)

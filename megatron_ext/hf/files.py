@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ext.hf.mxfp4 import dequantise
+from megatron_ext.hf.writer import CHECKSUMS_KEY, checksum
 
 _REOPEN_BYTES = 1 << 30
 
@@ -21,13 +24,14 @@ class TensorFiles:
     """Tensors of a model directory by name.
 
     Files are mapped into memory, and mapped anew after every GiB, so that what was read does not stay there.
+    A file that has checksums in its header is held against them, whenever a tensor is read as a whole.
     Tensors stored as `X_blocks` and `X_scales` (MXFP4) are here one tensor X, in bfloat16; `mxfp4` has their names.
     """
 
-    def __init__(self, path: Path):
-        """Open every file once. Raises FileNotFoundError or DamagedModel, naming the file, and KeyError for a tensor
-        that the index names and its file does not have."""
-        self.path, self.files = path, _tensor_files(path)
+    def __init__(self, path: Path, only: str | None = None):
+        """Open every file once, or the one of this name. Raises FileNotFoundError or DamagedModel, naming the file, and
+        KeyError for a tensor that the index names and its file does not have."""
+        self.path, self.files = path, _tensor_files(path) if only is None else _tensors_of(path / only)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}  # as safetensors names them: "BF16"
         self._handles: dict[Path, safe_open] = {}
@@ -52,6 +56,11 @@ class TensorFiles:
             for part in (name + "_blocks", name + "_scales"):
                 del self.files[part], self.shapes[part], self.dtypes[part]
 
+    def described(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Name -> tensor of its shape and dtype, without storage; dtypes that are written from here."""
+        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        return {name: torch.empty(self.shapes[name], dtype=dtypes[self.dtypes[name]], device="meta") for name in names}
+
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
 
@@ -68,6 +77,9 @@ class TensorFiles:
         file = self._open(self._stored[name])
         tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
         self._read += tensor.nbytes
+        sums = (file.metadata() or {}).get(CHECKSUMS_KEY)
+        if sums is not None and part is None and json.loads(sums)[name] != checksum(tensor):
+            raise DamagedModel(f"{self._stored[name]} is damaged: the checksum of {name} is wrong")
         return tensor
 
     def _open(self, file: Path) -> safe_open:
@@ -91,8 +103,12 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     single = path / "model.safetensors"
     if not single.is_file():
         raise FileNotFoundError(f"{path} holds neither {index.name} nor {single.name}")
+    return _tensors_of(single)
+
+
+def _tensors_of(file: Path) -> dict[str, Path]:
     try:
-        with safe_open(single, "pt") as f:
-            return dict.fromkeys(f.keys(), single)
+        with safe_open(file, "pt") as opened:
+            return dict.fromkeys(opened.keys(), file)
     except SafetensorError as error:
-        raise DamagedModel(f"{single} is damaged: {error}") from error
+        raise DamagedModel(f"{file} is damaged: {error}") from error

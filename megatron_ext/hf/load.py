@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.hf.config_json import draft_tensors
+from megatron_ext.hf.companions import always_carried, carried_names
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.params import local_parameters, shard_position
@@ -51,12 +51,11 @@ def check_tensors(
     """Whether the directory holds exactly this model, before a value is read. All ranks call it together.
 
     Raises KeyError naming the tensors that are missing, or that no rank had a place for, ValueError where a shape
-    differs, and as `check_tied_head` does. Nothing is skipped, but the tensors of multi-token-prediction layers, and an
-    LM head that is the embedding once more; these are logged, as are tensors that come in fewer bits than they are read
-    in.
+    differs, and as `check_tied_head` does. Nothing is skipped, but tensors that are `Carried`, and an LM head that is
+    the embedding once more; these are logged, as are tensors that come in fewer bits than they are read in.
     """
     used = {name for _, _, match in parameters for name in match.hf_names}
-    if missing := sorted(used - files.files.keys()):
+    if missing := sorted(used.union(always_carried(model.hf)) - files.files.keys()):
         raise KeyError(f"{files.path} lacks tensors of {model.model_type}: {', '.join(missing)}")
     head = set(LM_HEAD.hf) & files.files.keys() if value_head or model.tied_embeddings else set()
     if head and not value_head:
@@ -78,11 +77,11 @@ def check_tensors(
         if shard != parameter.shape:
             given = ", ".join(f"{n} {list(files.shapes[n])}" for n in match.hf_names)
             raise ValueError(f"{given} give {name} a shape {shard}; the model has {tuple(parameter.shape)}")
-    if drafts := draft_tensors(model.hf, files.files):
-        used.update(drafts)
+    if carried := carried_names(model.hf, files.files):
+        used.update(carried)
         if dist.get_rank() == 0:
-            names = ", ".join(drafts)
-            log.warning("%d multi-token-prediction tensors of %s left out: %s", len(drafts), files.path, names)
+            told = "%d tensors of %s are not trained, and stay in what is written as they are: %s"
+            log.info(told, len(carried), files.path, ", ".join(carried))
     if files.mxfp4 and dist.get_rank() == 0:
         told = "%d MXFP4 tensors of %s are read as bfloat16; what is written from here is not quantized"
         log.warning(told, len(files.mxfp4), files.path)

@@ -1,13 +1,15 @@
 """`sameroute convert`: there and back bit for bit."""
 
+import functools
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_ext.hf.files import TensorFiles
-from tests.support.convert_cli import TO_HF, TO_MEGATRON, convert, with_tensors
+from tests.support.convert_cli import TO_HF, TO_MEGATRON, Call, convert, with_tensors
 from tests.support.receivers import free_port
 
 
@@ -148,11 +150,63 @@ def test_the_dtype_can_be_chosen_and_a_routing_bias_keeps_its_own(source, checkp
     assert "changed by the cast: 126 tensors" in answers[0].text
 
 
-def test_draft_layers_are_left_out_with_notice(source, tmp_path):
-    drafts = {"model.layers.4.eh_proj.weight": torch.zeros(3), "model.layers.4.norm.weight": torch.zeros(3)}
-    folder = with_tensors(source, tmp_path / "drafts", lambda t: t.update(drafts))
+DRAFTS = {
+    "model.layers.4.eh_proj.weight": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
+    "model.layers.4.mlp.gate.weight": torch.randn(8, 64),
+    "model.layers.4.norm.weight": torch.full((3,), -0.0, dtype=torch.float16),
+}
+
+
+def with_drafts(source, folder):
+    with_tensors(source, folder, lambda t: t.update(DRAFTS))
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_draft_layers_come_back_bit_for_bit_in_their_own_dtypes_and_the_configuration_names_them(source, tmp_path):
+    folder = with_drafts(source, tmp_path / "drafts")
+    answers = convert(
+        [TO_MEGATRON, folder, tmp_path / "it", "--dtype", "bfloat16"],
+        [TO_HF, tmp_path / "it", tmp_path / "back"],
+        [TO_MEGATRON, tmp_path / "back", tmp_path / "twice"],
+        [TO_HF, tmp_path / "twice", tmp_path / "again"],
+    )
+    assert [a.code for a in answers] == [0] * 4, answers
+    assert all("as they were, in the dtype that they had: 3 tensors that are not trained" in a.text for a in answers)
+    count = len(tensors(folder))
+    assert all(f"{count} tensors equal the source's" in a.text for a in answers)
+    assert load_file(tmp_path / "it" / "hf" / "carried.safetensors").keys() == DRAFTS.keys()
+    for out in (tmp_path / "back", tmp_path / "again"):
+        written = tensors(out)
+        assert same({name: written[name] for name in DRAFTS}, DRAFTS)
+        assert written.keys() == tensors(folder).keys()
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == written.keys()
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in written.values())
+        assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_a_model_that_names_draft_layers_and_has_none_is_written_without(source, tmp_path):
+    folder = with_drafts(source, tmp_path / "drafts")
+    for name in ("model.safetensors", "LICENSE"):
+        shutil.copyfile(source / name, folder / name)
     answers = convert([TO_MEGATRON, folder, tmp_path / "it"], [TO_HF, tmp_path / "it", tmp_path / "back"])
     assert [a.code for a in answers] == [0, 0], answers
-    assert f"2 multi-token-prediction tensors of {folder} left out: {', '.join(drafts)}" in answers[0].text
-    assert same(tensors(tmp_path / "back"), tensors(source))
+    assert f"{folder} has no tensors of multi-token-prediction layers" in answers[0].text
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def flip_last_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_in_the_draft_layers_of_a_checkpoint_is_named(source, tmp_path):
+    folder, file = with_drafts(source, tmp_path / "drafts"), tmp_path / "it" / "hf" / "carried.safetensors"
+    back = Call([TO_HF, tmp_path / "it", tmp_path / "back"], functools.partial(flip_last_bit, file))
+    answers = convert([TO_MEGATRON, folder, tmp_path / "it"], back)
+    assert [a.code for a in answers] == [0, 2], answers
+    assert f"{file} is damaged: the checksum of model.layers.4.norm.weight is wrong" in answers[1].text
+    assert not (tmp_path / "back").exists()

@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from megatron_ext.hf.companions import exported_config, write_companions
+from megatron_ext.hf.companions import Carried, exported_config, write_companions
+from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.writer import write_weights
 from tests.support.tiny_families import FAMILIES, save_family
 
@@ -122,3 +123,34 @@ def test_a_source_without_a_configuration_is_named_and_nothing_is_written(tmp_pa
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         write_companions(tmp_path, tmp_path / "hf", "float32")
     assert not (tmp_path / "hf").exists()
+
+
+def test_what_is_carried_lies_beside_the_weights_and_in_their_index(tmp_path):
+    """A run writes companions first, and weights into the same folder."""
+    source, out = tmp_path / "source", tmp_path / "hf"
+    source.mkdir()
+    weights = {"a": torch.ones(4), "b": torch.zeros(4)}
+    drafts = {"model.layers.2.x": torch.arange(3, dtype=torch.bfloat16), "model.layers.3.x": torch.ones(2)}
+    both = weights | drafts
+    write_weights(both.items(), both.items(), source)
+    config = {"num_hidden_layers": 2, "num_mtp_modules": 2}
+    (source / "config.json").write_text(json.dumps(config))
+    write_companions(source, out, "float32")
+    moved = {name: t + 1 for name, t in weights.items()}
+    write_weights(moved.items(), moved.items(), out)
+    files = TensorFiles(out)
+    assert files.files.keys() == both.keys()
+    assert all(torch.equal(files[name], (moved | drafts)[name]) for name in both)
+    assert all(files[name].dtype == drafts[name].dtype for name in drafts)
+    assert json.loads((out / "config.json").read_text()) == config | {"dtype": "float32"}
+    assert Carried(out).names == sorted(drafts)
+    (source / "config.json").write_text(json.dumps(config | {"num_mtp_modules": 0}))
+    write_companions(source, out, "float32")
+    assert not (out / "carried.safetensors").exists()
+
+
+def test_what_is_carried_in_a_dtype_that_is_not_written_from_here_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
+    save_file({"model.layers.2.x": torch.ones(4, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.x is I8; write it in float32, bfloat16 or float16"):
+        Carried(tmp_path)

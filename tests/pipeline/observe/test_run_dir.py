@@ -137,11 +137,11 @@ def test_hf_directory_holds_everything_of_a_model_but_its_weights_and_names_the_
     model.mkdir()
     for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tf_model.h5"):
         (model / name).write_text(name)
-    (model / "config.json").write_text(json.dumps({"dtype": "bfloat16", "num_nextn_predict_layers": 1}))
+    (model / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
     with RunDirectory(tmp_path / "run", CONFIG) as run:
         hf = run.hf_directory(model, "float32")
     assert sorted(p.name for p in hf.iterdir()) == ["config.json", "tokenizer.json"]
-    assert json.loads((hf / "config.json").read_text()) == {"dtype": "float32", "num_nextn_predict_layers": 0}
+    assert json.loads((hf / "config.json").read_text()) == {"dtype": "float32"}
 
 
 def test_a_step_shows_as_many_rollouts_as_asked_for(tmp_path):
