@@ -207,6 +207,10 @@ YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings":
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "'mamba' is not supported"),
+        *(
+            ({"model_type": name}, f"model_type '{name}' is not supported; supported: qwen3_moe, ")
+            for name in ("deepseek_v32", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
+        ),
         (QWEN3 | {"attention_bias": True, "use_sliding_window": True}, "attention_bias=true.*use_sliding_window"),
         (QWEN3 | {"rope_parameters": YARN}, "'yarn'"),
         (QWEN3 | {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),

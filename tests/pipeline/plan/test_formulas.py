@@ -53,6 +53,7 @@ def published(name):
         ("deepseek-v3", 671e9, 0.01),
         ("glm-4.5-air", 106e9, 0.01),
         ("moonlight-16b-a3b", 16e9, 0.01),
+        ("minimax-m2", 228.7e9, 0.001),
         (QWEN2_MOE, 14.3e9, 0.01),
         (MIXTRAL, 46.7e9, 0.01),
         (GPT_OSS_20B, 20.91e9, 0.0005),
@@ -74,6 +75,14 @@ def test_kimi_k2_has_the_parameters_of_its_published_files_to_the_digit():
     assert parameters.total(model) + biases == 1_026_408_232_448
 
 
+def test_glm_4_7_flash_has_the_bytes_of_its_published_files_with_its_layer_that_predicts_a_second_token():
+    """62.5 GB of bfloat16. Norms, a projection of both inputs and both matrices at the ends are that layer's own."""
+    model = published("glm-4.7-flash")
+    last, h = parameters.layer(model, 46, ParallelConfig()).parameters, model.hidden
+    second = last + 2 * h**2 + 3 * h + 2 * model.vocab_size * h
+    assert 2 * (parameters.total(model) + second) == pytest.approx(62.5e9, rel=0.001)
+
+
 @pytest.mark.parametrize(
     ("name", "active", "digit", "ends"),
     [
@@ -81,6 +90,8 @@ def test_kimi_k2_has_the_parameters_of_its_published_files_to_the_digit():
         ("qwen3-235b-a22b", 22e9, 1e9, True),
         ("deepseek-v3", 37e9, 1e9, True),
         ("kimi-k2", 32e9, 1e9, True),
+        ("glm-4.7-flash", 3e9, 1e9, True),
+        ("minimax-m2", 10e9, 1e9, False),
         # these two are published without embedding and LM head
         ("glm-4.5-air", 12e9, 1e9, False),
         ("moonlight-16b-a3b", 2.24e9, 0.01e9, False),
