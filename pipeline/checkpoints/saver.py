@@ -16,7 +16,7 @@ from typing import Protocol, Self
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress
 from pipeline.config.checkpoint import CheckpointConfig
 from pipeline.disk.disk_errors import free_space
-from pipeline.trainer.group import TrainerError
+from pipeline.trainer.waits import TrainerError
 
 _FIRST_POLL_S, _POLL_S = 0.005, 0.5  # between two looks at whether the ranks have written, twice as long each time
 _STOPPED_S = 2.0  # from giving up to the end of the thread

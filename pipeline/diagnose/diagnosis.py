@@ -25,7 +25,7 @@ from pipeline.diagnose.breakdown import Calibration, WorstToken, by_lag, by_posi
 from pipeline.diagnose.exchanges import PARTS, WHOLESALE, NotMeasured, Trial, try_part
 from pipeline.diagnose.verdict import verdict
 from pipeline.observe.metrics import mismatch_of
-from pipeline.trainer.group import TrainerError
+from pipeline.trainer.waits import TrainerError
 from pipeline.types import Rollout
 
 ROUNDS = 3  # parts that are exchanged together, at most

@@ -9,8 +9,8 @@ from pipeline.cluster.placement import PlacementError
 from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
 from pipeline.restart_budget import RestartBudget
-from pipeline.trainer.group import RankDiedError, TrainerError
 from pipeline.trainer.spikes import SpikesError
+from pipeline.trainer.waits import RankDiedError, TrainerError
 
 _ENGINE_FAILURES = (TrainerError, ServerError, PlacementError, SpikesError)
 

@@ -167,7 +167,8 @@ class _Run:
         self.config, self.store, self.stop, self.console = config, store, stop, console
         self.directory, self.last, self.restarts = directory, last, restarts
         self.stragglers = Stragglers(console.say)
-        self.hours = DeviceHours(config.parallel.ranks, 0, config.cluster.price_per_hour)
+        shared = config.cluster.colocated
+        self.hours = DeviceHours(config.parallel.ranks, 0, config.cluster.price_per_hour, shared=shared)
 
     def go(
         self,

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 
 class DeviceHours:
     """Sums since the run, or its resumption, began. ranks, servers: devices of each kind. price: of a device and an
-    hour; None: costs are not told."""
+    hour; None: costs are not told. shared: the devices of the one are those of the other, by turns."""
 
-    def __init__(self, ranks: int, servers: int, price: float | None = None):
-        self.ranks, self.servers, self.price = ranks, servers, price
+    def __init__(self, ranks: int, servers: int, price: float | None = None, *, shared: bool = False):
+        self.ranks, self.servers, self.price, self.shared = ranks, servers, price, shared
         self.hours = self.idle = 0.0
 
     def step(self, metrics: Mapping[str, float], sampled: int) -> dict[str, float]:
@@ -27,8 +27,12 @@ class DeviceHours:
             return {}
         trainer, servers = self._idle(metrics, step_s)
         devices, hours = self.ranks + self.servers, step_s / 3600
+        idle = self.ranks * trainer + self.servers * servers
+        if self.shared:  # each is busy in both turns
+            devices = max(self.ranks, self.servers)
+            idle = devices * (1.0 - _share(metrics, step_s, "rollout", "train", "check", "sync"))
         self.hours += devices * hours
-        self.idle += (self.ranks * trainer + self.servers * servers) * hours
+        self.idle += idle * hours
         out = {
             "devices/hours": self.hours,
             "devices/idle_hours": self.idle,
@@ -46,10 +50,11 @@ class DeviceHours:
 
     def _idle(self, metrics: Mapping[str, float], step_s: float) -> tuple[float, float]:
         """Shares of a step in which the trainer, and the servers, have nothing to do."""
-
-        def share(*phases: str) -> float:
-            return min(1.0, sum(metrics.get(f"time/{phase}_s", 0.0) for phase in phases) / step_s)
-
-        trainer = metrics.get("idle/trainer", 1.0 - share("train", "check", "sync"))
-        servers = metrics.get("idle/servers", 1.0 - share("rollout", "sync"))
+        trainer = metrics.get("idle/trainer", 1.0 - _share(metrics, step_s, "train", "check", "sync"))
+        servers = metrics.get("idle/servers", 1.0 - _share(metrics, step_s, "rollout", "sync"))
         return trainer, servers if self.servers else 0.0
+
+
+def _share(metrics: Mapping[str, float], step_s: float, *phases: str) -> float:
+    """Of a step's seconds, those of these phases."""
+    return min(1.0, sum(metrics.get(f"time/{phase}_s", 0.0) for phase in phases) / step_s)

@@ -1,18 +1,17 @@
-"""All trainer ranks as one: calls that go to every rank, answers merged, and an end when a rank dies or hangs."""
+"""All trainer ranks as one: calls that go to every rank, and their answers merged."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from megatron_ext.batch.layout import Sample
 from megatron_ext.batch.routes import route_dtype
@@ -20,17 +19,15 @@ from megatron_ext.config import OptimizerConfig, ParallelConfig
 from megatron_ext.parts import NotFinite, TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.cluster.colocation import Apart, TrainerPart, Turns
 from pipeline.cluster.placement import on_node
-from pipeline.cluster.ray_processes import ended, what_died
 from pipeline.config.precision import RolloutWeights
 from pipeline.engine.server import ServerError
-from pipeline.errors import SamerouteError
 from pipeline.objectives import Denominators, ObjectiveConfig
 from pipeline.step import PolicyTokens
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.phases import PhaseSeconds
 from pipeline.trainer.rank import TrainerRank
+from pipeline.trainer.waits import POLL_S, Ranks, TrainerError, rank_log
 from pipeline.types import Rollout
-from pipeline.waiting import START_S, Waiting
 from pipeline.weights.servers import WeightCheckError, WeightTransferError
 
 if TYPE_CHECKING:
@@ -39,27 +36,16 @@ if TYPE_CHECKING:
     from pipeline.engine.control import ServerAddress
     from pipeline.weights import WeightDifference, WeightsConfig
 
-POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
-_STARTING = ("meeting_point", "build")
 _COMPUTING = ("build", "measure", "update_policy", "update_critic", "update_supervised", "restart_optimizer",
               "keep_reference", "begin_save", "resume")  # fmt: skip
 _CHANGING = ("build", "resume", "update_policy", "update_supervised")  # the weights
-ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
-
-
-class TrainerError(SamerouteError):
-    """A trainer rank failed or died; the message names it and its log."""
-
-
-class RankDiedError(TrainerError):
-    """A trainer rank, or Ray with all ranks, died."""
 
 
 class ServersFailedError(TrainerError, ServerError):
     """A server did not take the weights; no trainer rank is to blame."""
 
 
-class TrainerGroup:
+class TrainerGroup(Ranks):
     """All ranks. Start it, build it, call it; every call returns merged answers or raises TrainerError."""
 
     def __init__(
@@ -79,24 +65,20 @@ class TrainerGroup:
         timeout_s: of one call. watch: called every second while a call waits; raises to end it.
         nodes: the Ray node of each rank; None: wherever there is room. environment: further variables of each rank.
         """
-        self.parallel, self.timeout_s, self.watch, self.log_directory = parallel, timeout_s, watch, log_directory
-        self.weights_timeout_s = timeout_s
+        self.parallel = parallel
         self._connected: list[ServerAddress] | None = None
         self._held: int | None = None  # version of the weights, while they are those that were sent last
         self._sending = threading.RLock()
-        self.waiting = Waiting()
         self.turns: Turns = Apart()
         resources: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
         if environment:  # none: a runtime environment of its own would start other workers
             resources["runtime_env"] = {"env_vars": dict(environment)}
         actor = ray.remote(**resources, concurrency_groups={"watch": 1, "save": 1})(TrainerRank)  # pyright: ignore[reportCallIssue]
-        self.ranks = [
-            actor.options(**on_node(node)).remote(r, str(self.log_path(r)), threads)
+        ranks = [
+            actor.options(**on_node(node)).remote(r, str(rank_log(log_directory, r)), threads)
             for r, node in enumerate(nodes or [None] * parallel.ranks)
         ]
-
-    def log_path(self, rank: int) -> Path:
-        return self.log_directory.resolve() / f"trainer_rank{rank}.log"
+        super().__init__(ranks, log_directory, timeout_s, watch)
 
     def build(self, model_path: Path, *args: Any, **kwargs: Any) -> None:
         """Make the process groups and the model on every rank (see TrainerRank.build)."""
@@ -302,112 +284,6 @@ class TrainerGroup:
                 self._held = None
             answers = self._ask(self.ranks, method, *args, **kwargs)
         return self._wait(answers, method)
-
-    @staticmethod
-    def _check_ray() -> None:
-        if words := ended():
-            raise RankDiedError(words)
-
-    def _put(self, value: Any) -> ray.ObjectRef:
-        """A value for all ranks, in the object store once."""
-        self._check_ray()
-        return ray.put(value)
-
-    def _ask(self, ranks: Sequence[Any], method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """`method` of these ranks begins. References to its answers, in their order."""
-        self._check_ray()
-        return [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
-
-    def _wait(
-        self,
-        answers: list[Any],
-        method: str,
-        timeout_s: float | None = None,
-        *,
-        restart: bool = False,
-        watched: bool = True,
-    ) -> list[Any]:
-        """Wait for all, but not longer than for the first failure.
-
-        restart: the time begins anew while ranks get on. watched: look after the servers, and say who is waited for.
-        """
-        timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
-        deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
-        limit_s = self.weights_timeout_s if restart else timeout_s
-        wait = self.waiting.begin(method, START_S if method in _STARTING else None, limit_s)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
-            self._check_ray()
-            # A rank that died leaves the others waiting in a collective: look at what failed first.
-            for answer in done:
-                try:
-                    results[answer] = ray.get(answer)
-                except (RayTaskError, RayActorError) as error:
-                    words = self._explain(answers.index(answer), method, error)
-                    # a collective that timed out fails on those who waited, not on who kept them waiting
-                    silent = self._silent(self._positions([answers.index(p) for p in pending]))
-                    kind = RankDiedError if isinstance(error, RayActorError) else TrainerError
-                    raise kind("; ".join([words, *silent])) from error
-            if watched:
-                self.watch()
-            if watched and pending:
-                wait.look(lambda: self._awaited([answers.index(p) for p in pending]))  # noqa: B023  (called at once)
-            if pending and time.monotonic() > deadline:
-                before, positions = positions, self._positions([answers.index(p) for p in pending])
-                if not restart or None in positions.values() or positions == before:
-                    raise TrainerError(self._stalled(positions, method, timeout_s, streaming=restart))
-                deadline = time.monotonic() + timeout_s
-        wait.done()
-        return [results[a] for a in answers]
-
-    def _awaited(self, ranks: Sequence[int]) -> str:
-        """Ranks that have not answered, which of them answers nothing at all, and which servers these wait for."""
-        silent = self._silent(self._positions(ranks))
-        servers = [] if silent or 0 not in ranks else self._servers_awaited()
-        words = "".join(f" ({s})" for s in (*silent, *servers))
-        return f"trainer rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}{words}"
-
-    def _servers_awaited(self) -> list[str]:
-        """What rank 0 has asked of servers that have not answered yet."""
-        done, _ = ray.wait(self._ask(self.ranks[:1], "servers_awaited"), timeout=ANSWER_S)
-        return ray.get(done[0]) if done else []
-
-    def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
-        """rank -> its position in the stream of weights, None for one that does not answer at all."""
-        asked = dict(zip(self._ask([self.ranks[r] for r in ranks], "position"), ranks, strict=True))
-        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-        positions: dict[int, int | None] = dict.fromkeys(ranks)
-        for answer in done:
-            with contextlib.suppress(RayActorError):  # it died meanwhile: no answer either
-                positions[asked[answer]] = ray.get(answer)
-        return positions
-
-    def _stalled(self, positions: dict[int, int | None], method: str, timeout_s: float, *, streaming: bool) -> str:
-        late = f"trainer ranks {list(positions)} did not finish {method} in {timeout_s:g} s"
-        silent = self._silent(positions)
-        if streaming and not silent:
-            at, rank = min((p, r) for r, p in positions.items() if p is not None)
-            return f"{late}; rank {rank} is furthest behind, at bucket {at} (log: {self.log_path(rank)})"
-        return "; ".join([late, *silent])
-
-    def _silent(self, positions: dict[int, int | None]) -> list[str]:
-        return [
-            f"rank {rank} does not answer, it hangs or was stopped (log: {self.log_path(rank)})"
-            for rank, position in positions.items()
-            if position is None
-        ]
-
-    def _explain(self, rank: int, method: str, error: Exception) -> str:
-        log = self.log_path(rank)
-        if isinstance(error, RayActorError):
-            return f"{what_died()}trainer rank {rank} died during {method}; its log: {log}"
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        return f"trainer rank {rank} failed during {method}: {type(cause).__name__}: {cause} (log: {log})"
-
-    def stop(self) -> None:
-        """End every rank. Never raises for a rank that is already gone."""
-        for rank in self.ranks:
-            ray.kill(rank)  # pyright: ignore[reportArgumentType]  (its stub knows no actor proxies)
 
 
 def to_sample(rollout: Rollout) -> Sample:

@@ -15,7 +15,7 @@ from pipeline.checkpoints import saver as saver_module
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress
 from pipeline.config.checkpoint import CheckpointConfig
-from pipeline.trainer.group import TrainerError
+from pipeline.trainer.waits import TrainerError
 
 
 class Ranks:

@@ -205,7 +205,7 @@ def test_errors_of_a_disk_in_a_run_become_a_sentence_and_others_stay(tmp_path):
 
 
 def test_a_full_disk_that_a_rank_tells_of_gets_the_space_once(tmp_path):
-    from pipeline.trainer.group import TrainerError
+    from pipeline.trainer.waits import TrainerError
 
     told = of_the_disk(TrainerError("trainer rank 0 failed: OSError: [Errno 28] No space left on device"), tmp_path)
     assert told is not None

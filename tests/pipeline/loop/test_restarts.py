@@ -14,8 +14,8 @@ from pipeline.loop import run as loop_run
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.restarts import RestartLimitError, Restarts
 from pipeline.loop.stop import StopRequest
-from pipeline.trainer.group import RankDiedError, TrainerError
 from pipeline.trainer.spikes import SpikesError
+from pipeline.trainer.waits import RankDiedError, TrainerError
 
 DIED = TrainerError("trainer rank 0 died")
 

@@ -33,3 +33,9 @@ def test_beside_each_other_both_tell_themselves_and_sums_go_on():
 def test_a_replay_has_no_servers_and_a_step_without_seconds_counts_nothing():
     assert DeviceHours(1, 0).step({}, 5) == {}
     assert "devices/servers_idle" not in DeviceHours(1, 0).step(STEP, 5)
+
+
+def test_devices_that_trainer_and_servers_share_by_turns_count_once():
+    found = DeviceHours(ranks=2, servers=2, shared=True).step(STEP | {"time/step_s": 40.0}, sampled=8000)
+    assert found["devices/hours"] == pytest.approx(2 * 40 / 3600)
+    assert found["devices/idle_hours"] == pytest.approx(2 * 4 / 3600)

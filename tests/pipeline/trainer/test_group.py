@@ -6,14 +6,15 @@ import threading
 
 import pytest
 
-from pipeline.trainer import group
-from pipeline.trainer.group import TrainerError, TrainerGroup
+from pipeline.trainer import waits
+from pipeline.trainer.group import TrainerGroup
+from pipeline.trainer.waits import TrainerError
 
 
 @pytest.mark.parametrize("call", [lambda it: it.load([]), lambda it: it.send_weights(1), lambda it: it.where()])
 def test_no_call_is_made_of_a_ray_that_is_gone(monkeypatch, call):
     made = TrainerGroup.__new__(TrainerGroup)
     made.ranks, made.weights_timeout_s, made._sending = [object()], 1.0, threading.RLock()  # nothing can be asked of it
-    monkeypatch.setattr(group, "ended", lambda: "Ray's process the raylet was killed by SIGKILL")
+    monkeypatch.setattr(waits, "ended", lambda: "Ray's process the raylet was killed by SIGKILL")
     with pytest.raises(TrainerError, match="raylet was killed by SIGKILL"):
         call(made)

@@ -15,8 +15,9 @@ from pipeline import waiting
 from pipeline.config import load_config
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of
 from pipeline.loop.open_loop import open_loop
-from pipeline.trainer import group as trainer_group
-from pipeline.trainer.group import ServersFailedError, TrainerError
+from pipeline.trainer import waits as trainer_waits
+from pipeline.trainer.group import ServersFailedError
+from pipeline.trainer.waits import TrainerError
 from pipeline.weights import WeightsConfig, WeightSender
 from tests.support.processes import command_line
 
@@ -97,7 +98,7 @@ def test_a_transfer_that_leaves_an_expert_stale_stops_the_run(loop):
 
 @pytest.mark.slow
 def test_a_rank_and_a_server_that_stall_are_named(loop, monkeypatch):
-    monkeypatch.setattr(trainer_group, "ANSWER_S", 1.0)
+    monkeypatch.setattr(trainer_waits, "ANSWER_S", 1.0)
     pid = ray.get(loop.trainers.ranks[1].__ray_call__.remote(lambda _: os.getpid()))
     with stopped(pid), pytest.raises(TrainerError, match=r"send_weights in [\d.]+ s; rank 1 does not answer[^;]*$"):
         loop.sync()

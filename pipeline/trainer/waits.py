@@ -1,0 +1,153 @@
+"""All trainer ranks asked at once, and the wait for their answers: an end when one dies or hangs, and who it was."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from pipeline.cluster.ray_processes import ended, what_died
+from pipeline.errors import SamerouteError
+from pipeline.waiting import START_S, Waiting
+
+POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
+ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
+_STARTING = ("meeting_point", "build")
+
+
+class TrainerError(SamerouteError):
+    """A trainer rank failed or died; the message names it and its log."""
+
+
+class RankDiedError(TrainerError):
+    """A trainer rank, or Ray with all ranks, died."""
+
+
+class Ranks:
+    """ranks: actors of TrainerRank, by number. timeout_s: of one call; weights_timeout_s: without progress of a stream
+    of weights. watch: called every second while a call waits; raises to end it."""
+
+    def __init__(self, ranks: Sequence[Any], log_directory: Path, timeout_s: float, watch: Callable[[], None]):
+        self.ranks, self.log_directory = ranks, log_directory
+        self.timeout_s = self.weights_timeout_s = timeout_s
+        self.watch, self.waiting = watch, Waiting()
+
+    def log_path(self, rank: int) -> Path:
+        """Of a rank."""
+        return rank_log(self.log_directory, rank)
+
+    @staticmethod
+    def _check_ray() -> None:
+        if words := ended():
+            raise RankDiedError(words)
+
+    def _put(self, value: Any) -> ray.ObjectRef:
+        """A value for all ranks, in the object store once."""
+        self._check_ray()
+        return ray.put(value)
+
+    def _ask(self, ranks: Sequence[Any], method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """`method` of these ranks begins. References to its answers, in their order."""
+        self._check_ray()
+        return [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
+
+    def _wait(
+        self,
+        answers: list[Any],
+        method: str,
+        timeout_s: float | None = None,
+        *,
+        restart: bool = False,
+        watched: bool = True,
+    ) -> list[Any]:
+        """Wait for all, but not longer than for the first failure.
+
+        restart: the time begins anew while ranks get on. watched: look after the servers, and say who is waited for.
+        """
+        timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
+        deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
+        limit_s = self.weights_timeout_s if restart else timeout_s
+        wait = self.waiting.begin(method, START_S if method in _STARTING else None, limit_s)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+            self._check_ray()
+            # A rank that died leaves the others waiting in a collective: look at what failed first.
+            for answer in done:
+                try:
+                    results[answer] = ray.get(answer)
+                except (RayTaskError, RayActorError) as error:
+                    words = self._explain(answers.index(answer), method, error)
+                    # a collective that timed out fails on those who waited, not on who kept them waiting
+                    silent = self._silent(self._positions([answers.index(p) for p in pending]))
+                    kind = RankDiedError if isinstance(error, RayActorError) else TrainerError
+                    raise kind("; ".join([words, *silent])) from error
+            if watched:
+                self.watch()
+            if watched and pending:
+                wait.look(lambda: self._awaited([answers.index(p) for p in pending]))  # noqa: B023  (called at once)
+            if pending and time.monotonic() > deadline:
+                before, positions = positions, self._positions([answers.index(p) for p in pending])
+                if not restart or None in positions.values() or positions == before:
+                    raise TrainerError(self._stalled(positions, method, timeout_s, streaming=restart))
+                deadline = time.monotonic() + timeout_s
+        wait.done()
+        return [results[a] for a in answers]
+
+    def _awaited(self, ranks: Sequence[int]) -> str:
+        """Ranks that have not answered, which of them answers nothing at all, and which servers these wait for."""
+        silent = self._silent(self._positions(ranks))
+        servers = [] if silent or 0 not in ranks else self._servers_awaited()
+        words = "".join(f" ({s})" for s in (*silent, *servers))
+        return f"trainer rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}{words}"
+
+    def _servers_awaited(self) -> list[str]:
+        """What rank 0 has asked of servers that have not answered yet."""
+        done, _ = ray.wait(self._ask(self.ranks[:1], "servers_awaited"), timeout=ANSWER_S)
+        return ray.get(done[0]) if done else []
+
+    def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
+        """rank -> its position in the stream of weights, None for one that does not answer at all."""
+        asked = dict(zip(self._ask([self.ranks[r] for r in ranks], "position"), ranks, strict=True))
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+        positions: dict[int, int | None] = dict.fromkeys(ranks)
+        for answer in done:
+            with contextlib.suppress(RayActorError):  # it died meanwhile: no answer either
+                positions[asked[answer]] = ray.get(answer)
+        return positions
+
+    def _stalled(self, positions: dict[int, int | None], method: str, timeout_s: float, *, streaming: bool) -> str:
+        late = f"trainer ranks {list(positions)} did not finish {method} in {timeout_s:g} s"
+        silent = self._silent(positions)
+        if streaming and not silent:
+            at, rank = min((p, r) for r, p in positions.items() if p is not None)
+            return f"{late}; rank {rank} is furthest behind, at bucket {at} (log: {self.log_path(rank)})"
+        return "; ".join([late, *silent])
+
+    def _silent(self, positions: dict[int, int | None]) -> list[str]:
+        return [
+            f"rank {rank} does not answer, it hangs or was stopped (log: {self.log_path(rank)})"
+            for rank, position in positions.items()
+            if position is None
+        ]
+
+    def _explain(self, rank: int, method: str, error: Exception) -> str:
+        log = self.log_path(rank)
+        if isinstance(error, RayActorError):
+            return f"{what_died()}trainer rank {rank} died during {method}; its log: {log}"
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return f"trainer rank {rank} failed during {method}: {type(cause).__name__}: {cause} (log: {log})"
+
+    def stop(self) -> None:
+        """End every rank. Never raises for a rank that is already gone."""
+        for rank in self.ranks:
+            ray.kill(rank)  # pyright: ignore[reportArgumentType]  (its stub knows no actor proxies)
+
+
+def rank_log(directory: Path, rank: int) -> Path:
+    """The log of a rank, in a directory of logs."""
+    return directory.resolve() / f"trainer_rank{rank}.log"
