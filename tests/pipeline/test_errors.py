@@ -16,6 +16,7 @@ CODES = {
     "pipeline.checkpoints.best_model.ExportError": 2,
     "pipeline.checkpoints.resume.ResumeError": 2,
     "pipeline.checkpoints.store.CheckpointError": 1,
+    "pipeline.environments.connectors.peer.ConnectorError": 2,
     "pipeline.environments.loading.LoadingError": 2,
     "pipeline.environments.templates.HistoryError": 2,
     "pipeline.environments.turn_parser.ParserError": 2,

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.environments.endpoint.chat_request import ChatMessage
 from pipeline.environments.templates import HistoryError, Message, TemplateWriter
+from pipeline.environments.turn_parser import Said
 
 
 def to_message(sent: ChatMessage, *, as_text: bool) -> Message:
@@ -42,6 +43,16 @@ def tool_call(name_of_call: str, function: str, arguments: str, *, as_text: bool
             loaded = arguments
         read = loaded if isinstance(loaded, dict) else arguments
     return {"id": name_of_call, "type": "function", "function": {"name": function, "arguments": read}}
+
+
+def set_parts(message: Message, said: Said, calls: Sequence[tuple[str, str, str]], *, as_text: bool) -> None:
+    """What a turn was made of stands in its message, by the names that templates read. calls: (id, function, arguments
+    in JSON). as_text: see `wants_text`."""
+    message["content"] = said.content
+    if said.thinking is not None:
+        message["reasoning_content"] = said.thinking
+    if calls:
+        message["tool_calls"] = [tool_call(*call, as_text=as_text) for call in calls]
 
 
 def rest(said: Sequence[Message], sent: Sequence[Message]) -> list[Message] | None:

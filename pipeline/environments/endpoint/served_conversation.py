@@ -16,7 +16,7 @@ from pipeline.engine.sampling import OnTokens, Piece
 from pipeline.environments.conversation import Conversation, LimitReached, Turn
 from pipeline.environments.endpoint.chat_request import ChatRequest
 from pipeline.environments.endpoint.refusals import Refusal
-from pipeline.environments.endpoint.said import rest, same, to_message, tool_call, wants_text
+from pipeline.environments.endpoint.said import rest, same, set_parts, to_message, wants_text
 from pipeline.environments.endpoint.turn_stream import Delta, Retold, TurnStream
 from pipeline.environments.templates import HistoryError, Message
 from pipeline.environments.turn_parser import Said
@@ -209,13 +209,9 @@ class ServedConversation:
 
     def _take(self, turn: Turn, said: Said, name: Callable[[int, str], str]) -> Spoken:
         """The turn's parts are set on the conversation's message, by the names that templates read."""
-        conversation, message = self._conversation, turn.message
+        conversation = self._conversation
         calls = tuple((name(i, function), function, arguments) for i, (function, arguments) in enumerate(said.calls))
-        message["content"] = said.content
-        if said.thinking is not None:
-            message["reasoning_content"] = said.thinking
-        if calls:
-            message["tool_calls"] = [tool_call(*call, as_text=self._as_text) for call in calls]
+        set_parts(turn.message, said, calls, as_text=self._as_text)
         rollout, count = conversation.rollouts[-1], len(turn.token_ids)
         shown = count - (turn.finish_reason == "stop")
         return Spoken(
@@ -227,7 +223,3 @@ class ServedConversation:
             tokens=tuple(conversation.writer.text([int(i)]) for i in turn.token_ids[:shown]),
             logprobs=tuple(map(float, rollout.rollout_logprobs[len(rollout.rollout_logprobs) - count :][:shown])),
         )
-
-
-def _calls(messages: list[Message]) -> int:
-    return sum(len(message.get("tool_calls") or ()) for message in messages)
