@@ -56,8 +56,8 @@ SAME_NAME = {
     "run": {"pipeline.config", "pipeline.loop"},  # a run: its settings, and what it does
     "sampling": {"pipeline.engine", "pipeline.plan"},  # how answers are drawn, and what drawing them takes
     "server": {"pipeline.config", "pipeline.engine"},  # an SGLang server: its settings, and its process
-    "verifiers": {"pipeline.config.rewards", "pipeline.environments.connectors"},  # what grades; the package of that name
     "types": {"pipeline", "pipeline.objectives"},  # what flows through the folder they stand in
+    "verifiers": {"pipeline.config.rewards", "pipeline.environments.connectors"},  # what grades; a package
 }
 """File names that stand twice, and where: each means one thing wherever it stands. Any other name stands once."""
 

@@ -33,6 +33,10 @@ COLUMN = "verifiers"
 """Of a row of prompts: the row of the environment's data set that it was made of."""
 
 
+_EMPTY = "EmptyModelResponseError"
+"""verifiers' name for an answer without a character: the policy's doing, not the environment's."""
+
+
 class Verifiers:
     """The environment `environment.function`."""
 
@@ -44,12 +48,13 @@ class Verifiers:
         directory: str | None = None,
         variables: Sequence[str] = (),
         start_timeout_s: float = 120.0,
+        empty_reward: float = 0.0,
     ):
         """environment: as load_environment takes it. python: that has it. arguments: of its load_environment.
         directory: where its module is looked for first. variables: that it gets though their names look like secrets.
-        Raises ConnectorError where it cannot be loaded, or not in start_timeout_s."""
+        empty_reward: of a conversation in which the policy said nothing, which verifiers does not score. Raises ConnectorError where it cannot be loaded, or not in start_timeout_s."""
         self._process = _process_of(environment, python, dict(arguments or {}), directory, tuple(variables))
-        self._within_s = start_timeout_s
+        self._within_s, self._empty_reward = start_timeout_s, empty_reward
         self._process.peer(start_timeout_s)
 
     async def run(self, conversation: Conversation, prompt: Prompt) -> Reward:
@@ -64,6 +69,8 @@ class Verifiers:
             async with serve(conversation) as address:
                 asked = {"row": row, "url": address.url, "key": address.key, "model": address.model}
                 told = await peer.ask(rollout=asked)
+            if _EMPTY in (told["error"] or ""):
+                return Reward(self._empty_reward, note="the policy said nothing")
             if told["error"] is not None or told["reward"] is None:
                 raise ConnectorError(told["error"] or "the environment gave no reward")
         except ConnectorError as error:

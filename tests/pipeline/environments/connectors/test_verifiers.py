@@ -70,6 +70,11 @@ def test_a_rollout_that_hangs_ends_with_its_conversations_time_and_a_limit_cuts_
     assert cut.verdict.reward == -0.5
 
 
+def test_an_answer_without_a_character_is_the_policys_doing_and_has_its_own_reward(tokenizer):
+    (empty,) = played(tokenizer, "empty")
+    assert (empty.verdict.reward, empty.note) == (0.0, "the policy said nothing")
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -6,7 +6,7 @@ import asyncio
 import os
 
 __version__ = "0.2.1"
-ROWS = ["talk", "print", "raise", "error", "nothing", "hang", "die"]
+ROWS = ["talk", "print", "raise", "error", "empty", "nothing", "hang", "die"]
 
 
 class Environment:
@@ -34,7 +34,8 @@ class Environment:
             messages += [{"role": "user", "content": self.greeting}]
         if row["do"] == "nothing":
             return {"reward": None, "metrics": {}}
-        error = {"error_chain_str": "ToolError: it broke"} if row["do"] == "error" else None
+        broken = {"error": "ToolError: it broke", "empty": "EmptyModelResponseError"}.get(row["do"])
+        error = broken and {"error_chain_str": broken}
         metrics = {"turns": 2, "words": None}
         return {"reward": 0.5, "metrics": metrics, "error": error, "stop_condition": "enough"}
 
