@@ -61,7 +61,8 @@ def test_a_public_environment_of_verifiers_and_one_of_openenv_run_ten_steps(tmp_
         tmp_path, *SMALL, "model.tiny.tokenizer=bytes", "supervised.steps=0", f"train.steps={STEPS}",
         f"environment={json.dumps(environment)}",
         f"data={json.dumps({'sources': sources, 'task': None, 'max_prompt_tokens': 2048})}",
-        "rollout.max_new_tokens=12", "rollout.prompts_per_step=4", f"rollout.samples_per_prompt={SAMPLES}", "checks.first_rollouts=0",
+        "rollout.max_new_tokens=12", "rollout.prompts_per_step=4", f"rollout.samples_per_prompt={SAMPLES}",
+        "checks.first_rollouts=0",
         "server.context_length=2560", "objective={preset: grpo}",
     )  # fmt: skip
     try:

@@ -52,7 +52,8 @@ class Verifiers:
     ):
         """environment: as load_environment takes it. python: that has it. arguments: of its load_environment.
         directory: where its module is looked for first. variables: that it gets though their names look like secrets.
-        empty_reward: of a conversation in which the policy said nothing, which verifiers does not score. Raises ConnectorError where it cannot be loaded, or not in start_timeout_s."""
+        empty_reward: of a conversation in which the policy said nothing, which verifiers does not score.
+        Raises ConnectorError where it cannot be loaded, or not in start_timeout_s."""
         self._process = _process_of(environment, python, dict(arguments or {}), directory, tuple(variables))
         self._within_s, self._empty_reward = start_timeout_s, empty_reward
         self._process.peer(start_timeout_s)

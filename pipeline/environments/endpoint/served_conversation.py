@@ -223,3 +223,7 @@ class ServedConversation:
             tokens=tuple(conversation.writer.text([int(i)]) for i in turn.token_ids[:shown]),
             logprobs=tuple(map(float, rollout.rollout_logprobs[len(rollout.rollout_logprobs) - count :][:shown])),
         )
+
+
+def _calls(messages: list[Message]) -> int:
+    return sum(len(message.get("tool_calls") or ()) for message in messages)
