@@ -28,12 +28,13 @@ PRESETS = sorted(
     if path.parent.name != "parts" and path.name != "base.yaml" and load_config_and_model(path)[0].device == "cuda"
 )  # fmt: skip
 ARCHITECTURES = {"qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral", "glm4_moe": "Glm4Moe",
-                 "deepseek_v3": "DeepseekV3", "gpt_oss": "GptOss"}  # fmt: skip
+                 "deepseek_v3": "DeepseekV3", "gpt_oss": "GptOss", "glm4_moe_lite": "Glm4MoeLite",
+                 "minimax_m2": "MiniMaxM2"}  # fmt: skip
 ATTENTION = {
     ("H100", "grouped"): ("fa3",),
     ("H100", "latent"): ("fa3",),
     ("B200", "grouped"): ("trtllm_mha",),
-    ("B200", "latent"): ("trtllm_mla",),
+    ("B200", "latent"): ("trtllm_mla", "flashinfer"),  # the second for GLM-4.7-Flash
 }
 """SGLang's own choices, which take bfloat16 and a cache of it."""
 every_gpu = pytest.mark.parametrize("gpu", GPUS)
