@@ -30,12 +30,13 @@ def trained(run: Path, steps: int) -> list[list[int]]:
 
 def check_rows(rows: list[dict], staleness: int) -> None:
     """What every asynchronous step promises."""
+    assert rows[0]["train/grad_norm"] > 0
     for row in rows:
         assert row["rollout/lag_max"] <= staleness
         assert row["staleness/scored_tokens"] > 0
         assert row["mismatch/abs_logprob"] < 1e-5, "the servers hold the trainer's weights"
         assert row["routing/replayed_fraction"] == 1
-        assert row["train/grad_norm"] > 0
+        assert row["train/grad_norm"] > 0 or row["reward/uninformative_groups"] == 1, "answers may all get full length"
         assert 0 <= row["idle/servers"] <= 1
         assert 0 <= row["idle/trainer"] <= 1
         shares = [value for key, value in row.items() if re.fullmatch(r"rollout/lag_\d+", key)]
