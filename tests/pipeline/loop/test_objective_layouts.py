@@ -160,8 +160,10 @@ def test_loss_and_gradient_of_every_preset_are_those_of_one_packed_micro_batch(t
     for name, (losses, gradient) in reference.items():
         found, theirs = other[name]
         assert len(losses) == (2 if name == "ppo" else 1)
-        assert found == pytest.approx(losses, rel=1e-6, abs=1e-6), name
-        assert np.abs(theirs - gradient).max() <= 1e-6, name
+        # A product of ratios has the rounding of every token of its response in its exponent; 1.6e-6 was the most seen.
+        close = 5e-6 if resolve(OBJECTIVES[name]).composition.ratio == "product" else 1e-6
+        assert found == pytest.approx(losses, rel=close, abs=1e-6), name
+        assert np.abs(theirs - gradient).max() <= close, name
         # Of the whole gradient, float32's own rounding through four layers: 1.2e-6 was the most seen.
-        assert np.linalg.norm(theirs - gradient) <= 2e-6 * np.linalg.norm(gradient), name
+        assert np.linalg.norm(theirs - gradient) <= 2 * close * np.linalg.norm(gradient), name
         assert np.abs(gradient).max() > 1e-3, name
