@@ -94,7 +94,7 @@ def wrong(gpu: str, hf: dict[str, Any], resolved: dict[str, Any] | str) -> list[
     """What a server would do otherwise than the trainer counts on."""
     if isinstance(resolved, str):
         return [resolved]
-    latent = hf["model_type"] in ("deepseek_v3", "kimi_k2")
+    latent = hf["model_type"] in ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
     expected: dict[str, Any] = {
         "attention_backend": ATTENTION[gpu, "latent" if latent else "grouped"],
         "prefill_attention_backend": (None,),
