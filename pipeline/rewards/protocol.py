@@ -100,7 +100,7 @@ class Limits:
     start_s: float = 120.0
     output_bytes: int = 1 << 20
     processes: int = 256
-    grace_s: float = 0.5
+    grace_s: float = 2.0
 
 
 class ProtocolError(RuntimeError):
