@@ -186,7 +186,8 @@ def test_a_call_that_is_given_up_ends_on_the_server_and_progress_is_heard_before
 
     with through_samplers([client_of(server, timeout_s=120)], 1, [None]) as (client,):
         asyncio.run(asyncio.wait_for(run(client), 60))
-    assert [piece.at for piece in heard] == list(range(9, 9 + len(heard)))  # a token each, none left out
+    places = [piece.at + i for piece in heard for i in range(len(piece.ids))]  # on a busy machine two come at once
+    assert places == list(range(9, 9 + len(places)))  # none is left out, none comes twice
 
 
 def test_nothing_is_left_of_a_sampler_when_its_block_ends(ray_up, urls):
