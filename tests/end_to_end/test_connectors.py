@@ -16,7 +16,7 @@ from tests.support.command import SMALL, Command
 
 ROOT = Path(__file__).parents[2]
 PYTHONS = {name: ROOT / ".venv" / name / "bin" / "python" for name in ("verifiers", "openenv")}
-STEPS, SAMPLES = 10, 2
+STEPS, SAMPLES = 10, 3
 ADVOCACY = {
     "environment": "sophistry-bench-sprint",
     "arguments": {"passage_chars": 60, "n_items": 8, "weights": [1, 1, 0, 0, 0, 0, 0, 0]},
@@ -61,7 +61,7 @@ def test_a_public_environment_of_verifiers_and_one_of_openenv_run_ten_steps(tmp_
         tmp_path, *SMALL, "model.tiny.tokenizer=bytes", "supervised.steps=0", f"train.steps={STEPS}",
         f"environment={json.dumps(environment)}",
         f"data={json.dumps({'sources': sources, 'task': None, 'max_prompt_tokens': 2048})}",
-        "rollout.max_new_tokens=12", "rollout.prompts_per_step=4", f"rollout.samples_per_prompt={SAMPLES}",
+        "rollout.max_new_tokens=12", "rollout.prompts_per_step=2", f"rollout.samples_per_prompt={SAMPLES}",
         "checks.first_rollouts=0",
         "server.context_length=2560", "objective={preset: grpo}",
     )  # fmt: skip
@@ -74,17 +74,19 @@ def test_a_public_environment_of_verifiers_and_one_of_openenv_run_ten_steps(tmp_
     assert len(steps) == STEPS
     assert all(math.isfinite(value) for step in steps for name, value in step.items() if name.startswith("loss/"))
     assert sum(step["environment/failed"] for step in steps) == 0
-    assert sum(step["endpoint/conversations"] for step in steps) == STEPS * 2 * SAMPLES
-    assert any(step["train/grad_norm"] > 0 for step in steps)
+    assert sum(step["endpoint/conversations"] for step in steps) == STEPS * SAMPLES
+    assert sum(step["train/grad_norm"] > 0 for step in steps) >= 3
     parts = sorted((run.run / "episodes").glob("part_*.parquet"))
     rows = [row for part in parts for row in pyarrow.parquet.read_table(part).to_pylist() if row["step"] is not None]
     gold = {row["messages"][1]["content"]: float(row["verifiers"]["info"]["is_gold"]) for row in advocacy}
     told = [row for row in rows if row["origin"].startswith("advocacy")]
-    assert len(told) == len(rows) / 2 == STEPS * 2 * SAMPLES
+    assert len(told) == len(rows) / 2 == STEPS * SAMPLES
     for row in told:
         (asked,) = (content for content in gold if content in row["prompt_text"])
         silent = (
             row["note"] == "the policy said nothing"
         )  # else half a point is that of citations, for those without any
         assert row["reward"] == (0.0 if silent else gold[asked] + 0.5)
-    assert {row["reward"] for row in rows if row not in told} == {-20.0, -50.0}
+    safety = [row for row in rows if row not in told]
+    assert all(row["reward"] == (-20.0 if len(row["answer"]) % 2 else -50.0) for row in safety)
+    assert len({row["reward"] for row in safety}) == 2

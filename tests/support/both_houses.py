@@ -13,12 +13,12 @@ from pipeline.types import Prompt
 
 
 class Answers(OpenEnv):
-    """What the policy says is put into the form that the server wants where its length is odd, and stays as it is where
-    it is even: that is no form, which costs more."""
+    """What the policy says is put into the form that the server wants where its length is odd. Where it is even, the
+    server is told what has no form, which costs more: so rewards differ in a group, whatever a random model says."""
 
     def action(self, text: str) -> Mapping[str, Any]:
         formed = json.dumps({"analysis": text, "proof": text, "final": text})
-        return {"llm_response": formed if len(text) % 2 else text}
+        return {"llm_response": formed if len(text) % 2 else "no"}
 
 
 class BothHouses:
