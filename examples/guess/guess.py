@@ -30,7 +30,7 @@ class Guess:
         turns: list[float] = []
         while True:
             turn = await conversation.sample()
-            guess = int(turn.text) if len(turn.text) == 1 and turn.text.isdigit() else -1
+            guess = int(turn.text) if len(turn.text) == 1 and turn.text.isdecimal() else -1
             found = guess == secret
             turns.append(float(found) - (0.0 if low <= guess <= high else 0.25))
             if found or len(turns) == self.guesses or guess < 0:

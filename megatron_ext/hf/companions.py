@@ -10,12 +10,11 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.hf.config_json import DRAFT_LAYERS, draft_tensors, read_hf_config
-from megatron_ext.hf.families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +43,7 @@ def write_companions(source: Path, target: Path, dtype: Dtype) -> None:
     `Carried` does.
     """
     carried = Carried(source)
-    config = exported_config(read_hf_config(source), dtype, drafts=carried.drafts)
+    config = exported_config(read_hf_config(source), dtype, drafts=bool(carried.names))
     target.mkdir(parents=True, exist_ok=True)
     carried.write(target)
     for file in sorted(source.iterdir()):
@@ -64,40 +63,24 @@ def exported_config(hf: dict[str, Any], dtype: Dtype, *, drafts: bool = False) -
     return {k: v for k, v in hf.items() if k != "quantization_config"} | without | dict.fromkeys(names, dtype)
 
 
-def carried_names(hf: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Of the tensors of a model directory, those that are `Carried`."""
-    names, drafts = set(names), any(hf.get(name) for name in DRAFT_LAYERS)
-    return sorted(names.intersection(always_carried(hf)).union(draft_tensors(hf, names) if drafts else ()))
-
-
-def always_carried(hf: dict[str, Any]) -> list[str]:
-    """Tensors that a model of this family has, and the trainer does not build."""
-    family = FAMILIES.get(hf.get("model_type", ""))
-    patterns = () if family is None else family.carried
-    return [pattern.format(layer=layer) for layer in range(hf.get("num_hidden_layers", 0)) for pattern in patterns]
-
-
 class Carried:
     """Tensors of a model that the trainer does not build, and every model written from here has as they came, in the
-    dtype that they have: multi-token-prediction layers, which draft for speculative decoding, and what a family names.
+    dtype that they have: multi-token-prediction layers, which draft for speculative decoding.
 
     They are no part of the policy: no update moves them, and no route is replayed in them.
     """
 
     def __init__(self, folder: Path):
         """Of a model directory, among whose weights they are, or of the `hf` folder of a checkpoint, whose file of
-        them has checksums. Raises as `read_hf_config` and `TensorFiles` do, KeyError where one is missing that the
-        family has, and ValueError for another dtype than float32, bfloat16 and float16."""
+        them has checksums. Raises as `read_hf_config` and `TensorFiles` do, and ValueError for another dtype than
+        float32, bfloat16 and float16."""
         hf = read_hf_config(folder)
-        needed, drafts = always_carried(hf), any(hf.get(name) for name in DRAFT_LAYERS)
         self.names: list[str] = []
-        self.drafts = False
-        if drafts or needed:
+        if any(hf.get(name) for name in DRAFT_LAYERS):
             self._find(folder, hf)
-        if missing := sorted(set(needed).difference(self.names)):
-            raise KeyError(f"{folder} lacks tensors of {hf['model_type']}: {', '.join(missing)}")
-        if drafts and not self.drafts:
-            log.warning("%s has no tensors of multi-token-prediction layers, though its config.json names some", folder)
+            if not self.names:
+                told = "%s has no tensors of multi-token-prediction layers, though its config.json names some"
+                log.warning(told, folder)
 
     def _find(self, folder: Path, hf: dict[str, Any]) -> None:
         from megatron_ext.hf.files import TensorFiles
@@ -109,8 +92,7 @@ class Carried:
             self._files = TensorFiles(folder)
         else:
             return
-        self.names = carried_names(hf, self._files.files)
-        self.drafts = not set(self.names) <= set(always_carried(hf))
+        self.names = draft_tensors(hf, self._files.files)
         if odd := [name for name in self.names if self._files.dtypes[name] not in ("F32", "BF16", "F16")]:
             raise ValueError(f"{odd[0]} is {self._files.dtypes[odd[0]]}; write it in float32, bfloat16 or float16")
 

@@ -173,13 +173,13 @@ class TrainerGroup(Ranks):
 
     def begin_profile(self, ranks: Sequence[int]) -> None:
         """These ranks trace what they compute from now on."""
-        self._wait(self._ask([self.ranks[r] for r in ranks], "begin_profile"), "begin_profile")
+        self._wait(self._ask([self.ranks[r] for r in ranks], "begin_profile"), "begin_profile", ranks=ranks)
 
     def end_profile(self, ranks: Sequence[int], folder: Path) -> None:
         """They write their traces into a folder that they see."""
         files = [str(folder / f"trainer_rank{r}.json.gz") for r in ranks]
         answers = [self._ask([self.ranks[r]], "end_profile", file)[0] for r, file in zip(ranks, files, strict=True)]
-        self._wait(answers, "end_profile")
+        self._wait(answers, "end_profile", ranks=ranks)
 
     def not_finite(self) -> list[list[NotFinite]]:
         """Of every rank, see Trainer.not_finite, of all loaded samples."""

@@ -64,15 +64,18 @@ class Ranks:
         *,
         restart: bool = False,
         watched: bool = True,
+        ranks: Sequence[int] | None = None,
     ) -> list[Any]:
         """Wait for all, but not longer than for the first failure.
 
-        restart: the time begins anew while ranks get on. watched: look after the servers, and say who is waited for.
+        ranks: who was asked, in the order of the answers; None: the first ones. restart: the time begins anew while
+        ranks get on. watched: look after the servers, and say who is waited for.
         """
         timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
         deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
         limit_s = self.weights_timeout_s if restart else timeout_s
         wait = self.waiting.begin(method, START_S if method in _STARTING else None, limit_s)
+        asked = dict(zip(answers, range(len(answers)) if ranks is None else ranks, strict=True))
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             self._check_ray()
@@ -81,17 +84,17 @@ class Ranks:
                 try:
                     results[answer] = ray.get(answer)
                 except (RayTaskError, RayActorError) as error:
-                    words = self._explain(answers.index(answer), method, error)
+                    words = self._explain(asked[answer], method, error)
                     # a collective that timed out fails on those who waited, not on who kept them waiting
-                    silent = self._silent(self._positions([answers.index(p) for p in pending]))
+                    silent = self._silent(self._positions([asked[p] for p in pending]))
                     kind = RankDiedError if isinstance(error, RayActorError) else TrainerError
                     raise kind("; ".join([words, *silent])) from error
             if watched:
                 self.watch()
             if watched and pending:
-                wait.look(lambda: self._awaited([answers.index(p) for p in pending]))  # noqa: B023  (called at once)
+                wait.look(lambda: self._awaited([asked[p] for p in pending]))  # noqa: B023  (called at once)
             if pending and time.monotonic() > deadline:
-                before, positions = positions, self._positions([answers.index(p) for p in pending])
+                before, positions = positions, self._positions([asked[p] for p in pending])
                 if not restart or None in positions.values() or positions == before:
                     raise TrainerError(self._stalled(positions, method, timeout_s, streaming=restart))
                 deadline = time.monotonic() + timeout_s

@@ -43,15 +43,6 @@ def set_up_by_a_fork() -> None:
     ray_constants.SETUP_WORKER_FILENAME = str(_WORKER)
 
 
-def server_environment() -> dict[str, str]:
-    """What a server on the CPU has in its environment, but for what is its own."""
-    from pipeline.config.server import ServerConfig
-    from pipeline.engine.server import SGLangServer
-
-    server = SGLangServer(ServerConfig(), Path(), Path(), device="cpu", seed=0, return_routed_experts=True)
-    return server.environment_of_imports()
-
-
 def _variables(folder: Path) -> dict[str, str]:
     job = {"runtime_env": {"py_executable": f"{sys.executable} {_WORKER}"}}
     servers, workers, drivers = (str(folder / name) for name in ("servers", "workers", "drivers"))
@@ -68,7 +59,11 @@ def start(folder: Path, keeper: int) -> dict[str, str]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "servers.log").exists():
-            _start("pipeline.engine.inside.preloaded", servers, keeper, server_environment(), servers)
+            from pipeline.config.server import ServerConfig
+            from pipeline.engine.inside import preloaded
+
+            with servers.with_suffix(".log").open("wb") as log:
+                preloaded.start(servers, keeper, ServerConfig(), log)
         if not (folder / "imports.log").exists():
             _start_imports(folder, keeper, variables)
         for place in (servers, workers, drivers):

@@ -90,8 +90,6 @@ class Family:
     joined:       sets of Hugging Face tensors of a layer, names with `{layer}`, that the rollout engine's loader joins
                   within one request and drops where one is missing: they travel together. Each is all that its
                   Megatron parameter becomes.
-    carried:      Hugging Face tensors of every layer, names with `{layer}`, that are not trained and that every written
-                  model has as they came.
     sparse:       how a dense model is upcycled into this family; None: it is not.
     """
 
@@ -110,7 +108,6 @@ class Family:
     server_rope_types: tuple[str, ...] | None = None
     server_fields: Callable[[HFConfig], Mapping[str, Any]] = _no_fields
     server_cpu_arguments: tuple[str, ...] = ()
-    carried: tuple[str, ...] = ()
     sparse: Sparse | None = None
 
     def joined_set(self, name: str) -> tuple[int, str] | None:

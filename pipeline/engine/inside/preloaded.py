@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pipeline import forks
 from pipeline.config.server import ServerConfig
@@ -45,11 +46,22 @@ _LONGEST_FOLDER = 80  # bytes
 _TITLE = " " * 4000  # a server changes its title in place, and has a longer one
 
 
-def command_line(socket: Path, keeper: int) -> list[str]:
-    """Of the process that listens at `socket` for as long as the process `keeper` lives. It is to have `forks.ROOM` in
-    its environment, and what servers have."""
+def start(socket: Path, keeper: int, config: ServerConfig, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """The process that listens at `socket` for as long as the process `keeper` lives.
+
+    config: of the servers on the CPU, their `cpu_threads` settled. log: an open file, for what it says.
+    """
+    server = SGLangServer(config, Path(), Path(), device="cpu", seed=0, return_routed_experts=True)
     module = "pipeline.engine.inside.preloaded"
-    return [sys.executable, "-P", "-m", module, str(socket), str(keeper), _TITLE]
+    with deaf_children():
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(socket), str(keeper), _TITLE],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=server.environment_of_imports() | forks.ROOM,
+        )
 
 
 @contextlib.contextmanager
@@ -64,16 +76,8 @@ def importing(config: ServerConfig) -> Iterator[None]:
         return
     folder = make_socket_folder(_LONGEST_FOLDER)
     socket = folder / "servers"
-    server = SGLangServer(config, folder, folder, device="cpu", seed=0, return_routed_experts=True)
-    with tempfile.TemporaryFile() as log, deaf_children():
-        process = subprocess.Popen(
-            command_line(socket, os.getpid()),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=server.environment_of_imports() | forks.ROOM,
-        )
+    with tempfile.TemporaryFile() as log:
+        process = start(socket, os.getpid(), config, log)
     os.environ[forks.FORKS_VARIABLE] = str(socket)
     try:
         yield

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.environments.connectors.peer import ConnectorError
+from pipeline.environments.connectors.peer import ConnectorError, words_of
 
 _CONNECT_S = 30.0
 
@@ -42,7 +42,7 @@ class ToolServer:
     def __post_init__(self) -> None:
         if (self.command is None) == (self.url is None):
             raise ConnectorError("a server of tools has either command=[program, argument] or url=http://HOST:PORT/mcp")
-        if self.command is not None and shutil.which(self.command[0]) is None:
+        if self.command is not None and shutil.which(words_of(self.command)[0]) is None:
             raise ConnectorError(f"there is no program {self.command[0]}; correct the command of the server of tools")
         if self.key_variable is not None and self.key_variable not in os.environ:
             raise ConnectorError(f"the variable {self.key_variable} is not set; it holds the key of {self.url}")
@@ -181,7 +181,7 @@ def _transport(server: ToolServer, words: Any) -> Any:
     """words: a file for the standard error of a command."""
     library = _library()
     if server.command is not None:
-        program, *arguments = server.command
+        program, *arguments = words_of(server.command)
         given = {name: os.environ[name] for name in server.variables if name in os.environ}
         return library.stdio_client(
             library.StdioServerParameters(command=program, args=arguments, env=given), errlog=words

@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import sys
 import threading
 import time
@@ -29,7 +28,8 @@ from typing import Any, Final
 
 import aiohttp
 
-from pipeline.environments.connectors.peer import Child, ConnectorError
+from pipeline.engine.server import reserve_port
+from pipeline.environments.connectors.peer import Child, ConnectorError, words_of
 from pipeline.environments.conversation import Conversation, LimitReached
 from pipeline.environments.reward import Reward
 from pipeline.environments.templates import Message
@@ -75,7 +75,7 @@ class OpenEnv:
         answers."""
         if (address is None) == (command is None):
             raise ConnectorError("OpenEnv has either address=http://HOST:PORT or command=[program, argument]")
-        self._server = _server_of(address, tuple(command or ()), tuple(variables))
+        self._server = _server_of(address, () if command is None else words_of(command), tuple(variables))
         self._start_s, self._call_s, self._largest = start_timeout_s, call_timeout_s, largest_message
         self._invalid_reward = invalid_reward
         self.schema = self._server.schema(start_timeout_s)
@@ -247,7 +247,7 @@ class _Server:
         return told
 
     def _start(self, within_s: float) -> None:
-        self._port = _free_port()
+        self._port = reserve_port("127.0.0.1", None)
         filled = [part.replace("{port}", str(self._port)) for part in self._command]
         if filled == list(self._command):
             raise ConnectorError(
@@ -285,9 +285,3 @@ def _server_of(address: str | None, command: tuple[str, ...], variables: tuple[s
 
 def _get(url: str) -> Answer:
     return request("GET", url, timeout_s=_ASKING_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from pipeline.deaf import deaf_children
+from pipeline.environments.endpoint.subprogram import which
 from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.rewards.environment import without_secrets
 
@@ -34,6 +35,15 @@ class ConnectorError(SamerouteError):
     """What an environment connects to cannot be used; the message says what to change."""
 
     exit_code = NOT_STARTED
+
+
+def words_of(command: Sequence[str]) -> tuple[str, ...]:
+    """A command as a person writes it; a program that stands beside this Python need not be on PATH, as with
+    `environment.command`. Raises ConnectorError for one that is no list of texts."""
+    if isinstance(command, str) or not command or not all(isinstance(word, str) for word in command):
+        raise ConnectorError(f'a command is a list of texts, [program, "--port", "8000"], and not {command!r}')
+    program, *arguments = command
+    return (program if os.sep in program else which(program, None) or program, *arguments)
 
 
 class Child:

@@ -31,8 +31,6 @@ from pipeline.types import Prompt
 SCRIPT = Path(__file__).parent / "inside" / "verifiers_rollouts.py"
 COLUMN = "verifiers"
 """Of a row of prompts: the row of the environment's data set that it was made of."""
-
-
 _EMPTY = "EmptyModelResponseError"
 """verifiers' name for an answer without a character: the policy's doing, not the environment's."""
 

@@ -117,12 +117,7 @@ class ChatRequest(Part):
     @classmethod
     def read(cls, body: Any) -> ChatRequest:
         """Of a body that was JSON. Raises Refusal."""
-        if not isinstance(body, dict):
-            raise Refusal(400, "the body must be a JSON object", code="invalid_json")
-        try:
-            return cls.model_validate(body)
-        except ValidationError as error:
-            raise first_mistake(error) from error
+        return read_body(cls, body)
 
     @property
     def limit(self) -> int | None:
@@ -166,7 +161,17 @@ class ChatRequest(Part):
             )
 
 
-def first_mistake(error: ValidationError, kinds: Sequence[str] = ()) -> Refusal:
+def read_body[T: BaseModel](form: type[T], body: Any, kinds: Sequence[str] = ()) -> T:
+    """A request of this form, of a body that was JSON. kinds: see _first_mistake. Raises Refusal."""
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body must be a JSON object", code="invalid_json")
+    try:
+        return form.model_validate(body)
+    except ValidationError as error:
+        raise _first_mistake(error, kinds) from error
+
+
+def _first_mistake(error: ValidationError, kinds: Sequence[str] = ()) -> Refusal:
     """By the name of its field: the deepest, as of what may be one thing or another the others end sooner. kinds: of
     things in a list, which are no part of its name."""
     found = max(error.errors(include_url=False), key=lambda mistake: len(mistake["loc"]))

@@ -7,9 +7,9 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from pipeline.environments.endpoint.chat_request import ChatRequest, Part, first_mistake
+from pipeline.environments.endpoint.chat_request import ChatRequest, Part, read_body
 from pipeline.environments.endpoint.refusals import Refusal, anthropic_form
 from pipeline.environments.endpoint.served_conversation import Spoken
 from pipeline.environments.endpoint.turn_stream import Delta
@@ -160,12 +160,7 @@ class MessagesAnswer:
     form = staticmethod(anthropic_form)
 
     def __init__(self, body: Any):
-        if not isinstance(body, dict):
-            raise Refusal(400, "the body must be a JSON object", code="invalid_json")
-        try:
-            asked = MessagesRequest.model_validate(body)
-        except ValidationError as error:
-            raise first_mistake(error, _TAGS) from error
+        asked = read_body(MessagesRequest, body, _TAGS)
         self.request = asked.chat()
         self._head = {
             "id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": asked.model,

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError
+from pydantic import Discriminator, Field, Tag
 
 from pipeline.environments.endpoint.chat_answer import logprob_entries
-from pipeline.environments.endpoint.chat_request import ChatRequest, Part, first_mistake
+from pipeline.environments.endpoint.chat_request import ChatRequest, Part, read_body
 from pipeline.environments.endpoint.refusals import Refusal, openai_form
 from pipeline.environments.endpoint.served_conversation import Spoken
 from pipeline.environments.endpoint.turn_stream import Delta
@@ -207,12 +207,7 @@ class ResponsesAnswer:
     form = staticmethod(openai_form)
 
     def __init__(self, body: Any):
-        if not isinstance(body, dict):
-            raise Refusal(400, "the body must be a JSON object", code="invalid_json")
-        try:
-            self._asked = ResponsesRequest.model_validate(body)
-        except ValidationError as error:
-            raise first_mistake(error, _TAGS) from error
+        self._asked = read_body(ResponsesRequest, body, _TAGS)
         self.request = self._asked.chat()
         self._id, self._made = f"resp_{secrets.token_hex(12)}", int(time.time())
         self._items: list[dict[str, Any]] = []

@@ -13,7 +13,10 @@ from pipeline.loop.open_loop import _prepare_trainers
 def prompts_taken(start):
     """What of the source is asked for while trainers go on from a checkpoint."""
     asked = []
-    nothing = lambda *_, **__: None  # noqa: E731
+
+    def nothing(*_, **__):
+        pass
+
     trainers = SimpleNamespace(build=nothing, restart_optimizer=nothing, resume=nothing)
     source = SimpleNamespace(restore=lambda cursor: asked.append(cursor), take=asked.append)
     config = load_config("configs/quickstart.yaml", ["rollout.prompts_per_step=4"])

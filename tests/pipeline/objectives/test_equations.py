@@ -14,7 +14,7 @@ import torch
 from pipeline.objectives import PRESETS, LossInputs, ObjectiveConfig, resolve
 from pipeline.objectives.cells import Advantage, CorrectionKind, KLEstimator, Reduction, RejectBy, RejectOver
 from pipeline.objectives.correction_config import MASKS_ONLY
-from tests.support import plain
+from tests.support import plain, plain_advantages
 from tests.support.batches import leaves, loss_and_gradients, make_batch, whole
 
 SEEDS = range(12)
@@ -225,17 +225,17 @@ def _repeated(numbers: list[float]) -> list[list[float]]:
 @pytest.mark.parametrize("advantage", sorted(ADVANTAGES - {"batch_std", "gae"}))
 def test_an_advantage_of_a_group_is_its_equation(advantage: str, std: str, whiten: bool) -> None:
     out = _advantages(preset="grpo", advantage=advantage, std=std, whiten=whiten).advantages
-    expected = _repeated(getattr(plain, advantage)(REWARDS, PROMPTS, std=std))
-    _assert_tokens(out, plain.whiten(expected, std) if whiten else expected)
+    expected = _repeated(getattr(plain_advantages, advantage)(REWARDS, PROMPTS, std=std))
+    _assert_tokens(out, plain_advantages.whiten(expected, std) if whiten else expected)
 
 
 @pytest.mark.parametrize("name", ["areal_grpo", "areal_dr_grpo", "areal_gspo", "areal_sapo"])
 def test_areals_advantages_are_normalised_by_the_sample_std_twice(name: str) -> None:
     if name == "areal_dr_grpo":
-        group = plain.group_mean(REWARDS, PROMPTS)
+        group = plain_advantages.group_mean(REWARDS, PROMPTS)
     else:
-        group = plain.group_std(REWARDS, PROMPTS, "sample", 1e-5)
-    _assert_tokens(_advantages(preset=name).advantages, plain.whiten(_repeated(group), "sample", 1e-5))
+        group = plain_advantages.group_std(REWARDS, PROMPTS, "sample", 1e-5)
+    _assert_tokens(_advantages(preset=name).advantages, plain_advantages.whiten(_repeated(group), "sample", 1e-5))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -249,15 +249,20 @@ def test_a_kl_in_the_reward_counts_trained_tokens_for_every_advantage(advantage:
         penalties.append([0.3 * k for k in plain.KLS[estimator](y).tolist()])
     if advantage == "gae":
         values = [VALUES[i][where].tolist() for i, where in enumerate(MASK)]
-        expected = [plain.gae(reward, p, v, 1.0, 0.95) for reward, p, v in zip(REWARDS, penalties, values, strict=True)]
+        expected = [
+            plain_advantages.gae(reward, p, v, 1.0, 0.95)
+            for reward, p, v in zip(REWARDS, penalties, values, strict=True)
+        ]
         assert found.returns is not None
         returns = [[a + b for a, b in zip(row, v, strict=True)] for row, v in zip(expected, values, strict=True)]
         _assert_tokens(found.returns, returns)
     elif advantage == "batch_std":
-        expected = plain.whiten([plain.rewards_to_go(r, p) for r, p in zip(REWARDS, penalties, strict=True)])
+        expected = plain_advantages.whiten(
+            [plain_advantages.rewards_to_go(r, p) for r, p in zip(REWARDS, penalties, strict=True)]
+        )
     else:
         penalised = [r - sum(p) for r, p in zip(REWARDS, penalties, strict=True)]
-        expected = _repeated(getattr(plain, advantage)(penalised, PROMPTS))
+        expected = _repeated(getattr(plain_advantages, advantage)(penalised, PROMPTS))
     _assert_tokens(found.advantages, expected)
 
 
@@ -265,14 +270,15 @@ def test_a_kl_in_the_reward_counts_trained_tokens_for_every_advantage(advantage:
 def test_gae_steps_over_untrained_tokens_and_discounts_nothing_there(gamma: float, lam: float) -> None:
     found = _advantages(preset="ppo", gae_gamma=gamma, gae_lambda=lam)
     expected = [
-        plain.gae(REWARDS[i], [0.0] * LENGTHS[i], VALUES[i][where].tolist(), gamma, lam) for i, where in enumerate(MASK)
+        plain_advantages.gae(REWARDS[i], [0.0] * LENGTHS[i], VALUES[i][where].tolist(), gamma, lam)
+        for i, where in enumerate(MASK)
     ]
     _assert_tokens(found.advantages, expected)
 
 
 def test_batch_std_without_a_kl_whitens_the_reward_over_trained_tokens() -> None:
     found = _advantages(preset="reinforce_plus_plus", kl={"beta": 0})
-    _assert_tokens(found.advantages, plain.whiten(_repeated(REWARDS)))
+    _assert_tokens(found.advantages, plain_advantages.whiten(_repeated(REWARDS)))
 
 
 @pytest.mark.parametrize("bound", [1e-6, 0.3, 0.8, 1.2, 50.0])
@@ -285,8 +291,8 @@ def test_a_bound_on_the_second_moment_makes_the_advantage_zero_where_its_equatio
         proximal_logprobs=PROXIMAL,
         rollout_logprobs=rollout,
     )
-    stay = iter(plain.second_moment((PROXIMAL - rollout)[MASK].tolist(), bound))
-    all_kept = _repeated(plain.group_std(REWARDS, PROMPTS))
+    stay = iter(plain_advantages.second_moment((PROXIMAL - rollout)[MASK].tolist(), bound))
+    all_kept = _repeated(plain_advantages.group_std(REWARDS, PROMPTS))
     expected = [[a if next(stay) else 0.0 for a in row] for row in all_kept]
     _assert_tokens(out.advantages, expected)
     assert (expected == all_kept) == (bound == 50.0)

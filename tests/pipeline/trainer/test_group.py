@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayActorError
 
 from pipeline.trainer import waits
 from pipeline.trainer.group import TrainerGroup
@@ -18,3 +20,15 @@ def test_no_call_is_made_of_a_ray_that_is_gone(monkeypatch, call):
     monkeypatch.setattr(waits, "ended", lambda: "Ray's process the raylet was killed by SIGKILL")
     with pytest.raises(TrainerError, match="raylet was killed by SIGKILL"):
         call(made)
+
+
+def test_of_ranks_that_were_asked_alone_the_one_that_died_is_named(monkeypatch, tmp_path):
+    def get(answer):
+        raise RayActorError
+
+    monkeypatch.setattr(waits, "ended", lambda: "")
+    monkeypatch.setattr(waits, "what_died", lambda: "")
+    monkeypatch.setattr(waits, "ray", SimpleNamespace(wait=lambda pending, **_: (pending, []), get=get))
+    ranks = waits.Ranks([None] * 4, tmp_path, 1.0, lambda: None)
+    with pytest.raises(waits.RankDiedError, match=r"trainer rank 3 died during end_profile; its log: .*rank3\.log"):
+        ranks._wait(["answer"], "end_profile", ranks=[3])

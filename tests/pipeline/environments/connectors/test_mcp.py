@@ -82,6 +82,8 @@ def test_a_tool_that_hangs_is_a_text_after_its_time_and_one_that_dies_ends_the_c
 def test_a_server_that_cannot_be_used_is_refused_and_says_why(monkeypatch):
     with pytest.raises(ConnectorError, match="no program nothing-of-this-name"):
         ToolServer(("nothing-of-this-name",))
+    with pytest.raises(ConnectorError, match="a command is a list of texts"):
+        ToolServer("mcp-server-time --local-timezone UTC")
     with pytest.raises(ConnectorError, match=r"either command=.* or url="):
         ToolServer()
     with pytest.raises(ConnectorError, match="MY_KEY is not set"):

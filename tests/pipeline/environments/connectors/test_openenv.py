@@ -200,6 +200,8 @@ def test_a_command_starts_the_server_and_what_cannot_be_used_is_refused_and_says
         ({}, "either address"),
         ({"address": "http://127.0.0.1:9"}, "no OpenEnv server answers at http://127.0.0.1:9/schema"),
         ({"command": ["sleep", "60"]}, "names no {port}"),
+        ({"command": "sleep {port}"}, "a command is a list of texts"),
+        ({"command": ["sleep", 60, "{port}"]}, r"a list of texts, .* and not \['sleep', 60,"),
         ({"command": ["nothing-of-this-name", "{port}"]}, "cannot be started"),
         ({"command": [sys.executable, "-c", "raise SystemExit('no luck')", "{port}"]}, "no luck"),
         ({"command": ["sleep", "6{port}"], "start_timeout_s": 0.5}, "did not answer at /health within 0.5 s"),

@@ -105,6 +105,15 @@ def states(run):
     return [server.state.value for server in run.loop.fleet.servers]
 
 
+def test_no_server_joins_where_engines_take_turns(run):
+    config = run.loop.config
+    run.loop.config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"colocated": True})})
+    told = run("add", NEW)
+    assert told.refused
+    assert "take turns on their GPUs (cluster.colocated)" in told.words
+    assert states(run) == ["serving", "serving"]
+
+
 def test_a_server_joins_once_it_holds_the_weights_and_scores_as_the_trainer_does(run):
     told = run("add", NEW)
     loop = run.loop

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.objectives import Denominators, LossInputs, ObjectiveConfig, Turns, resolve
-from tests.support import plain
+from tests.support import plain, plain_advantages
 
 LENGTHS = [[2, 1, 3], [1], [2, 2], [1, 1, 1, 2], [3, 1], [1, 1], [2]]
 """Tokens of each turn of each episode."""
@@ -100,8 +100,8 @@ def test_a_groups_advantage_is_over_the_episodes_that_have_the_turn(advantage: s
     rewards = [rewards_of(i) for i in range(EPISODES)]
     if kl:
         rewards = [[r - sum(p) for r, p in zip(*pair, strict=True)] for pair in zip(rewards, penalties(), strict=True)]
-    earned = [plain.returns_by_turn(own, gamma) for own in rewards]
-    expected = plain.over_turn(getattr(plain, advantage), earned, PROMPTS)
+    earned = [plain_advantages.returns_by_turn(own, gamma) for own in rewards]
+    expected = plain_advantages.over_turn(getattr(plain_advantages, advantage), earned, PROMPTS)
     found = advantages(preset="grpo", advantage=advantage, turn_gamma=gamma, **({"kl": KL} if kl else {}))
     assert_tokens(found.advantages, at_tokens(expected))
     assert expected[3][3] == 0.0  # no other has a fourth turn
@@ -113,13 +113,13 @@ def test_batch_std_whitens_what_a_turn_and_those_after_it_earned_less_the_kl_sti
     rows = []
     for i, own in enumerate(penalties()):
         rewards = [r - sum(p) for r, p in zip(rewards_of(i), own, strict=True)]
-        earned = [*plain.returns_by_turn(rewards, gamma), 0.0]
+        earned = [*plain_advantages.returns_by_turn(rewards, gamma), 0.0]
         row: list[float] = []
         for k, paid in enumerate(own):
             row += [rewards_of(i)[k] - sum(paid[t:]) + gamma * earned[k + 1] for t in range(len(paid))]
         rows.append(row)
     found = advantages(preset="reinforce_plus_plus", kl=KL, turn_gamma=gamma)
-    assert_tokens(found.advantages, plain.whiten(rows))
+    assert_tokens(found.advantages, plain_advantages.whiten(rows))
 
 
 @pytest.mark.parametrize("kl", [False, True])
@@ -131,7 +131,7 @@ def test_gae_takes_a_turn_as_one_step_and_its_value_where_it_begins(gamma: float
         paid = penalties()[i] if kl else [[0.0] * n for n in lengths]
         rewards = [r - sum(p) for r, p in zip(rewards_of(i), paid, strict=True)]
         begun = [part[0].item() for part in VALUES[i][MASK[i]].split(lengths)]
-        own = plain.gae_by_turn(rewards, begun, gamma, lam)
+        own = plain_advantages.gae_by_turn(rewards, begun, gamma, lam)
         expected.append(own)
         returns.append([own[k] + begun[k] + sum(p[:t]) for k, p in enumerate(paid) for t in range(len(p))])
     assert_tokens(found.advantages, at_tokens(expected))
@@ -210,10 +210,12 @@ def test_loss_and_gradient_count_trained_tokens_wherever_others_stand(seed: int,
         counts = torch.tensor([sum(map(sum, lengths[:2]))] * 2 + [sum(map(sum, lengths[2:]))] * 2)
         x = LossInputs(current, proximal, mu, out, mask, prompt_tokens=counts)
         loss = objective.loss(x, Denominators(4, sizes.tokens, 9, prompts=2)).loss
-        rule = plain.group_mean if preset == "dr_grpo" else plain.group_std
-        earned = [plain.returns_by_turn(rewards[i, : len(own)].tolist(), 1.0) for i, own in enumerate(lengths)]
+        rule = plain_advantages.group_mean if preset == "dr_grpo" else plain_advantages.group_std
+        earned = [
+            plain_advantages.returns_by_turn(rewards[i, : len(own)].tolist(), 1.0) for i, own in enumerate(lengths)
+        ]
         answers = []
-        for i, own in enumerate(plain.over_turn(rule, earned, prompts)):
+        for i, own in enumerate(plain_advantages.over_turn(rule, earned, prompts)):
             A = torch.tensor([a for a, n in zip(own, lengths[i], strict=True) for _ in range(n)], dtype=torch.float64)
             rows = (matrix[i][mask[i]] for matrix in (current, proximal, mu))
             answers.append(plain.Answer(*rows, A, prompt_tokens=int(counts[i])))
