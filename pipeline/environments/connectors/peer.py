@@ -43,7 +43,7 @@ def words_of(command: Sequence[str]) -> tuple[str, ...]:
     if isinstance(command, str) or not command or not all(isinstance(word, str) for word in command):
         raise ConnectorError(f'a command is a list of texts, [program, "--port", "8000"], and not {command!r}')
     program, *arguments = command
-    return (program if os.sep in program else which(program, None) or program, *arguments)
+    return (which(program, None) or program, *arguments)
 
 
 class Child:

@@ -104,7 +104,7 @@ async def run_program(
 def which(program: str, directory: Path | None) -> str | None:
     """Where it is, as the program's own PATH has it; None: nowhere."""
     if os.sep in program:
-        file = Path(directory or ".", program).resolve()
+        file = Path(directory or ".", program).absolute()  # a link stays one: the Python of a virtual environment is
         return str(file) if os.access(file, os.X_OK) and file.is_file() else None
     return shutil.which(program, path=_path(os.environ))
 

@@ -12,7 +12,7 @@ import pytest
 from pipeline.config.rewards.conversations import EnvironmentConfig
 from pipeline.engine.sampling import Sampling
 from pipeline.environments.endpoint.listener import endpoint_metrics
-from pipeline.environments.endpoint.subprogram import ProgramError, reward_in
+from pipeline.environments.endpoint.subprogram import ProgramError, reward_in, which
 from pipeline.environments.loading import LoadingError, environment_of
 from pipeline.environments.reward import Reward
 from pipeline.environments.running import Environments
@@ -162,3 +162,11 @@ def test_a_command_that_is_not_there_is_refused_before_anything_starts(tmp_path)
 def test_an_environment_is_a_function_or_a_command(fields):
     with pytest.raises(ValueError, match=r"an environment has|options are"):
         EnvironmentConfig(**fields)
+
+
+def test_the_python_of_a_virtual_environment_is_started_by_its_own_name(tmp_path):
+    (tmp_path / "bin").mkdir()
+    own = tmp_path / "bin" / "python"  # what lies beside it says which packages it has
+    own.symlink_to(sys.executable)
+    assert which("bin/python", tmp_path) == which(str(own), None) == str(own)
+    assert which("bin/nothing", tmp_path) is None
