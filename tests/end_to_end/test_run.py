@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
@@ -28,11 +30,15 @@ from tests.support.sockets import environment_has, listening, reachable
 def session(tmp_path_factory):
     folder = tmp_path_factory.mktemp("session")
     (folder / "logs").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setenv("SAMEROUTE_MARK", folder.name)  # in the environment of all its processes
         config = load_config(QUICKSTART, [*SMALL, "weights.transport=distributed", "debug.dump_rollouts=true"])
+        threads = torch.get_num_threads()
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(threads + 1)
         with open_loop(config, folder, folder / "logs") as opened:
             yield opened
+        assert torch.get_num_threads() == threads + 1
 
 
 @pytest.fixture
@@ -55,6 +61,11 @@ def test_engines_agree_to_1e_4_before_and_after_ten_updates_and_transfers(loop):
         assert all((r.weight_versions == number).all() for g in groups for r in g.rollouts)
     assert loop.fleet.version == 11
     loop.probe()
+
+
+@pytest.mark.slow
+def test_no_thread_of_the_controllers_torch_takes_a_core_of_an_engine(loop):
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.slow
