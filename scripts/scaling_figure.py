@@ -24,7 +24,8 @@ STRONG, WEAK = 8192, 256
 
 
 def main() -> None:
-    config, model = load_config_and_model("configs/qwen3-30b-a3b/1-node.yaml")
+    apart = ["cluster.colocated=false", "parallel.ranks=4", "parallel.expert=4"]
+    config, model = load_config_and_model("configs/qwen3-30b-a3b/1-node.yaml", apart)
     plan = make_plan(config, model, "h100")
     one = Workload(
         model,

@@ -84,6 +84,7 @@ def _variants(config: Config, model: ModelDescription, servers: list[int]) -> It
         ranks = int(nodes * config.cluster.gpus_per_node * min(share, 1.0))
         if ranks < 1 or ranks % (t * p * old.context) or ranks % (e * p):
             continue
+        cluster = {"nodes": nodes, "colocated": config.cluster.colocated and times == 1}  # turns are of one machine
         cost = (
             8 * math.log2(times)
             + 3 * (offload != config.trainer.offload_optimizer)
@@ -108,7 +109,7 @@ def _variants(config: Config, model: ModelDescription, servers: list[int]) -> It
                 cost,
                 config.model_copy(
                     update={
-                        "cluster": config.cluster.model_copy(update={"nodes": nodes}),
+                        "cluster": config.cluster.model_copy(update=cluster),
                         "parallel": type(old).model_validate(parallel),
                         "trainer": config.trainer.model_copy(
                             update={"recompute": recompute, "offload_optimizer": offload}

@@ -8,6 +8,7 @@ lets servers sample beside the training, steps are followed under the rule of a 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,9 +16,11 @@ import numpy as np
 from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import ParallelConfig
 from megatron_ext.hf.description import ModelDescription
+from pipeline.cluster.one_machine import COLOCATED_FRACTION
 from pipeline.config import Config
 from pipeline.plan import flops
 from pipeline.plan.beside import Pace, follow
+from pipeline.plan.by_turns import Turns, sent_s, too_little, turns_of
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
 from pipeline.plan.parameters import active, total
@@ -31,12 +34,14 @@ _STEPS = 6  # steps
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of the phases of a step. pace: of steps whose rollouts are made beside the training; None: one after another."""
+    """Of the phases of a step. turns: memory moves, where engines take turns on GPUs. pace: of steps whose rollouts are
+    made beside the training; None: one after another."""
 
     rollout: float
     logprobs: float
     update: float
     sync: float
+    turns: float = 0.0
     pace: Pace | None = None
 
     @property
@@ -45,7 +50,7 @@ class Seconds:
 
     @property
     def step(self) -> float:
-        return self.rollout + self.train + self.sync if self.pace is None else self.pace.seconds
+        return self.rollout + self.train + self.sync + self.turns if self.pace is None else self.pace.seconds
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Plan:
     expert_tokens: see `expert_tokens`.
     weight_bytes:  sent once a step.
     route_bytes:   of a step's routes as they are kept and go to the trainer; route_wire_bytes: in the servers' answers.
+    turns:         where trainer and servers take turns on their GPUs.
     reasons:       why it cannot run, a sentence each; empty: it fits.
     """
 
@@ -89,6 +95,7 @@ class Plan:
     route_bytes: float
     route_wire_bytes: float
     seconds: Seconds
+    turns: Turns | None
     reasons: tuple[str, ...]
 
     @property
@@ -144,6 +151,7 @@ def make_plan(
     if one.fits and not quick:
         sampling = sample(answers, servers, one, prompt)
     sent = float(item_bytes(config.precision)) * total(model)
+    turns = turns_of(config, memory, card) if config.cluster.colocated else None
     rate = parallel.ranks * card.bf16 * efficiency.train
     passes = config.train.mini_batches * work.micro_batches  # of log-probs, which need not stop between mini-batches
     seconds = Seconds(
@@ -151,7 +159,8 @@ def make_plan(
         logprobs=work.logprobs / rate / (1 - bubble(parallel, passes)),
         update=work.update / rate / (1 - bubble(parallel, work.micro_batches))
         + _offloaded_s(memory, card, config, efficiency),
-        sync=sent / (card.network * efficiency.network),
+        sync=sent / (card.network * efficiency.network) if turns is None else sent_s(sent, servers, card, efficiency),
+        turns=0.0 if turns is None else turns.moves_s,
     )
     if config.rollout.max_staleness and one.fits and not quick:
         seconds = replace(seconds, pace=pace_of(config, lengths, servers, one, prompt, seconds))
@@ -175,7 +184,8 @@ def make_plan(
         route_bytes=routes * np.dtype(route_dtype(model.num_experts)).itemsize,
         route_wire_bytes=routes * 4 * 4 / 3 if replay.from_server else 0.0,  # int32 in base64
         seconds=seconds,
-        reasons=tuple(_reasons(config, card, memory, one)),
+        turns=turns,
+        reasons=tuple(_reasons(config, card, memory, one, turns, efficiency)),
     )
 
 
@@ -219,10 +229,11 @@ def step_work(config: Config, model: ModelDescription, sequences: np.ndarray) ->
 
 
 def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, efficiency: Efficiency) -> Memory:
-    """Of the rank that holds most. A sequence longer than a micro-batch has one of its own."""
+    """Of the rank that holds most. A sequence longer than a micro-batch has one of its own. Where engines take turns,
+    the servers' processes stay beside it."""
     objective = config.objective.composition()
     longest = config.data.max_prompt_tokens + config.longest_rollout
-    return worst_rank(
+    memory = worst_rank(
         model,
         config.parallel,
         config.trainer,
@@ -233,6 +244,8 @@ def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, 
         critic=objective.needs_critic,
         efficiency=efficiency,
     )
+    asleep = efficiency.asleep if config.cluster.colocated else 0.0
+    return replace(memory, overhead=memory.overhead + asleep)
 
 
 def server_of(config: Config, model: ModelDescription, card: GPU, tokens_each: float, efficiency: Efficiency) -> Server:
@@ -247,9 +260,16 @@ def server_of(config: Config, model: ModelDescription, card: GPU, tokens_each: f
         longest=config.data.max_prompt_tokens + config.longest_rollout,
         most=config.server.max_running_requests,
         most_tokens=config.server.max_total_tokens,
-        static=config.server.mem_fraction_static,
+        static=server_share(config, efficiency),
         efficiency=efficiency,
     )
+
+
+def server_share(config: Config, efficiency: Efficiency) -> float:
+    """Of a GPU's memory, for the weights and the cache of a server."""
+    if config.server.mem_fraction_static is not None:
+        return config.server.mem_fraction_static
+    return COLOCATED_FRACTION if config.cluster.colocated else efficiency.static
 
 
 def expert_tokens(config: Config, model: ModelDescription) -> tuple[float, float]:
@@ -272,7 +292,11 @@ def _offloaded_s(memory: Memory, card: GPU, config: Config, efficiency: Efficien
     return config.train.mini_batches * once
 
 
-def _reasons(config: Config, card: GPU, memory: Memory, one: Server):
+def _reasons(
+    config: Config, card: GPU, memory: Memory, one: Server, turns: Turns | None, efficiency: Efficiency
+) -> Iterator[str]:
+    if turns is not None:
+        yield from too_little(turns, memory, server_share(config, efficiency), card, efficiency)
     servers, size = config.server.replicas or 1, config.server.tensor_parallel
     if config.rollout_gpus < servers * size:
         takes = f"a server takes {size}" if servers == 1 else f"{servers} servers take {size} each"

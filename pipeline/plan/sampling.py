@@ -74,7 +74,7 @@ def server(
     longest: int,
     most: int,
     most_tokens: int | None = None,
-    static: float | None = None,
+    static: float = EFFICIENCY.static,
     efficiency: Efficiency = EFFICIENCY,
 ) -> Server:
     """A server of `tp` GPUs.
@@ -88,7 +88,7 @@ def server(
     experts = len(model.moe_layers) * model.num_experts * expert(model)
     dense = total(model) - ends - experts
     weights = weight_bytes * total(model) / tp
-    pool = (efficiency.static if static is None else static) * gpu.memory
+    pool = static * gpu.memory
     per_token = model.num_layers * kv_cache(model, tp) * cache_bytes
     cache = pool - weights
     cache_tokens = max(0, int(cache / per_token))

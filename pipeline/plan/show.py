@@ -72,7 +72,8 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
     }
     if plan.server.fits:
         out["seconds"] = {
-            "rollout": s.rollout, "logprobs": s.logprobs, "update": s.update, "sync": s.sync, "step": s.step,
+            "rollout": s.rollout, "logprobs": s.logprobs, "update": s.update, "sync": s.sync, "turns": s.turns,
+            "step": s.step,
         }  # fmt: skip
         if s.pace is not None:
             lag = s.pace.lag
@@ -82,6 +83,8 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
                 "lag": lag,
                 "optimizer_steps_behind": [lag * plan.config.train.mini_batches + k for k in (0, _last(plan))],
             }
+    if plan.turns is not None:
+        out["turns"] = {"host_bytes": plan.turns.host, "moved_bytes": plan.turns.moved}
     if proposal is not None:
         out["proposal"] = {"overrides": list(proposal.overrides), "plan": as_json(proposal.plan, None)}
     return out
@@ -115,16 +118,20 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = 
 
 def _trainer_rows(plan: Plan) -> list[Row]:
     m, config = plan.memory, plan.config
-    return [
+    assumed = "assumed" if plan.turns is None else "assumed, with the servers' processes"
+    rows = [
         ("weights", gib(m.weights), config.precision.weights),
         ("gradients", gib(m.gradients), "float32"),
         ("optimizer", gib(m.optimizer), f"{gib(m.host)} in the machine's memory" if m.host else "float32"),
         ("reference, critic", gib(m.others), ""),
         ("activations", gib(m.activations), f"recompute {config.trainer.recompute}"),
         ("LM head", gib(m.head), "no logits are kept"),
-        ("reserve, fragments", gib(m.overhead), "assumed"),
+        ("reserve, fragments", gib(m.overhead), assumed),
         ("[bold]total[/]", f"[bold]{gib(m.total)}[/]", f"of {gib(plan.gpu.memory)}"),
     ]
+    if plan.turns is not None:
+        rows.append(("in the servers' turn", gib(plan.turns.host), "goes to the machine's memory"))
+    return rows
 
 
 def _server_rows(plan: Plan) -> list[Row]:
@@ -155,6 +162,8 @@ def _seconds_rows(plan: Plan) -> list[Row]:
         ("update", f"{s.update:.1f}", ""),
         ("sync", f"{s.sync:.1f}", ""),
     ]
+    if (turns := plan.turns) is not None:
+        rows.append(("turns", f"{s.turns:.1f}", f"{turns.moved / GB:.0f} GB a rank over PCIe, there and back"))
     if s.pace is None:
         return [*rows, ("[bold]step[/]", f"[bold]{s.step:.1f}[/]", "one phase after the other")]
     busy = f"trainer busy {s.pace.trainer:.0%}, places of the servers {s.pace.servers:.0%}"
