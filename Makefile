@@ -67,7 +67,7 @@ browser:
 GPU_PYTHON := $(or $(PYTHON),$(BIN)/python)
 test-gpu: $(if $(PYTHON),,$(READY))
 	@$(GPU_PYTHON) tests/gpu/needs.py
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_kernels.py tests/gpu/test_training.py
 
 # Programs that models write are tested in the sandbox of the system.
 sandbox:

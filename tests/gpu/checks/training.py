@@ -1,11 +1,11 @@
 """A few steps of the trainer on the device that this process has, told as JSON. Run by itself, because what is patched
 in Megatron-Core depends on whether there is a GPU.
 
-    python -m tests.gpu.checks.training DIRECTORY FAMILY DTYPE OUT [--make]
+    python -m tests.gpu.checks.training DIRECTORY FAMILY DTYPE OUT [--make] [--torch-layers]
     python -m tests.gpu.checks.training DIRECTORY large bfloat16 OUT --make
 
 --make: write random weights into DIRECTORY first, as a Hugging Face directory. large: one step of a model whose memory
-is worth measuring.
+is worth measuring. --torch-layers: Transformer Engine is not looked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,12 +155,18 @@ def main() -> None:
     parser.add_argument("dtype", choices=("float32", "bfloat16"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--make", action="store_true")
+    parser.add_argument("--torch-layers", action="store_true")
     options = parser.parse_args()
+    if options.torch_layers:
+        sys.modules["transformer_engine"] = None  # pyright: ignore[reportArgumentType]  # as if it were not installed
     if options.family == "large":
         said = memory(options.directory, "large", options.dtype, longest=1000)
     else:
         said = train(options.directory, options.family, options.dtype, make=options.make)
-    options.out.write_text(json.dumps(said))
+    from megatron_ext.cpu import torch_layers
+
+    layers = {"layers": "torch" if torch_layers() else "transformer_engine"}
+    options.out.write_text(json.dumps(said | layers))
 
 
 if __name__ == "__main__":
