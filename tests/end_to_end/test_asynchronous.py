@@ -1,4 +1,8 @@
-"""Rollouts beside training, with real engines: one run a version behind; one four behind, stopped and resumed."""
+"""Rollouts beside training, with real engines: one run a version behind; one four behind, stopped and resumed.
+
+Of the first `make test` has the run of `test_evaluation.py`, of the second the producer on servers made up, with what it
+saves and goes on from (`tests/pipeline/rollout/test_producer.py`), and a signal to a run (`test_resume.py`).
+"""
 
 from __future__ import annotations
 
@@ -58,7 +62,7 @@ def test_one_version_behind_every_step_after_the_first_trains_on_what_the_last_w
     assert run.orphans() == []
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_stopped_and_resumed_four_versions_behind_each_prompt_is_trained_on_once(command, tmp_path):
     ahead = [*RUN, "rollout.max_staleness=4", "checkpoint.every_steps=100"]
     first = command(*ahead, "train.steps=99", "rollout.samplers=1", folder=tmp_path)  # whose open answers it saves
