@@ -10,13 +10,14 @@ import torch
 
 from pipeline.data.tokenizer import VOCAB_SIZE, write_character_tokenizer
 from tests.support.command import SMALL
+from tests.support.proofs import sampled
 from tests.support.tiny_families import save_family
 
 STEPS = 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", sampled(["llama", "qwen2"], ["llama"]))
 def test_a_dense_model_is_served_and_trained_and_written(command, tmp_path, family):
     from transformers import AutoModelForCausalLM
 
