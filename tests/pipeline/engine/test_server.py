@@ -193,8 +193,25 @@ def test_where_the_process_that_forks_is_gone_a_server_makes_its_imports_itself(
         assert "no process forks at" in server.log_path.read_text()
 
 
+def test_a_server_whose_parent_is_killed_while_it_makes_its_imports_itself_ends(tiny_model_dir, tmp_path):
+    plain = {name: value for name, value in os.environ.items() if name != FORKS_VARIABLE}
+    command = [sys.executable, "-c", PARENT, str(tiny_model_dir), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain) as parent:
+        assert parent.stdout is not None
+        process = psutil.Process(int(parent.stdout.readline()))
+        while "torch" not in " ".join(mapped.path for mapped in process.memory_maps()):  # its imports have begun
+            time.sleep(0.02)
+        environment = process.environ()
+        parent.kill()
+    wait_until_gone(environment[TOKEN_VARIABLE], timeout_s=15)
+    assert not Path(environment["TMPDIR"]).exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["plain", pytest.param("importing", marks=pytest.mark.proof), "forked"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("plain", marks=pytest.mark.proof), pytest.param("importing", marks=pytest.mark.proof), "forked"],
+)
 def test_a_killed_parent_takes_the_whole_server_with_it(tiny_model_dir, tmp_path, how):
     """importing: as `train` has it, forked from a process that the parent has let make the imports."""
     environment = {name: value for name, value in os.environ.items() if how == "forked" or name != FORKS_VARIABLE}
