@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import pytest
 
@@ -12,3 +13,8 @@ def sampled(names: Iterable[str], sample: Collection[str]) -> list:
     names = list(names)
     assert set(sample) <= set(names), f"{sorted(set(sample) - set(names))} is no case"
     return [pytest.param(name, marks=() if name in sample else pytest.mark.proof) for name in names]
+
+
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    """The parameters of a test, {} where it has none. By those of a session a fixture makes no more than is asked."""
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
