@@ -1,4 +1,8 @@
-"""`sameroute train` when something dies, when it is asked to end, and when it cannot start."""
+"""`sameroute train` when something dies, when it is asked to end, and when it cannot start.
+
+What a killed trainer rank is to a loop is the last test of `test_run.py`, what a run makes of it
+`tests/pipeline/loop/test_restarts.py`.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +67,7 @@ def test_a_killed_server_is_started_again_and_the_one_too_many_ends_the_run_with
     assert run.orphans() == []
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_whose_trainer_is_killed_begins_again_from_its_checkpoint_so_often_and_no_oftener(command):
     settings = ["supervised.steps=0", "train.steps=9999", "checkpoint.every_steps=1", "run.max_restarts=1"]
     run = command(*SMALL, *settings, "run.overwrite=false")

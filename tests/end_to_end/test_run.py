@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 
 from megatron_ext.batch.layout import Sample
@@ -21,9 +24,14 @@ from pipeline.loop.open_loop import open_loop
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
 from pipeline.trainer.group import to_sample
 from pipeline.trainer.losses import LossRow, policy_loss
+from pipeline.trainer.waits import RankDiedError
 from tests.support.command import KEYS, QUICKSTART, SMALL
 from tests.support.ranks import run_ranks
 from tests.support.sockets import environment_has, listening, reachable
+
+
+class OverError(Exception):
+    """Ends a loop as a failed run ends it: at once."""
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +44,9 @@ def session(tmp_path_factory):
         threads = torch.get_num_threads()
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(threads + 1)
-        with open_loop(config, folder, folder / "logs") as opened:
+        with contextlib.suppress(OverError), open_loop(config, folder, folder / "logs") as opened:
             yield opened
+            raise OverError  # the last test kills the trainer
         assert torch.get_num_threads() == threads + 1
 
 
@@ -154,3 +163,11 @@ def test_tokens_of_an_older_version_stop_the_run(loop):
     with pytest.raises(AnswerError, match=r"tokens came from weights \[\d+\], the fleet held"):
         loop.probe()
     server.client.set_weight_version(loop.fleet.version)
+
+
+@pytest.mark.slow
+def test_a_trainer_rank_that_is_killed_is_one_that_died(loop):
+    (rank,) = loop.trainers.ranks
+    os.kill(ray.get(rank.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    with pytest.raises(RankDiedError, match=r"trainer rank 0 died during .*; its log: .*trainer_rank0\.log"):
+        loop.step(12)
