@@ -59,11 +59,10 @@ def start(folder: Path, keeper: int) -> dict[str, str]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "servers.log").exists():
-            from pipeline.config.server import ServerConfig
-            from pipeline.engine.inside import preloaded
+            from tests.support import preloaded_servers
 
             with servers.with_suffix(".log").open("wb") as log:
-                preloaded.start(servers, keeper, ServerConfig(), log)
+                preloaded_servers.start(servers, keeper, log, _TITLE)
         if not (folder / "imports.log").exists():
             _start_imports(folder, keeper, variables)
         for place in (servers, workers, drivers):

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.engine.inside import plugin
 from pipeline.engine.inside.cpu import kernels
+from tests.support.preloaded_servers import run_module
 
 COMPARED = [
     "decode", "short prompts", "short prompts after a cached prefix", "a long prompt among short ones",
@@ -20,11 +21,12 @@ COMPARED = [
 
 
 @pytest.fixture(scope="module")
-def differences():
-    module = "tests.support.against_sglang"
-    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def differences(preloaded, tmp_path_factory):
+    output = tmp_path_factory.mktemp("against_sglang") / "output"
+    code = run_module("tests.support.against_sglang", output)
+    said = output.read_text()
+    assert code == 0, said[-3000:]
+    return json.loads(said.splitlines()[-1])
 
 
 @pytest.mark.parametrize("what", COMPARED)
