@@ -65,7 +65,11 @@ def loaded(config: ParallelConfig, jobs):
     return wrong
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=() if number in (0, 2) else pytest.mark.proof) for number, x in enumerate(LAYOUTS)],
+    ids=str,
+)
 def test_any_layout_reads_what_another_wrote(models, tmp_path, layout):
     jobs = [(model, str(tmp_path / name)) for name, model in models.items()]
     run_ranks(saved, ParallelConfig(**layout), jobs)
