@@ -39,7 +39,7 @@ LAYOUTS = {
     "context 2, padded, 4 micro-batches": ({"ranks": 2, "context": 2}, 4, False),
     "data 2, context 2, padded": ({"ranks": 4, "context": 2}, 1, False),
 }
-SAMPLE = ("2 micro-batches", "padded, 4 micro-batches", "data 2, context 2, padded")
+SAMPLE = ("padded, 4 micro-batches", "data 2, context 2, padded")
 
 
 def make_groups() -> list[Group]:
