@@ -12,6 +12,7 @@ import ray
 from pipeline.config import load_config
 from pipeline.diagnose import diagnose
 from pipeline.dumps.dump import Dump, read_dump, write_dump
+from pipeline.loop.compare import replay_probe
 from pipeline.loop.open_loop import open_loop
 from pipeline.observe.metrics import mismatch_of
 from pipeline.rollout.sampler import sample_groups_sync
@@ -19,13 +20,15 @@ from pipeline.types import Rollout
 from scripts.precision_figures import compute_with
 
 SMALL = ["supervised.steps=0", "model.tiny.experts=16", "model.tiny.init_std=0.15", "rollout.max_new_tokens=32",
-         "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "checks.probe_every=0"]  # fmt: skip
+         "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "checks.probe_every=0",
+         "checks.probe_rollouts=128"]  # fmt: skip
+LONGER = ["rollout.max_new_tokens=48", "server.context_length=66"]
 
 
 @contextlib.contextmanager
 def session(folder, *overrides):
     (folder / "logs").mkdir()
-    config = load_config("configs/quickstart.yaml", [*SMALL, *(f"precision.{o}" for o in overrides)])
+    config = load_config("configs/quickstart.yaml", [*SMALL, *overrides])
     with open_loop(config, folder, folder / "logs") as opened:
         yield opened
 
@@ -60,23 +63,46 @@ def gap(loop, rollouts) -> float:
     return mismatch_of(rollouts, loop.trainers.logprobs())["mismatch/abs_logprob"]
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A loop of both engines in bfloat16 before its first step, and its logs."""
+    folder = tmp_path_factory.mktemp("half")
+    with session(folder, "precision.weights=bfloat16", *LONGER) as (loop, _):
+        yield loop, folder / "logs"
+
+
 @pytest.mark.slow
-def test_a_bfloat16_loop_with_a_float32_head_and_router_agrees_on_both_engines(tmp_path):
-    with session(tmp_path, "weights=bfloat16") as (loop, _):
-        info = loop.fleet.servers[0].client.server_info()
-        assert (info["dtype"], info["enable_fp32_lm_head"], info["kv_cache_dtype"]) == ("bfloat16", True, "auto")
-        assert "router logits of 4 layers in float32" in (tmp_path / "logs" / "sglang.log").read_text()
-        assert on_rank(loop, trainer_settings) == ({"torch.bfloat16"}, "torch.bfloat16", "fp32", "fp32_accumulate")
-        for number in (1, 2):
-            metrics = loop.step(number).metrics
-            assert metrics["mismatch/abs_logprob"] < 0.03
-            assert metrics["mismatch/max_abs_logprob"] < 0.4
+def test_replayed_routes_reduce_the_mismatch_twofold_and_large_ratios_tenfold(half):
+    """What replay is for: the trainer's mismatch with and without the server's routes."""
+    loop, _ = half
+    sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
+    groups = sample_groups_sync(loop.fleet, loop.source.take(32), 4, sampling)
+    rollouts = [r for g in groups for r in g.rollouts]
+    loop.load(rollouts)
+    found = replay_probe(loop.trainers, rollouts)
+    assert sum(len(r) for r in rollouts) == 128 * 48
+    assert found["probe/k3_native"] > 2 * found["probe/k3_replay"]
+    assert found["probe/f2_native"] > 1e-3
+    assert found["probe/f2_native"] >= 10 * found["probe/f2_replay"]
+
+
+@pytest.mark.slow
+def test_a_bfloat16_loop_with_a_float32_head_and_router_agrees_on_both_engines(half):
+    loop, logs = half
+    info = loop.fleet.servers[0].client.server_info()
+    assert (info["dtype"], info["enable_fp32_lm_head"], info["kv_cache_dtype"]) == ("bfloat16", True, "auto")
+    assert "router logits of 4 layers in float32" in (logs / "sglang.log").read_text()
+    assert on_rank(loop, trainer_settings) == ({"torch.bfloat16"}, "torch.bfloat16", "fp32", "fp32_accumulate")
+    for number in (1, 2):
+        metrics = loop.step(number).metrics
+        assert metrics["mismatch/abs_logprob"] < 0.03
+        assert metrics["mismatch/max_abs_logprob"] < 0.4
 
 
 @pytest.mark.slow
 def test_kept_tokens_a_narrow_cache_and_rounded_weights_are_the_same_on_both_engines(tmp_path):
-    mask = ["temperature=0.8", "top_k=8", "top_p=0.9", "min_p=0.02"]
-    with session(tmp_path, *mask, "kv_cache=bfloat16") as (loop, model):
+    precision = ["temperature=0.8", "top_k=8", "top_p=0.9", "min_p=0.02", "kv_cache=bfloat16"]
+    with session(tmp_path, *(f"precision.{setting}" for setting in precision)) as (loop, model):
         info = loop.fleet.servers[0].client.server_info()
         assert (info["sampling_mask_max_tokens"], info["kv_cache_dtype"]) == (72, "bfloat16")
         rollouts = sample(loop)
