@@ -114,7 +114,7 @@ def test_healthy_engines_agree_and_no_part_is_named(engines):
     assert np.all(np.array(found.by_layer) == 1.0)
 
 
-@pytest.mark.parametrize("part", sampled(IN_THE_TRAINER, ("temperature", "rotary embedding")))
+@pytest.mark.parametrize("part", sampled(IN_THE_TRAINER, ["rotary embedding"]))  # the temperature is one of two below
 def test_a_fault_in_the_trainer_is_named_with_what_mends_it(engines, part):
     loop, model = engines
     plant, mend, exchanged, change = IN_THE_TRAINER[part]
