@@ -108,7 +108,8 @@ def test_a_replay_needs_no_server_and_repeats_the_run_bit_for_bit(finished, tmp_
 @pytest.mark.slow
 def test_diagnose_takes_the_rollouts_of_a_dump_and_tells_by_its_exit_code(finished, tmp_path, capfd):
     dump, out = finished.run / "dumps" / "step_000001.safetensors", tmp_path / "out"
-    arguments = [*SMALL, *DUMPED, f"run.directory={tmp_path / 'run'}", "--rollouts", str(dump), "--out", str(out)]
+    other = [*SMALL, *DUMPED, "parallel={}", f"run.directory={tmp_path / 'run'}"]  # of one rank: half the start
+    arguments = [*other, "--rollouts", str(dump), "--out", str(out)]
     code, said = main(["diagnose", QUICKSTART, *arguments]), capfd.readouterr()
     assert code == 0, said
     found = json.loads((out / "diagnose.json").read_text())
