@@ -88,7 +88,7 @@ with Grader([verifier(cpu_s=60, wall_s=60.0, total_s=60.0, memory_mb={LIMITS["me
     seen = 0
     while seen < 2 and time.monotonic() < deadline:  # each has bwrap outside and inside, and while it begins one more
         seen = seen + 1 if len(running()) >= 2 * len(kinds) else 0
-        time.sleep(0.5)
+        time.sleep(0.1)
     assert len(running()) >= 2 * len(kinds)
     before = set(running())
     if who != "driver":
