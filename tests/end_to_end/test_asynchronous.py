@@ -1,7 +1,7 @@
 """Rollouts beside training, with real engines: one run a version behind; one four behind, stopped and resumed.
 
-Of the first `make test` has the run of `test_evaluation.py`, of the second the producer on servers made up, with what it
-saves and goes on from (`tests/pipeline/rollout/test_producer.py`), and a signal to a run (`test_resume.py`).
+Of the first `make test` has the run of `test_evaluation.py`, of the second the producer on servers made up, with what
+it saves and goes on from (`tests/pipeline/rollout/test_producer.py`), and a signal to a run (`test_resume.py`).
 """
 
 from __future__ import annotations

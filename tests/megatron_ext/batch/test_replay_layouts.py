@@ -50,19 +50,31 @@ def settings_of(layout: dict) -> list[tuple[str, bool, int]]:
     return out
 
 
-def sample() -> list[tuple[dict, tuple[str, bool, int]]]:
-    """Half of the layouts with one of their settings each: every two values of a layout meet, of settings, and of one
-    and the other."""
-    half = [layout for layout in layouts() if sum(layout[key] or 1 for key in OF_A_LAYOUT) % 2]
-    return [(layout, settings_of(layout)[2 * number % 9]) for number, layout in enumerate(half)]
+Case = tuple[dict, tuple[str, bool, int]]
+
+
+def meetings(case: Case) -> set[tuple]:
+    """Every two values that meet in it, of the layout, of the setting, and of one and the other."""
+    layout, setting = case
+    row = {**{key: layout[key] for key in OF_A_LAYOUT}, **dict(enumerate(setting))}
+    return {(*pair, row[pair[0]], row[pair[1]]) for pair in itertools.combinations(row, 2)}
+
+
+@functools.cache
+def sample() -> tuple[Case, ...]:
+    """Layouts with one setting each, so that every two values meet that meet in all: again and again the one is taken
+    in which the most a rank do that have not met yet."""
+    cases: list[Case] = [(layout, setting) for layout in layouts() for setting in settings_of(layout)]
+    missing, taken = set().union(*map(meetings, cases)), []
+    while missing:
+        taken.append(max(cases, key=lambda case: len(missing & meetings(case)) / (1 + case[0]["ranks"])))
+        missing -= meetings(taken[-1])
+    return tuple(taken)
 
 
 def test_in_the_sample_every_two_values_of_layouts_and_settings_meet():
-    def meetings(cases):
-        rows = [{**{key: layout[key] for key in OF_A_LAYOUT}, **dict(enumerate(setting))} for layout, setting in cases]
-        return {(*pair, row[pair[0]], row[pair[1]]) for row in rows for pair in itertools.combinations(row, 2)}
-
-    assert meetings(sample()) == meetings((layout, s) for layout in layouts() for s in settings_of(layout))
+    everything = [meetings((layout, setting)) for layout in layouts() for setting in settings_of(layout)]
+    assert set().union(*map(meetings, sample())) == set().union(*everything)
 
 
 def test_each_layout_meets_every_pair_of_settings():
