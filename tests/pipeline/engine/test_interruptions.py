@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -87,9 +88,15 @@ def run(fleet_and_trainers, mode, seed):
     return sessions, rollouts, turns
 
 
+@pytest.fixture(scope="module")
+def interrupted(one):
+    """mode -> what `run` says of it."""
+    return functools.cache(lambda mode: run(one, mode, seed=0))
+
+
 @pytest.mark.parametrize("mode", ["abort", "retract"])
-def test_every_token_is_that_of_a_whole_pass_under_its_version(one, models, mode):
-    _, rollouts, turns = run(one, mode, seed=0)
+def test_every_token_is_that_of_a_whole_pass_under_its_version(interrupted, models, mode):
+    _, rollouts, turns = interrupted(mode)
     for rollout in (*rollouts, *turns):
         assert rollout.mixed_kv is None
         must_equal(models, rollout)
@@ -132,9 +139,9 @@ def test_drain_waits_for_what_runs(one, models):
     must_equal(models, new)
 
 
-def test_what_this_file_looks_for_would_be_seen(one, models):
+def test_what_this_file_looks_for_would_be_seen(interrupted, models):
     """Versions off by one token, routes of the last weights over older ones, and answers over old keys and values."""
-    _, rollouts, _ = run(one, "abort", seed=2)
+    _, rollouts, _ = interrupted("abort")
     rollout = max(rollouts, key=lambda r: len(np.unique(r.weight_versions)))
     must_equal(models, rollout)
     early, late = (np.roll(rollout.weight_versions, by) for by in (-1, 1))

@@ -85,7 +85,7 @@ async def answers_while(fleet, act):
     return rollouts
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.proof), signal.SIGSTOP])
 def test_all_answers_end_once_when_a_server_ends_or_stops_in_the_middle(two, models, number):
     fleet, trainers = two
     before, again, token = fleet.members.restarted, fleet.sent_again, fleet.servers[1].process._token
