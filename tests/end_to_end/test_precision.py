@@ -63,18 +63,8 @@ def gap(loop, rollouts) -> float:
     return mismatch_of(rollouts, loop.trainers.logprobs())["mismatch/abs_logprob"]
 
 
-@pytest.fixture(scope="module")
-def half(tmp_path_factory):
-    """A loop of both engines in bfloat16 before its first step, and its logs."""
-    folder = tmp_path_factory.mktemp("half")
-    with session(folder, "precision.weights=bfloat16", *LONGER) as (loop, _):
-        yield loop, folder / "logs"
-
-
-@pytest.mark.slow
-def test_replayed_routes_reduce_the_mismatch_twofold_and_large_ratios_tenfold(half):
+def replay_reduces_the_mismatch_twofold_and_large_ratios_tenfold(loop) -> None:
     """What replay is for: the trainer's mismatch with and without the server's routes."""
-    loop, _ = half
     sampling = replace(loop.sampling, ignore_eos=True, stop_token_ids=())
     groups = sample_groups_sync(loop.fleet, loop.source.take(32), 4, sampling)
     rollouts = [r for g in groups for r in g.rollouts]
@@ -87,16 +77,17 @@ def test_replayed_routes_reduce_the_mismatch_twofold_and_large_ratios_tenfold(ha
 
 
 @pytest.mark.slow
-def test_a_bfloat16_loop_with_a_float32_head_and_router_agrees_on_both_engines(half):
-    loop, logs = half
-    info = loop.fleet.servers[0].client.server_info()
-    assert (info["dtype"], info["enable_fp32_lm_head"], info["kv_cache_dtype"]) == ("bfloat16", True, "auto")
-    assert "router logits of 4 layers in float32" in (logs / "sglang.log").read_text()
-    assert on_rank(loop, trainer_settings) == ({"torch.bfloat16"}, "torch.bfloat16", "fp32", "fp32_accumulate")
-    for number in (1, 2):
-        metrics = loop.step(number).metrics
-        assert metrics["mismatch/abs_logprob"] < 0.03
-        assert metrics["mismatch/max_abs_logprob"] < 0.4
+def test_a_bfloat16_loop_with_a_float32_head_and_router_agrees_on_both_engines_where_routes_are_replayed(tmp_path):
+    with session(tmp_path, "precision.weights=bfloat16", *LONGER) as (loop, _):
+        info = loop.fleet.servers[0].client.server_info()
+        assert (info["dtype"], info["enable_fp32_lm_head"], info["kv_cache_dtype"]) == ("bfloat16", True, "auto")
+        assert "router logits of 4 layers in float32" in (tmp_path / "logs" / "sglang.log").read_text()
+        assert on_rank(loop, trainer_settings) == ({"torch.bfloat16"}, "torch.bfloat16", "fp32", "fp32_accumulate")
+        replay_reduces_the_mismatch_twofold_and_large_ratios_tenfold(loop)
+        for number in (1, 2):
+            metrics = loop.step(number).metrics
+            assert metrics["mismatch/abs_logprob"] < 0.03
+            assert metrics["mismatch/max_abs_logprob"] < 0.4
 
 
 @pytest.mark.slow
