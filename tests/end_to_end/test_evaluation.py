@@ -16,8 +16,8 @@ from pipeline.observe.report.page import write_report
 from tests.support.command import QUICKSTART, SMALL, Command
 
 SET = "{name: held, prompts: 24, temperature: 0, every_steps: 1}"
-RUN = [*SMALL, "supervised.steps=120", "supervised.lr=3e-3", "train.steps=2", "rollout.max_staleness=1",
-       "checks.first_rollouts=0", f"evaluate=[{SET}]"]  # fmt: skip
+DIGITS = ["data.task.min_digits=2", "data.task.max_digits=3"]  # few: half the supervised steps learn them
+RUN = [*SMALL, *DIGITS, "supervised.steps=60", "supervised.lr=3e-3", "train.steps=2", "rollout.max_staleness=1", "checks.first_rollouts=0", f"evaluate=[{SET}]"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,8 @@ def test_the_answers_are_those_that_transformers_gives_with_the_same_weights(run
 def test_alone_on_a_checkpoint_the_scores_are_those_of_the_run(run, tmp_path, capsys):
     out, one = tmp_path / "out", f"run.directory={tmp_path / 'other'}"
     checkpoint = run / "checkpoints" / "step_2"
-    arguments = [QUICKSTART, one, f"evaluate=[{SET}, {{name: other, prompts: 2}}]", "--set", "held", "--out", str(out)]
+    sets = f"evaluate=[{SET}, {{name: other, prompts: 2}}]"
+    arguments = [QUICKSTART, one, *DIGITS, sets, "--set", "held", "--out", str(out)]
     assert main(["evaluate", *arguments, "--checkpoint", str(checkpoint)]) == 0
     last = rows_of(run / "evaluations.jsonl")[-1]
     (found,) = json.loads((out / "evaluation.json").read_text())["sets"]
