@@ -17,7 +17,8 @@ from tests.support.command import QUICKSTART, SMALL, Command
 
 SET = "{name: held, prompts: 24, temperature: 0, every_steps: 1}"
 DIGITS = ["data.task.min_digits=2", "data.task.max_digits=3"]  # few: half the supervised steps learn them
-RUN = [*SMALL, *DIGITS, "supervised.steps=60", "supervised.lr=3e-3", "train.steps=2", "rollout.max_staleness=1", "checks.first_rollouts=0", f"evaluate=[{SET}]"]  # fmt: skip
+RUN = [*SMALL, *DIGITS, "supervised.steps=60", "supervised.lr=3e-3", "train.steps=2",
+       "rollout.max_staleness=1", "checks.first_rollouts=0", f"evaluate=[{SET}]"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
