@@ -38,8 +38,9 @@ LAYOUTS = {
     "context 2": ({"ranks": 2, "context": 2}, 1, True),
     "context 2, padded, 4 micro-batches": ({"ranks": 2, "context": 2}, 4, False),
     "data 2, context 2, padded": ({"ranks": 4, "context": 2}, 1, False),
+    "data 2, context 2, padded, 2 micro-batches": ({"ranks": 4, "context": 2}, 2, False),
 }
-SAMPLE = ("padded, 4 micro-batches", "data 2, context 2, padded")
+SAMPLE = ["data 2, context 2, padded, 2 micro-batches"]  # cut in every way that the others are in one or two
 
 
 def make_groups() -> list[Group]:
