@@ -1,7 +1,8 @@
 """`sameroute train` when something dies, when it is asked to end, and when it cannot start.
 
 What a killed trainer rank is to a loop is the last test of `test_run.py`, what a run makes of it
-`tests/pipeline/loop/test_restarts.py`.
+`tests/pipeline/loop/test_restarts.py`. A signal to a run is in `test_resume.py`, one before the first step in
+`tests/pipeline/loop/test_stop.py`.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def kill(run, name: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_termination_request_ends_the_run_with_no_orphan(command):
     run = command(*SMALL, "supervised.steps=100000")
     run.wait_for("supervised")

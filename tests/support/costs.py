@@ -35,7 +35,6 @@ SECONDS = {
     "megatron_ext/batch/test_replay_layouts.py": 11,
     "megatron_ext/convert/test_conversion.py": 11,
     "end_to_end/test_dense.py": 10,
-    "end_to_end/test_endings.py": 10,
     "end_to_end/test_surroundings.py": 10,
     "pipeline/commands/test_diagnose.py": 10,
     "pipeline/rewards/kinds/test_math_verify.py": 10,
