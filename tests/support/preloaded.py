@@ -19,15 +19,20 @@ from pipeline.forks import FORKS_VARIABLE, ROOM
 
 WORKER_FORKS_VARIABLE = "SAMEROUTE_WORKER_FORKS"
 DRIVER_FORKS_VARIABLE = "SAMEROUTE_DRIVER_FORKS"
+PROGRAM_FORKS_VARIABLE = "SAMEROUTE_PROGRAM_FORKS"
 VARIABLES = (
     FORKS_VARIABLE,
     WORKER_FORKS_VARIABLE,
     DRIVER_FORKS_VARIABLE,
+    PROGRAM_FORKS_VARIABLE,
     "RAY_JOB_CONFIG_JSON_ENV_VAR",
     "RAY_prestart_worker_first_driver",
     "RAY_enable_worker_prestart",
 )
-"""Where servers, ranks and drivers come from; and Ray starts no workers ahead, which would not be forked."""
+"""Where servers, ranks, drivers and programs come from; and Ray starts no workers ahead, which would not be forked."""
+
+PLACES = ("servers", "workers", "drivers", "programs")
+"""What listens at them, in the order of the variables."""
 
 IMPORTS_S = 240
 """In which imports are made on a machine that does much else."""
@@ -45,8 +50,8 @@ def set_up_by_a_fork() -> None:
 
 def _variables(folder: Path) -> dict[str, str]:
     job = {"runtime_env": {"py_executable": f"{sys.executable} {_WORKER}"}}
-    servers, workers, drivers = (str(folder / name) for name in ("servers", "workers", "drivers"))
-    return dict(zip(VARIABLES, (servers, workers, drivers, json.dumps(job), "0", "0"), strict=True))
+    places = (str(folder / name) for name in PLACES)
+    return dict(zip(VARIABLES, (*places, json.dumps(job), "0", "0"), strict=True))
 
 
 def start(folder: Path, keeper: int) -> dict[str, str]:
@@ -54,7 +59,7 @@ def start(folder: Path, keeper: int) -> dict[str, str]:
 
     Returns the environment under which servers, Ray's workers and drivers are forked from them.
     """
-    servers, workers, drivers = (folder / name for name in ("servers", "workers", "drivers"))
+    servers = folder / "servers"
     variables = _variables(folder)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -65,8 +70,8 @@ def start(folder: Path, keeper: int) -> dict[str, str]:
                 preloaded_servers.start(servers, keeper, log, _TITLE)
         if not (folder / "imports.log").exists():
             _start_imports(folder, keeper, variables)
-        for place in (servers, workers, drivers):
-            _wait_for(place)
+        for name in PLACES:
+            _wait_for(folder / name)
     return variables
 
 

@@ -1,7 +1,8 @@
 """A process that makes the imports of the tests once and forks those that need them: `... FOLDER KEEPER_PID`.
 
-It listens at three places of the folder, each under the name of what is forked there:
+It listens at four places of the folder, each under the name of what is forked there:
 
+    programs  Modules of tests that choose what is there for all but torch. Arguments: the module's name, then its own.
     workers   Ray's workers. Ray reads a worker's job when it is first imported: it is not.
     drivers   `sameroute train`, with what that imports. Arguments: a file for its process id, then the command's.
     tests     pytest's own workers, with what files of tests import. Arguments: those of Python.
@@ -75,6 +76,15 @@ class _Branches:
         return become(serve(self.folder / name, self.keeper, lambda: os.environ.update(changed), reads))
 
 
+def _program(forked: Forked) -> int:
+    import runpy
+
+    forked.follow(lambda: os._exit(1))
+    module, *sys.argv[1:] = forked.arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
 def _worker(forked: Forked) -> int:
     import runpy
 
@@ -111,6 +121,7 @@ def main() -> int:
     branches = _Branches(Path(sys.argv[1]), int(sys.argv[2]))
     branches.imports(_ALL)
     assert "ray" not in sys.modules
+    branches.branch("programs", _program)
     branches.branch("workers", _worker, _WORKERS)
     branches.imports(_DRIVERS)
     branches.branch("drivers", _driver, reads=(*_READ, "RAY_JOB_CONFIG_JSON_ENV_VAR"))

@@ -6,13 +6,12 @@ What it relies on in the vendors' sources is named by file and line, and a test 
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from tests.support.forked_program import run_program
 from tests.support.jobs import joined, make_samples
 from tests.support.proofs import parameters_of, sampled
 from tests.support.ranks import run_ranks
@@ -40,14 +39,12 @@ def models(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_gpu(models, tmp_path_factory):
+def on_gpu(preloaded, models, tmp_path_factory):
     """family -> what tests/support/te/process.py says of it."""
     folder = tmp_path_factory.mktemp("te")
     samples = make_samples(routes=False, vocab_size=VOCAB)
     (folder / "jobs").write_bytes(pickle.dumps([(name, path, samples) for name, path in models.items()]))
-    command = [sys.executable, "-m", "tests.support.te.process", folder / "jobs", folder / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_program("tests.support.te.process", folder / "jobs", folder / "out")
     return pickle.loads((folder / "out").read_bytes())
 
 

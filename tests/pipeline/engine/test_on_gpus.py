@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from pipeline.config import ConfigError, load_config_and_model
 from pipeline.config.server import CAPTURING, ServerConfig
 from pipeline.engine.inside import router
 from pipeline.engine.server import SGLangServer
+from tests.support.forked_program import run_program
 from tests.support.proofs import sampled
 from tests.support.sglang_on_gpu import GPUS
 from tests.support.tiny_families import FAMILIES, tiny_config
@@ -73,16 +72,14 @@ def jobs(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def on(tmp_path_factory):
+def on(preloaded, tmp_path_factory):
     """GPU -> what tests/support/sglang_on_gpu.py says."""
     folder = tmp_path_factory.mktemp("sglang")
     (folder / "jobs").write_bytes(pickle.dumps(jobs(folder / "models")))
 
     @functools.cache
     def said(gpu: str):
-        command = [sys.executable, "-m", "tests.support.sglang_on_gpu", gpu, folder / "jobs", folder / gpu]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_program("tests.support.sglang_on_gpu", gpu, folder / "jobs", folder / gpu)
         return pickle.loads((folder / gpu).read_bytes())
 
     return said
