@@ -26,7 +26,7 @@ def differences(preloaded, tmp_path_factory):
     code = run_module("tests.support.against_sglang", output)
     said = output.read_text()
     assert code == 0, said[-3000:]
-    return json.loads(said.splitlines()[-1])
+    return json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
 
 
 @pytest.mark.parametrize("what", COMPARED)
