@@ -153,6 +153,10 @@ class Trainer:
         walk it to the end."""
         return self.exporter.stream(everywhere=everywhere)
 
+    def share(self, senders: Sequence[int]) -> Iterator[list[Bucket]]:
+        """What this rank sends of the weights, see HFExporter.share. Every rank must walk it to the end."""
+        return self.exporter.share(senders)
+
     def begin_save(self, path: Path) -> StagedSave:
         """Copy everything that resuming needs; a thread writes it into an empty directory that every rank sees."""
         return training.begin_save(path, self._networks)

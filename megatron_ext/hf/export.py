@@ -5,6 +5,8 @@ experts, over expert-tensor and expert parallelism, in one collective. Where the
 gathers to the first rank of the stage, which sends the bucket to rank 0, and no other rank receives any of it.
 Otherwise the bucket goes to every rank. Each receiver cuts it into Hugging Face tensors. So it sees the whole model
 without ever holding more of it than a bucket.
+
+Or several ranks have a share of the stream each (`share`, `senders/assignment.py`), all at the same time.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from megatron_ext.hf.bucket import Bucket, cut, together
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import local_parameters
+from megatron_ext.hf.senders.assignment import Place, Unit, assign, choose_senders, holds_its_own
 from megatron_ext.hf.tables import Match
 from megatron_ext.mcore import GPTModel, parallel_state
 
@@ -33,6 +36,16 @@ class _Item:
     match: Match
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one sender gathers at once. items: numbers within the stage. own: of experts, that only its own rank's."""
+
+    stage: int
+    expert: bool
+    items: tuple[int, ...]
+    own: bool
 
 
 class HFExporter:
@@ -59,7 +72,10 @@ class HFExporter:
         dist.all_gather_object(self.stages, mine, group=self.pp_group)
         heads = [dist.get_process_group_ranks(self.pp_group)]
         dist.broadcast_object_list(heads, src=0)
-        self.heads = heads[0]  # of every stage, the rank that gathers for rank 0
+        self.heads = heads[0]  # of every stage, the rank that gathers for ranks of other stages
+        self.places: list[Any] = [None] * dist.get_world_size()
+        here = Place(dist.get_rank(), self.pp_group.rank(), int(parallel_state.get_expert_model_parallel_rank() or 0))
+        dist.all_gather_object(self.places, here)
         self.position = 0  # buckets that this rank has passed in the stream it walks
 
     def __iter__(self) -> Iterator[Bucket]:
@@ -90,6 +106,100 @@ class HFExporter:
                         whole = [each for match, tensors in merged for each in packed.add(match, tensors)]
                         yield from self._pieces(whole)
                     self.position += 1
+
+    def senders(self, limit: int) -> list[int]:
+        """The ranks that `share` the stream, rank 0 first; no more than `limit`."""
+        return choose_senders(self.places, limit)
+
+    @torch.no_grad()
+    def share(self, senders: Sequence[int]) -> Iterator[list[Bucket]]:
+        """What this rank is to send, of a stream whose tensors come once each, from one of the senders each.
+
+        senders: as `senders` says, on every rank. Every rank must walk it to its end, and gets as many lists of buckets
+        as every other: a rank may send a list when it has it, for whatever the others need of it for theirs is done.
+        """
+        self.position = 0
+        rank, packed = dist.get_rank(), PackedExperts(self.model.num_experts)
+        pieces = self._shares(senders)
+        for number in range(max(map(len, pieces.values()))):
+            whole: Bucket = []
+            for sender in senders:
+                if number >= len(pieces[sender]):
+                    continue
+                piece = pieces[sender][number]
+                flat = self._gather_piece(sender, piece)
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
+                if flat is not None:
+                    items = [self.stages[piece.stage][n] for n in piece.items]
+                    merged = self._merge(items, flat, piece.expert, self.places[rank].expert if piece.own else None)
+                    whole = [each for match, tensors in merged for each in packed.add(match, tensors)]
+            yield list(self._pieces(whole))
+            self.position += 1
+
+    def _gather_piece(self, sender: int, piece: _Piece) -> Tensor | None:
+        """[elements of all its shards] on the sender, None elsewhere."""
+        here = piece.stage == self.pp_group.rank()
+        bucket = [(self.stages[piece.stage][n], self.parameters[n][1] if here else None) for n in piece.items]
+        group = _shard_group(piece.expert)
+        ways = self._ways(piece.expert)
+        if piece.own:
+            group = parallel_state.get_expert_tensor_parallel_group()
+            ways //= parallel_state.get_expert_model_parallel_world_size()
+            assert isinstance(group, dist.ProcessGroup)
+        return self._gather_to(sender, bucket, group, piece.stage, ways)
+
+    def _shares(self, senders: Sequence[int]) -> dict[int, list[_Piece]]:
+        """sender -> what it gathers, one piece after another; the same on every rank."""
+        own = {
+            stage: holds_its_own(stage, self.places, senders) and not any(i.match.row.packed for i in items)
+            for stage, items in enumerate(self.stages)
+        }
+        units = [unit for stage in own for expert in (False, True) for unit in self._units(stage, expert, own[stage])]
+        out: dict[int, list[_Piece]] = {}
+        for sender, mine in assign(units, self.places, senders).items():
+            out[sender] = []
+            for stage, items in enumerate(self.stages):
+                for expert in (False, True):
+                    alone = expert and own[stage]
+                    numbers = [
+                        n for u in mine if u.stage == stage for n in u.items if items[n].match.row.expert == expert
+                    ]
+                    out[sender] += [
+                        _Piece(stage, expert, tuple(bucket), alone)
+                        for bucket in self._cut(stage, numbers, expert, alone)
+                    ]
+        return out
+
+    def _units(self, stage: int, expert: bool, own: bool) -> Iterator[Unit]:
+        """What of a stage's parameters stays together: tensors that are joined, experts that are packed."""
+        items = self.stages[stage]
+        sent = [n for n, item in enumerate(items) if self._sent(item, expert)]
+
+        def set_of(n: int) -> Hashable:
+            match = items[n].match
+            return (match.row.megatron, match.layer) if match.row.packed else self._joined(match.hf_names)
+
+        ranks = parallel_state.get_expert_model_parallel_world_size() if expert and own else 1
+        for unit in together(sent, set_of):
+            nbytes = (
+                sum(math.prod(items[n].shape) * items[n].dtype.itemsize for n in unit) * self._ways(expert) // ranks
+            )
+            for rank in range(ranks):
+                yield Unit(stage, tuple(unit), nbytes, rank if expert and own else None)
+
+    def _cut(self, stage: int, numbers: list[int], expert: bool, own: bool) -> Iterator[list[int]]:
+        """Parameters of a stage in pieces that are of bounded size once they are gathered."""
+        items = self.stages[stage]
+        ways = self._ways(expert)
+        if own:
+            ways //= parallel_state.get_expert_model_parallel_world_size()
+        return cut(
+            numbers,
+            lambda n: (math.prod(items[n].shape) * ways * items[n].dtype.itemsize, items[n].dtype),
+            self.bucket_bytes,
+            lambda n: self._joined(items[n].match.hf_names),
+        )
 
     def outputs(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor without storage) of everything that `stream` gives, in its order; no rank need meet another."""
@@ -144,45 +254,54 @@ class HFExporter:
             flat = torch.cat([p.detach().reshape(-1) for _, p in bucket])
             flat = _all_gather(flat, _shard_group(expert))
         else:
-            flat = self._empty(bucket, expert)
+            flat = self._empty(bucket, self._ways(expert))
         if self.pp_group.size() > 1:
             dist.broadcast(flat, dist.get_global_rank(self.pp_group, stage), group=self.pp_group)
         return flat
 
     def _gather_to_first(self, bucket: list, expert: bool, stage: int) -> Tensor | None:
         """The same on rank 0, None elsewhere."""
-        rank, head, flat = dist.get_rank(), self.heads[stage], None
-        group = _shard_group(expert)
+        return self._gather_to(0, bucket, _shard_group(expert), stage, self._ways(expert))
+
+    def _gather_to(self, receiver: int, bucket: list, group: dist.ProcessGroup, stage: int, ways: int) -> Tensor | None:
+        """The shards of all ranks of the group that `receiver` is in, or the first rank of the stage where it is of
+        another one, on the receiver; None elsewhere."""
+        rank, flat = dist.get_rank(), None
+        head = receiver if self.places[receiver].stage == stage else self.heads[stage]
         if bucket[0][1] is not None and head in dist.get_process_group_ranks(group):
             shard = torch.cat([p.detach().reshape(-1) for _, p in bucket])
             flat = shard
             if group.size() > 1:
-                flat = self._empty(bucket, expert) if rank == head else None
+                flat = self._empty(bucket, ways) if rank == head else None
                 shards = None if flat is None else list(flat.chunk(group.size()))
                 dist.gather(shard, shards, dst=head, group=group)
-        if head != 0 and rank == head:
+        if head != receiver and rank == head:
             assert flat is not None
-            dist.send(flat, dst=0, group=self.pp_group)
-        elif head != 0 and rank == 0:
-            flat = self._empty(bucket, expert)
+            dist.send(flat, dst=receiver, group=self.pp_group)
+        elif head != receiver and rank == receiver:
+            flat = self._empty(bucket, ways)
             dist.recv(flat, src=head, group=self.pp_group)
-        return flat if rank == 0 else None
+        return flat if rank == receiver else None
 
-    def _empty(self, bucket: list, expert: bool) -> Tensor:
+    def _empty(self, bucket: list, ways: int) -> Tensor:
         """Room for all shards of a bucket."""
-        elements = sum(math.prod(item.shape) for item, _ in bucket) * self._ways(expert)
+        elements = sum(math.prod(item.shape) for item, _ in bucket) * ways
         return torch.empty(elements, dtype=bucket[0][0].dtype, device=self.device)
 
-    def _merge(self, items: list[_Item], flat: Tensor, expert: bool) -> Iterator[tuple[Match, list[Tensor]]]:
-        """Cut gathered shards into whole parameters: as what Hugging Face tensors, or parts of them."""
+    def _merge(
+        self, items: list[_Item], flat: Tensor, expert: bool, only: int | None = None
+    ) -> Iterator[tuple[Match, list[Tensor]]]:
+        """Cut gathered shards into whole parameters: as what Hugging Face tensors, or parts of them. only: the
+        expert-parallel rank whose experts they are; None: of all."""
         expert_ranks = parallel_state.get_expert_model_parallel_world_size() if expert else 1
-        flat = flat.view(expert_ranks, self._ways(expert) // expert_ranks, -1)
+        ranks = range(expert_ranks) if only is None else (only,)
+        flat = flat.view(len(ranks), self._ways(expert) // expert_ranks, -1)
         experts_here = self.model.num_experts // expert_ranks
         offset = 0
         for item in items:
             n, match = math.prod(item.shape), item.match
-            for rank in range(expert_ranks):
-                shards = [part[offset : offset + n].view(item.shape) for part in flat[rank]]
+            for rank, held in zip(ranks, flat, strict=True):
+                shards = [part[offset : offset + n].view(item.shape) for part in held]
                 if match.expert is not None:  # the item carries the expert of the rank that described it
                     match = replace(match, expert=match.expert % experts_here + rank * experts_here)
                 yield match, match.row.transform.merge(shards, self.model)

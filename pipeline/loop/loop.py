@@ -108,7 +108,7 @@ class Loop:
                 self.say(f"step {number}: an update was skipped, {why}; {self._keep(batch)}")
             self.transfer(timer)
         read = sum(len(r.prompt_ids) + len(r) for r in batch.rollouts)
-        metrics |= result.metrics | batch_metrics(batch) | self.fleet.metrics()
+        metrics |= result.metrics | batch_metrics(batch) | self.fleet.metrics() | self.trainers.sent_metrics()
         metrics |= {} if self.environments is None else self.environments.metrics()
         metrics |= {f"time/{phase}_s": seconds for phase, seconds in timer.seconds.items()}
         if self.config.rollout.max_staleness:

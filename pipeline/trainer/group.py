@@ -67,6 +67,7 @@ class TrainerGroup(Ranks):
         """
         self.parallel = parallel
         self._connected: list[ServerAddress] | None = None
+        self.sent: list[tuple[int, float]] = []  # bytes and seconds of each sender in the last transfer
         self._held: int | None = None  # version of the weights, while they are those that were sent last
         self._sending = threading.RLock()
         self.turns: Turns = Apart()
@@ -217,7 +218,13 @@ class TrainerGroup(Ranks):
 
     def _connect(self, servers: Sequence[ServerAddress]) -> None:
         self._connected = None
-        self._of_servers(lambda: self._call("connect", list(servers), *self._way))
+        config, device, rounding = self._way
+
+        def meet() -> None:
+            (meeting,) = self._wait(self._ask(self.ranks[:1], "offer", list(servers), config, device), "connect")
+            self._call("connect", config, rounding, meeting)
+
+        self._of_servers(meet)
         self._connected = list(servers)
 
     def send_weights(self, version: int, servers: Sequence[ServerAddress] | None = None, *, flush: bool = True) -> None:
@@ -233,14 +240,26 @@ class TrainerGroup(Ranks):
                 self._connect(servers)
             answers = self._ask(self.ranks, "send_weights", version, flush)
         # rank 0 times its servers; the ranks are looked at once it has had time to say so
-        limit = 1.2 * self.weights_timeout_s + POLL_S
+        limit, sent = 1.2 * self.weights_timeout_s + POLL_S, list[tuple[int, float]]()
         try:
-            self._of_servers(lambda: self._wait(answers, "send_weights", limit, restart=True))
+            self._of_servers(lambda: sent.extend(self._wait(answers, "send_weights", limit, restart=True)))
         except ServersFailedError:
             self._connected = None
             raise
+        self.sent = [each for each in sent if each[0]]
         with self._sending:
             self._held = version
+
+    def sent_metrics(self) -> dict[str, float]:
+        """Of the last transfer: ranks that sent, and the bytes and seconds of the one that sent most, or longest."""
+        if not self.sent:
+            return {}
+        nbytes, seconds = zip(*self.sent, strict=True)
+        return {
+            "sync/senders": float(len(self.sent)),
+            "sync/bytes_by_sender": float(max(nbytes)),
+            "sync/seconds_by_sender": max(seconds),
+        }
 
     def send_again(self, version: int, servers: Sequence[ServerAddress]) -> bool:
         """The weights that were sent last to other servers, under the same version; False where the ranks hold others
@@ -260,6 +279,8 @@ class TrainerGroup(Ranks):
             call()
         except TrainerError as error:
             cause = error.__cause__.cause if isinstance(error.__cause__, RayTaskError) else None
+            if error.silent:  # servers, too, wait for a rank that sends and stands still
+                raise
             if isinstance(cause, WeightTransferError) and not isinstance(cause, WeightCheckError):
                 raise ServersFailedError(str(error)) from error
             raise

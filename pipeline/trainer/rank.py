@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.cluster.colocation import TrainerPart
     from pipeline.engine.control import ServerAddress
     from pipeline.trainer.losses import LossRow
-    from pipeline.weights import WeightDifference, WeightsConfig
+    from pipeline.weights import FurtherSender, Meeting, WeightDifference, WeightsConfig, WeightSender
 
 _NO_MASK = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
@@ -53,7 +53,7 @@ class TrainerRank:
         self.rank, self.threads = rank, threads
         self.samples: list[Sample] = []
         self.seconds: PhaseSeconds = {}
-        self.sender = None
+        self.sender: WeightSender | FurtherSender | None = None
         self.save: StagedSave | None = None
 
     def meeting_point(self) -> str:
@@ -182,29 +182,44 @@ class TrainerRank:
         """The reference becomes the policy as it is now."""
         self.trainer.keep_reference()
 
-    def connect(
-        self, servers: list[ServerAddress], config: WeightsConfig, device: str, rounding: RolloutWeights
-    ) -> None:
-        """From now on weights go to these servers, from rank 0, rounded as the servers are to compute with them."""
+    def offer(self, servers: list[ServerAddress], config: WeightsConfig, device: str) -> Meeting | None:
+        """On rank 0: from now on weights go to these servers, once all ranks have connected. Where other ranks that
+        send are to meet them; None: this one is alone."""
+        from pipeline.weights import WeightSender, WeightTransferError
+
+        with contextlib.suppress(WeightTransferError):  # one that hangs is left all the same
+            self.close()
+        senders = self.trainer.exporter.senders(config.senders)
+        names = frozenset(name for name, _ in self.trainer.exporter.outputs()) if len(senders) > 1 else frozenset()
+        self.sender = WeightSender(servers, config, device=device, senders=senders, names=names)
+        return self.sender.offer()
+
+    def connect(self, config: WeightsConfig, rounding: RolloutWeights, meeting: Meeting | None) -> None:
+        """Meet the servers, those of rank 0's `offer`, whose answer is `meeting`. rounding: weights are rounded as the
+        servers are to compute with them."""
         self.trainer.exporter.bucket_bytes = config.bucket_bytes
         self.rollout_weights: RolloutWeights = rounding
-        if self.rank == 0:
-            from pipeline.weights import WeightSender, WeightTransferError
+        self.senders = None if meeting is None else meeting.senders
+        if self.rank:
+            self.close()
+            if meeting is not None and self.rank in meeting.senders:
+                from pipeline.weights import FurtherSender
 
-            with contextlib.suppress(WeightTransferError):  # one that hangs is left all the same
-                self.close()
-            self.sender = WeightSender(servers, config, device=device)
+                self.sender = FurtherSender(meeting, self.rank, config)
+        if self.sender is not None:
             self.sender.connect()
 
     @timed("sync")
-    def send_weights(self, version: int, flush: bool) -> None:
-        """Stream the weights to the servers. Every rank takes part in gathering; rank 0 sends."""
-        buckets = self._sent()
+    def send_weights(self, version: int, flush: bool) -> tuple[int, float]:
+        """Stream the weights to the servers. Every rank takes part in gathering; senders send. Returns the bytes that
+        this rank sent, and the seconds that it took."""
+        rounds = self._rounds()
         try:
             if self.sender is not None:
-                self.sender.send(buckets, version, flush=flush)
+                self.sender.send_rounds(rounds, version, flush=flush)
         finally:
-            _walk(buckets)  # whatever a server does, no rank waits for this one
+            _walk(rounds)  # whatever a server does, no rank waits for this one
+        return (0, 0.0) if self.sender is None else (self.sender.sent.nbytes, self.sender.sent.seconds)
 
     def release_memory(self, parts: Sequence[TrainerPart]) -> None:
         """See Trainer.release_memory; before `build` there is nothing."""
@@ -244,18 +259,27 @@ class TrainerRank:
 
     def weight_differences(self) -> list[WeightDifference]:
         """On rank 0, what the servers hold otherwise than the trainer would send it."""
-        if self.sender is not None:
+        from pipeline.weights import WeightSender
+
+        if isinstance(self.sender, WeightSender):
             return self.sender.differences(self._sent())
         _walk(self._sent())
         return []
 
+    def _rounds(self) -> Iterator[list[Bucket]]:
+        """What this rank sends of the weights, as the servers are to hold them; with one sender it is rank 0."""
+        if self.senders is None:
+            return ([bucket] for bucket in self._sent())
+        return (list(self._rounded(buckets)) for buckets in self.trainer.share(self.senders))
+
     def _sent(self) -> Iterator[Bucket]:
         """On rank 0, the weights as the servers are to hold them."""
+        return self._rounded(self.trainer.export(everywhere=False))
+
+    def _rounded(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
         from pipeline.weights.rounding import rounded
 
-        return rounded(
-            self.trainer.export(everywhere=False), self.rollout_weights, self.trainer.policy.model.family.kept_whole
-        )
+        return rounded(buckets, self.rollout_weights, self.trainer.policy.model.family.kept_whole)
 
     @ray.method(concurrency_group="watch")
     def position(self) -> int:
@@ -285,7 +309,7 @@ class TrainerRank:
             sender.close()
 
 
-def _walk(buckets: Iterator[Bucket]) -> None:
+def _walk(stream: Iterator[Any]) -> None:
     """Take part in a stream whose tensors go elsewhere."""
-    for _ in buckets:
+    for _ in stream:
         pass

@@ -21,7 +21,9 @@ _STARTING = ("meeting_point", "build")
 
 
 class TrainerError(SamerouteError):
-    """A trainer rank failed or died; the message names it and its log."""
+    """A trainer rank failed or died; the message names it and its log. silent: ranks that answered nothing then."""
+
+    silent: tuple[str, ...] = ()
 
 
 class RankDiedError(TrainerError):
@@ -88,7 +90,9 @@ class Ranks:
                     # a collective that timed out fails on those who waited, not on who kept them waiting
                     silent = self._silent(self._positions([asked[p] for p in pending]))
                     kind = RankDiedError if isinstance(error, RayActorError) else TrainerError
-                    raise kind("; ".join([words, *silent])) from error
+                    raised = kind("; ".join([words, *silent]))
+                    raised.silent = tuple(silent)
+                    raise raised from error
             if watched:
                 self.watch()
             if watched and pending:

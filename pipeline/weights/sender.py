@@ -3,7 +3,9 @@
     begin on every server; each bucket, as the transport takes it; end; flush the prefix cache (it belongs to the old
     weights); name the version; now and then, compare what the servers hold with what was sent.
 
-Weights travel under their Hugging Face names; the caller bounds the bytes of a bucket.
+Weights travel under their Hugging Face names; the caller bounds the bytes of a bucket. Other ranks may send at the same
+time (`further_sender.py`); this one waits in each round for what they have ready, and says it to the servers with its
+own.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from megatron_ext.hf.bucket import Bucket
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.server import ServerError
+from pipeline.weights.board import Meeting
 from pipeline.weights.differences import TensorSum, WeightDifference, compare_sums, tensor_sums
+from pipeline.weights.rounds import Arrived, Sent, make_round, widest_first
 from pipeline.weights.servers import Servers, WeightCheckError
 from pipeline.weights.transports import make_transport
 
@@ -24,39 +28,72 @@ _NAMED = 10  # differing tensors named in an error
 class WeightSender:
     """Sends weights to servers. Lives in trainer rank 0; `connect` once, then `send` as often as there are weights."""
 
-    def __init__(self, addresses: Sequence[ServerAddress], config: WeightsConfig, *, device: str):
-        """addresses: of the servers. device: "cpu" or "cuda", where the weights are."""
-        self.config = config
+    def __init__(
+        self,
+        addresses: Sequence[ServerAddress],
+        config: WeightsConfig,
+        *,
+        device: str,
+        senders: Sequence[int] = (0,),
+        names: frozenset[str] = frozenset(),
+    ):
+        """addresses: of the servers. device: "cpu" or "cuda", where the weights are. senders: trainer ranks that have a
+        share of them each, this one first. names: of all tensors that come, where there are several."""
+        self.config, self.names = config, names
         self.servers = Servers(addresses, timeout_s=config.timeout_s)
-        self.transport = make_transport(config.transport, self.servers, device)
+        self.transport = make_transport(config.transport, self.servers, device, senders)
+        self.sent, self.transfers = Sent(), 0
+
+    def offer(self) -> Meeting | None:
+        """Where the other senders are to come while this one connects; None: it is the only one. Raises
+        WeightTransferError where a server does not answer."""
+        return self.transport.offer()
 
     def connect(self) -> None:
         """Make what the transport needs. Raises WeightTransferError where a server does not join in time."""
         self.transport.connect()
 
     def send(self, buckets: Iterable[Bucket], version: int, *, flush: bool = True) -> None:
+        """`send_rounds`, of buckets that come one after another."""
+        self.send_rounds(([bucket] for bucket in buckets), version, flush=flush)
+
+    def send_rounds(self, rounds: Iterable[Sequence[Bucket]], version: int, *, flush: bool = True) -> None:
         """Replace the weights of every server and name them. No request may get on meanwhile.
 
-        buckets: (Hugging Face name, tensor) lists. flush: empty the prefix cache, of which no request may hold a part;
-        else its entries are found no more, for they have the keys of older weights. Raises WeightTransferError with the
-        server and its reason; the servers must not be used after that.
+        rounds: lists of buckets, (Hugging Face name, tensor) lists each; of several senders each has as many rounds.
+        flush: empty the prefix cache, of which no request may hold a part; else its entries are found no more, for they
+        have the keys of older weights. Raises WeightTransferError with the server and its reason; the servers must not
+        be used after that. And WeightCheckError where senders do not agree on what they send.
         """
         sums: list[list[TensorSum]] = []
-        self.servers.call("/begin_weight_update")
-        try:
-            for bucket in buckets:
-                # SGLang reads every tensor where the last one ends, and wants it aligned: widest types first.
-                self.transport.send(sorted(bucket, key=lambda item: -item[1].dtype.itemsize))
-                if self.config.checks(version):
-                    sums.append(tensor_sums(bucket))
-        finally:
-            self.transport.release()
+        self.transfers += 1
+        with self.transport.told(), self.sent.measured():
+            self.servers.call("/begin_weight_update")
+            try:
+                self._send_all(rounds, version, sums)
+            finally:
+                self.transport.release()
         self.servers.call("/end_weight_update")
         if flush:
             self.servers.call("/flush_cache")
         self.servers.call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         if sums:
             self._check(sums, version)
+
+    def _send_all(self, rounds: Iterable[Sequence[Bucket]], version: int, sums: list[list[TensorSum]]) -> None:
+        arrived = Arrived(self.names)
+        for number, buckets in enumerate(rounds):
+            mine = make_round(buckets, version, checked=self.config.checks(version))
+            everyone = [mine, *self.transport.ready(self.transfers, number)]
+            for rank, each in zip(self.transport.senders, everyone, strict=True):
+                arrived.add(rank, each, version)
+                sums += [list(each.sums)] if each.sums else []
+            for turn in range(max(len(each.buckets) for each in everyone)):
+                others = [(n, e.buckets[turn]) for n, e in enumerate(everyone) if n and turn < len(e.buckets)]
+                bucket = widest_first(buckets[turn]) if turn < len(buckets) else []
+                self.transport.send(bucket, others)
+                self.sent.add(bucket)
+        arrived.all()
 
     def awaited(self) -> list[str]:
         """ "the server http://... does not answer, ..." for each call that is under way; from any thread."""

@@ -1,7 +1,7 @@
 """The two ways that the bytes of a bucket take to every server.
 
-distributed:   names, dtypes and shapes over HTTP; the bytes in one broadcast of a process group that trainer rank 0
-               makes with every server rank (gloo on the CPU, NCCL on GPUs).
+distributed:   names, dtypes and shapes over HTTP; the bytes in one broadcast of a process group that a trainer rank
+               makes with every server rank (gloo on the CPU, NCCL on GPUs). Several trainer ranks may do so at once.
 shared memory: the bytes lie where the server maps them, and HTTP carries the handle: a file of /dev/shm for the CPU,
                CUDA IPC for a GPU. For servers on the machine of trainer rank 0.
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import logging
 import secrets
 import socket
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -25,22 +26,25 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as torch_mp
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
 from megatron_ext.hf.bucket import Bucket
 from megatron_ext.meeting import tcp_store
-from pipeline.weights.servers import Servers, WeightTransferError
+from pipeline.weights.board import Board, Failure, Meeting, Round, Tensors
+from pipeline.weights.broadcast_group import BroadcastGroup, wait
+from pipeline.weights.servers import Servers, WeightCheckError, WeightTransferError
 
-_POLL_S = 0.0005
+LOOK_S = 0.05  # how often a rank that waits looks at whether another sender has failed
+_GRACE_S = 5.0  # in which a server says why, where a sender saw it leave
 _LEAVE = "/destroy_weights_update_group"
 logger = logging.getLogger(__name__)
 
 
 class Transport(ABC):
-    """One way. `connect` once, `send` each bucket, `close`."""
+    """One way. `connect` once, `send` each bucket, `close`. senders: trainer ranks that take part, this one first."""
+
+    senders: tuple[int, ...] = (0,)
 
     def __init__(self, servers: Servers):
         self.servers = servers
@@ -49,9 +53,22 @@ class Transport(ABC):
     def connect(self) -> None:
         """Make what is needed. Raises WeightTransferError where a server does not take part in time."""
 
+    def offer(self) -> Meeting | None:
+        """Where other senders are to come before `connect`; None: there are none."""
+        return None
+
+    def ready(self, transfer: int, number: int) -> list[Round]:
+        """What the other senders, in their order, have ready in this round of a transfer; waits for all."""
+        return []
+
+    def told(self) -> contextlib.AbstractContextManager[None]:
+        """Around what the other senders have to know of, where it fails."""
+        return contextlib.nullcontext()
+
     @abstractmethod
-    def send(self, bucket: Bucket) -> None:
-        """The tensors of a bucket, wider dtypes first, into every server, between begin and end of an update.
+    def send(self, bucket: Bucket, others: Sequence[tuple[int, Tensors]] = ()) -> None:
+        """The tensors of a bucket, wider dtypes first, into every server, between begin and end of an update; and at
+        the same time those of other senders, each under its number.
 
         Raises WeightTransferError naming the server that refuses, or that does not take them in time.
         """
@@ -65,139 +82,185 @@ class Transport(ABC):
         """Leave nothing behind."""
 
 
-def make_transport(kind: Literal["auto", "distributed", "shared_memory"], servers: Servers, device: str) -> Transport:
-    """device: "cpu" or "cuda", of the weights. auto: shared memory where this machine runs every server."""
+def make_transport(
+    kind: Literal["auto", "distributed", "shared_memory"], servers: Servers, device: str, senders: Sequence[int] = (0,)
+) -> Transport:
+    """device: "cpu" or "cuda", of the weights. senders: trainer ranks, rank 0 first; through shared memory it is the
+    only one. auto: shared memory where this machine runs every server."""
     if kind == "auto":
         local = all(_own_address(control.url) == _host(control.url) for control in servers.controls)
         kind = "shared_memory" if local else "distributed"
-    logger.warning("weights go to %s by %s", ", ".join(c.url for c in servers.controls), kind)
-    return SharedMemory(servers, device) if kind == "shared_memory" else Distributed(servers, device)
+    many = f" from {len(senders)} ranks" if kind == "distributed" and len(senders) > 1 else ""
+    logger.warning("weights go to %s by %s%s", ", ".join(c.url for c in servers.controls), kind, many)
+    return SharedMemory(servers, device) if kind == "shared_memory" else Distributed(servers, device, senders)
+
+
+def flat_bytes(bucket: Bucket) -> Tensor:
+    """[bytes of the bucket] uint8."""
+    return torch.cat([_bytes(tensor) for _, tensor in bucket])
 
 
 class Distributed(Transport):
-    """A process group of its own, beside the trainer's."""
+    """A process group of each sender, beside the trainer's own. This rank is the first sender, and asks the servers."""
 
-    def __init__(self, servers: Servers, device: str):
+    def __init__(self, servers: Servers, device: str, senders: Sequence[int] = (0,)):
         super().__init__(servers)
-        self.backend = "nccl" if device == "cuda" else "gloo"
-        self.group = f"sameroute_weights_{secrets.token_hex(4)}"  # a server may still be in one that has failed
-        self.process_group: Any = None
-        self.met = self.broken = False
+        self.backend, self.senders = "nccl" if device == "cuda" else "gloo", tuple(senders)
+        self.meeting: Meeting | None = None
+        self.board: Board | None = None
+        self.group = BroadcastGroup("", self.backend)
 
-    def connect(self) -> None:
+    def offer(self) -> Meeting | None:
         controls, timeout_s = self.servers.controls, self.servers.timeout_s
-        sizes = [int(self.servers.guard(c, c.server_info)["tp_size"]) for c in controls]
+        self.sizes = [int(self.servers.guard(c, c.server_info)["tp_size"]) for c in controls]
         host = _own_address(controls[0].url)
         with socket.socket() as probe:
             probe.bind((host, 0))
             port = probe.getsockname()[1]
-        world, offset, joins = 1 + sum(sizes), 1, []
-        for control, size in zip(controls, sizes, strict=True):
+        name = f"sameroute_weights_{secrets.token_hex(4)}"  # a server may still be in one that has failed
+        self.meeting = Meeting(host, port, self.senders, name, 1 + sum(self.sizes), self.backend, timeout_s)
+        try:
+            self.store = tcp_store(host, port, rank=0, ranks=None, timeout=timedelta(seconds=timeout_s))
+        except (OSError, RuntimeError) as error:
+            raise WeightTransferError(f"the weight-transfer group was not made: {error}") from error
+        self.board = Board(self.meeting.store())
+        self.group = BroadcastGroup(self.meeting.group(0), self.backend)
+        return self.meeting if len(self.senders) > 1 else None
+
+    def connect(self) -> None:
+        if self.meeting is None:
+            self.offer()
+        with self.told():
+            for number in range(len(self.senders)):
+                self._make_group(number)
+
+    def _make_group(self, number: int) -> None:
+        """Of a sender; another rank's comes by itself."""
+        meeting = self.meeting
+        assert meeting is not None
+        offset, joins = 1, []
+        for control, size in zip(self.servers.controls, self.sizes, strict=True):
             body = {
-                "master_address": host,
-                "master_port": port,
+                "master_address": meeting.host,
+                "master_port": meeting.port,
                 "rank_offset": offset,
-                "world_size": world,
-                "group_name": self.group,
+                "world_size": meeting.world,
+                "group_name": meeting.group(number),
                 "backend": self.backend,
             }
             joins.append(self.servers.later(control, "/init_weights_update_group", body))
             offset += size
-        timeout = timedelta(seconds=timeout_s)
-        try:
-            # The group stands beside the trainer's own default group, which dist.new_group cannot express.
-            store = tcp_store(host, port, rank=0, ranks=world, timeout=timeout)
-            self.process_group, _ = c10d._new_process_group_helper(
-                world,
-                0,
-                [],
-                c10d.Backend(self.backend),
-                c10d.PrefixStore(self.group, store),
-                group_name=self.group,  # pyright: ignore[reportArgumentType]
-                timeout=timeout,
-            )
-            c10d._world.pg_group_ranks[self.process_group] = {i: i for i in range(world)}
-        except (OSError, RuntimeError, ValueError) as error:
-            self.servers.answers(joins)  # a server's own refusal says more than our time-out
-            raise WeightTransferError(f"the weight-transfer group was not made: {error}") from error
-        self.servers.answers(joins)
+        if number == 0:
+            try:
+                self.group.join(self.store, meeting.world, meeting.timeout_s, self._watch(joins, "did not join"))
+            except (OSError, RuntimeError, ValueError) as error:
+                self.servers.answers(joins)  # a server's own refusal says more than our time-out
+                raise WeightTransferError(f"the weight-transfer group was not made: {error}") from error
+        self._hear(joins, "did not join")
 
-    def send(self, bucket: Bucket) -> None:
+    def ready(self, transfer: int, number: int) -> list[Round]:
+        board, found, others = self.board, dict[int, Round](), range(1, len(self.senders))
+        assert board is not None
+
+        def all_heard() -> bool:
+            for sender in others:
+                if sender not in found and (words := board.heard(transfer, number, sender)) is not None:
+                    found[sender] = words
+            return len(found) == len(others)
+
+        wait(all_heard, self._watch([], "", limited=False))
+        return [found[sender] for sender in others]
+
+    def send(self, bucket: Bucket, others: Sequence[tuple[int, Tensors]] = ()) -> None:
+        parts = [*([(0, Tensors.of(bucket))] if bucket else []), *others]
+        described = [each for _, tensors in parts for each in tensors.described]
         body = {
-            "names": [name for name, _ in bucket],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "group_name": self.group,
+            "names": [name for name, _, _ in described],
+            "dtypes": [dtype for _, dtype, _ in described],
+            "shapes": [list(shape) for _, _, shape in described],
+            "group_name": self._groups(parts),
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        flat = torch.cat([_bytes(tensor) for _, tensor in bucket])
         path = "/update_weights_from_distributed"
         announced = [self.servers.later(c, path, body) for c in self.servers.controls]
-        self._broadcast(flat, announced)
-        self.servers.answers(announced)
+        if bucket:
+            self._broadcast(flat_bytes(bucket), announced)
+        self._hear(announced, "did not take a bucket")
+
+    def _groups(self, parts: Sequence[tuple[int, Tensors]]) -> str:
+        """Of one sender, its group's name; of several, what the server's hook reads: inside/many_groups.py."""
+        assert self.meeting is not None
+        names = [(self.meeting.group(number), len(tensors)) for number, tensors in parts]
+        return names[0][0] if len(names) == 1 else json.dumps(names)
 
     def _broadcast(self, flat: Tensor, announced: list[Future[Any]]) -> None:
         """Broadcast and watch the servers meanwhile: one that refuses never takes part, and we would wait for it."""
-        deadline = time.monotonic() + self.servers.timeout_s
+        what = f"did not take a bucket of {flat.numel()} bytes"
         try:
-            work = self._begin(flat, announced, deadline)
-            self._watch(work.is_completed, flat, announced, deadline)
-            work.wait()
-        except WeightTransferError:
-            self.broken = True
-            raise
+            self.group.broadcast(flat, self._watch(announced, what))
         except RuntimeError as error:
-            self.broken = True
             self.servers.answers(announced)  # a server's own words say more
             raise WeightTransferError(f"the broadcast failed: {error}") from error
 
-    def _begin(self, flat: Tensor, announced: list[Future[Any]], deadline: float) -> Any:
-        """The broadcast, under way. NCCL makes its communicator inside the first one, which returns when every rank has
-        come: that call has a thread, beside which the servers are watched."""
+    def _hear(self, asked: list[Future[Any]], what: str) -> None:
+        """Wait for the servers' answers, and for no sender that has failed."""
+        if len(self.senders) > 1:
+            wait(lambda: all(answer.done() for answer in asked), self._watch(asked, what, limited=False))
+        self.servers.answers(asked)
 
-        def begin() -> None:
-            try:
-                with torch.cuda.device(flat.device) if flat.is_cuda else contextlib.nullcontext():
-                    begun.set_result(dist.broadcast(flat, src=0, group=self.process_group, async_op=True))
-            except BaseException as error:
-                begun.set_exception(error)
+    def _watch(self, asked: list[Future[Any]], what: str, *, limited: bool = True) -> Callable[[], None]:
+        """What raises while we wait: a server's refusal, a sender's failure, and where `limited`, the time-out."""
+        deadline = time.monotonic() + self.servers.timeout_s
+        looked = time.monotonic()
 
-        begun: Future[Any] = Future()
-        if self.backend == "nccl" and not self.met:
-            threading.Thread(target=begin, daemon=True).start()  # abandoned where a server never comes
-            self._watch(begun.done, flat, announced, deadline)
-        else:
-            begin()
-        work = begun.result()
-        self.met = True
-        return work
+        def look() -> None:
+            nonlocal looked
+            self.servers.answers([answer for answer in asked if answer.done()])
+            now = time.monotonic()
+            if limited and now > deadline:
+                slow = [c.url for c, a in zip(self.servers.controls, asked, strict=True) if not a.done()]
+                raise WeightTransferError(f"{', '.join(slow)} {what} in {self.servers.timeout_s:g} s")
+            if len(self.senders) > 1 and now > looked + LOOK_S:
+                looked = now
+                self._look_at_senders(asked)
 
-    def _watch(self, done: Callable[[], bool], flat: Tensor, announced: list[Future[Any]], deadline: float) -> None:
-        while not done():
-            self.servers.answers([answer for answer in announced if answer.done()])
-            if time.monotonic() > deadline:
-                slow = [c.url for c, a in zip(self.servers.controls, announced, strict=True) if not a.done()]
-                what = f"{flat.numel()} bytes in {self.servers.timeout_s:g} s"
-                raise WeightTransferError(f"{', '.join(slow)} did not take a bucket of {what}")
-            time.sleep(_POLL_S)
+        return look
+
+    def _look_at_senders(self, asked: list[Future[Any]]) -> None:
+        assert self.board is not None
+        failure = self.board.failure(self.senders[1:])
+        if failure is None:
+            return
+        done, _ = futures.wait(asked, timeout=_GRACE_S, return_when=futures.FIRST_EXCEPTION)
+        self.servers.answers(list(done))  # a server's own words say more
+        raise (WeightCheckError if failure.lasting else WeightTransferError)(failure.words)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if len(self.senders) > 1 and self.board is not None:
+                lasting = not isinstance(error, WeightTransferError) or isinstance(error, WeightCheckError)
+                with contextlib.suppress(RuntimeError):
+                    self.board.fail(Failure(str(error), 0, lasting))
+            raise
 
     def release(self) -> None:
-        """The group stays."""
+        """The groups stay."""
 
     def close(self) -> None:
-        group, self.process_group = self.process_group, None
-        if group is None:
+        if self.meeting is None or self.group.process_group is None:
             return
         try:
             for control in self.servers.controls:
                 if control.healthy():
-                    self.servers.guard(control, lambda c=control: c.post(_LEAVE, {"group_name": self.group}))
+                    for number in range(len(self.senders)):
+                        body = {"group_name": self.meeting.group(number)}
+                        self.servers.guard(control, lambda c=control, b=body: c.post(_LEAVE, b))
         finally:
-            if self.broken and self.backend == "nccl":  # to destroy it would wait for those that are gone
-                c10d._abort_process_group(group)
-            else:
-                dist.destroy_process_group(group)
+            self.group.leave()
 
 
 class SharedMemory(Transport):
@@ -218,7 +281,8 @@ class SharedMemory(Transport):
 
             monkey_patch_torch_reductions()
 
-    def send(self, bucket: Bucket) -> None:
+    def send(self, bucket: Bucket, others: Sequence[tuple[int, Tensors]] = ()) -> None:
+        assert not others
         flat = self._fill([_bytes(tensor) for _, tensor in bucket])
         places, end = [], 0
         for name, tensor in bucket:

@@ -39,6 +39,9 @@ class FakeTrainers:
     def take_seconds(self):
         return self.seconds
 
+    def sent_metrics(self):
+        return {}
+
     def logprobs(self, routing=None, indices=None) -> PolicyTokens:
         self.calls.append(f"logprobs {routing}")
         shift = self.gap if routing != "native" else self.gap + 0.25

@@ -130,7 +130,7 @@ def _names(path: Path, tensor: int) -> list[list[str]]:
         exporter.stages.append(inner + outer)
     exporter.model, exporter.pp_group = model, _Nowhere()
     exporter._ways = lambda expert: 1 if expert else tensor
-    exporter._gather = lambda bucket, expert, stage: exporter._empty(bucket, expert)
+    exporter._gather = lambda bucket, expert, stage: exporter._empty(bucket, exporter._ways(expert))
     return [[name for name, _ in bucket] for bucket in exporter.stream()]
 
 

@@ -1,0 +1,1 @@
+"""Which ranks send the weights, and which tensors each of them."""
