@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_ext.hf.bucket import Bucket
 from megatron_ext.meeting import tcp_store
 from pipeline.weights.differences import TensorSum
@@ -37,7 +35,7 @@ class Meeting:
         """Of a sender, by its number."""
         return f"{self.name}_{number}"
 
-    def store(self) -> dist.TCPStore:
+    def store(self) -> Any:
         """A connection to the store. Raises RuntimeError where rank 0 is gone."""
         return tcp_store(self.host, self.port, rank=1, ranks=None, timeout=timedelta(seconds=self.timeout_s))
 

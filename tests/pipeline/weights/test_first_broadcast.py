@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.weights import transports
+from pipeline.weights import broadcast_group
 from pipeline.weights.servers import Servers, WeightTransferError
 from pipeline.weights.transports import Distributed
 
@@ -34,7 +34,7 @@ def waiting(monkeypatch):
         joined.wait(20)
         return SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
 
-    monkeypatch.setattr(transports.dist, "broadcast", broadcast)
+    monkeypatch.setattr(broadcast_group.dist, "broadcast", broadcast)
     yield joined
     joined.set()
 
@@ -54,7 +54,7 @@ def test_a_refusal_is_heard_while_the_communicator_is_made(waiting):
     with pytest.raises(WeightTransferError, match="http://far:1 failed: no such group"):
         first._broadcast(torch.zeros(1), [refused()])
     assert time.monotonic() - began < 10
-    assert first.broken
+    assert first.group.broken
 
 
 def test_a_server_that_never_comes_is_named(waiting):
@@ -65,9 +65,9 @@ def test_a_server_that_never_comes_is_named(waiting):
 def test_later_ones_are_begun_at_once(waiting):
     waiting.set()
     first = transport(10)
-    assert not first.met
+    assert not first.group.met
     first._broadcast(torch.zeros(1), [Future()])
-    assert first.met
+    assert first.group.met
     threads = threading.active_count()
     first._broadcast(torch.zeros(1), [Future()])
     assert threading.active_count() <= threads

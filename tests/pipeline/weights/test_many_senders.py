@@ -6,6 +6,7 @@ Ranks and servers' ranks meet in real gloo groups; the servers are without engin
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,7 @@ def twice(rounds):
 def dropped(rounds):
     """The first tensor is left out."""
     for number, buckets in enumerate(rounds):
-        yield [buckets[0][1:], *buckets[1:]] if number == 0 else buckets
+        yield [bucket for bucket in (buckets[0][1:], *buckets[1:]) if bucket] if number == 0 else buckets
 
 
 def broken(rounds):
@@ -193,7 +194,7 @@ def test_what_goes_wrong_is_told_by_all_senders_and_the_next_servers_get_the_wei
         others = [servers() for _ in range(5)]
         cases = [
             to(dying, 4),
-            to(stopping, 4, timeout_s=1.0),
+            to(stopping, 4, timeout_s=3.0),
             to(refusing, 4),
             to(others[0], 4, "version", 2),
             to(others[1], 4, "twice", 3),
@@ -206,14 +207,16 @@ def test_what_goes_wrong_is_told_by_all_senders_and_the_next_servers_get_the_wei
         for error in errors[0]:
             assert error.startswith(f"WeightTransferError: weight transfer to {dying[1].url} failed"), error
         for error in errors[1]:
-            assert f"{stopping[1].url}/update_weights_from_distributed did not answer in 1 s" in error
+            assert error.startswith("WeightTransferError: ")
+            assert stopping[0].url not in error
+            assert re.search(rf"{stopping[1].url}\S* did not (answer|take a bucket of \d+ bytes) in 3 s", error), error
         for error in errors[2]:
             assert f"{refusing[1].url}/update_weights_from_distributed answered 200: no room" in error
         assert set(errors[3]) == {
             "WeightCheckError: trainer rank 2 sends weights of version 5, and rank 0 of version 4"
         }
         assert all(e.startswith("WeightCheckError: trainer ranks") and e.endswith(EMBEDDING) for e in errors[4])
-        assert all("no trainer rank sends model." in e for e in errors[5])
+        assert "WeightCheckError: no trainer rank sends model." in errors[5][0]  # the others had sent all they had
         assert errors[6][3] == "RuntimeError: out of memory"
         assert all("trainer rank 3: " in e and "out of memory" in e for e in errors[6][:3])
         assert errors[7] == [""] * 4

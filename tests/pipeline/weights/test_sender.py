@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.sampling import Sampling
-from pipeline.weights import WeightsConfig, WeightSender, WeightTransferError
+from pipeline.weights import FurtherSender, WeightsConfig, WeightSender, WeightTransferError
 from tests.conftest import save_tiny_model
 from tests.support import reference
 from tests.support.sampling import answers
@@ -127,6 +128,41 @@ def test_a_bucket_may_mix_dtypes(client, sender, original):
     assert changed == ["model.norm.weight"]
 
 
+def test_two_senders_at_once_give_what_one_gives(client, server, sender, original):
+    doubled = {name: tensor * 2 for name, tensor in original.items()}
+    sender.send(buckets(doubled), 10)
+    one = client.checksums()
+    sender.send(buckets(original), 11)
+    config, address = (
+        WeightsConfig(timeout_s=30.0, transport="distributed"),
+        ServerAddress(server.url, keys=server.keys),
+    )
+    names = list(doubled)
+    # a share has more rounds of one bucket, the other buckets in more turns
+    shares = [
+        [[[(n, doubled[n])] for n in names[:3]], [[(n, doubled[n]) for n in names[3:30]]]],
+        [[], [[(n, doubled[n]) for n in names[30:]]]],
+    ]
+    first = WeightSender([address], config, device="cpu", senders=(0, 1), names=frozenset(names))
+    meeting = first.offer()
+    assert meeting is not None
+    second = FurtherSender(meeting, 1, config)
+
+    def of_second():
+        second.connect()
+        second.send_rounds(shares[1], 21)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(of_second)
+        first.connect()
+        first.send_rounds(shares[0], 21)  # a version that is compared
+        other.result()
+    assert client.checksums() == one
+    assert first.sent.nbytes + second.sent.nbytes == sum(t.nbytes for t in doubled.values())
+    first.close()
+    second.close()
+
+
 def test_a_wrong_shape_is_an_error_that_names_server_and_reason(client, server, sender, original):
     with pytest.raises(WeightTransferError, match=rf"{server.url}.*(?s:.)*\[7\].*\[64\]"):
         sender.send([[("model.norm.weight", torch.zeros(7))]], 9)
@@ -137,7 +173,7 @@ def test_a_server_that_refuses_is_noticed_at_once_not_after_the_time_out(server,
     """It answers over HTTP and never joins the broadcast."""
     lonely = make_sender(server.url, server.keys, transport="distributed")
     lonely.connect()
-    group = lonely.transport.group
+    group = lonely.transport.group.name
     client.post("/destroy_weights_update_group", {"group_name": group})
     began = time.monotonic()
     with pytest.raises(WeightTransferError, match=server.url):
