@@ -25,6 +25,7 @@ from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
 from pipeline.plan.parameters import active, total
 from pipeline.plan.sampling import Lengths, Sampling, Server, sample, server
+from pipeline.plan.weight_transfer import WeightTransfer, weight_transfer
 from pipeline.rollout.admission import Admission
 
 SEED = 0
@@ -72,7 +73,7 @@ class Work:
 class Plan:
     """bubble:        share of an update's time that a pipeline stage waits.
     expert_tokens: see `expert_tokens`.
-    weight_bytes:  sent once a step.
+    weights:       sent once a step.
     route_bytes:   of a step's routes as they are kept and go to the trainer; route_wire_bytes: in the servers' answers.
     turns:         where trainer and servers take turns on their GPUs.
     reasons:       why it cannot run, a sentence each; empty: it fits.
@@ -91,7 +92,7 @@ class Plan:
     work: Work
     bubble: float
     expert_tokens: tuple[float, float]
-    weight_bytes: float
+    weights: WeightTransfer
     route_bytes: float
     route_wire_bytes: float
     seconds: Seconds
@@ -150,7 +151,7 @@ def make_plan(
     sampling = Sampling(math.inf, 0.0, math.inf, math.inf)
     if one.fits and not quick:
         sampling = sample(answers, servers, one, prompt)
-    sent = float(item_bytes(config.precision)) * total(model)
+    sent = weight_transfer(config, model, card, efficiency)
     turns = turns_of(config, memory, card) if config.cluster.colocated else None
     rate = parallel.ranks * card.bf16 * efficiency.train
     passes = config.train.mini_batches * work.micro_batches  # of log-probs, which need not stop between mini-batches
@@ -159,7 +160,7 @@ def make_plan(
         logprobs=work.logprobs / rate / (1 - bubble(parallel, passes)),
         update=work.update / rate / (1 - bubble(parallel, work.micro_batches))
         + _offloaded_s(memory, card, config, efficiency),
-        sync=sent / (card.network * efficiency.network) if turns is None else sent_s(sent, servers, card, efficiency),
+        sync=sent.seconds if turns is None else sent_s(sent.bytes, servers, card, efficiency),
         turns=0.0 if turns is None else turns.moves_s,
     )
     if config.rollout.max_staleness and one.fits and not quick:
@@ -180,7 +181,7 @@ def make_plan(
         work=work,
         bubble=bubble(parallel, work.micro_batches),
         expert_tokens=expert_tokens(config, model),
-        weight_bytes=sent,
+        weights=sent,
         route_bytes=routes * np.dtype(route_dtype(model.num_experts)).itemsize,
         route_wire_bytes=routes * 4 * 4 / 3 if replay.from_server else 0.0,  # int32 in base64
         seconds=seconds,

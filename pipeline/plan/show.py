@@ -65,7 +65,9 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
             "bubble": plan.bubble,
             "expert_tokens": plan.expert_tokens[0],
             "expert_tokens_deviation": plan.expert_tokens[1],
-            "weight_transfer_bytes": plan.weight_bytes,
+            "weight_transfer_bytes": plan.weights.nbytes,
+            "weight_senders": plan.weights.senders,
+            "weight_bytes_by_sender": plan.weights.by_sender,
             "route_bytes": plan.route_bytes,
             "route_wire_bytes": plan.route_wire_bytes,
         },
@@ -144,12 +146,12 @@ def _server_rows(plan: Plan) -> list[Row]:
 
 
 def _step_rows(plan: Plan) -> list[Row]:
-    tokens, deviation = plan.expert_tokens
+    (tokens, deviation), sent = plan.expert_tokens, plan.weights
     return [
         ("FLOPs of the trainer", f"{plan.flops:.2e}", f"{plan.work.model:.2e} without recomputation"),
         ("micro-batches a rank", f"{plan.work.micro_batches}", f"pipeline bubble {plan.bubble:.1%}"),
         ("tokens an expert", f"{tokens:,.0f}", f"± {deviation:,.0f} if drawn at random"),
-        ("weights sent", f"{plan.weight_bytes / GB:.1f} GB", "once a step"),
+        ("weights sent", f"{sent.nbytes / GB:.1f} GB", f"once a step, at most {sent.by_sender / GB:.1f} by a rank"),
         ("routes", f"{plan.route_bytes / GB:.2f} GB", f"{plan.route_wire_bytes / GB:.2f} GB in the answers"),
     ]
 
