@@ -160,7 +160,7 @@ def make_plan(
         logprobs=work.logprobs / rate / (1 - bubble(parallel, passes)),
         update=work.update / rate / (1 - bubble(parallel, work.micro_batches))
         + _offloaded_s(memory, card, config, efficiency),
-        sync=sent.seconds if turns is None else sent_s(sent.bytes, servers, card, efficiency),
+        sync=sent.seconds if turns is None else sent_s(sent.nbytes, servers, card, efficiency),
         turns=0.0 if turns is None else turns.moves_s,
     )
     if config.rollout.max_staleness and one.fits and not quick:

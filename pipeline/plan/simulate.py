@@ -35,6 +35,7 @@ from pipeline.rollout.admission import Admission
 
 Mode = Literal["synchronous", "one step off", "asynchronous"]
 MODES: tuple[Mode, ...] = ("synchronous", "one step off", "asynchronous")
+ADAPTERS = 8  # that weights leave a machine by, and come into one
 AHEAD: dict[Mode, tuple[int, int]] = {"synchronous": (0, 0), "one step off": (1, 1), "asynchronous": (4, 3)}
 """max_staleness and ahead of each."""
 
@@ -119,7 +120,8 @@ class Workload:
             raise ValueError(f"a server takes {self.server.gpus} GPUs; {rollout_gpus} are too few")
         answers = self.lengths.sample(self.samples, self.seed)
         sampling = sample(answers, servers, self.server, self.prompt, ahead=AHEAD["asynchronous"][1])
-        weights = 2.0 * total(self.model) / (self.gpu.network * self.efficiency.network)
+        adapters = min(ADAPTERS, trainer_gpus, rollout_gpus)  # see `weight_transfer`
+        weights = 2.0 * total(self.model) / adapters / (self.gpu.network * self.efficiency.network)
         return Phases(sampling, self._train_s(answers, trainer_gpus), weights)
 
     def followed(self, mode: Mode, phases: Phases, trainer_gpus: int, rollout_gpus: int) -> Outcome:

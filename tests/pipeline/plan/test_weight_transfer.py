@@ -25,9 +25,8 @@ def test_eight_adapters_a_machine_send_within_what_is_promised(preset, limit_s):
     assert many.senders == 8
     assert many.seconds <= limit_s
     assert one.seconds / 8 <= many.seconds < one.seconds / 6.5
-    assert [round(planned(preset, f"weights.senders={n}").by_sender / one.nbytes, 1) for n in (2, 4)] == [0.5, 0.2] or (
-        many.by_sender < planned(preset, "weights.senders=4").by_sender < planned(preset, "weights.senders=2").by_sender
-    )
+    by_senders = [planned(preset, f"weights.senders={n}").by_sender for n in (1, 2, 4, 8)]
+    assert by_senders == sorted(by_senders, reverse=True)
 
 
 def test_a_machine_takes_in_no_faster_than_its_adapters():
