@@ -15,6 +15,7 @@ sequences, and in the order in which a router sees the tokens (position by posit
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,12 +91,12 @@ def plan_micro_batches(
     while True:
         per_rank = math.ceil(per_rank / multiple_of) * multiple_of
         bins: list[list[int]] = [[] for _ in range(per_rank * dp_size)]
-        loads = [0] * len(bins)
+        loads = [(0, b) for b in range(len(bins))]  # a heap
         for i in order:
-            b = min(range(len(bins)), key=lambda b: (loads[b], b))
+            load, b = loads[0]
             bins[b].append(i)
-            loads[b] += lengths[i]
-        if all(load <= token_budget or len(b) == 1 for load, b in zip(loads, bins, strict=True)):
+            heapq.heapreplace(loads, (load + lengths[i], b))
+        if all(load <= token_budget or len(bins[b]) <= 1 for load, b in loads):
             break
         per_rank += 1
     bins = [sorted(b) for b in bins]
