@@ -242,9 +242,10 @@ class Distributed(Transport):
             yield
         except BaseException as error:
             if len(self.senders) > 1 and self.board is not None:
-                lasting = not isinstance(error, WeightTransferError) or isinstance(error, WeightCheckError)
+                of_servers = isinstance(error, WeightTransferError)
+                words = str(error) if of_servers else f"trainer rank 0: {type(error).__name__}: {error}"
                 with contextlib.suppress(RuntimeError):
-                    self.board.fail(Failure(str(error), 0, lasting))
+                    self.board.fail(Failure(words, 0, not of_servers or isinstance(error, WeightCheckError)))
             raise
 
     def release(self) -> None:

@@ -44,6 +44,7 @@ SECONDS = {
     "pipeline/objectives/test_properties.py": 9,
     "pipeline/plan/test_against_models.py": 9,
     "pipeline/rewards/kinds/test_servers.py": 9,
+    "pipeline/weights/test_many_senders.py": 9,
     "pipeline/weights/test_packed_experts.py": 9,
     "end_to_end/test_convert.py": 7,
     "megatron_ext/test_trainer.py": 7,

@@ -27,10 +27,10 @@ def receive(original: Callable[..., Any], updater: Any, **request: Any) -> Any:
         return original(updater, **request)
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-    described = [request[key] for key in ("names", "dtypes", "shapes")]
+    names, dtypes, shapes = (request[key] for key in ("names", "dtypes", "shapes"))
     buckets, works = [], []
     for group, part in parts(json.loads(request["group_name"])):
-        bucket = FlattenedTensorBucket.empty(*(each[part] for each in described), updater.device)
+        bucket = FlattenedTensorBucket.empty(names[part], dtypes[part], shapes[part], updater.device)
         works.append(_begin(bucket.get_flattened_tensor(), updater._model_update_group[group]))
         buckets.append(bucket)
     for work in works:

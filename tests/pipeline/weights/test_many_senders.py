@@ -191,7 +191,7 @@ def test_what_goes_wrong_is_told_by_all_senders_and_the_next_servers_get_the_wei
             return stack.enter_context(receivers(2, ranks=1, faults={1: faults["fault"]} if faults else None))
 
         dying, stopping, refusing = (servers(fault=(what, 2)) for what in ("dies", "stops", "refuses"))
-        others = [servers() for _ in range(5)]
+        others = [servers() for _ in range(6)]
         cases = [
             to(dying, 4),
             to(stopping, 4, timeout_s=3.0),
@@ -200,7 +200,8 @@ def test_what_goes_wrong_is_told_by_all_senders_and_the_next_servers_get_the_wei
             to(others[1], 4, "twice", 3),
             to(others[2], 4, "dropped", 1),
             to(others[3], 4, "broken", 3),
-            to(others[4], 4),
+            to(others[4], 4, "broken", 0),
+            to(others[5], 4),
         ]
         found = run(tiny_model_dir, {"ranks": 4, "pipeline": 2, "expert": 2}, cases)
         errors = [[error for _, error in answers] for answers in found]
@@ -219,5 +220,9 @@ def test_what_goes_wrong_is_told_by_all_senders_and_the_next_servers_get_the_wei
         assert "WeightCheckError: no trainer rank sends model." in errors[5][0]  # the others had sent all they had
         assert errors[6][3] == "RuntimeError: out of memory"
         assert all("trainer rank 3: " in e and "out of memory" in e for e in errors[6][:3])
-        assert errors[7] == [""] * 4
-        whole(others[4], original)
+        assert errors[7] == [
+            "RuntimeError: out of memory",
+            *["WeightCheckError: trainer rank 0: RuntimeError: out of memory"] * 3,
+        ]
+        assert errors[8] == [""] * 4
+        whole(others[5], original)
