@@ -196,6 +196,50 @@ class OptimizerConfig(Frozen):
         return self
 
 
+class LoraConfig(Frozen):
+    """Adapters of low rank (2106.09685) that are trained in the model's place: W + alpha / rank B A. The names are the
+    PEFT library's, `r` and `lora_alpha` and `target_modules` there."""
+
+    rank: int = Field(16, ge=1, description="rows of A, and columns of B; PEFT's r")
+    alpha: float = Field(32.0, gt=0, description="the product is taken alpha / rank times; PEFT's lora_alpha")
+    targets: Literal["all"] | tuple[str, ...] = Field(
+        "all",
+        description="projections that have adapters: all, or a list of the model's own names (q_proj, down_proj) and of "
+        "groups of them: attention, dense, experts, shared_experts",
+    )
+    router: Literal["frozen", "trained"] = Field(
+        "frozen", description="trained: routers are trained themselves, beside the adapters"
+    )
+
+    @property
+    def scale(self) -> float:
+        """Of the product of B and A."""
+        return self.alpha / self.rank
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("a list of no projections trains nothing; name some, or write all")
+        return value
+
+    @staticmethod
+    def conflict(fields: Mapping[str, Any]) -> str | None:
+        """What in Megatron-Core's TransformerConfig (0.19.2) goes around the layers that adapters are added to, and
+        what to set instead; or None. fields: by TransformerConfig's names."""
+        for name, why in _AROUND_LAYERS.items():
+            if fields.get(name):
+                return f"{why}; leave {name} out of trainer.extra"
+        return None
+
+
+_AROUND_LAYERS = {
+    "moe_shared_expert_overlap": "overlapped shared experts gather their tokens outside their layers",
+    "use_transformer_engine_op_fuser": "fused operations of Transformer Engine never call the layers themselves",
+    "delay_wgrad_compute": "delayed gradients of weights are computed for all of them or none",
+}
+
+
 class TrainerConfig(Frozen):
     """Memory and kernels of the trainer."""
 

@@ -23,10 +23,11 @@ from megatron_ext import cpu
 from megatron_ext.batch.layout import Sample, TokenLayout, plan_micro_batches
 from megatron_ext.batch.micro_batch import MicroBatch, make_micro_batch
 from megatron_ext.batch.replay import ChunkReplay, replaying
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.config import LoraConfig, OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.load import load_hf
 from megatron_ext.logprobs.head import logprob_head
+from megatron_ext.lora.attach import attach
 from megatron_ext.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -91,21 +92,26 @@ class Network:
         head: Literal["lm", "value"] = "lm",
         trainable: bool = True,
         replay: bool = False,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ):
         """Build it, with random weights.
 
         head:        "lm" gives log-probs and entropies of tokens, "value" one number a token.
         trainable:   whether it has gradients; then `restart_optimizer` before the first step.
         replay:      whether its routers can record and replay routes.
-        Raises UnsupportedModel or ValueError where the model cannot be built in this layout.
+        lora:        train adapters in its place, which begin as `seed` says; None: train it.
+        Raises UnsupportedModel, LoraError or ValueError where the model cannot be built so.
         """
-        self.model, self.parallel, self.config = model, parallel_config, config
+        self.model, self.parallel, self.config, self.lora = model, parallel_config, config, lora
         self.head, self.trainable, self.precision = head, trainable, precision
         self.label_shift = 0  # anything else is a diagnosis' doing
         self.mcore_config, self.chunks = build_model(
             model, parallel_config, config, precision, head=head, replay=replay
         )
         round_key_values(self.chunks, precision.kv_cache)
+        if lora is not None:
+            attach(self.chunks, model, lora, seed=seed, value_head=head == "value")
         self.replays = [ChunkReplay(c, config.replay_floor) for c in self.chunks] if replay else []
         self.models: list[Any] = list(self.chunks)
         if trainable:
@@ -127,7 +133,19 @@ class Network:
         for mine, theirs in zip(self.chunks, other.chunks, strict=True):
             for tensors in ("parameters", "buffers"):  # a router's bias is a buffer
                 for a, b in zip(getattr(mine, tensors)(), getattr(theirs, tensors)(), strict=True):
-                    a.copy_(b)
+                    if a.data_ptr() != b.data_ptr():
+                        a.copy_(b)
+
+    @torch.no_grad()
+    def share(self, other: Network) -> None:
+        """What is frozen here becomes that of another network of the same layout, in the same memory."""
+        for mine, theirs in zip(self.chunks, other.chunks, strict=True):
+            parameters, buffers = dict(theirs.named_parameters()), dict(theirs.named_buffers())
+            for name, parameter in mine.named_parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameters[name].data
+            for name, buffer in mine.named_buffers():
+                buffer.copy_(buffers[name])
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """Begin a phase of training: these settings, no moments, the step count at 0."""

@@ -22,7 +22,7 @@ from megatron_ext.batch.micro_batch import MicroBatch
 from megatron_ext.checkpoint import training
 from megatron_ext.checkpoint.staged_save import StagedSave
 from megatron_ext.checkpoint.training import Networks
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.config import LoraConfig, OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.exchange import Exchange, exchanged
 from megatron_ext.finite import first_output_not_finite, parameters_not_finite
 from megatron_ext.hf.bucket import Bucket
@@ -73,6 +73,8 @@ class Trainer:
         critic: OptimizerConfig | None = None,
         reference: bool = False,
         load_weights: bool = True,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ):
         """Build and load a Hugging Face model directory.
 
@@ -80,13 +82,18 @@ class Trainer:
         precision:   what it computes with; its temperature is the sampler's.
         critic:      train a value model with this optimizer: the same model, its LM head replaced by a value head.
         reference:   hold a frozen copy of the policy; `keep_reference` says of when.
+        load_weights: else they are random, until `resume`.
+        lora:        train adapters on the frozen model, which all that is held here has in common; None: train it.
+        seed:        of the adapters.
         Raises FileNotFoundError, UnsupportedModel, ValueError or KeyError where the model does not fit.
         """
         model = read_description(model_path)
 
         def network(**kind) -> Network:
-            built = Network(model, parallel_config, config, precision, **kind)
-            if load_weights:
+            built = Network(model, parallel_config, config, precision, lora=lora, seed=seed, **kind)
+            if lora is not None and hasattr(self, "policy"):
+                built.share(self.policy)
+            elif load_weights or lora is not None:  # no checkpoint of adapters has the model
                 built.load(model_path)
             return built
 

@@ -26,6 +26,7 @@ from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import local_parameters
 from megatron_ext.hf.senders.assignment import Place, Unit, assign, choose_senders, holds_its_own
 from megatron_ext.hf.tables import Match
+from megatron_ext.lora.attach import merging
 from megatron_ext.mcore import GPTModel, parallel_state
 
 
@@ -65,6 +66,7 @@ class HFExporter:
         bytes are held beside it where it packs experts."""
         self.model, self.bucket_bytes = model, bucket_bytes
         self.parameters = local_parameters(chunks, model, value_head=value_head)
+        self.values = merging(chunks, model)  # of a parameter: with the product of its adapter
         self.device = self.parameters[0][1].device
         mine = [_Item(match, tuple(p.shape), p.dtype) for _, p, match in self.parameters]
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -251,7 +253,7 @@ class HFExporter:
     def _gather(self, bucket: list, expert: bool, stage: int) -> Tensor:
         """[elements of all shards of the bucket], on every rank."""
         if bucket[0][1] is not None:
-            flat = torch.cat([p.detach().reshape(-1) for _, p in bucket])
+            flat = torch.cat([self.values(p).reshape(-1) for _, p in bucket])
             flat = _all_gather(flat, _shard_group(expert))
         else:
             flat = self._empty(bucket, self._ways(expert))
@@ -269,7 +271,7 @@ class HFExporter:
         rank, flat = dist.get_rank(), None
         head = receiver if self.places[receiver].stage == stage else self.heads[stage]
         if bucket[0][1] is not None and head in dist.get_process_group_ranks(group):
-            shard = torch.cat([p.detach().reshape(-1) for _, p in bucket])
+            shard = torch.cat([self.values(p).reshape(-1) for _, p in bucket])
             flat = shard
             if group.size() > 1:
                 flat = self._empty(bucket, ways) if rank == head else None

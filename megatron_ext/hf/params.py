@@ -11,12 +11,15 @@ from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.tables import Match, match_parameters
 from megatron_ext.mcore import GPTModel, parallel_state
 
+ADAPTERS = "adapters"
+"""Of a chunk: the module of its LoRA adapters, which are no weights of the model (`megatron_ext.lora`)."""
+
 
 def local_parameters(
     chunks: Sequence[GPTModel], model: ModelDescription, *, value_head: bool = False
 ) -> list[tuple[str, Tensor, Match]]:
-    """(global name, tensor, its table row) of every parameter and persistent buffer that this rank holds, in module
-    order, the buffers of a chunk after its parameters.
+    """(global name, tensor, its table row) of every parameter and persistent buffer of the model that this rank holds,
+    in module order, the buffers of a chunk after its parameters.
 
     value_head: leave the output layer out; it is no LM head.
 
@@ -32,7 +35,7 @@ def local_parameters(
             return f"decoder.layers.{layers[int(found[1])].layer_number - 1}."
 
         for name, parameter in (*chunk.named_parameters(), *_persistent_buffers(chunk)):
-            if value_head and name.startswith("output_layer."):
+            if name.startswith(f"{ADAPTERS}.") or (value_head and name.startswith("output_layer.")):
                 continue
             name = re.sub(r"^decoder\.layers\.(\d+)\.", layer_name, name)
             name = re.sub(
