@@ -204,8 +204,8 @@ class LoraConfig(Frozen):
     alpha: float = Field(32.0, gt=0, description="the product is taken alpha / rank times; PEFT's lora_alpha")
     targets: Literal["all"] | tuple[str, ...] = Field(
         "all",
-        description="projections that have adapters: all, or a list of the model's own names (q_proj, down_proj) and of "
-        "groups of them: attention, dense, experts, shared_experts",
+        description="projections that have adapters: all, or a list of the model's own names (q_proj, down_proj) and "
+        "of groups of them: attention, dense, experts, shared_experts",
     )
     router: Literal["frozen", "trained"] = Field(
         "frozen", description="trained: routers are trained themselves, beside the adapters"

@@ -28,6 +28,7 @@ from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.load import load_hf
 from megatron_ext.logprobs.head import logprob_head
 from megatron_ext.lora.attach import attach
+from megatron_ext.lora.origin import Origin, origin_of
 from megatron_ext.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -106,6 +107,7 @@ class Network:
         self.model, self.parallel, self.config, self.lora = model, parallel_config, config, lora
         self.head, self.trainable, self.precision = head, trainable, precision
         self.label_shift = 0  # anything else is a diagnosis' doing
+        self.origin: Origin | None = None  # of adapters, once the model is loaded
         self.mcore_config, self.chunks = build_model(
             model, parallel_config, config, precision, head=head, replay=replay
         )
@@ -126,6 +128,8 @@ class Network:
     def load(self, path: str | Path) -> None:
         """The weights of a Hugging Face directory; a value head has none and keeps its own. Errors as in load_hf."""
         load_hf(self.chunks, self.model, path, value_head=self.head == "value")
+        if self.lora is not None:
+            self.origin = origin_of(Path(path), self.lora)
 
     @torch.no_grad()
     def copy_from(self, other: Network) -> None:

@@ -29,6 +29,7 @@ from megatron_ext.hf.bucket import Bucket
 from megatron_ext.hf.description import read_description
 from megatron_ext.hf.export import HFExporter
 from megatron_ext.host_copy import HostCopy, storages
+from megatron_ext.lora.attach import merging
 from megatron_ext.network import Network, Routing
 from megatron_ext.parts import Metrics, NotFinite, TokenPart, UpdatePart, add_metrics
 
@@ -103,7 +104,7 @@ class Trainer:
         self.critic = network(head="value") if critic is not None else None
         if self.critic is not None and critic is not None:
             self.critic.restart_optimizer(critic)
-        self.exporter = HFExporter(self.policy.chunks, model)
+        self.exporter = HFExporter(self.policy.chunks, model, values=merging(self.policy.chunks, model))
         device = self.policy.device
         self._host = {"weights": HostCopy(device), "optimizer": HostCopy(device)}
 

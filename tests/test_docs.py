@@ -130,7 +130,7 @@ def test_a_command_to_be_typed_is_written_in_one_way():
     """`.venv/bin/sameroute ...`, so that it works without a step before it; the name alone is `sameroute train`."""
     lines = [(page.name, line) for page in PAGES if page.name not in MADE for line in page.read_text().splitlines()]
     commands = "|".join(COMMANDS)
-    name = rf"sameroute (?:{commands})(?: slurm| to-megatron| to-hf)?"
+    name = rf"sameroute (?:{commands})(?: slurm| to-megatron| to-hf| to-peft)?"
     wrong = [
         f"{page}: {line}"
         for page, line in lines

@@ -33,24 +33,25 @@ from megatron_ext.mcore import (
     replace_keys_with_sharded_keys,
 )
 
-_MODEL = {"embedding", "decoder", "output_layer", "mtp"}  # what a key of the model begins with
+_MODEL = {"embedding", "decoder", "output_layer", "mtp", "adapters"}  # what a key of the model begins with
 Resolve = Callable[[Tensor], Tensor]
 
 
-def sharded_state(chunks: Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
+def sharded_state(chunks: Sequence[GPTModel], *, trained: bool = False) -> dict[str, dict[str, Any]]:
     """Megatron-Core's description of this rank's shards: chunk -> name in the chunk -> ShardedTensor or factory.
 
+    trained: of parameters that are trained, and of nothing else.
     Transformer Engine's `_extra_state` is left out: it holds FP8 scales, and would tie a checkpoint to the spec.
     """
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {
-        f"model{i}": {
-            name: entry
-            for name, entry in chunk.sharded_state_dict(metadata=metadata).items()
-            if not name.endswith("_extra_state")
-        }
-        for i, chunk in enumerate(chunks)
-    }
+    state = {}
+    for i, chunk in enumerate(chunks):
+        entries = chunk.sharded_state_dict(metadata=metadata)
+        kept = {name for name in entries if not name.endswith("_extra_state")}
+        if trained:
+            kept &= {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
+        state[f"model{i}"] = {name: entry for name, entry in entries.items() if name in kept}
+    return state
 
 
 def save_model(path: Path, chunks: Sequence[GPTModel], *, resolve: Resolve | None = None) -> None:

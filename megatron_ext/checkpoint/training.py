@@ -7,6 +7,9 @@ Megatron-Core's dist checkpoint of `shards.py`, and in it, beside the policy's w
     rng/*                  the random-number generators of each rank
     checksums.json         bytes and CRC-32 of every file
 
+Of a network with adapters (`megatron_ext.lora`), its trained parameters stand in the place of the weights, and
+`lora.json` says which model they are added to.
+
 The optimizer is saved `fully_reshardable`: any layout reads what any other wrote. Generators belong to a rank, so they
 come back in the layout that saved them; another one goes on with its own.
 """
@@ -30,6 +33,7 @@ from megatron_ext.checkpoint.names import CHECKSUMS, CheckpointError
 from megatron_ext.checkpoint.plain import plain_data
 from megatron_ext.checkpoint.shards import check_files, check_model, sharded_state
 from megatron_ext.checkpoint.staged_save import StagedSave
+from megatron_ext.lora.origin import LORA, Origin, read_origin, write_origin
 from megatron_ext.mcore import (
     ShardedObject,
     add_prefix_for_sharding,
@@ -71,7 +75,8 @@ def begin_save(path: Path, networks: Networks) -> StagedSave:
                  if isinstance(t, torch.Tensor)}  # fmt: skip
         state[name], common["networks"][name] = _network_state(name, network, loading=False)
     state["common"] = common
-    return StagedSave(state, path, live, finished=lambda sums: _write_checksums(path, sums))
+    origin = networks.policy.origin
+    return StagedSave(state, path, live, finished=lambda sums: _write_checksums(path, sums, origin))
 
 
 def load(path: Path, networks: Networks) -> None:
@@ -86,7 +91,8 @@ def load(path: Path, networks: Networks) -> None:
     stored, wanted = set(common["networks"]), {name for name, _ in networks.items()}
     if absent := wanted - stored:
         raise CheckpointError(f"{path} holds no {' and no '.join(sorted(absent))}")
-    policy = sharded_state(networks.policy.chunks)
+    check_origin(path, networks.policy.origin)
+    policy = _sharded(networks.policy)
     check_model(path, [entry for chunk in policy.values() for entry in chunk.values()])
     same_layout = common["layout"] == _layout(networks.policy)
     state: dict[str, Any] = {"rng": _rng_object(None)} if same_layout else {}
@@ -103,6 +109,34 @@ def load(path: Path, networks: Networks) -> None:
         log.warning("%s was saved in another layout: random-number generators go on with their own state", path)
 
 
+def check_origin(path: Path, origin: Origin | None) -> None:
+    """Raise CheckpointError where adapters are of another kind, or of another model, than here."""
+    try:
+        stored = read_origin(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if origin is None or stored is None:
+        if origin is not stored:
+            held, wanted = ("a whole model", "adapters") if stored is None else ("adapters", "a whole model")
+            raise CheckpointError(f"{path} holds {held}; {wanted} would be trained")
+        return
+    for name, mine, theirs in (
+        ("rank", origin.lora.rank, stored.lora.rank),
+        ("alpha", origin.lora.alpha, stored.lora.alpha),
+    ):
+        if mine != theirs:
+            raise CheckpointError(f"{path} holds adapters of {name} {theirs}, and {name} {mine} is trained")
+    if origin.fingerprint != stored.fingerprint:
+        raise CheckpointError(
+            f"{path} holds adapters of the model that was {stored.base}, whose weights are others than those of "
+            f"{origin.base}"
+        )
+
+
+def _sharded(network: Network) -> dict[str, Any]:
+    return dict(sharded_state(network.chunks, trained=network.lora is not None))
+
+
 def _layout(network: Network) -> dict[str, Any]:
     return network.parallel.model_dump()
 
@@ -111,7 +145,7 @@ def _network_state(
     name: str, network: Network, *, loading: bool, stepped: bool | None = None
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Shards of one network, and its counters. stepped: whether its optimizer has moments; None: look."""
-    state: dict[str, Any] = sharded_state(network.chunks)
+    state = _sharded(network)
     counts: dict[str, int] = {}
     if network.trainable:
         counts = {"steps": network.steps, "adam_steps": _adam_steps(network)}
@@ -199,9 +233,11 @@ def _rng_object(state: dict[str, Any] | None) -> ShardedObject:
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
 
 
-def _write_checksums(path: Path, sums: dict[str, tuple[int, int]]) -> None:
+def _write_checksums(path: Path, sums: dict[str, tuple[int, int]], origin: Origin | None) -> None:
     """On the first rank, when everything else is written. sums: name -> (bytes, CRC-32) of the ranks' files."""
-    for name in ("metadata.json", ".metadata"):
+    if origin is not None:
+        write_origin(path, origin)
+    for name in ("metadata.json", ".metadata", *([LORA] if origin is not None else [])):
         sums[name] = checksum(path / name)
     (path / CHECKSUMS).write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
 

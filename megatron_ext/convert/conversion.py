@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from megatron_ext import parallel
 from megatron_ext.checkpoint.names import HF_FOLDER
 from megatron_ext.config import ParallelConfig
+from megatron_ext.convert.adapted import AdaptedTensors, AdapterReader, adapters_in
 from megatron_ext.convert.comparison import Comparison, compare, source_dtype
 from megatron_ext.convert.output import OutputError, keep_apart, output_directory, progress, size_text
 from megatron_ext.convert.ranks import run_ranks
@@ -29,6 +30,7 @@ from megatron_ext.hf.companions import Carried, Dtype, write_companions
 from megatron_ext.hf.description import ModelDescription, read_description
 from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.tied import HEAD_NAME, check_tied_head
+from megatron_ext.lora.peft import peft_problem, write_peft
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,11 @@ def to_hf(
     shard_bytes: int = 1 << 30,
     verify: bool = True,
     overwrite: bool = False,
+    base: Path | None = None,
 ) -> Report:
-    """A checkpoint, written in any layout, into a model directory.
+    """A checkpoint, written in any layout, into a model directory; adapters are merged into their model.
 
-    hf_dir: configuration and tokenizer, where they are not in the checkpoint.
+    hf_dir: configuration and tokenizer, where they are not in the checkpoint. base: see `adapters_in`.
     dtype:  None is the checkpoint's. shard_bytes: of one safetensors file, but for a larger tensor.
     """
     began = time.monotonic()
@@ -173,9 +176,13 @@ def to_hf(
     keep_apart(checkpoint, out)
     keep_apart(companions, out)
     results: list[Report] = []
+    origin = adapters_in(checkpoint, base)
+    if origin is not None:
+        keep_apart(origin.base, out)
 
     def convert() -> None:
-        tensors = CheckpointTensors(checkpoint, read_description(companions))
+        model = read_description(companions)
+        tensors = CheckpointTensors(checkpoint, model) if origin is None else AdaptedTensors(checkpoint, model, origin)
         target = dtype or tensors.dtype
         width = {"float32": 4, "bfloat16": 2}[target]
         carried = Carried(companions)
@@ -194,3 +201,27 @@ def to_hf(
 
     run_ranks(convert, ParallelConfig())
     return results[0]
+
+
+def to_peft(checkpoint: Path, out: Path, *, base: Path | None = None, overwrite: bool = False) -> Path:
+    """The adapters of a checkpoint, written in any layout, into a directory that PEFT reads. Returns it.
+
+    base: see `adapters_in`. Raises ValueError where PEFT has no form for them.
+    """
+    keep_apart(checkpoint, out)
+    origin = adapters_in(checkpoint, base)
+    if origin is None:
+        raise ValueError(f"{checkpoint} holds a whole model and no adapters; write it with to-hf")
+    keep_apart(origin.base, out)
+    model = read_description(hf_of_checkpoint(checkpoint, None))
+    if (problem := peft_problem(model, origin.lora)) is not None:
+        raise ValueError(f"{checkpoint} is not written for PEFT: {problem}; write the merged model with to-hf")
+
+    def convert() -> None:
+        read = AdapterReader(checkpoint)
+        nbytes = sum(tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in read.stored.values())
+        with output_directory(out, needed_bytes=nbytes, overwrite=overwrite) as partial:
+            write_peft(partial, model, origin.lora, str(origin.base), read)
+
+    run_ranks(convert, ParallelConfig())
+    return out

@@ -84,13 +84,24 @@ def _storage(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A parameter of the model, and the Hugging Face tensors, or parts of them, that it becomes."""
 
     name: str
     tensor: Tensor
     match: Match
     outputs: list[Tensor]
+
+
+def model_parts(chunks: list[GPTModel], model: ModelDescription) -> tuple[list[Part], set[str]]:
+    """Of a model on the meta device, and the names of tensors whose dtype is not the model's to choose: routing
+    biases."""
+    parts, own_dtype = [], set[str]()
+    for name, tensor, match in local_parameters(chunks, model):
+        parts.append(Part(name, tensor, match, match.row.transform.merge([tensor.to("meta")], model)))
+        if not isinstance(tensor, torch.nn.Parameter):
+            own_dtype.update(match.hf_names)
+    return parts, own_dtype
 
 
 class CheckpointTensors:
@@ -107,13 +118,7 @@ class CheckpointTensors:
         chunks = meta_model(model, ParallelConfig(), self.dtype)
         self.state = sharded_state(chunks)["model0"]
         check_model(path, list(self.state.values()))
-        self.parts: list[_Part] = []
-        self.own_dtype: set[str] = set()  # tensors whose dtype is not the model's to choose: routing biases
-        for name, tensor, match in local_parameters(chunks, model):
-            merged = match.row.transform.merge([tensor.to("meta")], model)
-            self.parts.append(_Part(name, tensor, match, merged))
-            if not isinstance(tensor, torch.nn.Parameter):
-                self.own_dtype.update(match.hf_names)
+        self.parts, self.own_dtype = model_parts(chunks, model)
 
     def outputs(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor without storage) of everything that `stream` gives, in its order."""
@@ -127,7 +132,7 @@ class CheckpointTensors:
         for part in self.parts:
             yield from packed.add(part.match, self._read(part))
 
-    def _read(self, part: _Part) -> list[Tensor]:
+    def _read(self, part: Part) -> list[Tensor]:
         entry = self.state[part.name]
         entry.data = torch.empty(part.tensor.shape, dtype=part.tensor.dtype)
         for shard in shards_of([entry]):

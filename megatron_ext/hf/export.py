@@ -12,7 +12,7 @@ Or several ranks have a share of the stream each (`share`, `senders/assignment.p
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,6 @@ from megatron_ext.hf.packed import PackedExperts
 from megatron_ext.hf.params import local_parameters
 from megatron_ext.hf.senders.assignment import Place, Unit, assign, choose_senders, holds_its_own
 from megatron_ext.hf.tables import Match
-from megatron_ext.lora.attach import merging
 from megatron_ext.mcore import GPTModel, parallel_state
 
 
@@ -59,14 +58,16 @@ class HFExporter:
         *,
         value_head: bool = False,
         bucket_bytes: int = 1 << 28,
+        values: Callable[[Tensor], Tensor] = Tensor.detach,
     ):
         """value_head: the chunks end in a value head, which has no Hugging Face name and is left out.
 
         bucket_bytes: most bytes of one bucket's whole tensors; a larger tensor has a bucket of its own, and so many
-        bytes are held beside it where it packs experts."""
+        bytes are held beside it where it packs experts.
+        values: of a parameter, what is streamed in its place."""
         self.model, self.bucket_bytes = model, bucket_bytes
         self.parameters = local_parameters(chunks, model, value_head=value_head)
-        self.values = merging(chunks, model)  # of a parameter: with the product of its adapter
+        self.values = values
         self.device = self.parameters[0][1].device
         mine = [_Item(match, tuple(p.shape), p.dtype) for _, p, match in self.parameters]
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()

@@ -1,7 +1,7 @@
 """The adapter of one linear layer: y += alpha / rank B A x (2106.09685, section 4.1).
 
-A layer of Megatron-Core may hold several matrices of Hugging Face: queries, keys and values; gate and up; the experts of
-this rank. Each matrix has an A and a B of its own.
+A layer of Megatron-Core may hold several matrices of Hugging Face: queries, keys and values; gate and up; the experts
+of this rank. Each matrix has an A and a B of its own.
 
     A    [experts, matrices, rank, in]             for one matrix of one layer, [1, 1, rank, in]
     B    [experts, blocks, out / blocks, rank]     rows as in the layer's weight, each of one matrix
@@ -36,6 +36,7 @@ from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.params import shard_position
 from megatron_ext.hf.tables import Match
 from megatron_ext.hf.transforms import GateUp, Replicated, Split, Transposed
+from megatron_ext.lora.targets import layer_name
 from megatron_ext.mcore import (
     ShardedTensor,
     TransformerConfig,
@@ -205,11 +206,6 @@ class Adapters(torch.nn.Module):
             assert isinstance(adapter, Adapter)
             state |= adapter.sharded_state_dict(f"{prefix}{name}.")
         return state
-
-
-def layer_name(match: Match) -> str:
-    """Of the linear layer that a weight belongs to, in the whole model: "decoder.layers.3.mlp.experts.linear_fc1"."""
-    return match.row.megatron.rpartition(".weight")[0].format(layer=match.layer)
 
 
 def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], *, kernel: bool | None = None) -> Tensor:

@@ -18,8 +18,8 @@ from megatron_ext.config import LoraConfig
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.params import ADAPTERS, local_parameters
 from megatron_ext.hf.tables import Match
-from megatron_ext.lora.adapter import Adapter, Adapters, layer_name
-from megatron_ext.lora.targets import choose_targets
+from megatron_ext.lora.adapter import Adapter, Adapters
+from megatron_ext.lora.targets import choose_targets, layer_name
 from megatron_ext.mcore import GPTModel
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config import LoraConfig
 from megatron_ext.hf.description import ModelDescription
-from megatron_ext.hf.tables import Row
+from megatron_ext.hf.tables import Match, Row
 
 GROUPS = ("attention", "dense", "experts", "shared_experts")
 
@@ -41,7 +41,7 @@ def choose_targets(model: ModelDescription, lora: LoraConfig) -> list[Target]:
     known = {name for row in rows for name in _names(row)} | {group_of(row) for row in rows}
     if unknown := sorted(wanted - known - {"all"}):
         raise LoraError(
-            f"{model.model_type} has no {', '.join(unknown)}; lora.targets may name all, "
+            f"lora.targets: {model.model_type} has no {', '.join(unknown)}; there are all, "
             f"{', '.join(g for g in GROUPS if g in known)}, {', '.join(sorted(known - set(GROUPS)))}"
         )
     chosen = []
@@ -77,6 +77,11 @@ def _built(row: Row, model: ModelDescription) -> bool:
         "shared_experts": bool(model.moe_layers) and model.shared_ffn > 0,
         "dense": len(model.moe_layers) < model.num_layers,
     }[group_of(row)]
+
+
+def layer_name(match: Match) -> str:
+    """Of the linear layer that a weight belongs to, in the whole model: "decoder.layers.3.mlp.experts.linear_fc1"."""
+    return match.row.megatron.rpartition(".weight")[0].format(layer=match.layer)
 
 
 def layers_with(row: Row, model: ModelDescription) -> Iterator[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_ext.config import LoraConfig
 from megatron_ext.hf.companions import exported_config
 from megatron_ext.hf.config_json import read_hf_config
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore, Progress, read_progress
@@ -131,6 +132,7 @@ def _refuse(config: Config, path: Path, progress: Progress) -> None:
         raise ResumeError(f"{path} was saved by another version of sameroute: {error}") from error
     if (was := saved.precision.weights) != (now := config.precision.weights):
         problems.append(f"precision.weights is {was} in it, {now} in the configuration")
+    problems += _other_adapters(saved.lora, config.lora)
     had, needs = saved.objective.composition(), config.objective.composition()
     if needs.needs_critic and not had.needs_critic:
         problems.append("it holds no critic, which the objective needs")
@@ -141,6 +143,19 @@ def _refuse(config: Config, path: Path, progress: Progress) -> None:
             f"{path} cannot be resumed: {'; '.join(problems)}. Change that back, or set run.directory to another path "
             "(run.overwrite=true without --resume deletes the run and begins anew)"
         )
+
+
+def _other_adapters(was: LoraConfig | None, now: LoraConfig | None) -> list[str]:
+    """What is wrong with adapters that would go on as others, a sentence each."""
+    if was is None or now is None:
+        held = "a whole model" if was is None else "adapters alone"
+        return [] if was is now else [f"it holds {held}, and lora is {'left out' if now is None else 'given'}"]
+    mine, theirs = now.model_dump(), was.model_dump()
+    return [
+        f"lora.{name} is {theirs[name]} in it, {mine[name]} in the configuration"
+        for name in mine
+        if mine[name] != theirs[name]
+    ]
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

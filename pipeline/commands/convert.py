@@ -50,6 +50,12 @@ def add_arguments(convert: argparse.ArgumentParser) -> None:
     to_hf.add_argument("out", metavar="OUT", type=Path)
     to_hf.add_argument("--hf", metavar="HF_DIR", type=Path, help="configuration and tokenizer (default: CKPT/hf)")
     to_hf.add_argument("--shard-gb", type=float, default=1.0, help="of one safetensors file (default: 1)")
+    to_peft = directions.add_parser("to-peft", help="the adapters of a checkpoint into a directory for PEFT")
+    to_peft.add_argument("source", metavar="CKPT", type=Path)
+    to_peft.add_argument("out", metavar="OUT", type=Path)
+    to_peft.add_argument("--overwrite", action="store_true", help="replace OUT, once the new one is whole")
+    for direction in (to_hf, to_peft):
+        direction.add_argument("--base", metavar="HF_DIR", type=Path, help="the model of a checkpoint's adapters")
     for direction in (to_megatron, to_hf):
         direction.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the source's")
         direction.add_argument("--no-verify", dest="verify", action="store_false", help="do not read back and compare")
@@ -71,14 +77,20 @@ def run(options: argparse.Namespace) -> int:
         from megatron_ext.convert.output import OutputError
         from megatron_ext.convert.ranks import RankError
 
-    common = {"dtype": options.dtype, "verify": options.verify, "overwrite": options.overwrite}
+    common = {"overwrite": options.overwrite}
+    if options.direction != "to-peft":
+        common |= {"dtype": options.dtype, "verify": options.verify}
     try:
-        if options.direction == "to-megatron":
+        if options.direction == "to-peft":
+            report = conversion.to_peft(options.source, options.out, base=options.base, **common)
+        elif options.direction == "to-megatron":
             layout = conversion.layout_of(**{name: getattr(options, name) for name in _SIZES})
             report = conversion.to_megatron(options.source, options.out, layout, **common)
         else:
             size = int(options.shard_gb * 1e9)
-            report = conversion.to_hf(options.source, options.out, hf_dir=options.hf, shard_bytes=size, **common)
+            report = conversion.to_hf(
+                options.source, options.out, hf_dir=options.hf, shard_bytes=size, base=options.base, **common
+            )
     except (CheckpointError, ConversionError, OutputError, RankError, OSError) as error:
         raise ConvertError(str(error)) from error
     except KeyError as error:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_ext.hf.description import ModelDescription, describe, read_description
 from megatron_ext.hf.tied import check_tied_head
+from megatron_ext.lora.targets import choose_targets
 from pipeline.config import rewards
 from pipeline.config.file import ConfigError, read_tree
 from pipeline.config.precision import MOVED
@@ -98,6 +99,8 @@ def _model(config: Config, directory: Path | None, served: bool | None = None) -
         assert directory is not None
         model = _check_model(config, directory, config.train.steps > 0 if served is None else served)
     try:
+        if config.lora is not None:
+            choose_targets(model, config.lora)
         check_megatron_fields(config.trainer.extra, latent=bool(model.fields.get("multi_latent_attention")))
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_ext.config import Frozen, ParallelConfig, TrainerConfig
+from megatron_ext.config import Frozen, LoraConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.description import describe
 from pipeline.config.alerts import AlertsConfig
 from pipeline.config.checkpoint import CheckpointConfig
@@ -68,6 +68,9 @@ class Config(Frozen):
     weights: WeightsConfig = Field(default_factory=WeightsConfig)  # pyright: ignore[reportArgumentType]
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)  # pyright: ignore[reportArgumentType]
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)  # pyright: ignore[reportArgumentType]
+    lora: LoraConfig | None = Field(
+        None, description="adapters of low rank that are trained in the model's place; null: it is trained itself"
+    )
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # pyright: ignore[reportArgumentType]
     replay: Replay = Field(
         Replay.R3,
@@ -105,6 +108,8 @@ class Config(Frozen):
                 "Megatron-Core offloads the optimizer of bfloat16 weights only; set precision.weights=bfloat16, or "
                 "trainer.offload_optimizer=false"
             )
+        if self.lora is not None and (problem := self.lora.conflict(self.trainer.extra)) is not None:
+            raise ValueError(f"lora: {problem}, or leave lora out")
         if self.device != "auto":  # that of `auto` is known where the run is
             self.precision.check_device(self.device)
             if self.device == "cuda":

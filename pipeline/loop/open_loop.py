@@ -116,6 +116,7 @@ def _prepare_trainers(
         reference=objective.needs_reference,
         seed=config.run.seed,
         load_weights=start is None,
+        lora=config.lora,
     )
     if start is not None:
         if start.progress.step:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_ext.hf.companions import write_companions
 from megatron_ext.hf.writer import has_weights
+from megatron_ext.lora.peft import peft_problem
 from pipeline.checkpoints.best_model import export_best
 from pipeline.checkpoints.resume import Start, choose_start
 from pipeline.checkpoints.saver import Saver
@@ -226,6 +227,10 @@ class _Run:
             if loop.fleet.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
             loop.trainers.save_hf(directory.hf_directory(model_path, config.precision.weights))
+            if config.lora is not None and (problem := peft_problem(loop.shape, config.lora)) is not None:
+                self.console.say(f"no directory for PEFT is written: {problem}; hf/ has the merged model")
+            elif config.lora is not None:
+                loop.trainers.save_peft(directory.peft_directory(), model_path)
 
     def _evaluations(self, loop: Loop, sets: Sequence[OpenedSet], start: Start | None, sinks: Sinks) -> Evaluations:
         """Those of the run, with what is due before its next step made."""

@@ -17,6 +17,7 @@ profiles/            step_000012/: traces of the steps that debug.profile names
 checkpoints/         step_12: all that resuming after that step needs, where checkpoint.every_steps asks for it
 dropped/             what a resumed run had written after its checkpoint: rows of both files, rollouts
 hf/                  the trained model, where the run wrote one
+peft/                its adapters alone, where it trained adapters, as the PEFT library reads them
 best_hf/             the model that an evaluation found best, where checkpoint.best.export pushes it to a hub
 summary.png          reward, mismatch, lengths
 diagnose.json        how far the engines were apart before the first step; diagnose.html too where it was too far
@@ -95,6 +96,7 @@ _DIRECTORIES = (
     "model",
     "hf",
     "best_hf",
+    "peft",
     "wandb",
     "checkpoints",
     "dropped",
@@ -310,6 +312,12 @@ class RunDirectory:
         """hf/ with everything of a model directory but its weights, which are to be written in `dtype`."""
         target = self.path / "hf"
         write_companions(Path(model_path), target, dtype)
+        return target
+
+    def peft_directory(self) -> Path:
+        """peft/, empty."""
+        target = self.path / "peft"
+        target.mkdir(exist_ok=True)
         return target
 
     def finish(self) -> None:

@@ -1,7 +1,7 @@
 """Floating-point operations of a pass over tokens.
 
     forward = 2 N_m sum_i l_i + L (q + v) sum_i l_i^2
-    backward = 2 forward,  full recomputation = forward once more
+    backward = 2 forward,  full recomputation = forward once more,  adapters (`lora`): less 2 N_m, once
 
 N_m parameters of the matmuls that a token meets (the embedding is a look-up), l_i the tokens of sequence i, L layers,
 q and v the widths of all heads' queries and values: a causal attention multiplies half of an l x l matrix, twice, at
@@ -11,7 +11,9 @@ and half of the attention matrix.)
 
 from __future__ import annotations
 
+from megatron_ext.config import LoraConfig, ParallelConfig
 from megatron_ext.hf.description import ModelDescription
+from pipeline.plan.adapters import trained_count
 from pipeline.plan.parameters import active
 
 
@@ -25,14 +27,34 @@ def forward(model: ModelDescription, tokens: float, squares: float) -> float:
     return 2.0 * matmul_parameters(model) * tokens + model.num_layers * (model.query + model.value) * squares
 
 
-def training(model: ModelDescription, tokens: float, squares: float, *, recompute: str = "none") -> float:
-    """FLOPs of forward and backward. `selective` recomputes the (sparse) MLPs, `full` everything."""
+def training(
+    model: ModelDescription,
+    tokens: float,
+    squares: float,
+    *,
+    recompute: str = "none",
+    lora: LoraConfig | None = None,
+) -> float:
+    """FLOPs of forward and backward. `selective` recomputes the (sparse) MLPs, `full` everything.
+
+    lora: adapters are trained. Backward is then without gradients of the model's weights; the adapters' own products
+    count three times."""
+    if lora is not None:
+        whole = training(model, tokens, squares, recompute=recompute)
+        return whole + 2.0 * tokens * (3 * met(model, lora) - matmul_parameters(model))
     once = forward(model, tokens, squares)
     if recompute == "full":
         return 4.0 * once
     if recompute == "selective":
         return 3.0 * once + 2.0 * mlp_parameters(model) * tokens
     return 3.0 * once
+
+
+def met(model: ModelDescription, lora: LoraConfig) -> int:
+    """Parameters of adapters that multiply a token: of experts, the chosen ones'."""
+    one = ParallelConfig.model_validate({})
+    count = trained_count(model, one, lora.model_copy(update={"router": "frozen"}))
+    return count.dense + count.expert * model.topk // max(1, model.num_experts)
 
 
 def mlp_parameters(model: ModelDescription) -> int:

@@ -19,9 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
+from megatron_ext.config import LoraConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.logprobs.sizes import TILE
+from pipeline.plan.adapters import trained_count
 from pipeline.plan.hardware import EFFICIENCY, Efficiency
 from pipeline.plan.parameters import Count, rank_count, stage_layers
 
@@ -65,14 +66,19 @@ def item_bytes(precision: TrainerPrecision) -> int:
     return 2 if precision.weights == "bfloat16" else 4
 
 
-def states(count: Count, parallel: ParallelConfig, precision: TrainerPrecision) -> tuple[float, float, float]:
-    """(weights, gradients, optimizer) of a rank with `count`. Buffers are float32 and count as weights."""
+def states(
+    count: Count, parallel: ParallelConfig, precision: TrainerPrecision, trained: Count | None = None
+) -> tuple[float, float, float]:
+    """(weights, gradients, optimizer) of a rank with `count`. Buffers are float32 and count as weights.
+
+    trained: what has gradients and an optimizer, if not all of it."""
+    trained = count if trained is None else trained
     item = item_bytes(precision)
     dense_ranks = parallel.data * parallel.context
     expert_ranks = parallel.ranks // ((parallel.expert_tensor or parallel.tensor) * parallel.expert * parallel.pipeline)
     moments = 12 if item == 2 else 8
     weights = item * count.parameters + 4.0 * count.buffers
-    return weights, 4.0 * count.parameters, moments * (count.dense / dense_ranks + count.expert / expert_ranks)
+    return weights, 4.0 * trained.parameters, moments * (trained.dense / dense_ranks + trained.expert / expert_ranks)
 
 
 def kept_attention(model: ModelDescription, *, fused: bool = True) -> int:
@@ -177,14 +183,17 @@ def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int | None = 
     return most if micro_batches is None else min(most, micro_batches)
 
 
-def head(model: ModelDescription, parallel: ParallelConfig, precision: TrainerPrecision, tokens: int) -> float:
+def head(
+    model: ModelDescription, parallel: ParallelConfig, precision: TrainerPrecision, tokens: int, *, frozen: bool = False
+) -> float:
     """What the LM head holds above its inputs at its worst moment, backward: hidden states of the whole sequence, their
-    gradient in float32 and rounded, the weight's gradient, and two tiles of float32 logits."""
+    gradient in float32 and rounded, the weight's gradient if it is not frozen, and two tiles of float32 logits."""
     item, t = item_bytes(precision), parallel.tensor
     rows, local = model.padded_vocab_size(t) // t, tokens / parallel.context
     gathered = item if t > 1 else 0
     tile = min(TILE["cuda"], local * rows)
-    return local * model.hidden * (gathered + 4 + item) + item * rows * model.hidden + 2 * 4 * tile
+    of_weight = 0 if frozen else item * rows * model.hidden
+    return local * model.hidden * (gathered + 4 + item) + of_weight + 2 * 4 * tile
 
 
 def rank_memory(
@@ -198,23 +207,34 @@ def rank_memory(
     micro_batches: int | None = None,
     reference: bool = False,
     critic: bool = False,
+    lora: LoraConfig | None = None,
     efficiency: Efficiency = EFFICIENCY,
 ) -> Memory:
-    """A rank of a pipeline stage on a GPU. tokens: of the largest micro-batch, over all context ranks."""
+    """A rank of a pipeline stage on a GPU. tokens: of the largest micro-batch, over all context ranks.
+
+    lora: adapters are trained, on a model that policy, reference and critic have in common."""
     count = rank_count(model, parallel, stage)
-    weights, gradients, optimizer = states(count, parallel, precision)
-    others = weights if reference else 0.0
+    last = stage == parallel.pipeline - 1
+    if lora is None:
+        weights, gradients, optimizer = states(count, parallel, precision)
+        others = weights if reference else 0.0
+        critics = rank_count(model, parallel, stage, value_head=True)
+    else:
+        trained = trained_count(model, parallel, lora, stage)
+        adapters = trained_count(model, parallel, lora.model_copy(update={"router": "frozen"}), stage)
+        weights, gradients, optimizer = states(count + adapters, parallel, precision, trained)
+        others = float(item_bytes(precision) * trained.parameters) if reference else 0.0
+        critics = trained + Count(model.hidden if last else 0)
     host = 0.0
     if critic:
-        of_critic = states(rank_count(model, parallel, stage, value_head=True), parallel, precision)
+        of_critic = states(critics, parallel, precision)
         others += sum(of_critic[:2] if trainer.offload_optimizer else of_critic)
     if trainer.offload_optimizer:
         host, optimizer = optimizer * 16 / 12 * (2 if critic else 1), 0.0
-    last = stage == parallel.pipeline - 1
     kept = activations(
         model, parallel, trainer, precision, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew
     )
-    at_head = head(model, parallel, precision, tokens) if last else 0.0
+    at_head = head(model, parallel, precision, tokens, frozen=lora is not None) if last else 0.0
     held = weights + gradients + optimizer + others + kept + at_head
     overhead = efficiency.reserve + efficiency.fragments * held
     return Memory(weights, gradients, optimizer, others, kept, at_head, overhead, host, stage)

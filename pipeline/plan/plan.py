@@ -19,6 +19,7 @@ from megatron_ext.hf.description import ModelDescription
 from pipeline.cluster.one_machine import COLOCATED_FRACTION
 from pipeline.config import Config
 from pipeline.plan import flops
+from pipeline.plan.adapters import trained_count
 from pipeline.plan.beside import Pace, follow
 from pipeline.plan.by_turns import Turns, sent_s, too_little, turns_of
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
@@ -85,6 +86,7 @@ class Plan:
     lengths: Lengths
     total: int
     active: int
+    trained: int
     memory: Memory
     server: Server
     servers: int
@@ -174,6 +176,7 @@ def make_plan(
         lengths=lengths,
         total=total(model),
         active=active(model),
+        trained=_trained(config, model),
         memory=memory,
         server=one,
         servers=servers,
@@ -224,8 +227,8 @@ def step_work(config: Config, model: ModelDescription, sequences: np.ndarray) ->
         tokens=tokens,
         micro_batches=micro_batches,
         logprobs=logprobs,
-        update=trained * flops.training(model, tokens, squares, recompute=config.trainer.recompute),
-        model=logprobs + trained * flops.training(model, tokens, squares),
+        update=trained * flops.training(model, tokens, squares, recompute=config.trainer.recompute, lora=config.lora),
+        model=logprobs + trained * flops.training(model, tokens, squares, lora=config.lora),
     )
 
 
@@ -243,6 +246,7 @@ def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, 
         micro_batches=micro_batches,
         reference=objective.needs_reference,
         critic=objective.needs_critic,
+        lora=config.lora,
         efficiency=efficiency,
     )
     asleep = efficiency.asleep if config.cluster.colocated else 0.0
@@ -271,6 +275,13 @@ def server_share(config: Config, efficiency: Efficiency) -> float:
     if config.server.mem_fraction_static is not None:
         return config.server.mem_fraction_static
     return COLOCATED_FRACTION if config.cluster.colocated else efficiency.static
+
+
+def _trained(config: Config, model: ModelDescription) -> int:
+    """Parameters, of all ranks together."""
+    if config.lora is None:
+        return total(model)
+    return trained_count(model, ParallelConfig.model_validate({}), config.lora).parameters
 
 
 def expert_tokens(config: Config, model: ModelDescription) -> tuple[float, float]:

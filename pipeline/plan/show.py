@@ -43,7 +43,7 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
         "nodes": plan.config.cluster.nodes,
         "trainer_ranks": plan.config.parallel.ranks,
         "servers": plan.servers,
-        "parameters": {"total": plan.total, "active": plan.active},
+        "parameters": {"total": plan.total, "active": plan.active, "trained": plan.trained},
         "trainer_bytes": {
             **m.by_name(),
             "capacity": plan.gpu.memory,
@@ -96,7 +96,7 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = 
     """Tables on standard output, or on `console`."""
     config, console = plan.config, console or Console()
     console.print(
-        f"[bold]{plan.model.model_type}[/]: {plan.total:,} parameters, {plan.active:,} active; "
+        f"[bold]{plan.model.model_type}[/]: {plan.total:,} parameters, {plan.active:,} active{_of_adapters(plan)}; "
         f"{config.cluster.nodes} x {config.cluster.gpus_per_node} {plan.gpu.name}; trainer {layout_of(config)}; "
         f"servers: {plan.servers}, GPUs of each: {plan.server.gpus}"
     )
@@ -116,6 +116,10 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = 
         console.print("    " + " ".join(proposal.overrides), highlight=False, soft_wrap=True)
     elif plan.reasons:
         console.print("No layout that was looked at fits, up to 32 times as many nodes.")
+
+
+def _of_adapters(plan: Plan) -> str:
+    return f", {plan.trained:,} of adapters trained" if plan.config.lora is not None else ""
 
 
 def _trainer_rows(plan: Plan) -> list[Row]:

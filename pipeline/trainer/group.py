@@ -160,6 +160,11 @@ class TrainerGroup(Ranks):
         with self.turns.reading():
             self._call("save_hf", str(directory.resolve()))
 
+    def save_peft(self, directory: Path, base: Path) -> None:
+        """Write the adapters, which are those of the model `base`, into a directory for PEFT that exists."""
+        with self.turns.reading():
+            self._call("save_peft", str(directory.resolve()), str(base.resolve()))
+
     def release_memory(self, parts: Sequence[TrainerPart]) -> None:
         """Move these to the host on every rank, see Trainer.release_memory."""
         self._call("release_memory", parts)

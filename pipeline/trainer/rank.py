@@ -103,7 +103,7 @@ class TrainerRank:
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         os.environ["LOCAL_RANK"] = own_gpu(gpus, os.environ)
         parallel.initialize(parallel_config, rank=self.rank, init_method=meeting_point, seed=seed)
-        self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, **settings)
+        self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, seed=seed, **settings)
 
     @timed("load")
     def load(self, samples: list[Sample]) -> None:
@@ -301,6 +301,17 @@ class TrainerRank:
             write_weights(self.trainer.exporter.outputs(), tensors, Path(directory))
         else:
             _walk(buckets)
+
+    def save_peft(self, directory: str, base: str) -> None:
+        """Write the adapters into a directory that exists, as PEFT has them. Rank 0 writes. base: see peft_config."""
+        from megatron_ext.lora.peft import write_peft
+        from megatron_ext.lora.whole import whole_adapters
+
+        policy = self.trainer.policy
+        whole = whole_adapters(policy.chunks)
+        if self.rank == 0:
+            assert policy.lora is not None
+            write_peft(Path(directory), policy.model, policy.lora, base, whole.__getitem__)
 
     def close(self) -> None:
         """Leave the servers."""

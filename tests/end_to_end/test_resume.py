@@ -86,6 +86,7 @@ def test_what_differs_is_said(tmp_path, override, said):
         ("model.tiny.layers=2", "the model's num_hidden_layers is 4 in it, 2 in the configuration"),
         ("model.tiny.experts=4", "the model's num_experts is 8 in it, 4 in"),
         ("precision.weights=bfloat16", r"precision\.weights is float32 in it, bfloat16 in"),
+        ("lora={rank: 4}", "it holds a whole model, and lora is given"),
         ("objective={preset: ppo}", "it holds no critic, which the objective needs"),
         (
             "objective={preset: grpo, kl: {estimator: k3, beta: 0.01}}",

@@ -20,8 +20,8 @@ def stir(trainer, seed: int = 7) -> None:
 
     import torch
 
-    from megatron_ext.lora.adapter import layer_name
     from megatron_ext.lora.attach import adapters_of
+    from megatron_ext.lora.targets import layer_name
 
     for adapter in adapters_of(trainer.policy.chunks):
         for i, match in enumerate(adapter.matches):

@@ -47,7 +47,7 @@ def test_every_model_has_gspo_and_minirl_under_r3_and_an_fp8_option():
         assert gspo.replay == minirl.replay == "r3"
         assert fp8 != gspo
     assert {p.name for p in Path("configs/qwen3-30b-a3b").glob("*-node*.yaml")} == {
-        "1-node.yaml", "2-nodes.yaml", "4-nodes.yaml",
+        "1-node.yaml", "1-node-lora.yaml", "2-nodes.yaml", "4-nodes.yaml",
     }  # fmt: skip
 
 

@@ -1,0 +1,88 @@
+"""Adapters on every family's projections, shared experts and latents among them, whole and divided."""
+
+import functools
+
+import pytest
+
+from megatron_ext.config import LoraConfig, ParallelConfig, TrainerConfig
+from megatron_ext.hf.description import describe
+from megatron_ext.lora.targets import LoraError, choose_targets, projection
+from tests.megatron_ext.lora.test_layouts import close
+from tests.support.jobs import make_samples
+from tests.support.lora import learn
+from tests.support.proofs import sampled
+from tests.support.tiny_families import DENSE_FAMILIES, FAMILIES, VOCAB, save_family, tiny_config
+
+LORA = LoraConfig(rank=4, alpha=8.0)
+TRAINER = TrainerConfig(micro_batch_tokens=100, recompute="selective")
+DIVIDED = {"ranks": 4, "tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}
+SAMPLE = ("deepseek_v3", "gpt_oss")
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+LATENT = {"q_b_proj", "q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+PROJECTIONS = {
+    "qwen2_moe": ATTENTION | MLP,
+    "qwen3_moe with dense layers": ATTENTION | MLP,
+    "mixtral": ATTENTION | {"w1", "w2", "w3"},
+    "deepseek_v3": LATENT | MLP,
+    "moonlight": LATENT - {"q_b_proj", "q_a_proj"} | {"q_proj"} | MLP,
+    "glm4_moe": ATTENTION | MLP,
+    "glm4_moe_lite": LATENT | MLP,
+    "minimax_m2": ATTENTION | {"w1", "w2", "w3"},
+    "gpt_oss": ATTENTION | {"gate_up_proj", "down_proj"},
+    **dict.fromkeys(DENSE_FAMILIES, ATTENTION | MLP),
+}
+
+
+@functools.cache
+def of_one_rank(model: str):
+    return learn(ParallelConfig(), model, LORA, TRAINER, make_samples(routes=False, vocab_size=VOCAB))
+
+
+@pytest.mark.parametrize("family", sampled([*FAMILIES, *DENSE_FAMILIES], SAMPLE))
+def test_divided_adapters_send_and_learn_what_whole_ones_do(tmp_path, family):
+    model = save_family(family, tmp_path)
+    one = of_one_rank(str(model))
+    layout = DIVIDED if family in FAMILIES else DIVIDED | {"expert": 1, "sequence": False}
+    other = learn(ParallelConfig(**layout), model, LORA, TRAINER, make_samples(routes=False, vocab_size=VOCAB))
+    close(other.adapters, one.adapters)
+    close(other.sent, one.sent)
+    assert other.loss == pytest.approx(one.loss, rel=1e-5)
+    close(other.gradients, one.gradients)
+    assert other.norm == pytest.approx(one.norm, rel=1e-5)
+    assert all(abs(gradient).max() > 0 for gradient in one.gradients.values())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *DENSE_FAMILIES])
+def test_every_projection_of_a_family_is_known_by_its_name_and_no_other(family):
+    model = describe(tiny_config(family))
+    targets = choose_targets(model, LORA)
+    assert {projection(t.row.hf[p]) for t in targets for p in t.parts} == PROJECTIONS[family]
+    for name in PROJECTIONS[family]:
+        only = choose_targets(model, LORA.model_copy(update={"targets": (name,)}))
+        assert {projection(t.row.hf[p]) for t in only for p in t.parts} == {name}
+    with pytest.raises(LoraError, match=rf"has no lm_head; there are all, attention, .*{min(PROJECTIONS[family])}"):
+        choose_targets(model, LORA.model_copy(update={"targets": ("lm_head", "o_proj")}))
+
+
+def test_a_group_is_one_kind_of_layers():
+    model = describe(tiny_config("deepseek_v3"))
+    rows = {
+        group: {
+            t.row.megatron.format(layer="L", expert="E") for t in choose_targets(model, LoraConfig(targets=(group,)))
+        }
+        for group in ("dense", "experts", "shared_experts")
+    }
+    assert rows == {
+        "dense": {"decoder.layers.L.mlp.linear_fc1.weight", "decoder.layers.L.mlp.linear_fc2.weight"},
+        "experts": {
+            "decoder.layers.L.mlp.experts.linear_fc1.weightE",
+            "decoder.layers.L.mlp.experts.linear_fc2.weightE",
+        },
+        "shared_experts": {
+            "decoder.layers.L.mlp.shared_experts.linear_fc1.weight",
+            "decoder.layers.L.mlp.shared_experts.linear_fc2.weight",
+        },
+    }
+    with pytest.raises(LoraError, match="qwen3 has no experts; there are all, attention, dense, down_proj"):
+        choose_targets(describe(tiny_config("qwen3")), LoraConfig(targets=("experts",)))
