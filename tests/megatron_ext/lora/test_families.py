@@ -53,6 +53,21 @@ def test_divided_adapters_send_and_learn_what_whole_ones_do(tmp_path, family):
     assert all(abs(gradient).max() > 0 for gradient in one.gradients.values())
 
 
+@pytest.mark.parametrize("target", ["dense", "experts"])
+def test_a_pipeline_stage_may_have_no_adapters(tmp_path, target):
+    """The first layer alone is dense; the stage of the others passes gradients on, and the other way round."""
+    model = save_family("moonlight", tmp_path)
+    lora, samples = LoraConfig(rank=4, targets=(target,)), make_samples(routes=False, vocab_size=VOCAB)
+    trainer = TRAINER.model_copy(update={"recompute": "full"})
+    one = learn(ParallelConfig(), model, lora, trainer, samples)
+    stages = ParallelConfig(ranks=2, pipeline=2, first_stage_layers=1)
+    other = learn(stages, model, lora, trainer, samples)
+    close(other.gradients, one.gradients)
+    assert other.norm == pytest.approx(one.norm, rel=1e-5)
+    assert abs(other.after - one.after).max() < 1e-4
+    assert len(one.gradients) == 2 * 2 * (1 if target == "dense" else 3)
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *DENSE_FAMILIES])
 def test_every_projection_of_a_family_is_known_by_its_name_and_no_other(family):
     model = describe(tiny_config(family))

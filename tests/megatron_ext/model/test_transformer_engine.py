@@ -16,7 +16,7 @@ from tests.support.jobs import joined, make_samples
 from tests.support.proofs import parameters_of, sampled
 from tests.support.ranks import run_ranks
 from tests.support.te import stand_in
-from tests.support.te.step import Step, step
+from tests.support.te.step import ADAPTED, Step, adapted, step
 from tests.support.tiny_families import DENSE_FAMILIES, FAMILIES, VOCAB, save_family
 from tests.support.vendor import lines
 
@@ -48,8 +48,8 @@ def on_gpu(preloaded, models, tmp_path_factory):
     return pickle.loads((folder / "out").read_bytes())
 
 
-def here(config: ParallelConfig, models: dict[str, str], samples: list) -> dict[str, tuple[Step, dict, np.ndarray]]:
-    """Runs on a rank, with the CPU's layers: the step, and the parameters in bfloat16."""
+def here(config: ParallelConfig, models: dict[str, str], samples: list) -> dict[str, tuple]:
+    """Runs on a rank, with the CPU's layers: the step, the parameters in bfloat16 and log-probs, a step of adapters."""
     from megatron_ext.trainer import Trainer
 
     out = {}
@@ -64,7 +64,8 @@ def here(config: ParallelConfig, models: dict[str, str], samples: list) -> dict[
         )
         parameters = {n: (tuple(p.shape), str(p.dtype)) for n, p in half.policy.chunks[0].named_parameters()}
         logprobs = joined([half.logprobs(samples, "native")], len(samples))[0]
-        out[name] = step(model, samples), parameters, logprobs
+        of_adapters = adapted(model, samples) if name in ADAPTED else None
+        out[name] = step(model, samples), parameters, logprobs, of_adapters
     return out
 
 
@@ -112,6 +113,13 @@ def test_adam_is_transformer_engines_or_on_the_host_where_it_is_offloaded(on_gpu
 def test_log_probs_routes_loss_and_gradients_are_those_of_the_cpus_layers(on_gpu, on_cpu, family):
     differ = differences(on_gpu[family]["step"], on_cpu[family][0])
     assert differ == []
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_adapters_come_into_its_layers_as_into_the_cpus(on_gpu, on_cpu, family):
+    """Norms that it has fused into a layer are the adapter's to compute."""
+    assert differences(on_gpu[family]["adapted"], on_cpu[family][3]) == []
+    assert np.abs(on_gpu[family]["adapted"].logprobs - on_gpu[family]["step"].logprobs).max() > 1e-3
 
 
 @every_family

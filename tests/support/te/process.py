@@ -83,11 +83,12 @@ def built(model: str, samples: list, *, offload: bool) -> dict[str, Any]:
     }
 
 
-def answer(model: str, samples: list) -> dict[str, Any]:
-    """A step in float32, and what was built in bfloat16."""
-    from tests.support.te.step import step
+def answer(name: str, model: str, samples: list) -> dict[str, Any]:
+    """A step in float32, of adapters too where the family is one of ADAPTED, and what was built in bfloat16."""
+    from tests.support.te.step import ADAPTED, adapted, step
 
-    return {"step": step(model, samples)} | {
+    steps = {"step": step(model, samples)} | ({"adapted": adapted(model, samples)} if name in ADAPTED else {})
+    return steps | {
         "offloaded" if offload else "held": built(model, samples, offload=offload) for offload in (False, True)
     }
 
@@ -143,7 +144,7 @@ def main() -> None:
     jobs = pickle.loads(Path(sys.argv[1]).read_bytes())
     with tempfile.TemporaryDirectory() as meeting:
         parallel.initialize(ParallelConfig(), rank=0, init_method=f"file://{meeting}/ranks")
-        answers = {name: answer(model, samples) for name, model, samples in jobs}
+        answers = {name: answer(name, model, samples) for name, model, samples in jobs}
         answers["planted"] = planted(*jobs[0][1:])
         parallel.shutdown()
     Path(sys.argv[2]).write_bytes(pickle.dumps(answers))

@@ -6,10 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from megatron_ext.config import LoraConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.parts import merge_routes
 from tests.support.jobs import SAMPLES, joined, keep_gradients, weighted_likelihood, whole_gradients
+from tests.support.lora import gathered, stir
 from tests.support.tiny_families import LAYERS
+
+ADAPTED = ("qwen2_moe", "deepseek_v3", "gpt_oss")
+"""Families whose adapters take a step too: joined matrices, latents and shared experts, experts with biases."""
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,16 @@ def step(model: str, samples: list) -> Step:
     keep_gradients(it.policy)
     update = it.update(samples, weighted_likelihood)
     return Step(joined([recorded], SAMPLES)[0], routes, update.metrics["loss/objective"][0], whole_gradients(it.policy))
+
+
+def adapted(model: str, samples: list) -> Step:
+    """The same of adapters on every projection, whose gradients go by their keys."""
+    from megatron_ext.trainer import Trainer
+
+    config, lora = TrainerConfig(micro_batch_tokens=100, recompute="full"), LoraConfig(rank=4, alpha=8.0)
+    it = Trainer(model, ParallelConfig(), config, OptimizerConfig(), replay=False, lora=lora)
+    stir(it)
+    logprobs = joined([it.logprobs(samples, "native")], SAMPLES)[0]
+    keep_gradients(it.policy)
+    update = it.update(samples, weighted_likelihood)
+    return Step(logprobs, [], update.metrics["loss/objective"][0], gathered(it, lambda p: p.main_grad))
