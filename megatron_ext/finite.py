@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_ext.hf.params import local_parameters
+from megatron_ext.hf.params import ADAPTERS, local_parameters
+from megatron_ext.lora.attach import adapters_of
+from megatron_ext.lora.targets import layer_name
 from megatron_ext.mcore import parallel_state
 from megatron_ext.parts import NotFinite
 
@@ -54,7 +56,11 @@ class _Watch:
 def parameters_not_finite(network: Network) -> list[NotFinite]:
     """Of this rank, by their names in the whole model."""
     found = []
-    for name, tensor, _ in local_parameters(network.chunks, network.model):
+    named = [(name, tensor) for name, tensor, _ in local_parameters(network.chunks, network.model)]
+    for adapter in adapters_of(network.chunks):
+        layer = layer_name(adapter.matches[0])
+        named += [(f"{layer} (adapter) {kind}", parameter) for kind, parameter in adapter.named_parameters()]
+    for name, tensor in named:
         if not _finite(tensor):
             layer = _LAYER.search(name)
             expert = re.search(r"\.experts\.linear_fc\d\.(?:weight|bias)(\d+)$", name)
@@ -74,6 +80,8 @@ def first_output_not_finite(network: Network, samples: Sequence[Sample], routing
     for chunk in network.chunks:
         layers = {f"decoder.layers.{i}": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
         for name, module in chunk.named_modules():
+            if name.startswith(ADAPTERS):  # what they make is part of their layer's output
+                continue
             local = ".".join(name.split(".")[:3])
             layer = layers.get(local)
             shown = name if layer is None else name.replace(local, f"decoder.layers.{layer}", 1)

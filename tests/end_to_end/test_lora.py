@@ -75,11 +75,11 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
 
 @pytest.mark.proof
 def test_adapters_learn_the_quickstarts_task_beside_the_sampling(command, tmp_path):
-    base = command("train.steps=0", folder=tmp_path / "base")
+    base = command("train.steps=0", "supervised.steps=150", "supervised.decay_steps=150", folder=tmp_path / "base")
     assert base.end(200) == 0, base.text()
     run = command(
         f"model={{path: {base.run / 'hf'}}}", "supervised.steps=0", "lora={rank: 8, alpha: 16}", "train.lr=3e-3",
-        "train.steps=30", "train.decay_steps=60", "rollout.max_staleness=1", "weights.checksum_every=5",
+        "train.steps=25", "train.decay_steps=50", "rollout.prompts_per_step=16", "rollout.max_staleness=1", "weights.checksum_every=5",
         folder=tmp_path / "lora",
     )  # fmt: skip
     assert run.end(300) == 0, run.text()

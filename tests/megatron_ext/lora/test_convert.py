@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from tests.support.lora import stir
 from tests.support.ranks import run_ranks
 
 EXPERTS = 4
+PEFT = Path(".venv/peft").resolve()
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "o_proj", "experts"))
 
 
@@ -94,6 +98,23 @@ def test_the_directory_for_peft_is_the_one_that_a_run_writes(checkpoint, model_d
     settings = json.loads((mine / "adapter_config.json").read_text())
     assert settings["r"], settings["lora_alpha"] == (4, 8.0)
     assert settings["target_modules"] == ["down_proj", "gate_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+@pytest.mark.proof
+def test_peft_loads_what_a_run_writes_and_gives_the_merged_models_logits(checkpoint, model_dir, tmp_path):
+    """On transformers 5, which holds the experts of a layer in two tensors."""
+    assert (PEFT / "peft").is_dir(), f"`make proofs` puts PEFT into {PEFT}"
+    _, folder = checkpoint
+    (done,) = convert(["to-hf", folder, tmp_path / "hf"])
+    assert done.code == 0, done.text
+    command = [sys.executable, "-m", "tests.support.peft_logits", model_dir, folder.parent / "peft", tmp_path / "hf"]
+    path = os.pathsep.join([str(PEFT), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["moved"] > 0.1
+    assert max(found["beside"], found["inside"]) < 1e-4
+    assert found["loaded"] > 0
 
 
 def test_a_base_that_is_gone_or_another_is_said_in_one_sentence(checkpoint, tmp_path):
