@@ -230,7 +230,7 @@ class _Run:
             if config.lora is not None and (problem := peft_problem(loop.shape, config.lora)) is not None:
                 self.console.say(f"no directory for PEFT is written: {problem}; hf/ has the merged model")
             elif config.lora is not None:
-                loop.trainers.save_peft(directory.peft_directory(), model_path)
+                loop.trainers.save_peft(directory.path / "peft", model_path)
 
     def _evaluations(self, loop: Loop, sets: Sequence[OpenedSet], start: Start | None, sinks: Sinks) -> Evaluations:
         """Those of the run, with what is due before its next step made."""

@@ -314,12 +314,6 @@ class RunDirectory:
         write_companions(Path(model_path), target, dtype)
         return target
 
-    def peft_directory(self) -> Path:
-        """peft/, empty."""
-        target = self.path / "peft"
-        target.mkdir(exist_ok=True)
-        return target
-
     def finish(self) -> None:
         """The run is over: close the files and draw summary.png (none for a run without a step)."""
         self.episodes.write()

@@ -161,7 +161,7 @@ class TrainerGroup(Ranks):
             self._call("save_hf", str(directory.resolve()))
 
     def save_peft(self, directory: Path, base: Path) -> None:
-        """Write the adapters, which are those of the model `base`, into a directory for PEFT that exists."""
+        """Write the adapters, which are those of the model `base`, into a directory for PEFT."""
         with self.turns.reading():
             self._call("save_peft", str(directory.resolve()), str(base.resolve()))
 

@@ -303,7 +303,7 @@ class TrainerRank:
             _walk(buckets)
 
     def save_peft(self, directory: str, base: str) -> None:
-        """Write the adapters into a directory that exists, as PEFT has them. Rank 0 writes. base: see peft_config."""
+        """Write the adapters into a directory, as PEFT has them. Rank 0 writes. base: see peft_config."""
         from megatron_ext.lora.peft import write_peft
         from megatron_ext.lora.whole import whole_adapters
 
@@ -311,6 +311,7 @@ class TrainerRank:
         whole = whole_adapters(policy.chunks)
         if self.rank == 0:
             assert policy.lora is not None
+            Path(directory).mkdir(exist_ok=True)
             write_peft(Path(directory), policy.model, policy.lora, base, whole.__getitem__)
 
     def close(self) -> None:
