@@ -79,8 +79,8 @@ def test_adapters_learn_the_quickstarts_task_beside_the_sampling(command, tmp_pa
     assert base.end(200) == 0, base.text()
     run = command(
         f"model={{path: {base.run / 'hf'}}}", "supervised.steps=0", "lora={rank: 8, alpha: 16}", "train.lr=3e-3",
-        "train.steps=25", "train.decay_steps=50", "rollout.prompts_per_step=16", "rollout.max_staleness=1", "weights.checksum_every=5",
-        folder=tmp_path / "lora",
+        "train.steps=25", "train.decay_steps=50", "rollout.prompts_per_step=16", "rollout.max_staleness=1",
+        "weights.checksum_every=5", folder=tmp_path / "lora",
     )  # fmt: skip
     assert run.end(300) == 0, run.text()
     rows = rows_of(run.run / "metrics.jsonl")
