@@ -94,6 +94,7 @@ def test_a_resumed_trainer_is_the_same_bit_for_bit(model_dir, checkpoint):
             assert all(np.array_equal(mine[i], theirs[i]) for i in mine)
 
 
+@pytest.mark.proof
 def test_another_layout_resumes_to_1e_5(model_dir, checkpoint):
     straight, folder = checkpoint
     other = run_ranks(resumed, ParallelConfig(**ALL), str(model_dir), folder, LORA)[0]

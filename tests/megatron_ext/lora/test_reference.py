@@ -11,9 +11,11 @@ from tests.conftest import TINY
 from tests.megatron_ext.test_trainer import LAYOUTS
 from tests.support.jobs import SAMPLES, make_samples, weighted_likelihood
 from tests.support.lora import Learned, gathered, learn
+from tests.support.proofs import sampled
 from tests.support.ranks import run_ranks
 
 LORA = LoraConfig(rank=4, alpha=8.0)
+ETP = "tensor 2, expert 2, expert tensor 1"
 TRAINER = TrainerConfig(micro_batch_tokens=100)
 
 
@@ -128,7 +130,7 @@ def full_and_adapters(config: ParallelConfig, model: str, rank: int):
     return sent
 
 
-@pytest.mark.parametrize("layout", ["data 2", "tensor 2, expert 2, expert tensor 1"])
+@pytest.mark.parametrize("layout", sampled(["data 2", ETP], [ETP]))
 def test_adapters_of_full_rank_move_the_matrices_as_full_training_does(tiny_model_dir, layout):
     """With alpha / r = 1, A the identity and B = 0 the gradient of B is the matrix's own, and that of A is 0: Adam
     moves B as it moves the matrix."""
