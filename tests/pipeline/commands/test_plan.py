@@ -18,7 +18,8 @@ def planned(capsys, *arguments):
 def test_a_plan_that_fits_ends_with_0_and_adds_up(capsys):
     code, plan = planned(capsys, TWO_NODES)
     assert (code, plan["fits"], plan["reasons"]) == (0, True, [])
-    assert plan["parameters"] == {"total": 30_532_122_624, "active": 3_353_032_704}
+    total = 30_532_122_624
+    assert plan["parameters"] == {"total": total, "active": 3_353_032_704, "trained": total}
     parts = plan["trainer_bytes"]
     held = ("weights", "gradients", "optimizer", "reference_and_critic", "activations", "lm_head", "overhead")
     assert parts["total"] == pytest.approx(sum(parts[name] for name in held))
