@@ -17,7 +17,7 @@ from tests.support.convert_cli import convert
 
 LORA = "lora={rank: 4, alpha: 8}"
 RUN = [*SMALL, LORA, "rewards=tests.support.verifiers:length", "checkpoint.every_steps=2", "server.deterministic=true",
-       "run.overwrite=false", "train.lr=2e-3", "checkpoint.keep_last=9", "parallel={ranks: 2, expert: 2}",
+       "run.overwrite=false", "train.lr=3e-4", "checkpoint.keep_last=9", "parallel={ranks: 2, expert: 2}",
        "checks.first_rollouts=0", "weights.checksum_every=1"]  # fmt: skip
 
 
