@@ -46,7 +46,8 @@ from megatron_ext.parts import RecordedRoutes
 Routing = Literal["native", "record", "replay"]
 Use = Callable[[MicroBatch, tuple[Tensor, ...]], tuple[Tensor, Any]]
 """What becomes of a micro-batch: from [samples, longest response] matrices to this rank's share of the loss, and
-anything. For a policy the matrices are log-probs and entropies, for a critic values."""
+anything. For a policy the matrices are log-probs and entropies, and in an update those of named tokens, [samples,
+longest response, k], where samples name some; for a critic values."""
 
 
 _OFFLOADED: dict[str, Any] = {
@@ -256,7 +257,11 @@ class Network:
             elif replay is not None and routing == "record":
                 replay.record()
             output = model(
-                batch.tokens, batch.positions, None, packed_seq_params=batch.packed, output_processor=self._head(batch)
+                batch.tokens,
+                batch.positions,
+                None,
+                packed_seq_params=batch.packed,
+                output_processor=self._head(batch, learns=not forward_only),
             )
             if chunk.post_process and self.head == "value":
                 output = (output.flatten().float(),)
@@ -310,8 +315,8 @@ class Network:
             batches.append(make_micro_batch(indices, samples, layout, self.device, routed, self.label_shift))
         return batches
 
-    def _head(self, batch: MicroBatch) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """What the last stage answers in place of logits."""
+    def _head(self, batch: MicroBatch, *, learns: bool) -> Callable[..., tuple[Tensor, ...]] | None:
+        """What the last stage answers in place of logits. learns: a loss reads it."""
         if self.head == "value":
             return None
         return logprob_head(
@@ -320,6 +325,7 @@ class Network:
             temperature=self.precision.temperature,
             head=self.precision.head,
             kept=batch.kept,
+            named=batch.named if learns else None,
         )
 
     def _responses(self, batch: MicroBatch, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ class LossBatch:
     """Whole sequences of one micro-batch, as the loss sees them.
 
     quantities: [samples, tokens] float32 each with gradient, zero behind each response: for a policy its log-probs and
-                its entropies; for a critic its values.
+                its entropies, and [samples, tokens, k] of `Sample.named` where there are any; for a critic its values.
     mask:       [samples, tokens] bool: the tokens that the loss counts.
     rows:       `Sample.row` of each.
     indices:    which samples of the call these are.
@@ -59,8 +59,8 @@ _FULL = TrainerPrecision()
 
 
 class Trainer:
-    """The policy on this rank, and where asked for a frozen reference of it and a critic beside it. Process groups must
-    exist (`parallel.initialize`)."""
+    """The policy on this rank, and where asked for a frozen reference of it, a teacher and a critic beside it. Process
+    groups must exist (`parallel.initialize`)."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Trainer:
         precision: TrainerPrecision = _FULL,
         critic: OptimizerConfig | None = None,
         reference: bool = False,
+        teacher: str | Path | None = None,
         load_weights: bool = True,
         lora: LoraConfig | None = None,
         seed: int = 0,
@@ -86,6 +87,7 @@ class Trainer:
         load_weights: else they are random, until `resume`.
         lora:        train adapters on the frozen model, which all that is held here has in common; None: train it.
         seed:        of the adapters.
+        teacher:     hold the model of this directory too, frozen, in the same layout. No checkpoint has it.
         Raises FileNotFoundError, UnsupportedModel, ValueError or KeyError where the model does not fit.
         """
         model = read_description(model_path)
@@ -101,6 +103,10 @@ class Trainer:
         self.policy = network(replay=replay and model.num_experts > 0)
         self.policy.restart_optimizer(optimizer)
         self.reference = network(trainable=False) if reference else None
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = Network(read_description(teacher), parallel_config, config, precision, trainable=False)
+            self.teacher.load(teacher)
         self.critic = network(head="value") if critic is not None else None
         if self.critic is not None and critic is not None:
             self.critic.restart_optimizer(critic)
@@ -132,6 +138,11 @@ class Trainer:
         """The same under the reference, which routes natively: its routes are part of what it says."""
         assert self.reference is not None
         return self._measure(self.reference, samples, "native")
+
+    def teacher_logprobs(self, samples: Sequence[Sample]) -> TokenPart:
+        """The same under the teacher, by routes of its own."""
+        assert self.teacher is not None
+        return self._measure(self.teacher, samples, "native")
 
     def values(self, samples: Sequence[Sample]) -> TokenPart:
         """The critic's value before every response token, without gradient."""
@@ -180,6 +191,7 @@ class Trainer:
         if self._host[part].away:
             return
         networks = [network for _, network in self._networks.items()]
+        networks += [] if self.teacher is None else [self.teacher]
         weights = [tensor for network in networks for tensor in network.weight_tensors]
         if part == "weights":
             self._host[part].take(weights)
@@ -228,7 +240,7 @@ class Trainer:
         seen: dict[int, tuple[Tensor, ...]] = {}
 
         def share(batch: MicroBatch, quantities: tuple[Tensor, ...]):
-            _collect(seen, batch, quantities)
+            _collect(seen, batch, quantities[:2])
             mask = trained_mask(batch.samples).to(network.device)
             rows = tuple(sample.row for sample in batch.samples)
             value, measured = loss(LossBatch(quantities, mask, rows, batch.indices))

@@ -18,6 +18,7 @@ import numpy as np
 from megatron_ext.batch.routes import Routed, check_routes
 from pipeline.arrays import stack_kept
 from pipeline.stored import Routes, StoredRoutes, join_routes
+from pipeline.teaching.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
     from pipeline.rewards import Verdict
@@ -67,8 +68,7 @@ class Sampled:
     """What one request sampled: M tokens, and what came back with them.
 
     ids: [M] int32.  logprobs: [M] float32.  weight_versions: [M] int32.  kept: [M, K] int32 or None; all as in Rollout.
-    routes: [rows, layers, topk] of the input tokens that had no row before this request, or None.
-    mixed_kv: [M] bool or None, as in Rollout.
+    routes: [rows, layers, topk] of the input tokens that had no row before this request, or None. mixed_kv: as there.
     server: number of the fleet's server that sampled it, or None.  seconds: that it took, waiting included.
     """
 
@@ -122,6 +122,7 @@ class Rollout:
     mixed_kv:         [N] bool: tokens that were sampled over keys and values of older weights than their own version's,
                       after an interruption `in_place`. No forward pass of one set of weights has their log-probs.
                       None: no token.
+    teacher:          what a teacher says of the N tokens; a continuation drops it. None: nobody asked.
     servers, seconds: numbers of the servers that sampled it, and what its requests took; no dump has them.
 
     Raises ValueError where these do not go together.
@@ -137,6 +138,7 @@ class Rollout:
     retractions: int = 0
     trained: np.ndarray = None  # pyright: ignore[reportAssignmentType]  (set below: all)
     mixed_kv: np.ndarray | None = None
+    teacher: TeacherScores | None = None
     servers: tuple[int, ...] = ()
     seconds: float = 0.0
 
@@ -150,6 +152,7 @@ class Rollout:
         """Messages are written where something is wrong only: a step makes thousands of rollouts."""
         count, prompt = len(self.response_ids), len(self.prompt_ids)
         _must(prompt > 0, "a rollout needs a prompt of at least one token")
+        _must(self.teacher is None or len(self.teacher) == count, "a teacher's scores are of other tokens")
         lengths = {"prompt_ids": prompt, "routes": prompt + count - 1}
         for name, (dtypes, dimensions) in _ARRAYS.items():
             array, length = getattr(self, name), lengths.get(name, count)

@@ -24,7 +24,7 @@ LARGEST_ROOM = 14
 ROOMS = """
 pipeline.errors pipeline.imports pipeline.http pipeline.socket_folder pipeline.forks pipeline.text pipeline.say
 pipeline.deaf pipeline.engine_fields pipeline.waiting
-pipeline.stored pipeline.arrays
+pipeline.stored pipeline.arrays pipeline.teaching
 pipeline.types
 pipeline.step
 pipeline.objectives

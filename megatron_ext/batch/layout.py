@@ -38,6 +38,7 @@ class Sample:
     routes:        [P + N - 1, layers, topk] unsigned or signed integers, or what numpy makes into that; or None.
     kept:          [N, K] token ids that each response token was sampled from, -1 behind them; its log-prob and entropy
                    are over these. None: over the vocabulary.
+    named:         [N, k] token ids whose log-probs the loss reads beside each token's own. None: of no others.
     trained:       [N] bool: the response tokens that the loss counts; the others are read, and no more. None: all.
     """
 
@@ -47,6 +48,7 @@ class Sample:
     routes: Any = None
     kept: np.ndarray | None = None
     trained: np.ndarray | None = None
+    named: np.ndarray | None = None
 
     def __post_init__(self):
         if not 1 <= self.prompt_length < len(self.tokens):
@@ -55,7 +57,7 @@ class Sample:
             )
         if self.routes is not None and len(self.routes) != self.input_length:
             raise ValueError(f"{len(self.routes)} route rows for {self.input_length} input tokens")
-        for name in ("kept", "trained"):
+        for name in ("kept", "trained", "named"):
             rows = getattr(self, name)
             if rows is not None and len(rows) != self.response_length:
                 raise ValueError(f"{name} has {len(rows)} rows for a response of {self.response_length} tokens")
@@ -206,20 +208,21 @@ class TokenLayout:
         return parts.flatten(0, 2)[torch.argsort(whole).to(parts.device)]
 
     def merge_context(self, parts: torch.Tensor) -> torch.Tensor:
-        """[cp, total / cp] in rank order -> [total]."""
+        """[cp, total / cp, ...] in rank order -> [total, ...]."""
         if self.cp_size == 1:
             return parts[0]
         order = torch.cat([self._local_of(r) for r in range(self.cp_size)])
-        return parts.reshape(-1)[torch.argsort(order).to(parts.device)]
+        return parts.flatten(0, 1)[torch.argsort(order).to(parts.device)]
 
     def responses(self, packed: torch.Tensor, response_lengths: Sequence[int]) -> torch.Tensor:
-        """[total] per-input-token values -> [samples, longest response], the last N inputs of each sequence,
+        """[total, ...] per-input-token values -> [samples, longest response, ...], the last N inputs of each sequence,
         right-padded with zeros."""
         index = np.zeros((len(self.lengths), max(response_lengths)), np.int64)
         ends = [start + n for start, n in zip(self.starts, self.lengths, strict=True)]
         for row, end, response in zip(index, ends, response_lengths, strict=True):
             row[:response] = np.arange(end - response, end)
         mask = response_mask(response_lengths).to(packed.device)
+        mask = mask.view(*mask.shape, *[1] * (packed.ndim - 1))
         return packed[torch.from_numpy(index).to(packed.device)].masked_fill(~mask, 0.0)
 
 

@@ -27,6 +27,7 @@ class MicroBatch:
     counted:   [this rank's tokens] bool, in the routers' order: real tokens.
     kept:      [rows * tokens / cp, K] int32, token ids that each label was sampled from, -1 behind them; a row of -1
                for the whole vocabulary. None: so are all.
+    named:     [rows * tokens / cp, k] int32, further ids whose log-probs are read, -1 for none. None: nowhere.
     """
 
     indices: tuple[int, ...]
@@ -39,6 +40,7 @@ class MicroBatch:
     routes: Tensor | None
     counted: Tensor
     kept: Tensor | None
+    named: Tensor | None = None
 
 
 def make_micro_batch(
@@ -78,20 +80,24 @@ def make_micro_batch(
         packed=packed,
         routes=routes,
         counted=layout.slice_sequence(layout.is_token & bool(chosen)).to(device),
-        kept=_kept(chosen, layout, device, label_shift),
+        kept=_of_labels("kept", chosen, layout, device, label_shift),
+        named=_of_labels("named", chosen, layout, device, label_shift),
     )
 
 
-def _kept(samples: Sequence[Sample], layout: TokenLayout, device: torch.device, shift: int) -> Tensor | None:
-    """See MicroBatch.kept."""
-    widest = max((s.kept.shape[1] for s in samples if s.kept is not None), default=0)
+def _of_labels(
+    name: str, samples: Sequence[Sample], layout: TokenLayout, device: torch.device, shift: int
+) -> Tensor | None:
+    """See MicroBatch.kept and named: [N, K] of each sample that has some."""
+    given: list[np.ndarray | None] = [getattr(sample, name) for sample in samples]
+    widest = max((ids.shape[1] for ids in given if ids is not None), default=0)
     if not widest:
         return None
     rows = []
-    for sample in samples:
+    for sample, ids in zip(samples, given, strict=True):
         of_tokens = np.full((len(sample.tokens), widest), -1, np.int32)
-        if sample.kept is not None:
-            of_tokens[sample.prompt_length :, : sample.kept.shape[1]] = sample.kept
+        if ids is not None:
+            of_tokens[sample.prompt_length :, : ids.shape[1]] = ids
         rows.append(_following(of_tokens, shift))
     return layout.slice_context(layout.pack(rows, fill=-1)).to(device)
 

@@ -116,6 +116,8 @@ def _read(path: str | Path, overrides: list[str] | None) -> tuple[Config, list[P
     try:
         config = Config.model_validate(tree)
         check_sglang_arguments(config.server.extra_args)
+        if config.teacher is not None:
+            check_sglang_arguments(config.teacher.server.extra_args)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The model that a run begins with."""
+"""The model that a run begins with, and the one that teaches it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_ext.config import Frozen
+from pipeline.config.server import ServerConfig
 
 TinyTokenizer = Literal["characters", "bytes"]
 TINY_VOCABULARIES: dict[TinyTokenizer, int] = {"characters": 64, "bytes": 320}
@@ -108,4 +109,39 @@ class ModelConfig(Frozen):
             raise ValueError(
                 "give exactly one of model.path (a Hugging Face directory) and model.tiny (made on the spot)"
             )
+        return self
+
+
+class TeacherConfig(Frozen):
+    """A model that scores what the policy samples, where objective.distillation learns from it."""
+
+    path: Path | None = Field(
+        None,
+        description="a Hugging Face directory, a run directory (its trained model, else its newest checkpoint) or a "
+        "checkpoint; beside `url`, a folder with config.json and tokenizer of what that server holds",
+    )
+    engine: Literal["server", "trainer"] = Field(
+        "server",
+        description="server: an SGLang server of its own scores answers as they end; trainer: a network beside the "
+        "policy scores a step's batch",
+    )
+    url: str | None = Field(
+        None, description="of an SGLang server that holds the teacher already, started by somebody else"
+    )
+    api_key: str | None = Field(None, description="that opens it", json_schema_extra={"secret": True})
+    server: ServerConfig = Field(
+        default_factory=ServerConfig,  # pyright: ignore[reportArgumentType]
+        description="of a server that the run starts; replicas: null is one",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.path is None and self.url is None:
+            raise ValueError("give teacher.path (a model directory, a run or a checkpoint), or teacher.url")
+        if self.url is not None and self.engine == "trainer":
+            raise ValueError("teacher.url names a server, and teacher.engine=trainer wants none; leave one of them out")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"teacher.url={self.url} is no address; write http://HOST:PORT")
+        if self.server.port is not None and (self.server.replicas or 1) > 1:
+            raise ValueError("several servers cannot listen on one port; set teacher.server.port=null")
         return self

@@ -15,6 +15,8 @@ from megatron_ext.config import TrainerPrecision
 
 ROUTER_VARIABLE = "SAMEROUTE_ROUTER"
 """What `engine.inside.router` looks for in the environment of SGLang's processes."""
+TEMPERATURE_VARIABLE = "SAMEROUTE_LOGIT_TEMPERATURE"
+"""The same of `engine.inside.scaled_logits`."""
 
 RolloutWeights = Literal["same", "int8", "fp8"]
 

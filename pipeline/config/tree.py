@@ -13,7 +13,7 @@ from megatron_ext.hf.description import describe
 from pipeline.config.alerts import AlertsConfig
 from pipeline.config.checkpoint import CheckpointConfig
 from pipeline.config.data import DataConfig, missing_file
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import ModelConfig, TeacherConfig
 from pipeline.config.observe import ObserveConfig
 from pipeline.config.precision import PrecisionConfig, check_server_arguments, check_trainer_fields
 from pipeline.config.replay import Replay
@@ -77,6 +77,9 @@ class Config(Frozen):
         description="r3: the trainer takes the rollout engine's routes; r2: updates take the routes of the proximal "
         "forward pass; none: the trainer routes natively",
     )
+    teacher: TeacherConfig | None = Field(
+        None, description="who teaches, where objective.distillation is set (docs/distillation.md)"
+    )
     supervised: SupervisedConfig = Field(default_factory=SupervisedConfig)  # pyright: ignore[reportArgumentType]
     critic: CriticConfig = Field(default_factory=CriticConfig)  # pyright: ignore[reportArgumentType]
     train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
@@ -96,6 +99,7 @@ class Config(Frozen):
     def _together(self):
         self._check_environment()
         self._check_colocated()
+        self._check_teacher()
         if self.replay.any:
             self.trainer.check_replay()
         elif self.trainer.replay_floor is not None:
@@ -135,7 +139,8 @@ class Config(Frozen):
         if self.cluster.gpu is not None and self.rollout_gpus < server:
             cluster = self.cluster
             raise ValueError(
-                f"{cluster.nodes} x {cluster.gpus_per_node} GPUs less parallel.ranks={self.parallel.ranks} leave "
+                f"{cluster.nodes} x {cluster.gpus_per_node} GPUs less parallel.ranks={self.parallel.ranks}"
+                f"{f' and {self.teacher_gpus} of the teacher' if self.teacher_gpus else ''} leave "
                 f"{self.rollout_gpus} for a server of server.tensor_parallel={server}; set cluster.nodes higher or "
                 "parallel.ranks lower"
             )
@@ -208,6 +213,39 @@ class Config(Frozen):
             )
         if wrong is not None:
             raise ValueError(f"cluster.colocated: {wrong[0]}; {wrong[1]}, or cluster.colocated=false")
+
+    def _check_teacher(self) -> None:
+        """Raise ValueError where objective and teacher do not go together, or it cannot score as the run samples."""
+        teacher, cells = self.teacher, self.objective.composition()
+        if (teacher is None) == cells.needs_teacher:
+            raise ValueError(
+                "objective.distillation learns from a teacher, and there is none; write the section teacher"
+                if teacher is None
+                else "teacher scores what nobody learns from; write objective.distillation, or leave teacher out"
+            )
+        if teacher is None:
+            return
+        check_server_arguments(teacher.server.extra_args)
+        if self.precision.masks_sampling:
+            raise ValueError(
+                "a teacher's log-probs are over the whole vocabulary, and sampling keeps a part of it; set "
+                "precision.top_p=1, top_k=-1 and min_p=0"
+            )
+        if teacher.url is not None and self.precision.temperature != 1:
+            raise ValueError(
+                f"the server of teacher.url scores at temperature 1, and precision.temperature="
+                f"{self.precision.temperature:g} is the run's; set that to 1, or teacher.path in place of teacher.url"
+            )
+        if self.cluster.colocated and teacher.engine == "server" and teacher.url is None:
+            raise ValueError(
+                "cluster.colocated: engines take turns on the GPUs, and a teacher's server would keep its own; set "
+                "teacher.engine=trainer, teacher.url, or cluster.colocated=false"
+            )
+        if teacher.engine == "trainer" and cells.teacher_top:
+            raise ValueError(
+                f"objective.distillation.top_k={cells.teacher_top} is asked of a server; set teacher.engine=server, or "
+                "top_k=0"
+            )
 
     def _check_environment(self) -> None:
         if self.environment is None:
@@ -294,7 +332,15 @@ class Config(Frozen):
     def rollout_gpus(self) -> int:
         """GPUs of the cluster that servers may take: those that the trainer does not, or, by turns, all."""
         every = self.cluster.nodes * self.cluster.gpus_per_node
-        return every if self.cluster.colocated else every - self.parallel.ranks
+        return every if self.cluster.colocated else every - self.parallel.ranks - self.teacher_gpus
+
+    @property
+    def teacher_gpus(self) -> int:
+        """GPUs that a teacher's servers take."""
+        teacher = self.teacher
+        if teacher is None or teacher.engine != "server" or teacher.url is not None:
+            return 0
+        return (teacher.server.replicas or 1) * teacher.server.tensor_parallel
 
     def proximal_pass(self, replay: Replay) -> bool:
         """Whether an update begins with a forward pass of its own for log pi_o.

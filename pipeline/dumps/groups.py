@@ -20,6 +20,9 @@
     routes            [sum of P + N - 1 where has_routes, layers, topk] uint8 or int16; absent where no rollout has any
     mixed_kv          [sum N] bool; absent where no token is marked
     kept              [sum N, K] int32, as Rollout says; absent where sampling was from the whole vocabulary
+    has_teacher       [rollouts] bool      and of those that have its scores
+    teacher_logprobs  [sum N] float32; both absent where no rollout has any
+    teacher_top_ids, teacher_top_logprobs  [sum N, k] int32 and float32, the same; absent where they were not asked for
 
 Nothing in such a file is code, and it appears whole or not at all. What a rollout may hold, `Rollout` checks when it is
 read.
@@ -38,6 +41,7 @@ import numpy as np
 
 from pipeline.arrays import stack_kept
 from pipeline.errors import NOT_STARTED, SamerouteError
+from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.types import Episode, FinishReason, Group, Prompt, Rollout
 
 FORMAT, FORMAT_VERSION = "sameroute.rollouts", 2
@@ -63,8 +67,14 @@ _ARRAYS: dict[str, tuple[str, ...]] = {
     "routes": ("uint8", "int16"),
     "kept": ("int32",),
     "mixed_kv": ("bool",),
+    "has_teacher": ("bool",),
+    "teacher_logprobs": ("float32",),
+    "teacher_top_ids": ("int32",),
+    "teacher_top_logprobs": ("float32",),
 }
-_OPTIONAL = {"routes": 3, "kept": 2, "mixed_kv": 1, "has_turn_rewards": 1, "turn_rewards": 1}
+_TEACHER = {"has_teacher": 1, "teacher_logprobs": 1, "teacher_top_ids": 2, "teacher_top_logprobs": 2}
+_SCORES = ("logprobs", "top_ids", "top_logprobs")
+_OPTIONAL = {"routes": 3, "kept": 2, "mixed_kv": 1, "has_turn_rewards": 1, "turn_rewards": 1} | _TEACHER
 """Arrays that a step may lack, and their dimensions; all others have one."""
 
 
@@ -158,11 +168,22 @@ def _flatten(groups: Sequence[Group]) -> dict[str, np.ndarray]:
     }
     for name in ("prompt_ids", "response_ids", "rollout_logprobs", "weight_versions", "trained"):
         arrays[name] = np.concatenate([getattr(r, name) for r in rollouts])
-    arrays |= _turn_rewards(episodes)
+    arrays |= _turn_rewards(episodes) | _teacher(rollouts)
     arrays |= {"routes": np.concatenate(routes)} if routes else {}
     arrays |= {"kept": stack_kept(kept)} if kept else {}
     marks = [np.zeros(len(r), bool) if r.mixed_kv is None else r.mixed_kv for r in rollouts]
     return arrays | ({"mixed_kv": np.concatenate(marks)} if any(row.any() for row in marks) else {})
+
+
+def _teacher(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
+    given = [r.teacher for r in rollouts if r.teacher is not None]
+    if not given:
+        return {}
+    _must(len({scores.top_k for scores in given}) == 1, "a teacher's scores of one step have one top_k")
+    arrays = {"has_teacher": np.array([r.teacher is not None for r in rollouts])}
+    for name in _SCORES[: 3 if given[0].top_k else 1]:
+        arrays[f"teacher_{name}"] = np.concatenate([getattr(scores, name) for scores in given])
+    return arrays
 
 
 def _turn_rewards(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
@@ -207,6 +228,10 @@ def _check(arrays: dict[str, np.ndarray]) -> None:
     expected |= dict.fromkeys(("response_ids", "rollout_logprobs", "weight_versions", "trained"), tokens)
     expected |= {name: tokens for name in ("kept", "mixed_kv") if name in arrays}
     expected |= {"routes": int(_route_rows(arrays).sum())} if "routes" in arrays else {}
+    taught = [name for name in _TEACHER if name in arrays]
+    _must(not taught or {"has_teacher", "teacher_logprobs"} <= {*taught}, "a teacher's arrays come together")
+    _must(len(taught) != 3, "a teacher's top tokens come with their log-probs")
+    expected |= dict.fromkeys(taught, int(_taught_lengths(arrays).sum())) | ({"has_teacher": count} if taught else {})
     for name, size in expected.items():
         _must(len(arrays[name]) == size, f"{name} has {len(arrays[name])} entries, not {size}")
     for name in ("rewards", "turn_rewards"):
@@ -221,6 +246,12 @@ def _route_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """[rollouts] int64: rows that each rollout has in `routes`."""
     rows = arrays["prompt_lengths"].astype(np.int64) + arrays["response_lengths"] - 1
     return np.where(arrays["has_routes"], rows, 0)
+
+
+def _taught_lengths(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """[rollouts] int64: tokens of each that a teacher has scored."""
+    lengths = arrays["response_lengths"].astype(np.int64)
+    return np.where(arrays["has_teacher"], lengths, 0) if "has_teacher" in arrays else 0 * lengths
 
 
 def _restore(arrays: dict[str, np.ndarray]) -> tuple[Group, ...]:
@@ -258,6 +289,8 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> Iterator[Rollout]:
     routes = split("routes", _route_rows(arrays)) if "routes" in arrays else [None] * len(lengths)
     kept = [_narrow(k) for k in split("kept", lengths)] if "kept" in arrays else [None] * len(lengths)
     marks = split("mixed_kv", lengths) if "mixed_kv" in arrays else [None] * len(lengths)
+    has_teacher, told = arrays.get("has_teacher", np.zeros(len(lengths), bool)), _taught_lengths(arrays)
+    parts = {name: split(f"teacher_{name}", told) for name in _SCORES if f"teacher_{name}" in arrays}
     names = ("response_ids", "rollout_logprobs", "weight_versions", "trained")
     by_token = zip(*(split(name, lengths) for name in names), strict=True)
     for i, (ids, logprobs, versions, trained) in enumerate(by_token):
@@ -272,6 +305,7 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> Iterator[Rollout]:
             retractions=int(arrays["retractions"][i]),
             trained=trained,
             mixed_kv=None if (mixed := marks[i]) is None or not mixed.any() else mixed,
+            teacher=TeacherScores(**{name: rows[i] for name, rows in parts.items()}) if has_teacher[i] else None,
         )
 
 

@@ -62,6 +62,12 @@ class DumpedSteps:
             raise DumpError(f"{file}: its log-probs are over other tokens; set precision: {instead}")
         if config.replay.of_model(shape.num_experts).from_server and all(r.routes is None for r in rollouts):
             raise DumpError(f"{file}: it holds no routes; set replay=none")
+        if (
+            config.teacher is not None
+            and config.teacher.engine == "server"
+            and any(r.teacher is None for r in rollouts)
+        ):
+            raise DumpError(f"{file}: a teacher has not scored it; set teacher.engine=trainer, or leave teacher out")
         for rollout in rollouts:
             try:
                 rollout.check_model(shape, shape.vocab_size)

@@ -26,6 +26,7 @@ from pipeline.engine.sampling import OnTokens, Sampling, unheard
 from pipeline.engine.server import ServerError
 from pipeline.engine.stream import STREAM_END, RequestStream
 from pipeline.stored import Routes
+from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.types import Sampled
 
 _ANSWER_S = 30.0  # in which a server that runs says what it does
@@ -143,29 +144,49 @@ class SGLangClient(SGLangControl):
         AbortedError.
         """
         ids = self._checked_ids(token_ids)
+        # from the first token on, and past the prefix cache
+        logprobs, meta = await self._scored(ids, 0, {"return_routed_experts": self.decoder.routes})
+        routes = self.decoder.decoded_routes(meta, len(ids) - 1)
+        if routes is not None:
+            check_routes(routes, self.decoder)
+        return logprobs, routes
+
+    async def teach(self, token_ids: Sequence[int] | np.ndarray, start: int, top_k: int) -> TeacherScores:
+        """Of the tokens [T] from `start` on, at least 1, by one prefill at the server's temperature. top_k: the
+        likeliest tokens at each place that come too; 0: none. Errors as in `score`."""
+        ids = self._checked_ids(token_ids)
+        logprobs, meta = await self._scored(ids, start - 1, {"top_logprobs_num": top_k} if top_k else {})
+        try:
+            if not top_k:
+                return TeacherScores(logprobs)
+            rows = [sorted(row, reverse=True) for row in meta["input_top_logprobs"][1:]]
+            values, tops = (np.array([[pair[i] for pair in row] for row in rows], t) for i, t in ((0, "f4"), (1, "i4")))
+            if tops.shape != (len(logprobs), top_k) or tops.max(initial=0) >= self.decoder.vocab_size:
+                raise ValueError(f"tokens {list(tops.shape)} came for {len(logprobs)} places and top_k={top_k}")
+            return TeacherScores(logprobs, tops, values)
+        except ValueError as error:
+            raise AnswerError(f"{self.url}/generate: {error}{self._see_log()}") from error
+
+    async def _scored(self, ids: np.ndarray, start: int, more: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Log-probs [T - 1 - start] of the tokens after `start`, and what else the answer has."""
         body = {
             "rid": uuid.uuid4().hex,
             "input_ids": ids.tolist(),
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
-            "logprob_start_len": 0,  # from the first token on, and past the prefix cache
+            "logprob_start_len": start,
             "extra_key": cache_key(self.version),
-            "return_routed_experts": self.decoder.routes,
         }
-        meta = (await self._answer(body))["meta_info"]
+        meta = (await self._answer(body | more))["meta_info"]
         if meta["finish_reason"]["type"] == "abort":
             raise AbortedError(f"{self.url}/generate: a score was aborted{self._see_log()}")
-        pairs = meta["input_token_logprobs"]
+        pairs, ids = meta["input_token_logprobs"], ids[start:]
         # SGLang writes 0 for the last id of its vocabulary, which it takes for a picture's padding.
         written = np.where(ids == self.decoder.vocab_size - 1, 0, ids)
         named = np.array([pair[1] for pair in pairs])
         if len(named) != len(ids) or np.any((named != ids) & (named != written)):
             raise AnswerError(f"log-probs of tokens {named.tolist()} came back for {ids.tolist()}")
-        logprobs = np.array([pair[0] for pair in pairs[1:]], np.float32)
-        routes = self.decoder.decoded_routes(meta, len(ids) - 1)
-        if routes is not None:
-            check_routes(routes, self.decoder)
-        return logprobs, routes
+        return np.array([pair[0] for pair in pairs[1:]], np.float32), meta
 
     def _checked_ids(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(token_ids)

@@ -61,7 +61,7 @@ def _maker(loop: Loop, steps: int, saved: Saved | None) -> Maker:
         last=version + steps - 1,
     )
     answers = FleetAnswers(loop.fleet, rollout.interrupt, loop.environments)
-    maker = Maker(admission, loop.source, answers, loop.grading.judge(), recipe)
+    maker = Maker(admission, loop.source, answers, loop.grading.judge(), recipe, loop.teacher)
     if saved is not None:
         maker.restore(saved)
     return maker

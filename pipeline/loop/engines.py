@@ -31,7 +31,9 @@ from pipeline.engine.keys import ServerKeys
 from pipeline.engine.remote import RemoteServer
 from pipeline.engine.samplers.stored_client import through_samplers
 from pipeline.engine.server import ServerError, SGLangServer
+from pipeline.engine.teaching.teacher_fleet import TeacherFleet
 from pipeline.loop.inputs import config_device
+from pipeline.loop.teaching.teacher_servers import teacher_fleet, teacher_processes
 from pipeline.rollout.remote_grading import RemoteGraders, remote_graders
 from pipeline.trainer.group import TrainerGroup
 
@@ -41,13 +43,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Engines:
     """fleet: its servers are started, and load. trainers: started, without a model yet. gpus: of this machine; 0: the
-    run uses none. graders: beside the samplers; None: there are none."""
+    run uses none. graders: beside the samplers; None: there are none. teacher: its servers; None: none teaches."""
 
     config: Config
     fleet: Fleet
     trainers: TrainerGroup
     gpus: int
     graders: RemoteGraders | None = None
+    teacher: TeacherFleet | None = None
 
     def take_turns(self) -> None:
         """Where both engines share their GPUs: wait for the servers, whose turn is first. Raises ServerError."""
@@ -60,19 +63,28 @@ class Engines:
         if not self.fleet.serves:
             return
         self.fleet.wait_ready()
+        if self.teacher is not None:
+            self.teacher.wait_ready()
         weights, rounding = weights_config(self.config, self.gpus), self.config.precision.rollout_weights
         self.trainers.connect(self.fleet.addresses, weights, config_device(self.config), rounding)
 
 
 @contextlib.contextmanager
 def start_engines(
-    config: Config, model_path: Path, shape: ModelDescription, logs: Path, *, serve: bool, seed: int
+    config: Config,
+    model_path: Path,
+    shape: ModelDescription,
+    logs: Path,
+    *,
+    serve: bool,
+    seed: int,
+    teacher: Path | None = None,
 ) -> Iterator[Engines]:
     """Everything is started inside, and nothing of it is left when the block ends.
 
     logs: existing folder for the logs of both engines. serve: false starts no server. seed: of the first server's
-    sampler. Raises ServerError for a server that could never work, and PlacementError for a machine or a cluster that
-    does not hold the run.
+    sampler. teacher: its model directory. Raises ServerError for a server that could never work, and PlacementError
+    for a machine or a cluster that does not hold the run.
     """
     gpus = _gpus(config)
     config = with_threads(config, shape, config_device(config))
@@ -81,8 +93,14 @@ def start_engines(
     routes = config.replay.of_model(shape.num_experts).from_server
     environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
     local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
+    taught = None if not serve else teacher
+    if taught is not None:
+        device, base = config_device(config), _teacher_base(config, local, gpus)
+        local += teacher_processes(config, taught, logs, device=device, environment=environment, base_gpu=base)
+    own_servers = server_count(config, gpus) if serve else 0
     with contextlib.ExitStack() as stack:
-        processes, nodes = stack.enter_context(_processes(config, local, gpus))
+        every, nodes = stack.enter_context(_processes(config, local, gpus))
+        processes, teachers = every[:own_servers], every[own_servers:]
         own = [client_of(config, shape, process, routes=routes) for process in processes]
         at = [process.node if isinstance(process, RemoteServer) else None for process in processes]
         samplers, trust = sampler_count(config, len(own)), config.model.trust_remote_code
@@ -91,6 +109,9 @@ def start_engines(
         graders = stack.enter_context(remote_graders(beside, model_path, trust)) if beside else None
         fleet = Fleet([FleetServer(*pair) for pair in zip(processes, clients, strict=True)], config.server)
         stack.callback(fleet.close)
+        teaching = None if taught is None else teacher_fleet(config, taught, teachers)
+        if teaching is not None:
+            stack.callback(teaching.close)
         trainers = TrainerGroup(
             config.parallel,
             gpus=gpus > 0,
@@ -102,7 +123,7 @@ def start_engines(
             environment=environment,
         )
         stack.callback(trainers.stop)
-        yield Engines(config, fleet, trainers, gpus, graders)
+        yield Engines(config, fleet, trainers, gpus, graders, teaching)
 
 
 @contextlib.contextmanager
@@ -230,6 +251,13 @@ def _made(
     ]
 
 
+def _teacher_base(config: Config, servers: Sequence[SGLangServer], gpus: int) -> int:
+    """The first GPU of a teacher's servers where both engines share those of this machine: below the run's own, or,
+    where nothing is left there, beside the trainer."""
+    lowest = min((server.base_gpu for server in servers), default=gpus)
+    return max(0, lowest - config.teacher_gpus)
+
+
 def client_of(config: Config, shape: ModelDescription, process: ServerProcess, *, routes: bool) -> SGLangClient:
     """Of a server of a run. routes: it is asked for them."""
     return SGLangClient(
@@ -267,7 +295,7 @@ def _processes(
         stack.enter_context(ray_up)
         placement = wait_and_place(
             config.parallel.ranks,
-            [config.server.tensor_parallel] * len(servers),
+            [server.config.tensor_parallel for server in servers],
             gpus=gpus > 0,
             timeout_s=config.cluster.join_timeout_s,
             machines=config.cluster.nodes if config.cluster.address is not None else 1,
@@ -282,7 +310,7 @@ def _processes(
 
 def _on_nodes(config: Config, servers: list[SGLangServer], placement: Placement, gpus: int) -> list[RemoteServer]:
     """The servers, each for the node where it is placed, or another where that is lost; not started."""
-    sizes = [config.server.tensor_parallel] * len(servers)
+    sizes = [server.config.tensor_parallel for server in servers]
 
     def another(number: int) -> str | None:
         node = another_node(ray.nodes(), placement, number, sizes, gpus=gpus > 0)
@@ -312,7 +340,7 @@ def server_count(config: Config, gpus: int) -> int:
     else:
         beside = config.rollout_gpus
         if config.cluster.address is None:
-            beside = gpus - config.parallel.ranks * (not config.cluster.colocated)
+            beside = gpus - config.parallel.ranks * (not config.cluster.colocated) - config.teacher_gpus
         count = max(1, beside // config.server.tensor_parallel)
     if count > 1 and config.server.port is not None and config.cluster.address is None:
         raise ServerError(
@@ -333,7 +361,7 @@ def shares_gpus(config: Config, gpus: int) -> bool:
     """Whether trainer and servers run on the same GPUs of this machine, by turns or because it has too few for both."""
     if config.cluster.colocated:
         return gpus > 0
-    needed = config.parallel.ranks + server_count(config, gpus) * config.server.tensor_parallel
+    needed = config.parallel.ranks + server_count(config, gpus) * config.server.tensor_parallel + config.teacher_gpus
     return config.cluster.address is None and gpus < needed
 
 

@@ -25,6 +25,7 @@ from pipeline.dumps.steps import DumpedSteps
 from pipeline.engine.server import PortError, ServerError, reserve_port
 from pipeline.environments.loading import check_conversation, environment_of
 from pipeline.evaluation.opened_set import OpenedSet, open_sets
+from pipeline.loop.teaching.teacher_model import check_teacher
 from pipeline.observe.sinks.sinks import check_sinks
 from pipeline.rewards import check_rewards
 from pipeline.say import to_stderr
@@ -93,7 +94,8 @@ def check_not_replaced(config: Config) -> None:
     aside, and removed with the first step."""
     run = config.run.directory.resolve()
     origins = [*config.data.origins, *(source for one in config.evaluate for source in one.sources)]
-    for path in (config.model.path, *(getattr(source, "path", None) for source in origins)):
+    teacher = None if config.teacher is None else config.teacher.path
+    for path in (config.model.path, teacher, *(getattr(source, "path", None) for source in origins)):
         if path is not None and Path(path).resolve().is_relative_to(run):
             raise DataError(
                 f"{path} lies in run.directory={config.run.directory}, where a new run replaces all that is there; set "
@@ -107,9 +109,10 @@ def check_prompts(config: Config, scratch: Path) -> tuple[PromptSource, list[Ope
 
     scratch: for a tiny model's tokenizer.
 
-    Raises DataError.
+    Raises DataError, and TeacherError for a teacher that cannot be.
     """
     model_path = prepare_model(config, scratch / "model")
+    check_teacher(config, model_path)
     source = prompt_source(config, model_path)
     beginning = source.state()
     for prompt in source.take(config.rollout.prompts_per_step):  # of a generator; rows were all looked at

@@ -31,6 +31,7 @@ from pipeline.rollout.grading import Graders, Grading
 from pipeline.rollout.maker import NothingToLearnError
 from pipeline.rollout.producer import Producer, Taken
 from pipeline.rollout.sampler import sample_groups_sync
+from pipeline.rollout.teacher import Teacher
 from pipeline.step import Batch, StepResult
 from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.trainer.spikes import GradientSpikes
@@ -52,6 +53,7 @@ class Loop:
     graders: where another set of verifiers would grade, those of an evaluation.
     producer: makes groups beside the training, where rollout.max_staleness is more than 0; see `asynchronous`.
     environments: lead the conversations of a run with an environment.
+    teacher: scores answers as they end, where objective.distillation learns from servers.
     dumps: where steps are written that debug.dump_rollouts names.
     say: hears of answers that could not be graded.
     """
@@ -66,6 +68,7 @@ class Loop:
     graders: Graders | None = None
     producer: Producer | None = None
     environments: Environments | None = None
+    teacher: Teacher | None = None
     say: Callable[[str], None] = _to_standard_error
 
     def __post_init__(self):
@@ -220,7 +223,12 @@ class Loop:
             with timer("rollout"), self._waits_for_servers("sampling"):
                 prompts = self.source.take(rollout.prompts_per_step - len(groups))
                 new = sample_groups_sync(
-                    self.fleet, prompts, rollout.samples_per_prompt, self.sampling, attempts=self.environments
+                    self.fleet,
+                    prompts,
+                    rollout.samples_per_prompt,
+                    self.sampling,
+                    attempts=self.environments,
+                    teacher=self.teacher,
                 )
             with timer("reward"):
                 new, failed = self.grade(new)
@@ -252,6 +260,7 @@ class Loop:
             | failures.metrics()
             | self.source.metrics()
         )
+        metrics |= {} if self.teacher is None else self.teacher.metrics()
         if self.objective.composition.dynamic_sampling:
             metrics["rollout/groups_replaced"] = float(drawn - len(groups))
         return groups, metrics

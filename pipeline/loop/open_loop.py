@@ -17,8 +17,10 @@ from pipeline.environments.loading import open_environments
 from pipeline.loop.engines import start_engines
 from pipeline.loop.inputs import prepare_model, prompt_source
 from pipeline.loop.loop import Loop, supervise
+from pipeline.loop.teaching.teacher_model import teacher_directory
 from pipeline.objectives import resolve
 from pipeline.rollout.grading import OwnGraders
+from pipeline.rollout.teacher import Teacher
 from pipeline.trainer.group import TrainerGroup
 
 OnSupervised = Callable[[int, float], None]
@@ -56,8 +58,9 @@ def open_loop(
     with (
         _one_thread(),
         scratch_folder(),
+        teacher_directory(config) as teacher,
         open_environments(config.environment if serve else None, source.tokenizer, source.stop_token_ids) as leads,
-        start_engines(config, model_path, shape, logs, serve=serve, seed=seed) as engines,
+        start_engines(config, model_path, shape, logs, serve=serve, seed=seed, teacher=teacher) as engines,
         contextlib.ExitStack() as stack,
     ):
         graders = engines.graders or OwnGraders(source.tokenizer)
@@ -65,7 +68,8 @@ def open_loop(
         grading = stack.enter_context(graders.open(config.rewards, config.grading)) if serve else None
         trainers, fleet = engines.trainers, engines.fleet
         engines.take_turns()
-        _prepare_trainers(config, model_path, trainers, source, start, on_supervised, may_stop)
+        beside = teacher if config.teacher is not None and config.teacher.engine == "trainer" else None
+        _prepare_trainers(config, model_path, beside, trainers, source, start, on_supervised, may_stop)
         engines.connect()
         in_loop = start is not None and start.progress.step > 0
         if start is not None and in_loop:
@@ -77,6 +81,8 @@ def open_loop(
             fleet.transfer(trainers)
         loop = Loop(config, shape, source, fleet, trainers, directory / "dumps", grading=grading, graders=graders)
         loop.environments = leads
+        if engines.teacher is not None:
+            loop.teacher = Teacher(engines.teacher, loop.objective.composition.teacher_top)
         yield loop, model_path
         trainers.close()
 
@@ -98,13 +104,15 @@ def _one_thread() -> Iterator[None]:
 def _prepare_trainers(
     config: Config,
     model_path: Path,
+    teacher: Path | None,
     trainers: TrainerGroup,
     source: PromptSource,
     start: Start | None,
     on_supervised: OnSupervised,
     may_stop: MayStop,
 ) -> None:
-    """Build the model on every rank, and bring it and the prompts to where the first RL step begins."""
+    """Build the model on every rank, and bring it and the prompts to where the first RL step begins. teacher: the
+    directory of one that the ranks hold too."""
     objective = resolve(config.objective)
     trainers.build(
         model_path,
@@ -114,6 +122,7 @@ def _prepare_trainers(
         precision=config.precision,
         critic=config.critic if objective.needs_critic else None,
         reference=objective.needs_reference,
+        teacher=None if teacher is None else str(teacher.resolve()),
         seed=config.run.seed,
         load_weights=start is None,
         lora=config.lora,

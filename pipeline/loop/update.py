@@ -25,9 +25,10 @@ from pipeline.objectives.terms.kl import kl_estimate
 from pipeline.objectives.terms.second_moment import kept_tokens
 from pipeline.observe.metrics import Timer, routing_metrics
 from pipeline.step import Batch, PolicyTokens, StepResult
+from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.trainer.losses import ON_POLICY, LossRow
 from pipeline.trainer.spikes import GradientSpikes
-from pipeline.types import Episode, Group
+from pipeline.types import Episode, Group, Rollout
 
 
 class Trainers(Protocol):
@@ -36,6 +37,7 @@ class Trainers(Protocol):
     def logprobs(self) -> PolicyTokens: ...
     def record_routes(self, layers: int, num_experts: int) -> PolicyTokens: ...
     def reference_logprobs(self) -> list[np.ndarray]: ...
+    def teacher_logprobs(self) -> list[np.ndarray]: ...
     def values(self) -> list[np.ndarray]: ...
     def update_policy(
         self,
@@ -54,12 +56,13 @@ class Measured:
     """What is known of the batch before its first optimizer step, [N] float32 a rollout.
 
     proximal: None where the first mini-batch is the whole update: then pi is pi_o, and no pass is spent on it.
-    reference, values: None where the objective asks for none.
+    reference, values: None where the objective asks for none. teacher: its scores, of each rollout.
     """
 
     proximal: PolicyTokens | None
     reference: list[np.ndarray] | None = None
     values: list[np.ndarray] | None = None
+    teacher: list[TeacherScores] | None = None
 
 
 @dataclass
@@ -86,11 +89,13 @@ class Update:
         """
         metrics: dict[str, float] = {}
         with timer("logprob"):
-            measured = self.measure()
+            measured = self.measure(batch)
         if measured.proximal is not None:
             metrics |= self.compare(batch, measured.proximal)
         if self.objective.kl_in_reward:
             metrics["kl/reference"] = mean_kl(self.objective, batch, measured)
+        if self.objective.composition.teacher_advantage:
+            metrics["teacher/kl"] = mean_teacher_kl(batch, measured)
         if (bound := self.objective.composition.second_moment) is not None:
             metrics["correction/second_moment_cut"] = share_dropped(bound, batch, measured)
         rows = loss_rows(self.objective, batch, measured, max_new_tokens=self.config.longest_rollout)
@@ -119,7 +124,7 @@ class Update:
             advantages=[row.advantage for row in rows],
         )
 
-    def measure(self) -> Measured:
+    def measure(self, batch: Batch) -> Measured:
         """The passes before the first optimizer step that this objective and this replay ask for."""
         proximal = None
         if self.replay.from_proximal:
@@ -130,7 +135,14 @@ class Update:
             proximal,
             self.trainers.reference_logprobs() if self.objective.needs_reference else None,
             self.trainers.values() if self.objective.needs_critic else None,
+            self.teacher(batch.rollouts) if self.objective.needs_teacher else None,
         )
+
+    def teacher(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+        """What the teacher says of each: the trainer's now, or what its servers have said."""
+        if self.config.teacher is not None and self.config.teacher.engine == "trainer":
+            return [TeacherScores(row) for row in self.trainers.teacher_logprobs()]
+        return scores_of(rollouts)
 
     def compare(self, batch: Batch, proximal: PolicyTokens) -> dict[str, float]:
         """`compare` with this run's bound, under the weights that the batch began with."""
@@ -197,6 +209,7 @@ def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new
         proximal_logprobs=matrix(proximal),
         reference_logprobs=matrix(measured.reference),
         rollout_logprobs=matrix([r.rollout_logprobs for r in batch.rollouts]),
+        teacher_logprobs=matrix(None if measured.teacher is None else [s.logprobs for s in measured.teacher]),
         values=matrix(measured.values),
         turns=turns_of(batch.episodes, penalty) if objective.needs_turns else None,
     )
@@ -214,6 +227,7 @@ def loss_rows(objective: Objective, batch: Batch, measured: Measured, *, max_new
                     proximal_logprobs=ON_POLICY if proximal is None else proximal[i],
                     advantage=float(advantage) if advantage.ndim == 0 else advantage[where].astype(np.float32),
                     reference_logprobs=None if measured.reference is None else measured.reference[i],
+                    teacher=measured.teacher[i] if measured.teacher and objective.composition.teacher_term else None,
                     returns=None if out.returns is None else out.returns[episode, where].numpy().astype(np.float32),
                     proximal_values=None if measured.values is None else measured.values[i],
                     prompt_tokens=int(of_group[batch.group_of_rollout[i]]) if objective.needs_prompt_tokens else None,
@@ -253,6 +267,24 @@ def mean_kl(objective: Objective, batch: Batch, measured: Measured) -> float:
     sampled = np.concatenate([r.trained for r in batch.rollouts])
     log_ratio = np.concatenate(measured.reference) - np.concatenate(measured.proximal.logprobs)
     return float(kl_estimate(torch.from_numpy(log_ratio[sampled]).double(), kl.estimator).mean())
+
+
+def mean_teacher_kl(batch: Batch, measured: Measured) -> float:
+    """The mean of log pi_o - log pi_T over the tokens that were sampled, nats: KL(pi_o || pi_T), estimated."""
+    assert measured.proximal is not None
+    assert measured.teacher is not None
+    rows = zip(measured.proximal.logprobs, measured.teacher, batch.rollouts, strict=True)
+    return float(
+        np.concatenate([(mine - theirs.logprobs)[r.trained] for mine, theirs, r in rows]).mean(dtype=np.float64)
+    )
+
+
+def scores_of(rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+    """What a teacher has said of each. Raises ValueError where it has not been asked."""
+    scores = [rollout.teacher for rollout in rollouts if rollout.teacher is not None]
+    if len(scores) != len(rollouts):
+        raise ValueError(f"a teacher has scored {len(scores)} of {len(rollouts)} rollouts")
+    return scores
 
 
 def share_dropped(bound: float, batch: Batch, measured: Measured) -> float:

@@ -21,6 +21,7 @@ from pipeline.objectives.cells import (
     Surrogate,
 )
 from pipeline.objectives.correction_config import CorrectionConfig
+from pipeline.objectives.distillation_config import DistillationConfig
 from pipeline.objectives.rules import problem_of
 
 
@@ -81,6 +82,7 @@ class Composition:
     tau_positive/negative: temperature of the soft gate where A > 0 and elsewhere.
     corrections:   factors on the term, multiplied.
     kl:            penalty on the distance from a reference model.
+    distillation:  the distance from a teacher, beside the rewards or alone.
     whiten:        whiten the advantages over the batch's tokens as a last step.
     gae_gamma/lambda, value_coefficient, value_clip: critic; value_clip is the largest move of a value in one update.
     entropy_coefficient: bonus per nat of reduced token entropy.
@@ -109,6 +111,7 @@ class Composition:
     second_moment: float | None = None
     corrections: tuple[CorrectionConfig, ...] = ()
     kl: KLConfig | None = None
+    distillation: DistillationConfig | None = None
     whiten: bool = False
     std: Std = "population"
     credit: Credit = "episode"
@@ -138,7 +141,8 @@ class Composition:
     def needs_rollout_logprobs(self) -> bool:
         """Whether the loss reads log mu."""
         kl = self.kl is not None and (self.kl.estimator == "unbiased_k3" or self.kl.to == "rollout")
-        return bool(self.corrections) or kl or self.ratio_to == "rollout" or self.second_moment is not None
+        sampled = self.teacher_term and not self.teacher_top
+        return bool(self.corrections) or kl or sampled or self.ratio_to == "rollout" or self.second_moment is not None
 
     @property
     def needs_reference(self) -> bool:
@@ -148,7 +152,32 @@ class Composition:
     @property
     def needs_group(self) -> bool:
         """Whether a rollout is compared with others of its prompt, so that one alone teaches nothing."""
-        return self.advantage not in ("batch_std", "gae")
+        return self.advantage not in ("batch_std", "gae") and self.reads_rewards
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Whether rewards are learnt from."""
+        return self.distillation is None or self.distillation.reward > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher's log-probs are read, by the advantages or by the loss."""
+        return self.distillation is not None
+
+    @property
+    def teacher_term(self) -> bool:
+        """Whether the loss reads them."""
+        return self.distillation is not None and self.distillation.place == "loss"
+
+    @property
+    def teacher_advantage(self) -> bool:
+        """Whether the advantages do."""
+        return self.distillation is not None and self.distillation.place == "advantage"
+
+    @property
+    def teacher_top(self) -> int:
+        """How many of the teacher's likeliest tokens the loss reads at each place; 0: the sampled one."""
+        return 0 if self.distillation is None else self.distillation.top_k
 
     @property
     def needs_turns(self) -> bool:
@@ -158,7 +187,8 @@ class Composition:
     @property
     def needs_prompt_tokens(self) -> bool:
         """Whether the loss reads how many trained tokens each sequence's prompt has."""
-        return self.reduction == "prompt_token_mean"
+        own = self.distillation.reduction if self.distillation is not None and self.teacher_term else None
+        return "prompt_token_mean" in (self.reduction, own)
 
     @property
     def kl_in_reward(self) -> bool:
@@ -168,7 +198,7 @@ class Composition:
     @property
     def needs_proximal(self) -> bool:
         """Whether the advantages, before the first optimizer step, read log pi_o."""
-        return self.kl_in_reward or self.second_moment is not None
+        return self.kl_in_reward or self.second_moment is not None or self.teacher_advantage
 
     @property
     def needs_critic(self) -> bool:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pipeline.objectives.cells import NEEDS, Advantage, Credit, Divergence, RatioLevel, Reduction, Std, Surrogate
 from pipeline.objectives.composition import Composition, KLConfig
 from pipeline.objectives.correction_config import CorrectionConfig
+from pipeline.objectives.distillation_config import DistillationConfig
 from pipeline.objectives.presets import PRESETS
 
 
@@ -68,6 +69,9 @@ class ObjectiveConfig(BaseModel):
     )
     kl: KLConfig | None = Field(
         default=None, description="penalty on the distance from a reference model; beta: 0 removes it"
+    )
+    distillation: DistillationConfig | None = Field(
+        default=None, description="learn from a teacher, which the section `teacher` names (docs/distillation.md)"
     )
     whiten: bool | None = Field(
         default=None, description="whiten the advantages over the batch's tokens, as a last step"

@@ -142,6 +142,8 @@ def _numbers(cells: Composition) -> list[tuple[str, str]]:
         if field.name == "kl":
             near = "" if value.to == "reference" else ", near mu"
             out.append((field.name, f"{value.estimator} in the {value.place}, beta {value.beta:g}{near}"))
+        elif field.name == "distillation":
+            out.append((field.name, f"{value.place}, coefficient {value.coefficient:g}, reward {value.reward:g}"))
         elif isinstance(value, str):
             out.append((field.name, value))
         elif value is not False and (value != 0 or field.name.startswith("clip")):

@@ -1,6 +1,6 @@
 """One objective: from rewards to advantages, and from log-probs to a loss.
 
-    L = - sum over tokens or sequences of  per_token * correction * term(ratio, A)  + KL + critic - entropy
+    L = - sum over tokens or sequences of  per_token * correction * term(ratio, A)  + KL + teacher + critic - entropy
 
 Pure tensor functions: any device, float32 or float64, no process group. A call may hold any subset of the mini-batch's
 sequences; with the mini-batch's denominators the losses of the subsets add up to the loss of the whole.
@@ -19,12 +19,14 @@ from torch import Tensor
 from pipeline.objectives.composition import Composition
 from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.correction_config import MASKS_ONLY
+from pipeline.objectives.measures import counted_of, mean_of, of_ratio, share_of, sum_of
 from pipeline.objectives.terms import advantages as adv
 from pipeline.objectives.terms import log_ratios, surrogates
 from pipeline.objectives.terms.corrections import correction_factor
 from pipeline.objectives.terms.critic import value_loss
+from pipeline.objectives.terms.distillation import taught, teacher_loss
 from pipeline.objectives.terms.kl import kl_estimate
-from pipeline.objectives.terms.reduce import is_per_token, reduce, token_weights
+from pipeline.objectives.terms.reduce import reduce, token_weights
 from pipeline.objectives.terms.second_moment import kept_tokens
 from pipeline.objectives.terms.surrogates import Term
 from pipeline.objectives.terms.trust_region import trust_region
@@ -96,6 +98,10 @@ class Objective:
         return self.composition.needs_turns
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.composition.needs_teacher
+
+    @property
     def kl_in_reward(self) -> bool:
         return self.composition.kl_in_reward
 
@@ -112,6 +118,7 @@ class Objective:
         proximal_logprobs: Tensor | None = None,
         reference_logprobs: Tensor | None = None,
         rollout_logprobs: Tensor | None = None,
+        teacher_logprobs: Tensor | None = None,
         values: Tensor | None = None,
         turns: Turns | None = None,
     ) -> AdvantageOutputs:
@@ -119,8 +126,8 @@ class Objective:
 
         rewards: [S] float32 or float64. group_ids: [S] integer, equal for the samples of one prompt. mask: [S, T] bool,
         trained tokens. proximal_logprobs, reference_logprobs: [S, T], for a KL in the reward. proximal_logprobs,
-        rollout_logprobs: [S, T], for a bound on the second moment, which makes A 0 where it drops a token. values:
-        [S, T], for GAE.
+        rollout_logprobs: [S, T], for a bound on the second moment, which makes A 0 where it drops a token.
+        proximal_logprobs, teacher_logprobs: [S, T], for a teacher's part of the advantages. values: [S, T], for GAE.
         turns: for credit by turns, which reads their rewards in place of `rewards`.
         Raises ValueError for a missing input, and with the sequence where a reward, a value or a ratio that is read is
         not finite.
@@ -147,6 +154,8 @@ class Objective:
             advantages, returns = self._of_episodes(rewards, group_ids, mask, penalty, known)
         if cells.whiten:
             advantages = adv.whiten(advantages, mask, cells.std_epsilon, cells.std)
+        if cells.distillation is not None:
+            advantages = taught(cells.distillation, advantages, mask, proximal_logprobs, teacher_logprobs)
         if cells.second_moment is not None:
             if proximal_logprobs is None or rollout_logprobs is None:
                 raise ValueError(f"{self.name} bounds a second moment: pass proximal_logprobs and rollout_logprobs")
@@ -159,6 +168,8 @@ class Objective:
     ) -> tuple[Tensor, Tensor | None]:
         """(A [S] or [S, T], R [S, T] or None): one reward for all that a sequence's policy said."""
         cells = self.composition
+        if not cells.reads_rewards:
+            return torch.zeros_like(rewards), None
         if cells.advantage == "gae":
             assert values is not None
             dense = adv.token_rewards(rewards, mask, penalty)
@@ -222,20 +233,25 @@ class Objective:
         advantages = self._advantages(inputs)
         metrics: dict[str, Metric] = {}
         term = self._surrogate(x, advantages, metrics)
-        metrics["loss/clip_fraction"] = _share(term.cut, _counted(term.cut, x.mask))
+        metrics["loss/clip_fraction"] = share_of(term.cut, counted_of(term.cut, x.mask))
         factor = self._corrections(x, advantages, metrics)
         log_ratios.check_weight(term.weight * factor * (advantages != 0), "the weight of a gradient", x.samples)
         loss = -reduce(factor * term.value, x.mask, per_token)
-        metrics["loss/policy"] = _sum(loss)
+        metrics["loss/policy"] = sum_of(loss)
         if cells.kl is not None and cells.kl.place == "loss":
             estimate = self._kl(inputs, x)
-            metrics[f"kl/{cells.kl.to}"] = _mean(estimate, x.mask)
+            metrics[f"kl/{cells.kl.to}"] = mean_of(estimate, x.mask)
             loss = loss + cells.kl.beta * reduce(estimate, x.mask, per_token)
+        if cells.distillation is not None and cells.teacher_term:
+            weight = None if cells.teacher_top else x.log_ratio("current", "rollout").exp()
+            weights = token_weights(cells.distillation.reduction, x.lengths, denominators, inputs.prompt_tokens)
+            more, told = teacher_loss(cells.distillation, inputs, weight, weights)
+            loss, metrics = loss + more, metrics | told
         if cells.entropy_coefficient != 0.0:
             if inputs.entropy is None:
                 raise ValueError("entropy_coefficient needs inputs.entropy")
             entropy = log_ratios.finite(inputs.entropy, x.mask, "entropy", x.samples)
-            metrics["entropy"] = _mean(entropy, x.mask)
+            metrics["entropy"] = mean_of(entropy, x.mask)
             loss = loss - cells.entropy_coefficient * reduce(entropy, x.mask, per_token)
         return LossOutputs(loss, metrics)
 
@@ -266,7 +282,7 @@ class Objective:
         value = reduce(halves, mask, token_weights(cells.reduction, lengths, denominators, prompt_tokens))
         error = (known["values"] - known["returns"]).square()
         return LossOutputs(
-            cells.value_coefficient * value, {"loss/value": _sum(value), "critic/squared_error": _mean(error, mask)}
+            cells.value_coefficient * value, {"loss/value": sum_of(value), "critic/squared_error": mean_of(error, mask)}
         )
 
     def _advantages(self, inputs: LossInputs) -> Tensor:
@@ -290,7 +306,7 @@ class Objective:
         log_ratio = x.log_ratio("current", cells.ratio_to)
         if kind == "trust_region":
             assert cells.divergence is not None
-            metrics |= _of_ratio(log_ratio, x.mask)
+            metrics |= of_ratio(log_ratio, x.mask)
             other = getattr(x, cells.ratio_to)
             bounds = (number("trust_low"), number("trust_high"))
             return trust_region(
@@ -298,12 +314,12 @@ class Objective:
                 both=cells.trust_both, largest_weight=cells.trust_weight,
             )  # fmt: skip
         if kind == "gamma_gate":
-            metrics |= _of_ratio(log_ratios.sequence_log_ratio(log_ratio, x.lengths), x.mask)
+            metrics |= of_ratio(log_ratios.sequence_log_ratio(log_ratio, x.lengths), x.mask)
             powers = (number("power_positive"), number("power_negative"))
             decays = (number("decay_positive"), number("decay_negative"))
             return surrogates.gamma_gate(log_ratio.sum(-1, keepdim=True), advantages, x.current, powers, decays)
         log_level = log_ratio if cells.ratio == "token" else log_ratios.sequence_log_ratio(log_ratio, x.lengths)
-        metrics |= _of_ratio(log_level, x.mask)
+        metrics |= of_ratio(log_level, x.mask)
         if cells.ratio == "sequence_token":
             # s_t has the value of s and, by its own log pi, the slope of s; it differs in letting A vary by token.
             log_level = log_level.detach() + x.current - x.current.detach()
@@ -329,8 +345,8 @@ class Objective:
             assert correction.numerator is not None
             log_weight = x.log_ratio(correction.numerator, "rollout").detach()
             factor = correction_factor(correction, log_weight, x.mask, advantages, x.samples)
-            metrics[f"correction/{correction.label}_mean"] = _mean(factor.weight, x.mask)
-            metrics[f"correction/{correction.label}_cut"] = _share(factor.cut, factor.counted)
+            metrics[f"correction/{correction.label}_mean"] = mean_of(factor.weight, x.mask)
+            metrics[f"correction/{correction.label}_cut"] = share_of(factor.cut, factor.counted)
             product = product * factor.weight
         return product
 
@@ -356,36 +372,3 @@ class Objective:
 def resolve(config: ObjectiveConfig) -> Objective:
     """The objective a config means. Its name is the preset's, with "*" where a cell was written over."""
     return Objective(config.name, config.composition())
-
-
-def _counted(values: Tensor, mask: Tensor) -> Tensor:
-    """What a mean of the values is over, bool: trained tokens for [S, T], sequences that have some for [S, 1]."""
-    return mask if is_per_token(values, mask) else mask.any(-1, keepdim=True)
-
-
-def _mean(values: Tensor, mask: Tensor) -> Metric:
-    """Mean over trained tokens of [S, T], or over the sequences that have some of [S, 1]."""
-    values, counted = values.detach(), _counted(values, mask)
-    return Metric((values * counted).sum(), counted.sum().to(values.dtype))
-
-
-def _share(chosen: Tensor, counted: Tensor) -> Metric:
-    """The share of `counted` that is chosen; both bool of one shape."""
-    return Metric((chosen & counted).sum().double(), counted.sum().double())
-
-
-def _of_ratio(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]:
-    """What is reported of the surrogate's ratio, [S, T] or [S, 1]; of a product, its geometric mean."""
-    return {"ratio/mean": _mean(log_ratio.exp(), mask), "ratio/max_abs_log": _largest(log_ratio)}
-
-
-def _largest(log_ratio: Tensor) -> Metric:
-    """The largest |log ratio|; 0 of nothing."""
-    values = log_ratio.detach().abs()
-    largest = values.amax() if values.numel() else values.new_zeros(())
-    return Metric(largest, torch.ones_like(largest), "max")
-
-
-def _sum(share: Tensor) -> Metric:
-    share = share.detach()
-    return Metric(share, torch.ones_like(share), "sum")

@@ -50,7 +50,7 @@ def problem_of(cells: Composition) -> str | None:
             "advantage: batch_std with a KL in the reward gives one advantage per token, and ratio: sequence has one "
             "term per sequence; write ratio: sequence_token, or kl.place: loss"
         )
-    return _trust_problem(cells) or _turn_problem(cells) or _correction_problem(cells)
+    return _trust_problem(cells) or _turn_problem(cells) or _teacher_problem(cells) or _correction_problem(cells)
 
 
 def _trust_problem(cells: Composition) -> str | None:
@@ -93,6 +93,25 @@ def _turn_problem(cells: Composition) -> str | None:
         )
     if cells.turn_gamma != 1.0 and cells.advantage == "gae":
         return f"advantage: gae discounts turns by gae_gamma; write gae_gamma: {cells.turn_gamma}, and no turn_gamma"
+    return None
+
+
+def _teacher_problem(cells: Composition) -> str | None:
+    if cells.teacher_advantage and cells.ratio in ("sequence", "product"):
+        return (
+            f"distillation.place: advantage gives each token its own, and ratio: {cells.ratio} has one term per "
+            "sequence; write ratio: sequence_token (gspo_token) or token, or distillation.place: loss"
+        )
+    if not cells.reads_rewards and cells.advantage == "gae":
+        return (
+            "advantage: gae trains a critic on rewards, which distillation.reward: 0 does not learn from; write "
+            "advantage: group_mean, or distillation.reward above 0"
+        )
+    if not cells.reads_rewards and cells.dynamic_sampling:
+        return (
+            "dynamic_sampling replaces groups whose rewards are equal, and with distillation.reward: 0 the teacher "
+            "alone teaches; write dynamic_sampling: false"
+        )
     return None
 
 

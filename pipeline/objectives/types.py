@@ -58,6 +58,9 @@ class LossInputs:
     advantages:         [S] or [S, T]; constant.
     mask:               [S, T] bool, True on trained tokens.
     reference_logprobs: [S, T], log pi_ref; for a KL term in the loss.
+    teacher_logprobs:   [S, T], log pi_T; for a teacher's term in the loss.
+    current_top_logprobs, teacher_top_logprobs: [S, T, k], of the k tokens that the teacher thinks likeliest there, in
+                        one order; the loss is differentiable in the first.
     entropy:            [S, T], entropy of pi at each position; for an entropy bonus; differentiable.
     values:             [S, T], the critic now; differentiable.
     proximal_values:    [S, T], the critic at the start of this update.
@@ -73,6 +76,9 @@ class LossInputs:
     advantages: Tensor
     mask: Tensor
     reference_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    current_top_logprobs: Tensor | None = None
+    teacher_top_logprobs: Tensor | None = None
     entropy: Tensor | None = None
     values: Tensor | None = None
     proximal_values: Tensor | None = None
@@ -95,13 +101,16 @@ class LossInputs:
             "proximal_logprobs",
             "rollout_logprobs",
             "reference_logprobs",
+            "teacher_logprobs",
+            "current_top_logprobs",
+            "teacher_top_logprobs",
             "entropy",
             "values",
             "proximal_values",
             "returns",
         ):
             tensor = getattr(self, name)
-            if tensor is not None and tensor.shape != self.mask.shape:
+            if tensor is not None and (tensor[..., 0] if "top" in name else tensor).shape != self.mask.shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, the mask is {list(self.mask.shape)}")
             if tensor is not None and tensor.dtype != self.current_logprobs.dtype:
                 raise ValueError(f"{name} is {tensor.dtype}, current_logprobs is {self.current_logprobs.dtype}")

@@ -29,7 +29,7 @@ from pipeline.plan.parameters import Count, rank_count, stage_layers
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. host: in the machine's memory. others: all that the reference and the critic hold."""
+    """Bytes of one rank. host: in the machine's memory. others: all that reference, teacher and critic hold."""
 
     weights: float
     gradients: float
@@ -208,6 +208,7 @@ def rank_memory(
     reference: bool = False,
     critic: bool = False,
     lora: LoraConfig | None = None,
+    teacher: ModelDescription | None = None,
     efficiency: Efficiency = EFFICIENCY,
 ) -> Memory:
     """A rank of a pipeline stage on a GPU. tokens: of the largest micro-batch, over all context ranks.
@@ -225,6 +226,8 @@ def rank_memory(
         weights, gradients, optimizer = states(count + adapters, parallel, precision, trained)
         others = float(item_bytes(precision) * trained.parameters) if reference else 0.0
         critics = trained + Count(model.hidden if last else 0)
+    if teacher is not None:
+        others += states(rank_count(teacher, parallel, stage), parallel, precision)[0]
     host = 0.0
     if critic:
         of_critic = states(critics, parallel, precision)

@@ -84,7 +84,7 @@ def print_cpu_plan(plan: CPUPlan, console: Console | None = None) -> None:
         ("weights", _mib(m.weights), config.precision.weights),
         ("gradients", _mib(m.gradients), "float32"),
         ("optimizer", _mib(m.optimizer), "float32"),
-        ("reference, critic", _mib(m.others), ""),
+        ("reference, teacher, critic", _mib(m.others), ""),
         ("activations", _mib(m.activations), f"recompute {config.trainer.recompute}"),
         ("LM head", _mib(m.head), "no logits are kept"),
         ("fragments", _mib(m.overhead), "assumed"),

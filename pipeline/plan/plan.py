@@ -15,9 +15,10 @@ import numpy as np
 
 from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import ParallelConfig
-from megatron_ext.hf.description import ModelDescription
+from megatron_ext.hf.description import ModelDescription, read_description
 from pipeline.cluster.one_machine import COLOCATED_FRACTION
 from pipeline.config import Config
+from pipeline.config.file import ConfigError
 from pipeline.plan import flops
 from pipeline.plan.adapters import trained_count
 from pipeline.plan.beside import Pace, follow
@@ -222,6 +223,8 @@ def step_work(config: Config, model: ModelDescription, sequences: np.ndarray) ->
     proximal = config.proximal_pass(config.replay.of_model(model.num_experts))
     passes = proximal + objective.needs_reference + objective.needs_critic
     logprobs = flops.forward(model, tokens, squares) * passes
+    if (teacher := teacher_of(config)) is not None:
+        logprobs += flops.forward(teacher, tokens, squares)
     trained = 1 + objective.needs_critic
     return Work(
         tokens=tokens,
@@ -230,6 +233,18 @@ def step_work(config: Config, model: ModelDescription, sequences: np.ndarray) ->
         update=trained * flops.training(model, tokens, squares, recompute=config.trainer.recompute, lora=config.lora),
         model=logprobs + trained * flops.training(model, tokens, squares, lora=config.lora),
     )
+
+
+def teacher_of(config: Config) -> ModelDescription | None:
+    """The model that teaches beside the policy in the trainer; None: none does. Raises ConfigError where it is not
+    here."""
+    teacher = config.teacher
+    if teacher is None or teacher.engine != "trainer" or teacher.path is None:
+        return None
+    for folder in (teacher.path, teacher.path / "hf"):
+        if (folder / "config.json").is_file():
+            return read_description(folder)
+    raise ConfigError(f"teacher.path: {teacher.path} has no config.json, so its memory is not known")
 
 
 def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, efficiency: Efficiency) -> Memory:
@@ -247,6 +262,7 @@ def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, 
         reference=objective.needs_reference,
         critic=objective.needs_critic,
         lora=config.lora,
+        teacher=teacher_of(config),
         efficiency=efficiency,
     )
     asleep = efficiency.asleep if config.cluster.colocated else 0.0

@@ -129,7 +129,7 @@ def _trainer_rows(plan: Plan) -> list[Row]:
         ("weights", gib(m.weights), config.precision.weights),
         ("gradients", gib(m.gradients), "float32"),
         ("optimizer", gib(m.optimizer), f"{gib(m.host)} in the machine's memory" if m.host else "float32"),
-        ("reference, critic", gib(m.others), ""),
+        ("reference, teacher, critic", gib(m.others), ""),
         ("activations", gib(m.activations), f"recompute {config.trainer.recompute}"),
         ("LM head", gib(m.head), "no logits are kept"),
         ("reserve, fragments", gib(m.overhead), assumed),

@@ -27,8 +27,10 @@ from pipeline.rewards import Failures, RewardError, Verdict, settle
 from pipeline.rollout.admission import Admission
 from pipeline.rollout.answers import Answer, Answers, Scored
 from pipeline.rollout.grading import Judge
+from pipeline.rollout.sampler import all_or_none
 from pipeline.rollout.saved import Saved
 from pipeline.rollout.tally import Tally
+from pipeline.rollout.teacher import Teacher
 from pipeline.types import Ended, Episode, Group, Prompt, Rollout
 
 
@@ -123,9 +125,11 @@ class Maker:
         answers: Answers,
         judge: Judge,
         recipe: Recipe,
+        teacher: Teacher | None = None,
     ):
+        """teacher: scores each answer as it ends, while it is graded; None: nobody does."""
         self.admission, self.prompts, self.answers, self.judge = admission, prompts, answers, judge
-        self.recipe = recipe
+        self.recipe, self.teacher = recipe, teacher
         self.making: dict[int, Making] = {}
         self.finished: dict[int, Group] = {}
         self.error: BaseException | None = None
@@ -141,6 +145,8 @@ class Maker:
     async def __aenter__(self) -> Self:
         await self._inside.enter_async_context(self.answers)
         await self._inside.enter_async_context(self.judge)
+        if self.teacher is not None:
+            await self._inside.enter_async_context(self.teacher)
         for making in self.making.values():
             self._begin(making)
         self._fill()
@@ -223,7 +229,7 @@ class Maker:
         """Of what happened since the last call, and of what is open now."""
         metrics, failures = self.tally.read(time.monotonic())
         lengths = [rollout.trained_tokens for making in self.making.values() for rollout in making.so_far.values()]
-        metrics |= self.prompts.metrics()
+        metrics |= self.prompts.metrics() | ({} if self.teacher is None else self.teacher.metrics())
         metrics |= {"rollout/open_groups": float(len(self.making)), "rollout/buffer": float(len(self.finished))}
         if lengths:
             metrics["rollout/open_length_mean"] = float(np.mean(lengths))
@@ -265,7 +271,7 @@ class Maker:
         if episode is None:
             making.lost.add(number)
         else:
-            verdict = await self._verdict(making.prompt, episode)
+            verdict = await self._verdict(making, number, episode)
             making.verdicts[number], making.moved = verdict, time.monotonic()
         if making.complete:
             self._end(making)
@@ -282,7 +288,15 @@ class Maker:
         self._look()
         return episode
 
-    async def _verdict(self, prompt: Prompt, episode: Episode) -> Verdict:
+    async def _verdict(self, making: Making, number: int, episode: Episode) -> Verdict:
+        """Of a whole answer; a teacher scores it meanwhile."""
+        if self.teacher is None:
+            return await self._graded(making.prompt, episode)
+        verdict, scored = await all_or_none([self._graded(making.prompt, episode), self.teacher.scored(episode)])
+        making.episodes[number] = scored
+        return verdict
+
+    async def _graded(self, prompt: Prompt, episode: Episode) -> Verdict:
         verdict = episode.verdict or await self.judge.ask(prompt, episode)
         if self.recipe.on_failure == "stop":  # at once, not when the group is complete
             self.recipe.settle(Group(prompt, (episode,)), [verdict])

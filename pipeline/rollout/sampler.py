@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet
 from pipeline.engine.sampling import Sampling
 from pipeline.rollout.session import Engine, Session
+from pipeline.rollout.teacher import Teacher
 from pipeline.types import Episode, Group, Prompt
 
 
@@ -48,10 +50,11 @@ async def sample_groups(
     sampling: Sampling,
     on_group: Callable[[int, Group], None] | None = None,
     attempts: Attempts | None = None,
+    teacher: Teacher | None = None,
 ) -> list[Group]:
     """Sample n answers to every prompt; the server decides what runs together.
 
-    attempts: make episodes of many turns; None: each is one answer.
+    attempts: make episodes of many turns; None: each is one answer. teacher: scores each one as it ends.
 
     sampling.seed: each prompt draws from streams of its own, that depend on this seed and on the prompt's index.
 
@@ -60,19 +63,21 @@ async def sample_groups(
     Raises the first error of any group, after the requests of all others have been given up.
     """
 
+    async def episode(prompt: Prompt, own: Sampling) -> Episode:
+        if attempts is None:
+            made = Episode((await Session(client, prompt.ids, group=prompt.index).sample(own),))
+        else:
+            made = await attempts.begin(client, prompt, own, prompt.index).play()
+        return made if teacher is None else await teacher.scored(made)
+
     async def one(position: int, prompt: Prompt) -> Group:
         own = [of_sample(sampling, prompt, i) for i in range(n)]
-        if attempts is None:
-            answers = [Session(client, prompt.ids, group=prompt.index).sample(s) for s in own]
-            group = Group.of_single_turns(prompt, await all_or_none(answers))
-        else:
-            plays = [attempts.begin(client, prompt, s, prompt.index).play() for s in own]
-            group = Group(prompt, tuple(await all_or_none(plays)))
+        group = Group(prompt, tuple(await all_or_none([episode(prompt, s) for s in own])))
         if on_group is not None:
             on_group(position, group)
         return group
 
-    async with client:
+    async with client, contextlib.nullcontext() if teacher is None else teacher:
         return await all_or_none([one(i, prompt) for i, prompt in enumerate(prompts)])
 
 
@@ -102,6 +107,7 @@ def sample_groups_sync(
     sampling: Sampling,
     on_group: Callable[[int, Group], None] | None = None,
     attempts: Attempts | None = None,
+    teacher: Teacher | None = None,
 ) -> list[Group]:
     """`sample_groups` for a caller without an event loop."""
     groups: list[Group] = []
@@ -109,7 +115,7 @@ def sample_groups_sync(
     # Not asyncio.run(sample_groups(...)): asyncio 3.12 formats the main task's result when it puts the interrupt
     # handler back, and to format thousands of arrays takes 0.2 s.
     async def run() -> None:
-        groups.extend(await sample_groups(client, prompts, n, sampling, on_group, attempts))
+        groups.extend(await sample_groups(client, prompts, n, sampling, on_group, attempts, teacher))
 
     asyncio.run(run())
     return groups

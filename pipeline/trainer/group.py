@@ -111,6 +111,10 @@ class TrainerGroup(Ranks):
         """The reference's log-probs [N] of every loaded sample."""
         return merge_tokens(self._call("measure", "reference_logprobs", None), self._loaded)[0]
 
+    def teacher_logprobs(self) -> list[np.ndarray]:
+        """The teacher's, where the ranks have one."""
+        return merge_tokens(self._call("measure", "teacher_logprobs", None), self._loaded)[0]
+
     def values(self) -> list[np.ndarray]:
         """The critic's values [N] of every loaded sample."""
         return merge_tokens(self._call("measure", "values", None), self._loaded)[0]
@@ -313,6 +317,12 @@ class TrainerGroup(Ranks):
 
 
 def to_sample(rollout: Rollout) -> Sample:
-    """A rollout as the trainer reads it, its routes and kept tokens beside it."""
-    tokens = rollout.token_ids.astype(np.int32)
-    return Sample(tokens, len(rollout.prompt_ids), routes=rollout.routes, kept=rollout.kept, trained=rollout.trained)
+    """A rollout as the trainer reads it, its routes, kept tokens and a teacher's likeliest ones beside it."""
+    return Sample(
+        rollout.token_ids.astype(np.int32),
+        len(rollout.prompt_ids),
+        routes=rollout.routes,
+        kept=rollout.kept,
+        trained=rollout.trained,
+        named=None if rollout.teacher is None else rollout.teacher.top_ids,
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.arrays import padded
 from pipeline.objectives import Denominators, LossInputs, LossOutputs, Objective
+from pipeline.teaching.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
     from megatron_ext.parts import Metrics
@@ -33,6 +34,7 @@ class LossRow:
     proximal_logprobs:   [N] float32, log pi_o, or ON_POLICY.
     advantage:           a number, or [N] float32.
     reference_logprobs:  [N] float32, log pi_ref, where the objective has a KL in the loss.
+    teacher:             its scores, where the objective has its term in the loss.
     returns:             [N] float32, what a critic regresses on, where there is one.
     proximal_values:     [N] float32, the critic at the start of the update.
     prompt_tokens:       sampled tokens of all rollouts of its prompt, where the objective's reduction reads them.
@@ -42,6 +44,7 @@ class LossRow:
     proximal_logprobs: np.ndarray | Literal["on policy"]
     advantage: np.ndarray | float
     reference_logprobs: np.ndarray | None = None
+    teacher: TeacherScores | None = None
     returns: np.ndarray | None = None
     proximal_values: np.ndarray | None = None
     prompt_tokens: int | None = None
@@ -54,7 +57,7 @@ def policy_loss(objective: Objective, denominators: Denominators, samples: Seque
     """
 
     def loss(batch: LossBatch) -> tuple[Tensor, Metrics]:
-        current, entropy = batch.quantities
+        current, entropy, *named = batch.quantities
         rows: Sequence[LossRow] = batch.rows
         rollout = _matrix([r.rollout_logprobs for r in rows], current)
         assert rollout is not None
@@ -65,6 +68,9 @@ def policy_loss(objective: Objective, denominators: Denominators, samples: Seque
             advantages=_advantages(rows, current),
             mask=batch.mask,
             reference_logprobs=_matrix([r.reference_logprobs for r in rows], current),
+            teacher_logprobs=_matrix([None if r.teacher is None else r.teacher.logprobs for r in rows], current),
+            current_top_logprobs=named[0] if named else None,
+            teacher_top_logprobs=_top_logprobs(rows, named[0]) if named else None,
             entropy=entropy,
             prompt_tokens=_prompt_tokens(rows, current),
             sample_ids=_numbers(batch, samples),
@@ -143,6 +149,16 @@ def _matrix(rows: Sequence[np.ndarray | None], like: Tensor) -> Tensor | None:
     if out.shape != like.shape:
         raise ValueError(f"rows of up to {out.shape[1]} tokens for responses of up to {like.shape[1]}")
     return out.to(like.device)
+
+
+def _top_logprobs(rows: Sequence[LossRow], like: Tensor) -> Tensor | None:
+    """The teacher's [sequences, tokens, k], zeros behind; None where it has said nothing of them."""
+    out = torch.zeros_like(like, requires_grad=False)
+    for row, scores in zip(out, [r.teacher for r in rows], strict=True):
+        if scores is None or scores.top_logprobs is None:
+            return None
+        row[: len(scores)] = torch.from_numpy(scores.top_logprobs)
+    return out
 
 
 def _prompt_tokens(rows: Sequence[LossRow], like: Tensor) -> Tensor | None:

@@ -116,7 +116,7 @@ class TrainerRank:
 
     @timed("{}")
     def measure(self, method: str, indices: Sequence[int] | None, *args: Any) -> TokenPart:
-        """`logprobs`, `reference_logprobs` or `values` of loaded samples, all of them by default."""
+        """`logprobs`, those of the reference or a teacher, or `values` of loaded samples, all of them by default."""
         samples = self.samples if indices is None else [self.samples[i] for i in indices]
         return getattr(self.trainer, method)(samples, *args)
 

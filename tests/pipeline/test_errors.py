@@ -50,6 +50,7 @@ CODES = {
     "pipeline.loop.loop.DisagreementError": 1,
     "pipeline.loop.loop.NothingToLearnError": 1,
     "pipeline.loop.restarts.RestartLimitError": 1,
+    "pipeline.loop.teaching.teacher_model.TeacherError": 2,
     "pipeline.loop.stop.Stopped": 75,
     "pipeline.observe.graded_again.RegradeError": 2,
     "pipeline.observe.report.run_files.ReportError": 2,

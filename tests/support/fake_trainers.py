@@ -55,6 +55,10 @@ class FakeTrainers:
         self.calls.append("reference_logprobs")
         return self._policy(range(len(self.rollouts)), -1.0).logprobs
 
+    def teacher_logprobs(self) -> list[np.ndarray]:
+        self.calls.append("teacher_logprobs")
+        return self._policy(range(len(self.rollouts)), -2.0).logprobs
+
     def values(self) -> list[np.ndarray]:
         self.calls.append("values")
         return [np.zeros(len(r), np.float32) for r in self.rollouts]

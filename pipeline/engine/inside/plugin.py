@@ -2,7 +2,7 @@
 
 The entry point stands in pyproject.toml, so SGLang calls this wherever the project is installed: it does nothing in a
 server that `server.py` did not start. In one for GPUs it registers `hooks.py`, and hands the call on to
-`router.py`, which acts on any device where it is switched on.
+`router.py` and `scaled_logits.py`, which act on any device where they are switched on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.engine.inside import router
+from pipeline.engine.inside import router, scaled_logits
 from pipeline.engine.processes import TOKEN_VARIABLE
 from pipeline.engine.server import CPU_ATTENTION_BACKEND
 
@@ -21,6 +21,7 @@ from pipeline.engine.server import CPU_ATTENTION_BACKEND
 def activate() -> None:
     """Register the hooks of every server; on the CPU, the batched attention backend, and make SGLang start."""
     router.activate()
+    scaled_logits.activate()
     if TOKEN_VARIABLE in os.environ:
         from pipeline.engine.inside import hooks
 

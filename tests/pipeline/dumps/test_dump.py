@@ -18,6 +18,7 @@ from pipeline.dumps.dump import Dump, dump_path, read_dump, write_dump
 from pipeline.dumps.groups import FINISH_REASONS, DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.step import Batch
+from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.types import Episode, Group, Prompt, Rollout
 from tests.support.episodes import graded_group
 
@@ -40,7 +41,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
-def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, metadata=None, kept=False):
+def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, metadata=None, kept=False, top_k=None):
     ids = rng.integers(0, VOCAB, prompt_length).astype(np.int32)
     rollouts = []
     for n in lengths:
@@ -57,6 +58,7 @@ def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, m
                 kept=make_kept(rng, ids_of_response) if kept else None,
                 retractions=int(rng.integers(3)),
                 mixed_kv=marks if (marks := rng.random(n) < 0.3).any() else None,
+                teacher=make_scores(rng, n, top_k) if top_k is not None and rng.random() < 0.6 else None,
             )
         )
     prompt = Prompt(ids, f"prompt {index} <|é\u2028", metadata if metadata is not None else {"answer": "1"}, index)
@@ -132,16 +134,25 @@ def make_kept(rng, ids):
     return out
 
 
+def make_scores(rng, n, top_k):
+    """Of a teacher, with its likeliest tokens or without."""
+    logprobs = -rng.random(n).astype(np.float32)
+    if not top_k:
+        return TeacherScores(logprobs)
+    tops = rng.random((n, VOCAB)).argsort(-1)[:, :top_k].astype(np.int32)
+    return TeacherScores(logprobs, tops, -rng.random((n, top_k)).astype(np.float32))
+
+
 @st.composite
 def dumps(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = st.lists(st.integers(0, 6), min_size=1, max_size=3)
     dtype = draw(st.sampled_from([np.uint8, np.int16]))
-    groups, kept = [], draw(st.booleans())
+    groups, kept, top_k = [], draw(st.booleans()), draw(st.sampled_from([None, 0, 3]))
     for index, lengths in enumerate(draw(st.lists(shape, min_size=1, max_size=3))):
         routes = dtype if draw(st.booleans()) else None
         metadata = draw(st.dictionaries(st.text(), json_values, max_size=3))
-        groups.append(make_group(rng, index, draw(st.integers(1, 4)), lengths, routes, metadata, kept))
+        groups.append(make_group(rng, index, draw(st.integers(1, 4)), lengths, routes, metadata, kept, top_k))
     temperature = draw(st.floats(1e-3, 10))
     return Dump(Batch(draw(st.integers(0, 10**6)), draw(st.integers(0, 10**6)), tuple(groups)), temperature)
 
@@ -238,6 +249,11 @@ def without(arrays, name):
     return {k: v for k, v in arrays.items() if k != name}
 
 
+def taught(arrays):
+    told = np.zeros(arrays["response_lengths"].sum(), np.float32)
+    return {"has_teacher": np.ones(len(arrays["has_routes"]), bool), "teacher_logprobs": told}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -260,6 +276,9 @@ def without(arrays, name):
         (lambda a: a | {"kept": a["response_ids"]}, "kept has shape"),
         (lambda a: a | {"kept": a["response_ids"][1:, None]}, "kept has .* entries, not"),
         (lambda a: a | {"kept": a["response_ids"][:, None] + 1}, "is not among those that were kept"),
+        (lambda a: a | {"has_teacher": a["has_routes"]}, "a teacher's arrays come together"),
+        (lambda a: a | taught(a) | {"teacher_logprobs": np.zeros(3, np.float32)}, "teacher_logprobs has 3 entries"),
+        (lambda a: a | taught(a) | {"teacher_top_ids": np.zeros((11, 2), np.int32)}, "top tokens come with"),
         (lambda a: without(a, "routes"), "there are no routes, though has_routes says so"),
         (lambda a: a | {"prompts": a["prompts"][:-1]}, "prompts is not JSON"),
         (lambda a: a | {"prompts": np.frombuffer(b"[]", np.uint8)}, "prompts is not a list of 2"),
@@ -329,6 +348,7 @@ def config(temperature=1.0, max_new_tokens=5, replay=Replay.R3, masks=False):
     return SimpleNamespace(
         longest_rollout=max_new_tokens,
         environment=None,
+        teacher=None,
         precision=SimpleNamespace(temperature=temperature, masks_sampling=masks),
         replay=replay,
     )

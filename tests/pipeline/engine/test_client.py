@@ -85,6 +85,25 @@ def test_score_of_an_answer_equals_what_sampling_it_returned(client):
     assert (routes == rollout.routes).all()
 
 
+@pytest.mark.parametrize("k", [0, 5])
+def test_a_teacher_tells_of_an_answer_what_transformers_does_and_its_likeliest_tokens(client, model, k):
+    ids = np.random.default_rng(3).integers(0, 511, 40)
+
+    async def run():
+        async with client:
+            return await asyncio.gather(*(client.teach(ids, start, k) for start in (1, 30, 39)))
+
+    table = reference.scores(model, ids)
+    for start, told in zip((1, 30, 39), asyncio.run(run()), strict=True):
+        own = table[start - 1 : -1]
+        assert np.abs(told.logprobs - own[np.arange(len(own)), ids[start:]]).max() < 1e-5
+        assert told.top_k == k
+        if k:
+            assert np.array_equal(np.sort(told.top_ids), np.sort(np.argsort(-own, 1)[:, :k]))
+            assert np.abs(told.top_logprobs - np.take_along_axis(own, told.top_ids.astype(int), 1)).max() < 1e-5
+            assert (np.diff(told.top_logprobs) <= 0).all()
+
+
 def test_the_last_token_of_the_vocabulary_is_scored_like_any_other(client, model):
     """SGLang names it 0 in its answer, and computes its log-prob all the same."""
     ids = np.array([5, 511, 7, 511, 9])

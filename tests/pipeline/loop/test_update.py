@@ -16,6 +16,7 @@ from pipeline.loop.update import Measured, Update, loss_rows, mini_batches, teac
 from pipeline.objectives import PRESETS, ObjectiveConfig, resolve
 from pipeline.observe.metrics import Timer
 from pipeline.step import Batch, PolicyTokens
+from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.trainer.losses import ON_POLICY
 from pipeline.trainer.spikes import GradientSpikes
 from pipeline.types import Episode, Group, Prompt
@@ -124,6 +125,54 @@ def test_a_reference_and_a_critic_are_asked_where_the_objective_has_them():
     ((_, rows),) = trainers.updates
     assert all(row.proximal_values.tolist() == [0] * len(row.rollout_logprobs) for row in rows.values())
     assert all(row.returns is not None for row in rows.values())
+
+
+def scored(batch: Batch) -> Batch:
+    """A teacher that thinks each token half as likely as mu did, and names one."""
+
+    def of(rollout):
+        told = TeacherScores(
+            rollout.rollout_logprobs - np.float32(0.5), np.zeros((len(rollout), 1), np.int32),
+            np.full((len(rollout), 1), -3, np.float32),
+        )  # fmt: skip
+        return replace(rollout, teacher=told)
+
+    groups = [
+        replace(g, episodes=tuple(replace(e, rollouts=tuple(map(of, e.rollouts))) for e in g.episodes))
+        for g in batch.groups
+    ]
+    return replace(batch, groups=tuple(groups))
+
+
+def teacher(engine="server", **cells):
+    return f"teacher={{path: /x, engine: {engine}}}", f"objective={{preset: dr_grpo, distillation: {cells}}}"
+
+
+def test_a_teachers_advantage_is_of_pi_o_and_stands_beside_that_of_the_rewards():
+    trainers, result = run("train.mini_batches=1", *teacher(reward=0.5, coefficient=2), batch=scored(make_batch()))
+    assert trainers.calls == ["logprobs None", "update_policy"]
+    assert result.metrics["teacher/kl"] == pytest.approx(0.5)
+    ((_, rows),) = trainers.updates
+    for i, row in rows.items():
+        assert row.teacher is None, "the loss reads none"
+        assert row.advantage == pytest.approx(np.full(len(row.rollout_logprobs), 0.25 - 0.5 * (i % 2) - 1.0))
+
+
+def test_a_teachers_term_reads_its_scores_and_asks_for_no_pass():
+    batch = scored(make_batch())
+    trainers, _ = run("train.mini_batches=1", *teacher(place="loss", top_k=1), batch=batch)
+    assert trainers.calls == ["update_policy"]
+    ((_, rows),) = trainers.updates
+    assert all(row.teacher is batch.rollouts[i].teacher for i, row in rows.items())
+    assert all(isinstance(row.advantage, float) for row in rows.values())
+
+
+def test_a_teacher_beside_the_policy_is_asked_in_the_step_and_one_that_said_nothing_is_missed():
+    trainers, result = run("train.mini_batches=1", *teacher("trainer"))
+    assert trainers.calls == ["logprobs None", "teacher_logprobs", "update_policy"]
+    assert result.metrics["teacher/kl"] == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="scored 0 of 8 rollouts"):
+        run(*teacher())
 
 
 def test_a_second_moment_asks_for_the_proximal_pass_and_counts_what_it_drops():

@@ -1,0 +1,26 @@
+"""Servers that hold a teacher: they score what the policy sampled, and get no weights.
+
+They are a fleet like the run's own, so one that dies is started again, with the weights that it began with, which are
+the teacher's. Their version is 0 for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.engine.client import AbortedError
+from pipeline.engine.fleet import Fleet
+from pipeline.teaching.teacher_scores import TeacherScores
+
+
+class TeacherFleet(Fleet):
+    """See Fleet; nobody calls `transfer`."""
+
+    async def teach(self, token_ids: Sequence[int] | np.ndarray, start: int, top_k: int) -> TeacherScores:
+        """SGLangClient.teach of one of the servers; asked again where it is lost."""
+        while True:
+            with contextlib.suppress(AbortedError):
+                return await self._ask(None, lambda client: client.teach(token_ids, start, top_k))

@@ -1,0 +1,1 @@
+"""The teacher of a run: what it is, and where it runs."""

@@ -1,0 +1,1 @@
+"""What a teacher says, wherever it is from."""
