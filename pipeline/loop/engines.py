@@ -93,11 +93,10 @@ def start_engines(
     routes = config.replay.of_model(shape.num_experts).from_server
     environment = nccl_environment(os.environ, config.server.extra_args) if gpus else {}
     local = _servers(config, model_path, logs, gpus, serve=serve, seed=seed, routes=routes, environment=environment)
-    taught = None if not serve else teacher
-    if taught is not None:
+    own_servers = len(local)
+    if serve and teacher is not None:
         device, base = config_device(config), _teacher_base(config, local, gpus)
-        local += teacher_processes(config, taught, logs, device=device, environment=environment, base_gpu=base)
-    own_servers = server_count(config, gpus) if serve else 0
+        local += teacher_processes(config, teacher, logs, device=device, environment=environment, base_gpu=base)
     with contextlib.ExitStack() as stack:
         every, nodes = stack.enter_context(_processes(config, local, gpus))
         processes, teachers = every[:own_servers], every[own_servers:]
@@ -109,7 +108,7 @@ def start_engines(
         graders = stack.enter_context(remote_graders(beside, model_path, trust)) if beside else None
         fleet = Fleet([FleetServer(*pair) for pair in zip(processes, clients, strict=True)], config.server)
         stack.callback(fleet.close)
-        teaching = None if taught is None else teacher_fleet(config, taught, teachers)
+        teaching = teacher_fleet(config, teacher, teachers) if serve and teacher is not None else None
         if teaching is not None:
             stack.callback(teaching.close)
         trainers = TrainerGroup(

@@ -58,7 +58,7 @@ def open_loop(
     with (
         _one_thread(),
         scratch_folder(),
-        teacher_directory(config) as teacher,
+        teacher_directory(config, serve=serve) as teacher,
         open_environments(config.environment if serve else None, source.tokenizer, source.stop_token_ids) as leads,
         start_engines(config, model_path, shape, logs, serve=serve, seed=seed, teacher=teacher) as engines,
         contextlib.ExitStack() as stack,

@@ -59,11 +59,11 @@ def score_tokens(config: Config) -> int:
 
 
 @contextlib.contextmanager
-def teacher_directory(config: Config) -> Iterator[Path | None]:
+def teacher_directory(config: Config, *, serve: bool) -> Iterator[Path | None]:
     """A Hugging Face directory with the teacher's weights; without them where a server runs already. None: there is no
-    teacher."""
+    teacher, or its server is not asked. serve: the run starts servers."""
     teacher = config.teacher
-    if teacher is None:
+    if teacher is None or (teacher.engine == "server" and not serve):
         yield None
     elif teacher.url is not None:
         yield _folder(teacher)

@@ -1,0 +1,107 @@
+"""A teacher through the whole pipeline: on a server, beside the policy, from a checkpoint, at a temperature,
+asynchronously, stopped and resumed; and what it brings against rewards alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.dumps.dump import dump_path, read_dump
+from tests.end_to_end.test_asynchronous import check_rows, rows_of, trained
+from tests.support.command import SMALL
+
+RUN = [*SMALL, "rewards=tests.support.verifiers:length", "debug.dump_rollouts=true", "run.overwrite=false",
+       "checks.first_rollouts=0", "parallel={}", "supervised.steps=20", "train.mini_batches=1"]  # fmt: skip
+GRADED = ["objective.preset=gspo_token", "objective.correction={kind: geometric_tis, high: 2.0}"]
+WARM = ["supervised.steps=60", "supervised.decay_steps=60", "train.warmup_steps=0", "train.decay_steps=null",
+        "train.lr=1e-3", "checks.first_rollouts=0", "run.overwrite=false", "parallel={}"]  # fmt: skip
+STEPS = 6
+
+
+def distilled(folder: Path, engine: str = "server", **cells) -> list[str]:
+    return [f"teacher={{path: {folder}, engine: {engine}}}", f"objective.distillation={json.dumps(cells)}"]
+
+
+def scores(run: Path, step: int) -> np.ndarray:
+    """Of the sampled tokens of a dumped step, log mu and log pi_T, [2, tokens]."""
+    rollouts = read_dump(dump_path(run / "dumps", step)).batch.rollouts
+    both = [(r.rollout_logprobs[r.trained], r.teacher.logprobs[r.trained]) for r in rollouts if r.teacher is not None]
+    assert len(both) == len(rollouts)
+    return np.concatenate(both, axis=1)
+
+
+@pytest.mark.proof
+def test_a_policy_that_is_its_own_teacher_has_no_kl_whatever_scores_it_and_at_its_temperature(command):
+    """The checkpoint before the first step holds the policy that samples it, so pi is pi_T to rounding: the server's
+    scores are those of the trainer's network."""
+    base = command(*RUN, "train.steps=0")
+    assert base.end(200) == 0, base.text()
+    own = ["supervised.steps=0", f"model={{path: {base.run / 'hf'}}}", "train.steps=1", "precision.temperature=0.7"]
+    on_server = command(*RUN, *own, *GRADED, *distilled(base.run, reward=0.0))
+    assert on_server.end(200) == 0, on_server.text()
+    mu, teacher = scores(on_server.run, 1)
+    assert np.abs(mu - teacher).max() < 1e-4
+    (row,) = rows_of(on_server.run)
+    assert abs(row["teacher/kl"]) < 1e-5
+    assert row["teacher/tokens"] == mu.size
+    term = ["train.steps=1", *distilled(base.run / "hf", "trainer", place="loss", reward=0.0)]
+    beside = command(*RUN, *own, *term)
+    assert beside.end(200) == 0, beside.text()
+    (row,) = rows_of(beside.run)
+    assert abs(row["teacher/kl"]) < 1e-5
+    assert row["train/grad_norm"] < 1e-3
+    assert on_server.orphans() == beside.orphans() == []
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+def test_stopped_and_resumed_two_versions_behind_every_answer_has_its_scores(command, tmp_path):
+    """The teacher is an older checkpoint of the policy, over its likeliest tokens."""
+    earlier = command(*RUN, "train.steps=0", "checkpoint.every_steps=1")
+    assert earlier.end(200) == 0, earlier.text()
+    ahead = [*RUN, "rollout.max_staleness=2", "checkpoint.every_steps=100", "checkpoint.keep_last=9"]
+    ahead += ["objective.correction={kind: geometric_tis, high: 2.0}"]
+    ahead += distilled(earlier.run, place="loss", top_k=4)
+    first = command(*ahead, "train.steps=99", folder=tmp_path)
+    first.wait_for("step  2/99")
+    first.process.send_signal(signal.SIGTERM)
+    assert first.end() == 75, first.text()
+    done = int(re.search(r"ended by SIGTERM after step (\d+)", first.text())[1])
+    last = done + 2
+    second = command(*ahead, f"train.steps={last}", folder=tmp_path)
+    assert second.end(200) == 0, second.text()
+    rows = rows_of(second.run)
+    check_rows(rows, 2)
+    indices = np.concatenate(trained(second.run, last))
+    assert sorted(indices.tolist()) == list(range(8 * last))
+    for step in range(1, last + 1):
+        batch = read_dump(dump_path(second.run / "dumps", step)).batch
+        assert {r.teacher.top_k for r in batch.rollouts} == {4}
+    assert all(row["teacher/kl"] >= row["teacher/kl_top"] - 0.5 for row in rows)
+    assert [row["teacher/kl_top"] >= 0 for row in rows] == [True] * last
+    assert second.orphans() == []
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+def test_from_a_better_model_the_quickstarts_task_is_learned_faster_than_from_rewards_alone(command):
+    """The teacher has had the same supervised steps, four times as many and on right answers."""
+    teacher = command(*WARM, "supervised.steps=250", "supervised.decay_steps=250", "train.steps=0",
+                      "data.task.supervised_error_rate=0.0")  # fmt: skip
+    assert teacher.end(300) == 0, teacher.text()
+    for seed in (1, 2):
+        own = [*WARM, f"run.seed={seed}", f"train.steps={STEPS}"]
+        plain, taught = command(*own), None
+        assert plain.end(300) == 0, plain.text()
+        taught = command(*own, *GRADED, *distilled(teacher.run, reward=0.0), "rollout.max_staleness=1")
+        assert taught.end(300) == 0, taught.text()
+        alone, helped = ([row["reward/mean"] for row in rows_of(run.run)] for run in (plain, taught))
+        assert abs(alone[0] - helped[0]) < 0.08, "they begin alike"
+        assert helped[-1] > alone[-1] + 0.1, (alone, helped)
+        kl = [row["teacher/kl"] for row in rows_of(taught.run)]
+        assert kl[-1] < 0.7 * kl[0]
