@@ -85,6 +85,22 @@ def wasted(run: Run) -> Figure:
     )
 
 
+def teacher(run: Run) -> Figure:
+    lines = {"teacher/kl": "of the sampled tokens", "teacher/kl_top": "over the teacher's likeliest tokens"}
+    return Figure(
+        "teacher",
+        "Distance from the teacher",
+        "Reverse KL of the policy to its teacher, on what the policy sampled.",
+        "It falls towards 0, fast at first.",
+        "It stays where it began: the teacher's part is too small beside the rewards' (objective.distillation), or the "
+        "teacher finds nothing likely of what this policy says. Below 0 for long: the policy is no longer the one that "
+        "sampled.",
+        ends(present(run, "teacher/kl")[1], "{:.3g} nats a token"),
+        line_plot(run, lines, "nats a token"),
+        absent(run, "teacher/kl"),
+    )
+
+
 def grad_norm(run: Run) -> Figure:
     skipped = float(np.nansum(run.column("train/skipped_updates"))) if run.has("train/skipped_updates") else 0.0
     note = f" Updates were skipped, because a gradient was not finite, in {skipped:g} steps." if skipped else ""

@@ -76,6 +76,7 @@ def sections(run: Run) -> list[tuple[str, list[Figure]]]:
                 learning.length(run),
                 learning.entropy(run),
                 learning.wasted(run),
+                *([learning.teacher(run)] if run.has("teacher/kl") else []),
                 scores.pass_rates(run),
                 *scores.failures(run),
             ],
