@@ -203,7 +203,8 @@ class _Run:
             stalled = StallReports.of_run(directory.path, loop.trainers, loop.fleet, self.console.say)
             for waiting in (loop.waiting, loop.trainers.waiting, loop.fleet.members.waits):
                 waiting.on_stall(stalled, config.debug.stall_s)
-            self.hours.servers = len(loop.fleet.servers) * config.server.tensor_parallel
+            teaching = 0 if loop.teacher is None else config.teacher_gpus
+            self.hours.servers = len(loop.fleet.servers) * config.server.tensor_parallel + teaching
             if config.replay.any and not loop.replay.any:
                 self.console.say(
                     f"replay={config.replay} replays nothing: the model has no experts, so there are no routes"

@@ -34,6 +34,7 @@ def teacher_processes(
             logs / ("teacher.log" if count == 1 else f"teacher_{number}.log"),
             device="cpu" if device == "cpu" else "cuda",
             seed=config.run.seed,
+            return_routed_experts=False,
             precision=config.precision,
             trust_remote_code=config.model.trust_remote_code,
             base_gpu=base_gpu + number * own.tensor_parallel,

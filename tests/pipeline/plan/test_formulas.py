@@ -1,11 +1,16 @@
 """Formulas against published figures; docs/plan.md names where each was read."""
 
+import json
+
 import pytest
 
 from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.description import describe, read_description
+from pipeline.config import ConfigError, load_config
+from pipeline.config.model import TinyModelConfig
 from pipeline.plan import flops, memory, parameters
 from pipeline.plan.hardware import EFFICIENCY, GPUS
+from pipeline.plan.plan import teacher_of
 
 BF16 = TrainerPrecision(weights="bfloat16")
 QWEN2_MOE = {
@@ -195,3 +200,24 @@ def test_an_offloaded_optimizer_lies_in_the_machines_memory():
     assert (on.host, off.optimizer) == (0.0, 0.0)
     assert on.optimizer == pytest.approx(12 * parameters.total(model) / 8)
     assert off.host == pytest.approx(16 * parameters.total(model) / 8)
+
+
+def test_a_teacher_beside_the_policy_holds_its_own_weights_and_a_server_is_no_part_of_the_trainer(tmp_path):
+    policy, teacher = published("qwen3-30b-a3b"), published("glm-4.5-air")
+    parallel = ParallelConfig(ranks=8, expert=8)
+    alone, taught = (
+        memory.rank_memory(policy, parallel, TrainerConfig(), BF16, 4096, stage=0, teacher=known)
+        for known in (None, teacher)
+    )
+    count = parameters.rank_count(teacher, parallel, 0)
+    assert alone.others == 0
+    assert taught.others == memory.states(count, parallel, BF16)[0] > 20e9
+    (tmp_path / "config.json").write_text(json.dumps(TinyModelConfig().hf_config()))
+    own = [f"teacher.path={tmp_path}", "objective={preset: gspo, distillation: {place: loss}}"]
+    config = load_config("configs/quickstart.yaml", own)
+    assert teacher_of(config) is None
+    config = load_config("configs/quickstart.yaml", [*own, "teacher.engine=trainer"])
+    assert teacher_of(config) is not None
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"teacher\.path: .* has no config\.json"):
+        teacher_of(config)
