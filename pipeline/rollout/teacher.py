@@ -11,7 +11,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from pipeline.teaching.teacher_scores import TeacherScores
-from pipeline.types import Episode, Group, Rollout
+from pipeline.types import Episode, Rollout
 
 
 class Scoring(Protocol):
@@ -46,13 +46,11 @@ class Teacher:
         rollouts = await asyncio.gather(*(self._of_rollout(rollout) for rollout in episode.rollouts))
         return replace(episode, rollouts=tuple(rollouts))
 
-    async def scored_group(self, group: Group) -> Group:
-        """`scored` of all its episodes."""
-        return replace(group, episodes=tuple(await asyncio.gather(*map(self.scored, group.episodes))))
-
     async def _of_rollout(self, rollout: Rollout) -> Rollout:
-        if rollout.teacher is not None or not rollout.trained_tokens:
+        if rollout.teacher is not None:
             return rollout
+        if not rollout.trained_tokens:
+            return replace(rollout, teacher=TeacherScores.unread(len(rollout), self.top_k))
         began = time.monotonic()
         scores = await self.scoring.teach(rollout.token_ids, len(rollout.prompt_ids), self.top_k)
         self._seconds.append(time.monotonic() - began)

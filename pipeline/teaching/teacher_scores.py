@@ -38,6 +38,14 @@ class TeacherScores:
         if not all(np.isfinite(array).all() for array in (self.logprobs, self.top_logprobs) if array is not None):
             raise ValueError("a teacher's log-probs hold one that is not finite")
 
+    @classmethod
+    def unread(cls, tokens: int, top_k: int) -> TeacherScores:
+        """Of tokens of which none was sampled, so that nobody reads it."""
+        zeros = np.zeros(tokens, np.float32)
+        if not top_k:
+            return cls(zeros)
+        return cls(zeros, np.zeros((tokens, top_k), np.int32), np.zeros((tokens, top_k), np.float32))
+
     def __len__(self) -> int:
         return len(self.logprobs)
 

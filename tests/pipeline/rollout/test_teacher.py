@@ -55,7 +55,7 @@ def test_every_rollout_is_scored_once_after_its_prompt_and_one_that_nobody_sampl
     once, twice = asyncio.run(run())
     assert scoring.asked == [(3, 1, 4), (4, 1, 4)]
     assert [None if r.teacher is None else r.teacher.logprobs.tolist() for r in once.rollouts] == [
-        [-1, -2], None, [-1, -2, -3],
+        [-1, -2], [0], [-1, -2, -3],
     ]  # fmt: skip
     assert twice == once
     assert once.reward == 1.0
