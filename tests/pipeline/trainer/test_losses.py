@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.objectives import Denominators, KLConfig, ObjectiveConfig, resolve
+from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.trainer.losses import ON_POLICY, LossRow, critic_loss, policy_loss
 
 GRPO = resolve(ObjectiveConfig(preset="grpo"))
@@ -81,3 +82,31 @@ def test_a_critic_needs_returns():
     )
     with pytest.raises(ValueError, match="rows with returns"):
         critic_loss(ppo, Denominators(2, 4, 3))(batch)
+
+
+def test_a_teachers_rows_become_its_term_of_the_sampled_and_of_the_named_tokens():
+    """Both by hand: the policy is given as log-probs of three tokens, of which the teacher names two."""
+    table = torch.tensor([0.5, 0.3, 0.2]).log().expand(2, 3, 3).clone()
+    told = torch.tensor([0.7, 0.2]).log().numpy()
+    rows = [
+        row(n, ON_POLICY, 0.0, teacher=TeacherScores(np.full(n, -0.4, np.float32), np.tile(np.int32([0, 1]), (n, 1)),
+                                                     np.tile(told, (n, 1))))
+        for n in (3, 1)
+    ]  # fmt: skip
+    named = table[..., :2].clone().requires_grad_()
+    batch = SimpleNamespace(quantities=(CURRENT, CURRENT, named), mask=MASK, rows=tuple(rows), indices=(0, 1))
+    top, sampled = (
+        resolve(ObjectiveConfig.model_validate({"preset": "grpo", "distillation": {"place": "loss", "top_k": k}}))
+        for k in (2, 0)
+    )
+    value, metrics = policy_loss(top, Denominators(2, 4, 3))(batch)
+    whole = (table[0, 0].exp() * (table[0, 0] - torch.tensor([0.7, 0.2, 0.1]).log())).sum()
+    assert value.item() == pytest.approx(whole.item(), rel=1e-4)
+    assert metrics["teacher/kl_top"][0] / metrics["teacher/kl_top"][1] == pytest.approx(whole.item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(value, named)
+    assert (gradient[MASK] != 0).all()
+    assert (gradient[~MASK] == 0).all()
+    value, _ = policy_loss(sampled, Denominators(2, 4, 3))(batch)
+    weights = (CURRENT - torch.tensor([[-1.0] * 3, [-1.0, 0, 0]])).exp().clamp(max=5)
+    expected = (weights * (CURRENT + 0.4).square() / 2)[MASK].mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
