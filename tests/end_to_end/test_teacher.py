@@ -62,11 +62,11 @@ def test_a_policy_that_is_its_own_teacher_has_no_kl_whatever_scores_it_and_at_it
 @pytest.mark.proof
 def test_stopped_and_resumed_two_versions_behind_every_answer_has_its_scores(command, tmp_path):
     """The teacher is an older checkpoint of the policy, over its likeliest tokens."""
-    earlier = command(*RUN, "train.steps=0", "checkpoint.every_steps=1")
+    earlier = command(*RUN, "train.steps=1", "checkpoint.every_steps=1")
     assert earlier.end(200) == 0, earlier.text()
     ahead = [*RUN, "rollout.max_staleness=2", "checkpoint.every_steps=100", "checkpoint.keep_last=9"]
     ahead += ["objective.correction={kind: geometric_tis, high: 2.0}"]
-    ahead += distilled(earlier.run, place="loss", top_k=4)
+    ahead += distilled(earlier.run / "checkpoints" / "step_1", place="loss", top_k=4)
     first = command(*ahead, "train.steps=99", folder=tmp_path)
     first.wait_for("step  2/99")
     first.process.send_signal(signal.SIGTERM)
@@ -82,8 +82,7 @@ def test_stopped_and_resumed_two_versions_behind_every_answer_has_its_scores(com
     for step in range(1, last + 1):
         batch = read_dump(dump_path(second.run / "dumps", step)).batch
         assert {r.teacher.top_k for r in batch.rollouts} == {4}
-    assert all(row["teacher/kl"] >= row["teacher/kl_top"] - 0.5 for row in rows)
-    assert [row["teacher/kl_top"] >= 0 for row in rows] == [True] * last
+    assert all(row["teacher/kl_top"] >= -1e-6 for row in rows)
     assert second.orphans() == []
 
 
@@ -96,7 +95,7 @@ def test_from_a_better_model_the_quickstarts_task_is_learned_faster_than_from_re
     assert teacher.end(300) == 0, teacher.text()
     for seed in (1, 2):
         own = [*WARM, f"run.seed={seed}", f"train.steps={STEPS}"]
-        plain, taught = command(*own), None
+        plain = command(*own)
         assert plain.end(300) == 0, plain.text()
         taught = command(*own, *GRADED, *distilled(teacher.run, reward=0.0), "rollout.max_staleness=1")
         assert taught.end(300) == 0, taught.text()
