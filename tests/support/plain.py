@@ -137,16 +137,24 @@ def _areal_gspo(y: Answer) -> Tensor:
     return _each(y, (w(y) * (w(y) <= 5)).mean() * _min_clip(s(y), y.A, 0.4, 0.4))
 
 
-def _dppo(distance: Callable[[float, float], float], bound: float, both: bool, largest: float) -> Any:
-    """Token by token, with Python's numbers: dropped, or min(pi/mu, largest) A log pi."""
+def _dppo(
+    distance: Callable[[float, float], float],
+    down: float,
+    up: float,
+    both: bool,
+    largest: float,
+    other: Callable[[Answer], Tensor] = lambda y: y.mu,
+) -> Any:
+    """Token by token, with Python's numbers: dropped, or min(pi/q, largest) A log pi. down, up: the most that p may be
+    from q below and above it."""
 
     def term(y: Answer) -> Tensor:
         A = y.A.expand(y.N) if y.A.dim() == 0 else y.A
         out = []
         for t in range(y.N):
-            p, q, a = math.exp(float(sg(y.pi)[t])), math.exp(float(y.mu[t])), float(A[t])
+            p, q, a = math.exp(float(sg(y.pi)[t])), math.exp(float(other(y)[t])), float(A[t])
             pushed = both or (a > 0 and p > q) or (a < 0 and p < q)
-            dropped = pushed and distance(p, q) > bound
+            dropped = pushed and distance(p, q) > (up if p > q else down)
             out.append(0.0 if dropped else min(p / q, largest))
         return torch.tensor(out, dtype=torch.float64) * A * y.pi
 
@@ -164,7 +172,11 @@ def _binary_kl(p: float, q: float) -> float:
 
 
 def _vespo(y: Answer) -> Tensor:
-    W = sg(rho(y)).prod()
+    return _vespo_of(rho(y), y)
+
+
+def _vespo_of(ratios: Tensor, y: Answer) -> Tensor:
+    W = sg(ratios).prod()
     k, decay = (2.0, 3.0) if y.A > 0 else (3.0, 2.0)
     return math.exp(decay) * W**k * torch.exp(-decay * W) * y.A * y.pi
 
@@ -201,9 +213,9 @@ ROWS: dict[str, tuple[Callable[[Answer], Tensor], str]] = {
     "cispo": (_cispo, "prompt_token_mean"),
     "sapo": (lambda y: _sapo(r(y), y.A), "sequence_mean_token_mean"),
     "minirl": (_minirl, "sequence_mean_token_sum"),
-    "dppo_tv": (_dppo(_tv, 0.15, False, 20.0), "token_sum_constant"),
-    "dppo_kl": (_dppo(_binary_kl, 0.05, False, 20.0), "token_sum_constant"),
-    "ipo": (_dppo(_tv, 0.1, True, math.inf), "token_mean"),
+    "dppo_tv": (_dppo(_tv, 0.15, 0.15, False, 20.0), "token_sum_constant"),
+    "dppo_kl": (_dppo(_binary_kl, 0.05, 0.05, False, 20.0), "token_sum_constant"),
+    "ipo": (_dppo(_tv, 0.1, 0.1, True, math.inf), "token_mean"),
     "vespo": (_vespo, "token_mean"),
     "luspo": (_clip_sequence(2e-3, 2.5e-3), "sequence_mean_token_sum"),
     "icepop": (_icepop, "token_mean"),
@@ -217,6 +229,39 @@ ROWS: dict[str, tuple[Callable[[Answer], Tensor], str]] = {
     "areal_sapo": (lambda y: _sapo(rho(y), y.A), "token_mean"),
 }
 """By preset: the term, and how it is reduced."""
+
+
+def _dual_clip(y: Answer) -> Tensor:
+    term = _min_clip(r(y), y.A, 0.2, 0.2)
+    return torch.maximum(term, 1.3 * y.A) if y.A < 0 else term
+
+
+WRITTEN_OVER: dict[str, tuple[str, dict[str, Any], Callable[[Answer], Tensor]]] = {
+    "dual clip": ("grpo", {"surrogate": "dual_clip", "dual_clip": 1.3}, _dual_clip),
+    "a clip on pi/mu": ("grpo", {"ratio_to": "rollout"}, lambda y: _min_clip(rho(y), y.A, 0.2, 0.2)),
+    "a clip of s on pi/mu": (
+        "gspo",
+        {"ratio_to": "rollout", "clip_low": 0.1, "clip_high": 0.2},
+        lambda y: _each(y, _min_clip(torch.exp((y.pi - y.mu).mean()), y.A, 0.1, 0.2)),
+    ),
+    "CISPO with both bounds": (
+        "cispo",
+        {"clip_low": 0.2, "clip_high": 0.3},
+        lambda y: sg(torch.clamp(r(y), 0.8, 1.3)) * y.A * y.pi,
+    ),
+    "DPPO with a bound for each side": (
+        "dppo_tv",
+        {"trust_low": 0.02, "trust_high": 0.05, "trust_weight": 1.2},
+        _dppo(_tv, 0.02, 0.05, False, 1.2),
+    ),
+    "DPPO on pi/pi_o": (
+        "dppo_kl",
+        {"ratio_to": "proximal"},
+        _dppo(_binary_kl, 0.05, 0.05, False, 20.0, lambda y: y.old),
+    ),
+    "VESPO on pi/pi_o": ("vespo", {"ratio_to": "proximal"}, lambda y: _vespo_of(r(y), y)),
+}
+"""What no row has: the row, the cells that are written over, and the term then; advantages are numbers of answers."""
 
 
 def _inside(weight: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -302,6 +347,7 @@ def loss(
     sizes: Sizes,
     *,
     corrections: tuple[tuple[str, str], ...] = (),
+    term: Callable[[Answer], Tensor] | None = None,
     reduction: str | None = None,
     factor: Callable[[Answer], Tensor] | None = None,
     kl: tuple[str, float] | None = None,
@@ -309,16 +355,17 @@ def loss(
 ) -> Tensor:
     """-J of a row. Answers without tokens have no term; `sizes` counts them.
 
-    corrections: (kind, "proximal" or "current"), beside the row's own. factor: one more, of an answer.
+    corrections: (kind, "proximal" or "current"), beside the row's own. term: in place of the row's. factor: one more,
+    of an answer.
     kl: (estimator, beta) in the loss.
     """
-    term, own = ROWS[name]
+    rows, own = ROWS[name]
     reduced = REDUCTIONS[reduction or own]
     total = torch.zeros((), dtype=torch.float64)
     for y in answers:
         if y.N == 0:
             continue
-        x = term(y)
+        x = (term or rows)(y)
         for kind, numerator in corrections:
             weight = sg(torch.exp((y.old if numerator == "proximal" else y.pi) - y.mu))
             x = CORRECTIONS[kind](weight, y.A, *DEFAULT_BOUNDS[kind]) * x

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -70,6 +71,58 @@ def gae(reward: float, penalties: list[float], values: list[float], gamma: float
     after = [*values[1:], 0.0]
     deltas = [(reward if t == n - 1 else 0.0) - penalties[t] + gamma * after[t] - values[t] for t in range(n)]
     return [sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t)) for t in range(n)]
+
+
+# What a row weighs each trained token by, from the rewards on.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R, prompts: of each answer. k1 = log pi_o - log pi_ref, V, log_w = log pi_o - log mu: of its trained tokens."""
+
+    R: list[float]
+    prompts: list[int]
+    k1: list[list[float]]
+    V: list[list[float]]
+    log_w: list[list[float]]
+
+    def at_tokens(self, A: list[float]) -> list[list[float]]:
+        return [[a] * len(row) for a, row in zip(A, self.V, strict=True)]
+
+
+def _mean(b: Batch) -> list[list[float]]:
+    return b.at_tokens(group_mean(b.R, b.prompts))
+
+
+def _standard(b: Batch) -> list[list[float]]:
+    return b.at_tokens(group_std(b.R, b.prompts))
+
+
+def _areal(b: Batch) -> list[list[float]]:
+    return whiten(b.at_tokens(group_std(b.R, b.prompts, "sample", 1e-5)), "sample", 1e-5)
+
+
+def _m2po(b: Batch) -> list[list[float]]:
+    stay = iter(second_moment([x for row in b.log_w for x in row], 0.04))
+    return [[a if next(stay) else 0.0 for a in row] for row in _standard(b)]
+
+
+ROWS: dict[str, Callable[[Batch], list[list[float]]]] = {
+    "reinforce": _mean,
+    "rloo": lambda b: b.at_tokens(leave_one_out(b.R, b.prompts)),
+    "reinforce_plus_plus": lambda b: whiten(
+        [rewards_to_go(R, [0.01 * k for k in k1]) for R, k1 in zip(b.R, b.k1, strict=True)]
+    ),
+    "ppo": lambda b: [gae(R, [0.0] * len(V), V, 1.0, 0.95) for R, V in zip(b.R, b.V, strict=True)],
+    "maxrl": lambda b: b.at_tokens(mean_relative(b.R, b.prompts)),
+    "m2po": _m2po,
+    "reinforce_baseline": lambda b: whiten(_mean(b)),
+    "scalerl": lambda b: b.at_tokens(batch_scaled(b.R, b.prompts)),
+    "areal_dr_grpo": lambda b: whiten(_mean(b), "sample", 1e-5),
+    **dict.fromkeys(("dr_grpo", "dr_gspo", "minirl", "dppo_tv", "dppo_kl", "ipo", "icepop"), _mean),
+    **dict.fromkeys(("grpo", "dapo", "gspo", "gspo_token", "gmpo", "cispo", "sapo", "vespo", "luspo"), _standard),
+    **dict.fromkeys(("areal_grpo", "areal_gspo", "areal_sapo"), _areal),
+}
 
 
 # Credit by turns: r[k] is the reward of turn k of one episode, G[i][k] the return of turn k of episode i.

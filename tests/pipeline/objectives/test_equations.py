@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from pipeline.objectives import PRESETS, LossInputs, ObjectiveConfig, resolve
-from pipeline.objectives.cells import Advantage, CorrectionKind, KLEstimator, Reduction, RejectBy, RejectOver
+from pipeline.objectives.cells import (
+    Advantage,
+    CorrectionKind,
+    Divergence,
+    KLEstimator,
+    RatioLevel,
+    Reduction,
+    RejectBy,
+    RejectOver,
+    Surrogate,
+)
 from pipeline.objectives.correction_config import MASKS_ONLY
 from tests.support import plain, plain_advantages
 from tests.support.batches import leaves, loss_and_gradients, make_batch, whole
@@ -56,11 +66,21 @@ def assert_same(name: str, x: LossInputs, cells: dict, equation: dict) -> torch.
 
 
 def test_nothing_is_without_an_equation() -> None:
-    assert set(plain.ROWS) == set(PRESETS)
+    assert set(plain.ROWS) == set(plain_advantages.ROWS) == set(PRESETS)
     assert set(plain.CORRECTIONS) == set(plain.DEFAULT_BOUNDS) == set(get_args(CorrectionKind))
     assert set(plain.KLS) == set(get_args(KLEstimator))
     assert set(plain.REDUCTIONS) == set(get_args(Reduction))
     assert set(get_args(Advantage)) == ADVANTAGES
+    cells = [resolve(ObjectiveConfig(preset=name)).composition for name in PRESETS]
+    cells += [resolve(ObjectiveConfig(preset=row, **over)).composition for row, over, _ in plain.WRITTEN_OVER.values()]
+    assert {cell.surrogate for cell in cells} == set(get_args(Surrogate))
+    assert {cell.ratio for cell in cells} == set(get_args(RatioLevel))
+    assert {cell.divergence for cell in cells} == {None, *get_args(Divergence)}
+    assert {(cell.surrogate, cell.ratio_to) for cell in cells} >= {
+        (surrogate, to)
+        for surrogate in ("clip", "soft_gate", "stop_gradient_clip", "trust_region", "gamma_gate")
+        for to in ("proximal", "rollout")
+    }
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -71,6 +91,19 @@ def test_a_row_is_its_equation(name: str, staleness: float, discrepancy: float) 
         x = make_batch(name, seed, staleness=staleness, discrepancy=discrepancy, holes=True)
         moved += assert_same(name, x, {}, {}).abs().sum().item()
     assert moved > 0
+
+
+@pytest.mark.parametrize("what", sorted(plain.WRITTEN_OVER))
+def test_a_cell_that_no_row_has_is_its_equation(what: str) -> None:
+    name, cells, term = plain.WRITTEN_OVER[what]
+    differs = False
+    for seed in SEEDS:
+        x = make_batch(name, seed, discrepancy=0.3, holes=True)
+        assert_same(name, x, cells, {"term": term})
+        differs |= bool(
+            abs(loss_and_gradients(name, x, whole(x))[0] - plain.loss(name, *answers_of(x), term=term)) > 1e-6
+        )
+    assert differs
 
 
 def rows_that_take(kind: str, numerator: str) -> list[str]:
@@ -229,13 +262,26 @@ def test_an_advantage_of_a_group_is_its_equation(advantage: str, std: str, white
     _assert_tokens(out, plain_advantages.whiten(expected, std) if whiten else expected)
 
 
-@pytest.mark.parametrize("name", ["areal_grpo", "areal_dr_grpo", "areal_gspo", "areal_sapo"])
-def test_areals_advantages_are_normalised_by_the_sample_std_twice(name: str) -> None:
-    if name == "areal_dr_grpo":
-        group = plain_advantages.group_mean(REWARDS, PROMPTS)
-    else:
-        group = plain_advantages.group_std(REWARDS, PROMPTS, "sample", 1e-5)
-    _assert_tokens(_advantages(preset=name).advantages, plain_advantages.whiten(_repeated(group), "sample", 1e-5))
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_rows_advantage_is_its_equation_from_the_rewards_on(name: str) -> None:
+    rollout = PROXIMAL + 0.6 * _matrix(3)
+    found = resolve(ObjectiveConfig(preset=name)).advantages(
+        torch.tensor(REWARDS, dtype=torch.float64),
+        torch.tensor(PROMPTS),
+        MASK,
+        proximal_logprobs=PROXIMAL,
+        reference_logprobs=REFERENCE,
+        rollout_logprobs=rollout,
+        values=VALUES,
+    )
+    k1, V, log_w = (
+        [row[where].tolist() for row, where in zip(matrix, MASK, strict=True)]
+        for matrix in (PROXIMAL - REFERENCE, VALUES, PROXIMAL - rollout)
+    )
+    expected = plain_advantages.ROWS[name](plain_advantages.Batch(REWARDS, PROMPTS, k1, V, log_w))
+    _assert_tokens(found.advantages, expected)
+    if name == "m2po":
+        assert 0 < sum(a == 0 for row in expected for a in row) < MASK.sum()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
