@@ -1,11 +1,11 @@
 """What staleness does to the reward: the quickstart's run for each bound, correction and seed, one after another.
 
-    .venv/bin/python scripts/bench_staleness.py OUT [--staleness 0 1 4] [--corrections geometric_tis token_tis none]
-                                                [--seeds 0 1 2] [section.field=value ...]
+    .venv/bin/python -m scripts.bench_staleness OUT [section.field=value ...] [--staleness 0 1 4] [--seeds 0 1 2]
+                                                [--corrections geometric_tis token_tis none]
 
 geometric_tis and none are the quickstart's GSPO; token_tis weighs tokens, so that its ratios are of tokens too (GRPO).
-Each run keeps its directory, OUT/staleness_1_token_tis_seed_0, and a run that is there whole is not made again: the
-same command goes on where it was stopped. Without staleness `none` is left out.
+Each run has its directory, OUT/staleness_1_token_tis_seed_0, and is kept beside it (`kept_runs.py`): what is there is
+not made again, so the same command goes on where it was stopped. Without staleness `none` is left out.
 Prints the mean reward of the first and the last steps, over seeds, and the last of each seed.
 """
 
@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config import load_config
 from pipeline.loop.run import train
+from scripts.kept_runs import EDGE, KeptRun, keep, print_table
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SETTINGS = {
@@ -25,32 +27,30 @@ SETTINGS = {
     "token_tis": ["objective={preset: grpo, correction: {kind: token_tis, high: 2.0}}"],
     "none": ["objective.correction=none"],
 }
-COLUMNS = ("lag", "first {}", "last {}", "last {}, of each seed")
-EDGE = 5  # steps at either end
+COLUMNS = ("lag", f"first {EDGE}", f"last {EDGE}", f"last {EDGE}, of each seed")
 
 
-def rows_of(out: Path, staleness: int, correction: str, seed: int, overrides: list[str]) -> list[dict]:
-    """Metrics of a run, a step each; it is made where it is not there whole."""
+def run_of(out: Path, staleness: int, correction: str, seed: int, overrides: list[str]) -> KeptRun:
+    """One run; it is made where it is not there."""
     directory = out / f"staleness_{staleness}_{correction}_seed_{seed}"
-    settings = [f"run.directory={directory}", f"run.seed={seed}", f"rollout.max_staleness={staleness}", *overrides]
-    config = load_config(CONFIG, [*settings, *SETTINGS[correction]])
-    file = directory / "metrics.jsonl"
-    if not file.exists() or len(file.read_text().splitlines()) < config.train.steps:
-        train(config)
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    own = [f"run.seed={seed}", f"rollout.max_staleness={staleness}", *overrides, *SETTINGS[correction]]
+
+    def steps() -> Iterator[dict]:
+        train(load_config(CONFIG, [f"run.directory={directory}", *own]))
+        yield from map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+
+    return keep(out / f"{directory.name}.json", own, steps)
 
 
-def reward(rows: list[dict]) -> float:
-    return statistics.fmean(row["reward/mean"] for row in rows)
-
-
-def row_of(runs: list[list[dict]]) -> list[str]:
-    """Cells of one row, of a run for each seed."""
-    last = [reward(rows[-EDGE:]) for rows in runs]
-    lag = statistics.fmean(row.get("rollout/lag_mean", 0.0) for rows in runs for row in rows)
-    first = statistics.fmean(reward(rows[:EDGE]) for rows in runs)
-    cells = [f"{lag:.1f}", f"{first:.3f}", f"{statistics.fmean(last):.3f}"]
-    return [*cells, ", ".join(f"{value:.3f}" for value in last)]
+def row_of(runs: list[KeptRun]) -> list[str]:
+    """Cells of one row, of a run for each seed; means are of those that are whole."""
+    whole = [run for run in runs if run.broken is None]
+    each = ", ".join("broken" if run.broken else f"{run.last():.3f}" for run in runs)
+    if not whole:
+        return ["", "", "", each]
+    lag = statistics.fmean(row.get("rollout/lag_mean", 0.0) for run in whole for row in run.rows)
+    first, last = (statistics.fmean(values) for values in zip(*((r.first(), r.last()) for r in whole), strict=True))
+    return [f"{lag:.1f}", f"{first:.3f}", f"{last:.3f}", each]
 
 
 def main() -> None:
@@ -66,10 +66,9 @@ def main() -> None:
         for correction in options.corrections:
             if not staleness and correction == "none":
                 continue
-            runs = [rows_of(options.out, staleness, correction, seed, options.overrides) for seed in options.seeds]
-            table.append(f"| {staleness} | {correction} | {' | '.join(row_of(runs))} |")
-    titles = ["max_staleness", "correction", *(title.format(EDGE) for title in COLUMNS)]
-    print("\n".join([f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *table]))
+            runs = [run_of(options.out, staleness, correction, seed, options.overrides) for seed in options.seeds]
+            table.append([str(staleness), correction, *row_of(runs)])
+    print_table(["max_staleness", "correction", *COLUMNS], table)
 
 
 if __name__ == "__main__":
