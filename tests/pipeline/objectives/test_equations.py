@@ -166,13 +166,25 @@ def test_a_rejection_is_its_equation_and_drops_some_and_not_all(by: str, over: s
     assert 0 < sum(kept) < len(kept)
 
 
+def test_two_corrections_are_the_product_of_their_factors() -> None:
+    both = ("reject", "geometric_tis")
+    cells = {"correction": [{"kind": kind, "high": plain.DEFAULT_BOUNDS[kind][1]} for kind in both]}
+    for seed in SEEDS:
+        x = make_batch("gspo", seed, staleness=3e-4, discrepancy=0.15, holes=True)
+        assert_same("gspo", x, cells, {"corrections": tuple((kind, "proximal") for kind in both)})
+
+
+@pytest.mark.parametrize("estimator", get_args(KLEstimator))
 @pytest.mark.parametrize("name", ["grpo", "gspo", "minirl"])
-def test_a_kl_to_mu_is_its_equation(name: str) -> None:
+def test_a_kl_to_mu_is_its_equation(name: str, estimator: str) -> None:
     x = make_batch(name, 1, staleness=0.05, holes=True)
-    kl = {"estimator": "k3", "beta": 0.3, "to": "rollout"}
+    kl = {"estimator": estimator, "beta": 0.3, "to": "rollout"}
+    loss, (gradient,) = loss_and_gradients(name, x, whole(x), kl=kl)
     same = replace(x, reference_logprobs=x.rollout_logprobs)
-    found, expected = loss_and_gradients(name, x, whole(x), kl=kl), plain.loss(name, *answers_of(same), kl=("k3", 0.3))
-    torch.testing.assert_close(found[0], expected.detach(), rtol=1e-12, atol=1e-14)
+    expected = plain.loss(name, *answers_of(same), kl=(estimator, 0.3))
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-14)
+    (theirs,) = torch.autograd.grad(expected, leaves(x))
+    torch.testing.assert_close(gradient, theirs, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("estimator", get_args(KLEstimator))
