@@ -18,6 +18,7 @@ from pipeline.config.secrets import is_hidden
 from pipeline.config.server import fit_context
 from pipeline.config.tree import Config
 from pipeline.engine_fields import check_megatron_fields, check_sglang_arguments
+from pipeline.say import to_stderr
 from pipeline.text.yaml_text import YamlError, parse
 
 _MEANT = {"objective": "preset", "model": "path", "data": "path", "run": "directory", "precision": "weights"}
@@ -72,13 +73,16 @@ def load_rewards(run: Path, other: Path | None = None) -> tuple[rewards.Rewards,
 
 
 def check_precision(config: Config, device: Literal["cpu", "cuda"]) -> None:
-    """Raise ConfigError where the precision, or the servers' kernels, cannot be had on the device that the run gets."""
+    """Raise ConfigError where the precision, or the servers' kernels, cannot be had on the device that the run gets.
+    Says where the precision is slow there."""
     try:
         config.precision.check_device(device)
         if device == "cuda":
             config.check_server_kernels()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if (why := config.precision.slow_on(device)) is not None:
+        to_stderr(why)
     if config.model.path is not None and (config.model.path / "config.json").is_file():  # a job's may be elsewhere
         _check_needs(config, read_description(config.model.path), device)
 

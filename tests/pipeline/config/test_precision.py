@@ -162,6 +162,31 @@ def test_float32_is_refused_on_a_gpu_with_what_to_write():
     PrecisionConfig(**HALF).check_device("cuda")
 
 
+@pytest.mark.parametrize(
+    ("line", "warned"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512bw", True),
+        ("flags\t\t: fpu avx512f avx512_bf16", False),
+        ("flags\t\t: fpu amx_tile amx_bf16", False),
+        ("Features\t: fp asimd i8mm bf16", False),
+        ("Features\t: fp asimd", True),
+        ("processor\t: 0", False),
+    ],
+)
+def test_bf16_is_warned_of_where_the_processor_has_no_such_arithmetic(line, warned, tmp_path, monkeypatch, capsys):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
+    slow_on = PrecisionConfig.slow_on
+    monkeypatch.setattr(PrecisionConfig, "slow_on", lambda own, device: slow_on(own, device, cpuinfo))
+    for weights in ("bfloat16", "float32"):
+        inputs.check_inputs(load_config(QUICKSTART, [f"precision.weights={weights}", f"run.directory={tmp_path}/run"]))
+        said = capsys.readouterr().err
+        assert ("set precision.weights=float32" in said) == (warned and weights == "bfloat16")
+        assert said.count("\n") == int(warned and weights == "bfloat16")
+    assert slow_on(PrecisionConfig(**HALF), "cuda", cpuinfo) is None
+    assert slow_on(PrecisionConfig(**HALF), "cpu", tmp_path / "absent") is None
+
+
 @pytest.mark.parametrize("weights", [[], ["precision.weights=float32"], ["precision={head: fp32, router: fp32}"]])
 def test_a_configuration_for_gpus_is_refused_wherever_it_is_read(weights, tmp_path, capsys, monkeypatch):
     said = "set precision.weights=bfloat16"
