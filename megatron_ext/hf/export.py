@@ -27,6 +27,7 @@ from megatron_ext.hf.params import local_parameters
 from megatron_ext.hf.senders.assignment import Place, Unit, assign, choose_senders, holds_its_own
 from megatron_ext.hf.tables import Match
 from megatron_ext.mcore import GPTModel, parallel_state
+from megatron_ext.progress import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class HFExporter:
         (Family.joined) are in one bucket: it does so within a request, and drops in silence what has no partner there.
         """
         self.position = 0
+        WEIGHTS.begin(sum(self._bytes(item) for items in self.stages for item in items if self._sent_at_all(item)))
         packed = PackedExperts(self.model.num_experts)
         gather = self._gather if everywhere else self._gather_to_first
         for stage, items in enumerate(self.stages):
@@ -109,6 +111,7 @@ class HFExporter:
                         whole = [each for match, tensors in merged for each in packed.add(match, tensors)]
                         yield from self._pieces(whole)
                     self.position += 1
+                    WEIGHTS.add(sum(self._bytes(item) for item, _ in bucket))
 
     def senders(self, limit: int) -> list[int]:
         """The ranks that `share` the stream, rank 0 first; no more than `limit`."""
@@ -222,10 +225,9 @@ class HFExporter:
 
     def _gathers(self, pairs: list[tuple[_Item, Tensor | None]], expert: bool) -> Iterator[list]:
         """Parameters, with this rank's shards of them, in pieces that are of bounded size once they are gathered."""
-        ways = self._ways(expert)
         return cut(
             pairs,
-            lambda pair: (math.prod(pair[0].shape) * ways * pair[0].dtype.itemsize, pair[0].dtype),
+            lambda pair: (self._bytes(pair[0]), pair[0].dtype),
             self.bucket_bytes,
             lambda pair: self._joined(pair[0].match.hf_names),
         )
@@ -238,6 +240,13 @@ class HFExporter:
             self.bucket_bytes,
             lambda pair: self._joined([pair[0]]),
         )
+
+    def _bytes(self, item: _Item) -> int:
+        """Of all shards of a parameter."""
+        return math.prod(item.shape) * self._ways(item.match.row.expert) * item.dtype.itemsize
+
+    def _sent_at_all(self, item: _Item) -> bool:
+        return self._sent(item, item.match.row.expert)
 
     def _sent(self, item: _Item, expert: bool) -> bool:
         tied = self.model.tied_embeddings and item.match.row.megatron == "output_layer.weight"

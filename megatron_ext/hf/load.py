@@ -18,6 +18,7 @@ from megatron_ext.hf.params import local_parameters, shard_position
 from megatron_ext.hf.tables import EMBEDDING, LM_HEAD, Match
 from megatron_ext.hf.tied import check_tied_head
 from megatron_ext.mcore import GPTModel
+from megatron_ext.progress import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,10 @@ def load_hf(chunks: Sequence[GPTModel], model: ModelDescription, path: str | Pat
     files = TensorFiles(Path(path))
     parameters = local_parameters(chunks, model, value_head=value_head)
     check_tensors(files, parameters, model, value_head=value_head)
+    WEIGHTS.begin(sum(parameter.nbytes for _, parameter, _ in parameters))
     for _, parameter, match in parameters:
         parameter.copy_(read_shard(files, match, model))
+        WEIGHTS.add(parameter.nbytes)
 
 
 def read_shard(files: TensorFiles, match: Match, model: ModelDescription) -> Tensor:

@@ -86,6 +86,10 @@ class Engines(Protocol):
     def sync(self) -> None: ...
 
 
+_PASSES = 60
+"""Of the trainer, that exchanging every part alone takes at most; two fits have most of them."""
+
+
 class Bench:
     """Rollouts between the two engines. Every measurement is made once.
 
@@ -113,6 +117,10 @@ class Bench:
     def can_score(self) -> bool:
         """Whether there is a server to ask."""
         return self.loop.fleet.serves
+
+    def far(self) -> tuple[float, float, str] | None:
+        """How many of the trainer's passes are made, of about how many."""
+        return len(self._trainer), max(_PASSES, len(self._trainer)), "passes"
 
     def gap(self, setting: Setting) -> Gap:
         """The difference of the engines on every response token."""

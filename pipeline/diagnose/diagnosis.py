@@ -24,7 +24,9 @@ from pipeline.diagnose.bench import Bench, Engines, Setting
 from pipeline.diagnose.breakdown import Calibration, WorstToken, by_lag, by_position, calibration, worst_tokens
 from pipeline.diagnose.exchanges import PARTS, WHOLESALE, NotMeasured, Trial, try_part
 from pipeline.diagnose.verdict import verdict
+from pipeline.observe.long_phase import LongPhases
 from pipeline.observe.metrics import mismatch_of
+from pipeline.step import PolicyTokens
 from pipeline.trainer.waits import TrainerError
 from pipeline.types import Rollout
 
@@ -87,44 +89,34 @@ def diagnose(
     *,
     replay: Replay | None = None,
     in_full: bool = True,
+    phases: LongPhases | None = None,
 ) -> Diagnosis:
     """Measure.
 
     rollouts: sampled, or read from a dump; those without a response are left out.
     replay:   of the run, where the loop's own is another so that routes come with the rollouts.
     in_full:  exchange every part, whatever the gap is; else only where it is beyond the bound.
+    phases:   tell how far it is; None: nobody is told.
     Leaves the server with the trainer's weights sent anew where parts were exchanged. Raises ValueError for no rollout,
     and what the engines raise.
     """
     rollouts = [r for r in rollouts if len(r)]
     if not rollouts:
         raise ValueError("there is no rollout with a response to compare the engines on")
-    bench = Bench(loop, rollouts)
+    bench, phases = Bench(loop, rollouts), phases or LongPhases()
     base = Setting(routes="rollout" if (replay or loop.replay).from_server and bench.has_routes else "native")
-    policy = bench.trainer(base)
+    with phases.of("the log-probs of both engines are compared"):
+        policy = bench.trainer(base)
     gap = {name.removeprefix("mismatch/"): value for name, value in mismatch_of(rollouts, policy).items()}
     bound, tokens = loop.config.logprob_bound, sum(len(r) for r in rollouts)
     version = loop.fleet.version  # weights that are sent again are the same under the next number
     measured: dict[str, Any] = {}
-    uncompared: dict[str, str] = {}
     if tokens > 1:
         measured["calibration"] = calibration(policy, loop.shape.vocab_size)
     beyond = not gap["abs_logprob"] <= bound
     if in_full or beyond:
-        layers = bench.agreement()
-        measured |= {
-            "by_position": tuple(by_position(rollouts, policy)),
-            "by_layer": tuple(layers) if layers is not None else (),
-            "by_lag": tuple(by_lag(rollouts, policy, version)),
-            "worst": tuple(worst_tokens(loop, rollouts, policy)),
-        }
-        if loop.fleet.serves:
-            try:
-                measured["weights"] = tuple(f"{d.name} ({d.kind})" for d in loop.trainers.weight_differences())
-            except TrainerError as error:  # quantized weights cannot be read back
-                uncompared["weights by name"] = str(error)
-        measured |= _take_apart(bench, base, NOISE * bound)
-        measured["not_measured"] |= uncompared
+        with phases.of("the gap between the engines is taken apart", bench.far):
+            measured |= _in_full(loop, bench, base, policy, NOISE * bound)
     found = Diagnosis(
         agree=not beyond and not measured.get("weights") and not (tokens > 1 and measured["calibration"].off),
         sentence="",
@@ -138,6 +130,25 @@ def diagnose(
     )
     found = dataclasses.replace(found, **measured)
     return dataclasses.replace(found, sentence=verdict(found, loop.config))
+
+
+def _in_full(loop: Engines, bench: Bench, base: Setting, policy: PolicyTokens, noise: float) -> dict[str, Any]:
+    """The fields of a Diagnosis that say what the gap is made of, and where it lies."""
+    layers, version, uncompared = bench.agreement(), loop.fleet.version, dict[str, str]()
+    measured: dict[str, Any] = {
+        "by_position": tuple(by_position(bench.rollouts, policy)),
+        "by_layer": tuple(layers) if layers is not None else (),
+        "by_lag": tuple(by_lag(bench.rollouts, policy, version)),
+        "worst": tuple(worst_tokens(loop, bench.rollouts, policy)),
+    }
+    if loop.fleet.serves:
+        try:
+            measured["weights"] = tuple(f"{d.name} ({d.kind})" for d in loop.trainers.weight_differences())
+        except TrainerError as error:  # quantized weights cannot be read back
+            uncompared["weights by name"] = str(error)
+    measured |= _take_apart(bench, base, noise)
+    measured["not_measured"] |= uncompared
+    return measured
 
 
 def _take_apart(bench: Bench, base: Setting, noise: float) -> dict[str, Any]:

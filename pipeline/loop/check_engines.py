@@ -20,18 +20,43 @@ from pipeline.loop.inputs import check_inputs
 from pipeline.loop.loop import Loop
 from pipeline.loop.open_loop import open_loop
 from pipeline.observe.console import Console
+from pipeline.observe.long_phase import LongPhases
 from pipeline.observe.run_dir import RunDirectory
 
+_NAMED = 10  # tensors named in an error
 
-def check_first_rollouts(loop: Loop, model_path: Path, run: RunDirectory, console: Console) -> None:
-    """Compare the engines on a few rollouts. Raises DisagreementError with the diagnosis where they disagree."""
-    rollouts = new_rollouts(loop, loop.config.checks.first_rollouts, max_new_tokens=64)
-    found = diagnose(loop, model_path, rollouts, in_full=False)
+
+def check_first_rollouts(loop: Loop, model_path: Path, run: RunDirectory, console: Console, phases: LongPhases) -> None:
+    """Compare the engines, their weights by name first and then a few rollouts. Raises DisagreementError with the
+    diagnosis where they disagree."""
+    with phases.of("the weights of both engines are compared by name", loop.trainers.progress):
+        check_first_weights(loop)
+    count = loop.config.checks.first_rollouts
+    with phases.of(f"{count} answers are sampled, to compare the engines on"):
+        rollouts = new_rollouts(loop, count, max_new_tokens=64)
+    found = diagnose(loop, model_path, rollouts, in_full=False, phases=phases)
     found.write_json(run.path / "diagnose.json")
     if not found.agree:
         write_page(found, run.path / "diagnose.html", name=run.path.name)
         raise DisagreementError(f"{found.sentence} See {run.path / 'diagnose.html'}")
     console.say(found.sentence)
+
+
+def check_first_weights(loop: Loop) -> None:
+    """Compare what the servers have loaded with what the trainer has, name by name: a server leaves out what it has no
+    place for, and every token would show it, but not where it comes from. Nothing is compared where the trainer's have
+    been sent already, and compared then, and where weights.checksum_every says so.
+
+    Raises DisagreementError with the names.
+    """
+    config = loop.config
+    if not loop.fleet.serves or loop.fleet.version or config.weights.checksum_every == 0:
+        return
+    if wrong := loop.trainers.weight_differences():
+        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise DisagreementError(
+            f"the servers do not hold the model that the trainer holds: {', '.join(map(str, wrong[:_NAMED]))}{more}"
+        )
 
 
 def diagnose_config(config: Config, out: Path, dump: Path | None = None) -> Diagnosis:
@@ -46,18 +71,21 @@ def diagnose_config(config: Config, out: Path, dump: Path | None = None) -> Diag
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with Console(0) as console:
+        phases = LongPhases(console.say, logs / "start.log")
         with open_loop(
             _with_routes(config),
             out,
             logs,
             on_supervised=lambda number, nll, *_: console.supervised(number, config.supervised.steps, nll),
+            phases=phases,
         ) as (loop, model_path):
             if dumped is None:
-                rollouts = new_rollouts(loop, config.checks.probe_rollouts)
+                with phases.of("answers are sampled, to compare the engines on"):
+                    rollouts = new_rollouts(loop, config.checks.probe_rollouts)
             else:
                 step = dumped.read(dumped.steps[0], config, loop.shape)
                 rollouts = step.batch.rollouts
-            found = diagnose(loop, model_path, rollouts, replay=config.replay)
+            found = diagnose(loop, model_path, rollouts, replay=config.replay, phases=phases)
         found.write_json(out / "diagnose.json")
         write_page(found, out / "diagnose.html", name=str(config.run.directory))
         console.say(found.sentence)

@@ -19,6 +19,7 @@ from pipeline.loop.inputs import prepare_model, prompt_source
 from pipeline.loop.loop import Loop, supervise
 from pipeline.loop.teaching.teacher_model import teacher_directory
 from pipeline.objectives import resolve
+from pipeline.observe.long_phase import LongPhases
 from pipeline.rollout.grading import OwnGraders
 from pipeline.rollout.teacher import Teacher
 from pipeline.trainer.group import TrainerGroup
@@ -38,6 +39,7 @@ def open_loop(
     source: PromptSource | None = None,
     on_supervised: OnSupervised = lambda *_: None,
     may_stop: MayStop = lambda *_: None,
+    phases: LongPhases | None = None,
 ) -> Iterator[tuple[Loop, Path]]:
     """Server, Ray and trainer ranks up, supervised steps done, weights synchronised: a loop ready for its first step.
 
@@ -47,9 +49,11 @@ def open_loop(
     source: the prompts, where they have been read already.
     on_supervised: called with each supervised step and its loss, nats a token.
     may_stop: called after it with its number and with what would have to be saved.
+    phases: tell what takes long before the first step; None: nobody is told.
     Yields the loop and the model directory it started from.
     Raises DataError, ServerError, PlacementError and TrainerError.
     """
+    phases = phases or LongPhases()
     model_path = prepare_model(config, directory / "model")
     shape = read_description(model_path)
     source = source or prompt_source(config, model_path)
@@ -67,10 +71,14 @@ def open_loop(
         # Verifiers are loaded while the engines load.
         grading = stack.enter_context(graders.open(config.rewards, config.grading)) if serve else None
         trainers, fleet = engines.trainers, engines.fleet
-        engines.take_turns()
         beside = teacher if config.teacher is not None and config.teacher.engine == "trainer" else None
-        _prepare_trainers(config, model_path, beside, trainers, source, start, on_supervised, may_stop)
-        engines.connect()
+        if config.cluster.colocated and fleet.serves:
+            with phases.of("the servers load the model"):
+                engines.take_turns()
+        _prepare_trainers(config, model_path, beside, trainers, source, start, on_supervised, may_stop, phases)
+        if fleet.serves:
+            with phases.of("the servers load the model"):
+                engines.connect()
         in_loop = start is not None and start.progress.step > 0
         if start is not None and in_loop:
             fleet.begin_at(start.progress.version)
@@ -78,7 +86,8 @@ def open_loop(
         if config.cluster.colocated and not differ:
             fleet.begin_at(0)  # those that the servers began with went with their memory
         if config.cluster.colocated or differ:
-            fleet.transfer(trainers)
+            with phases.of("the first transfer of the weights", trainers.progress):
+                fleet.transfer(trainers)
         loop = Loop(config, shape, source, fleet, trainers, directory / "dumps", grading=grading, graders=graders)
         loop.environments = leads
         if engines.teacher is not None:
@@ -110,27 +119,30 @@ def _prepare_trainers(
     start: Start | None,
     on_supervised: OnSupervised,
     may_stop: MayStop,
+    phases: LongPhases,
 ) -> None:
     """Build the model on every rank, and bring it and the prompts to where the first RL step begins. teacher: the
     directory of one that the ranks hold too."""
     objective = resolve(config.objective)
-    trainers.build(
-        model_path,
-        config.trainer,
-        config.supervised,
-        replay=config.replay.any,
-        precision=config.precision,
-        critic=config.critic if objective.needs_critic else None,
-        reference=objective.needs_reference,
-        teacher=None if teacher is None else str(teacher.resolve()),
-        seed=config.run.seed,
-        load_weights=start is None,
-        lora=config.lora,
-    )
+    with phases.of("the trainer loads the model", trainers.progress):
+        trainers.build(
+            model_path,
+            config.trainer,
+            config.supervised,
+            replay=config.replay.any,
+            precision=config.precision,
+            critic=config.critic if objective.needs_critic else None,
+            reference=objective.needs_reference,
+            teacher=None if teacher is None else str(teacher.resolve()),
+            seed=config.run.seed,
+            load_weights=start is None,
+            lora=config.lora,
+        )
     if start is not None:
         if start.progress.step:
             trainers.restart_optimizer(config.train)
-        trainers.resume(start.path)
+        with phases.of("the trainer reads the checkpoint"):
+            trainers.resume(start.path)
         source.restore(start.progress.cursor)
         if start.pass_over:
             source.take(start.pass_over * config.rollout.prompts_per_step)

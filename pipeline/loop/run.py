@@ -40,6 +40,7 @@ from pipeline.observe.console import Console
 from pipeline.observe.device_hours import DeviceHours
 from pipeline.observe.facts import write_facts, written_by_this_job
 from pipeline.observe.garbled import answer_metrics
+from pipeline.observe.long_phase import LongPhases
 from pipeline.observe.run_dir import RunDirectory
 from pipeline.observe.sinks.sinks import Sinks
 from pipeline.observe.stragglers import Stragglers
@@ -182,6 +183,7 @@ class _Run:
         """Both engines up, the steps, the model as a Hugging Face directory."""
         config, directory = self.config, self.directory
         serve = dumped is None and config.train.steps > 0
+        phases = LongPhases(self.console.say, directory.logs / "start.log")
         with (
             self.stop.saving(),
             Sinks(config, directory.path, self.console.say) as sinks,
@@ -195,6 +197,7 @@ class _Run:
                 source=source,
                 on_supervised=self._supervised,
                 may_stop=self._supervised_done,
+                phases=phases,
             ) as (loop, model_path),
             self._saver(loop.trainers) as saver,
         ):
@@ -210,7 +213,7 @@ class _Run:
                     f"replay={config.replay} replays nothing: the model has no experts, so there are no routes"
                 )
             if serve and config.checks.first_rollouts:
-                check_first_rollouts(loop, model_path, directory, self.console)
+                check_first_rollouts(loop, model_path, directory, self.console, phases)
             self.stop.arm()
             if sets and not serve:
                 self.console.say("no set of evaluate is answered: this run starts no server")
@@ -227,11 +230,12 @@ class _Run:
             saver.wait()  # whatever the last check finds, the last checkpoint is there
             if loop.fleet.version and serve:
                 loop.probe()  # a step checks the transfer before it; this one checks the last
-            loop.trainers.save_hf(directory.hf_directory(model_path, config.precision.weights))
-            if config.lora is not None and (problem := peft_problem(loop.shape, config.lora)) is not None:
-                self.console.say(f"no directory for PEFT is written: {problem}; hf/ has the merged model")
-            elif config.lora is not None:
-                loop.trainers.save_peft(directory.path / "peft", model_path)
+            with phases.of("the model is written", loop.trainers.progress):
+                loop.trainers.save_hf(directory.hf_directory(model_path, config.precision.weights))
+                if config.lora is not None and (problem := peft_problem(loop.shape, config.lora)) is not None:
+                    self.console.say(f"no directory for PEFT is written: {problem}; hf/ has the merged model")
+                elif config.lora is not None:
+                    loop.trainers.save_peft(directory.path / "peft", model_path)
 
     def _evaluations(self, loop: Loop, sets: Sequence[OpenedSet], start: Start | None, sinks: Sinks) -> Evaluations:
         """Those of the run, with what is due before its next step made."""

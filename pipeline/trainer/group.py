@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from megatron_ext.batch.layout import Sample
 from megatron_ext.batch.routes import route_dtype
@@ -26,7 +26,7 @@ from pipeline.step import PolicyTokens
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.phases import PhaseSeconds
 from pipeline.trainer.rank import TrainerRank
-from pipeline.trainer.waits import POLL_S, Ranks, TrainerError, rank_log
+from pipeline.trainer.waits import ANSWER_S, POLL_S, Ranks, TrainerError, rank_log
 from pipeline.types import Rollout
 from pipeline.weights.servers import WeightCheckError, WeightTransferError
 
@@ -176,6 +176,16 @@ class TrainerGroup(Ranks):
     def resume_memory(self, parts: Sequence[TrainerPart]) -> None:
         """Move them back."""
         self._call("resume_memory", parts)
+
+    def progress(self) -> tuple[float, float, str] | None:
+        """How far rank 0 is with the weights that it reads, sends or writes; None where it does not say so at once.
+        From any thread."""
+        try:
+            done, _ = ray.wait(self._ask(self.ranks[:1], "progress"), timeout=ANSWER_S)
+            read, total = ray.get(done[0]) if done else (0, 0)
+        except (RayError, TrainerError):  # it has died, which whoever waits for it says
+            return None
+        return (read / 1e9, total / 1e9, "GB") if total else None
 
     def where(self) -> list[dict[str, Any]]:
         """Host, Ray node, process, GPUs and NCCL variables of every rank, see TrainerRank.where."""

@@ -287,6 +287,13 @@ class TrainerRank:
         return self.trainer.exporter.position if hasattr(self, "trainer") else 0
 
     @ray.method(concurrency_group="watch")
+    def progress(self) -> tuple[int, int]:
+        """Bytes of weights that this rank has read or passed on, and of how many; answered likewise."""
+        from megatron_ext.progress import WEIGHTS
+
+        return WEIGHTS.done, WEIGHTS.total
+
+    @ray.method(concurrency_group="watch")
     def servers_awaited(self) -> list[str]:
         """See WeightSender.awaited; answered while another method runs."""
         return [] if self.sender is None else self.sender.awaited()

@@ -14,6 +14,8 @@ from pipeline.config import load_config
 from pipeline.diagnose import diagnose
 from pipeline.diagnose.bench import new_rollouts
 from pipeline.diagnose.page import write_page
+from pipeline.loop.check_engines import check_first_weights
+from pipeline.loop.compare import DisagreementError
 from pipeline.loop.open_loop import open_loop
 from tests.support.proofs import sampled
 
@@ -201,9 +203,13 @@ def test_rollouts_of_older_weights_are_named_by_their_lag(engines):
     assert found.weights == ()
 
 
-def test_stale_weights_of_one_expert_are_named_by_the_tensor_and_mended_by_sending_them(engines, tmp_path):
+def test_stale_weights_of_one_expert_are_named_by_the_tensor_and_mended_by_sending_them(engines, tmp_path, monkeypatch):
     loop, model = engines
     on_ranks(loop, change_one_expert)
+    monkeypatch.setattr(type(loop.fleet), "version", 0)  # as before the first transfer
+    with pytest.raises(DisagreementError, match=rf"the model that the trainer holds: {STALE} \(differs at http\S+\)$"):
+        check_first_weights(loop)
+    monkeypatch.undo()
     found = diagnose(loop, model, new_rollouts(loop, ROLLOUTS))
     assert not found.agree
     assert found.weights == (f"{STALE} (differs)",)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from pipeline.checkpoints.resume import Start
 from pipeline.config import load_config
 from pipeline.loop.open_loop import _prepare_trainers
+from pipeline.observe.long_phase import LongPhases
 
 
 def prompts_taken(start):
@@ -17,10 +18,10 @@ def prompts_taken(start):
     def nothing(*_, **__):
         pass
 
-    trainers = SimpleNamespace(build=nothing, restart_optimizer=nothing, resume=nothing)
+    trainers = SimpleNamespace(build=nothing, restart_optimizer=nothing, resume=nothing, progress=nothing)
     source = SimpleNamespace(restore=lambda cursor: asked.append(cursor), take=asked.append)
     config = load_config("configs/quickstart.yaml", ["rollout.prompts_per_step=4"])
-    _prepare_trainers(config, Path("model"), trainers, source, start, nothing, nothing)
+    _prepare_trainers(config, Path("model"), trainers, source, start, nothing, nothing, LongPhases())
     return asked
 
 
