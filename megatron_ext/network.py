@@ -326,6 +326,7 @@ class Network:
             head=self.precision.head,
             kept=batch.kept,
             named=batch.named if learns else None,
+            answered=batch.answered,
         )
 
     def _responses(self, batch: MicroBatch, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_ext import cpu
 from megatron_ext.config import ParallelConfig
+from megatron_ext.cpu.freed_memory import keep_freed_memory
 from megatron_ext.mcore import model_parallel_cuda_manual_seed, parallel_state
 from megatron_ext.meeting import tcp_store
 
@@ -26,7 +27,9 @@ def initialize(config: ParallelConfig, *, rank: int, init_method: str, seed: int
     timeout_s:   a collective that takes longer ends the rank.
     """
     on_cpu = cpu.needed()
-    if not on_cpu:
+    if on_cpu:
+        keep_freed_memory()
+    else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=timeout_s)
     meeting: dict[str, Any] = {"init_method": init_method}

@@ -27,6 +27,7 @@ class MicroBatch:
     counted:   [this rank's tokens] bool, in the routers' order: real tokens.
     kept:      [rows * tokens / cp, K] int32, token ids that each label was sampled from, -1 behind them; a row of -1
                for the whole vocabulary. None: so are all.
+    answered:  [n] int64, the places of `labels` that belong to responses; at least one place, whatever it is.
     named:     [rows * tokens / cp, k] int32, further ids whose log-probs are read, -1 for none. None: nowhere.
     """
 
@@ -40,6 +41,7 @@ class MicroBatch:
     routes: Tensor | None
     counted: Tensor
     kept: Tensor | None
+    answered: Tensor
     named: Tensor | None = None
 
 
@@ -81,8 +83,16 @@ def make_micro_batch(
         routes=routes,
         counted=layout.slice_sequence(layout.is_token & bool(chosen)).to(device),
         kept=_of_labels("kept", chosen, layout, device, label_shift),
+        answered=_answered(chosen, layout).to(device),
         named=_of_labels("named", chosen, layout, device, label_shift),
     )
+
+
+def _answered(samples: Sequence[Sample], layout: TokenLayout) -> Tensor:
+    """See MicroBatch.answered."""
+    rows = [np.arange(s.input_length) >= s.prompt_length - 1 for s in samples] or [np.zeros(1, bool)]
+    places = layout.slice_context(layout.pack(rows)).nonzero()[:, 0]
+    return places if len(places) else places.new_zeros(1)  # a rank of padding, or of a prompt's part
 
 
 def _of_labels(

@@ -7,10 +7,10 @@ Everything that differs from the GPU stands in this package, in memory, each pat
 - `adam.py`:     an Adam laid out like Transformer Engine's FusedAdam.
 - `rope.py`:     the rotary embedding of packed sequences, without a loop over them.
 - `layers.py`:   linear layers and norms with the parameter names of Transformer Engine's.
-- `experts.py`:  grouped expert linears, likewise.
+- `freed_memory.py`: what becomes of memory that is freed.
 
 `install` is called by `megatron_ext.mcore` before Megatron-Core is imported. Where there is a GPU and no Transformer
-Engine it installs the last four only; where there are both, nothing.
+Engine it installs `adam.py`, `rope.py` and `layers.py` only; where there are both, nothing.
 """
 
 from __future__ import annotations

@@ -37,21 +37,22 @@ class FusedAdam(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-            grads = [p.grad for p in params]
-            first = [self.state[p]["exp_avg"] for p in params]
-            second = [self.state[p]["exp_avg_sq"] for p in params]
-            if decay and self.adam_w_mode:
-                torch._foreach_mul_(params, 1 - lr * decay)
-            elif decay:
-                grads = torch._foreach_add(grads, params, alpha=decay)
-            torch._foreach_lerp_(first, grads, 1 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-            scale = torch._foreach_sqrt(second)
-            torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
-            torch._foreach_add_(scale, group["eps"])
-            torch._foreach_addcdiv_(params, first, scale, -lr / (1 - beta1**step))
+            kernel = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+            kernel(  # one pass over memory, where torch's operations on lists are eight
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(step))] * len(params),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 def install() -> None:

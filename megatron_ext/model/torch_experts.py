@@ -13,6 +13,49 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupe
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
+class _Products(torch.autograd.Function):
+    """x_e w_e^T of every expert e: one product each, written where it belongs.
+
+    x: [tokens sorted by expert, input]; counts: tokens of each; weights: [output, input] each. Returns [tokens,
+    output]. A weight with a `main_grad` of its dtype, Megatron-Core's buffer that gradients are summed in, has its
+    gradient added there by the product itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, counts, *weights):
+        ctx.counts, ctx.weights = counts, weights  # parameters, by which their buffers are found
+        ctx.save_for_backward(x, *weights)
+        out = x.new_empty(x.shape[0], weights[0].shape[0])
+        for part, into, weight in zip(x.split(counts), out.split(counts), weights, strict=True):
+            torch.mm(part, weight.t(), out=into)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        x, *weights = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        parts = (x.split(ctx.counts), grad.split(ctx.counts))
+        if of_x is not None:
+            for own, into, weight in zip(parts[1], of_x.split(ctx.counts), weights, strict=True):
+                torch.mm(own, weight, out=into)
+        of_weights = [
+            _gradient(weight, part, own) if needed else None
+            for weight, part, own, needed in zip(ctx.weights, *parts, ctx.needs_input_grad[2:], strict=True)
+        ]
+        return of_x, None, *of_weights
+
+
+def _gradient(weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+    """Of a weight from its inputs and the gradient of its outputs; None where it has been added to the buffer."""
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None or buffer.dtype != grad.dtype:
+        return torch.mm(grad.t(), x)
+    buffer.addmm_(grad.t(), x)
+    return None
+
+
 class _GroupedLinear(torch.nn.Module):
     partition_dim: int
 
@@ -37,9 +80,11 @@ class _GroupedLinear(torch.nn.Module):
             self.register_parameter(f"bias{i}", vector)
 
     def _multiply(self, x, tokens_per_expert, biases):
-        parts = x.split([int(n) for n in tokens_per_expert])
-        weights = (getattr(self, f"weight{i}") for i in range(self.num_gemms))
-        return torch.cat([F.linear(*each) for each in zip(parts, weights, biases, strict=True)])
+        counts = [int(n) for n in tokens_per_expert]
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        if biases[0] is None:
+            return _Products.apply(x, counts, *weights)
+        return torch.cat([F.linear(*each) for each in zip(x.split(counts), weights, biases, strict=True)])
 
     @property
     def biases(self):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 22  # elements; bounds the temporaries to 100 MB
+_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 22}  # elements: what a core's cache holds, and 100 MB of temporaries
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MODULUS = 1 << 64
 
@@ -23,11 +23,11 @@ def checksum(tensor: Tensor, covered: Tensor | None = None) -> int:
     """
     bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.dtype.itemsize])
     mask = None if covered is None else covered.reshape(-1)
-    total = 0
-    for start in range(0, bits.numel(), _BLOCK):
-        block = bits[start : start + _BLOCK].to(torch.int64)
+    total, step = 0, _BLOCK[tensor.device.type]
+    for start in range(0, bits.numel(), step):
+        block = bits[start : start + step].to(torch.int64)
         if mask is not None:
-            block *= mask[start : start + _BLOCK]
+            block *= mask[start : start + step]
         total += int((block * _weights(start, block.numel(), block.device)).sum())
     return total % MODULUS
 

@@ -88,6 +88,23 @@ def other_attention(*, window=None, sinks=False, value_dim=None):
     return largest
 
 
+def on_threads():
+    """The same batch on one thread and on three, which each must have a share."""
+    from pipeline.engine.inside.cpu import batched_attention as batched
+
+    lengths, prefixes = [1, 100, 40, 90, 7], [0, 99, 10, 2, 0]
+    table, rows, keys, values, query = random_batch(lengths, prefixes)
+    plan = batched.make_plan(table, rows.tolist(), prefixes, [n - p for n, p in zip(lengths, prefixes, strict=True)])
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batched, "_WORTH_THREADS", 0)
+        for threads in (1, 3):
+            patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            assert len(batched._shares(plan, HEADS * DIM, threads)) == threads
+            found.append(batched.attend(query, keys, values, table, plan, DIM**-0.5))
+    return 0.0 if torch.equal(*found) else 1.0
+
+
 def norms():
     from sglang.srt.layers.layernorm import RMSNorm
 
@@ -198,6 +215,7 @@ def main():
         "short prompts after a cached prefix": attention([9, 50, 120], [3, 49, 60], decode=False),
         "a long prompt among short ones": attention([12, 500, 7], [0, 0, 2], decode=False),
         "a long prompt after a cached prefix": attention([500, 12], [130, 0], decode=False),
+        "threads": on_threads(),
         "a window": other_attention(window=5),
         "a window of many tokens": other_attention(window=200),
         "sinks": other_attention(sinks=True),

@@ -9,7 +9,9 @@ Results differ from `torch_native` by the order of sums in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 _LONG_QUERY = 128  # queries of one sequence from which on torch is faster
+_WORTH_THREADS = 2**19  # multiplications that take about as long as a thread to begin
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,30 @@ def make_plan(slot_table: torch.Tensor, rows: list[int], prefixes: list[int], qu
     return Plan(np.repeat(np.array(rows, np.int64), counts), positions, single_tokens, long_queries)
 
 
+def _shares(plan: Plan, width: int, threads: int) -> list[np.ndarray]:
+    """The single tokens, dealt to so many threads where that is worth their start. width: numbers of a key of all
+    heads of a query."""
+    tokens = plan.single_tokens
+    if threads == 1 or len(tokens) < threads or int((plan.positions[tokens] + 1).sum()) * width < _WORTH_THREADS:
+        return [tokens] if len(tokens) else []
+    # not in halves: a prompt's tokens see more and more keys
+    return [np.ascontiguousarray(tokens[thread::threads]) for thread in range(threads)]
+
+
+def _on_threads(work: Callable[[np.ndarray], None], shares: list[np.ndarray]) -> None:
+    """The first share on this thread, each of the others on one of its own."""
+    others = [_pool().submit(work, share) for share in shares[1:]]
+    for share in shares[:1]:
+        work(share)
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), "sameroute attention")
+
+
 def attend(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -98,20 +125,12 @@ def attend(
     output = query.new_empty(*query.shape[:2], value_dim)
     window = slot_table.shape[1] if window is None else window
     no_sinks = torch.full((query.shape[1],), -torch.inf)
-    if len(plan.single_tokens):
-        kernels.causal_attention(
-            query.numpy(),
-            key_cache.numpy(),
-            value_cache.numpy(),
-            slot_table.numpy(),
-            plan.single_tokens,
-            plan.rows,
-            plan.positions,
-            np.float32(scale),
-            window,
-            (no_sinks if sinks is None else sinks.detach()).numpy(),
-            output.numpy(),
-        )
+    before = (query.numpy(), key_cache.numpy(), value_cache.numpy(), slot_table.numpy())
+    behind = (np.float32(scale), window, (no_sinks if sinks is None else sinks.detach()).numpy(), output.numpy())
+    _on_threads(
+        lambda tokens: kernels.causal_attention(*before, tokens, plan.rows, plan.positions, *behind),
+        _shares(plan, query.shape[1] * query.shape[2], torch.get_num_threads()),
+    )
     for part in plan.long_queries:
         for block in part.blocks(window):
             q = query[block.start : block.end].transpose(0, 1)

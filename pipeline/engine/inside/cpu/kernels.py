@@ -16,6 +16,7 @@ _FAST = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "cache": True}
 
 @njit(
     "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i4[:,::1], i8[::1], i8[::1], i8[::1], f4, i8, f4[::1], f4[:,:,::1])",
+    nogil=True,  # threads share the tokens of a large batch
     **_FAST,
 )
 def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, positions, scale, window, sinks, output):

@@ -15,6 +15,7 @@ import pybase64
 import torch
 import torch.nn.functional as F
 
+from megatron_ext.cpu.freed_memory import keep_freed_memory
 from pipeline.engine.inside.cpu import kernels
 
 
@@ -25,6 +26,7 @@ def install() -> None:
     from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
     from sglang.srt.models import qwen3_moe
 
+    keep_freed_memory()
     _replace(layernorm.RMSNorm, "forward_native", rms_norm)
     _replace(qwen3_moe.Qwen3MoeAttention, "apply_qk_norm_rope", norm_and_rotate)
     _replace(fused_moe_native, "moe_forward_native", mixture_of_experts)

@@ -15,8 +15,9 @@ from tests.support.preloaded_servers import run_module
 
 COMPARED = [
     "decode", "short prompts", "short prompts after a cached prefix", "a long prompt among short ones",
-    "a long prompt after a cached prefix", "a window", "a window of many tokens", "sinks", "a window and sinks",
-    "latents", "norms", "rotation", "experts", "experts when all tokens choose the same", "routers",
+    "a long prompt after a cached prefix", "threads", "a window", "a window of many tokens", "sinks",
+    "a window and sinks", "latents", "norms", "rotation", "experts", "experts when all tokens choose the same",
+    "routers",
 ]  # fmt: skip
 
 
