@@ -51,7 +51,7 @@ def test_a_run_leaves_its_files_and_no_process(finished, command):
     assert (run.run / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert list((run.run / "tensorboard").glob("events.out.tfevents.*"))
     assert {f.name for f in (run.run / "logs").iterdir()} == {
-        "sglang.log", "trainer_rank0.log", "trainer_rank1.log",
+        "sglang.log", "start.log", "trainer_rank0.log", "trainer_rank1.log",
     }  # fmt: skip
     assert len(list((run.run / "rollouts").glob("*.txt"))) == 3
     records = [json.loads(line) for line in (run.run / "records.jsonl").read_text().splitlines()]
