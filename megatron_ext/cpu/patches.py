@@ -24,6 +24,7 @@ def install() -> None:
     _split_sizes_as_lists()
     _buffers_of_one_rank()
     _scaled_in_place()
+    _not_scaled_by_one()
     _weights_that_are_their_own()
     install_layers()
 
@@ -106,6 +107,19 @@ def _scaled_in_place() -> None:
             torch.mul(source, factor, out=target)
 
     clip_grads.multi_tensor_scale_impl = scale
+
+
+def _not_scaled_by_one() -> None:
+    """Gradients are divided by the number of a loss's tokens, which is 1 here: the loss brings its own denominator."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+
+    scale = _ParamAndGradBuffer.scale_gradients
+
+    def scale_others(self, scaling_factor):
+        if float(scaling_factor) != 1.0:
+            scale(self, scaling_factor)
+
+    _ParamAndGradBuffer.scale_gradients = scale_others
 
 
 def _weights_that_are_their_own() -> None:
