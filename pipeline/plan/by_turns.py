@@ -30,9 +30,11 @@ class Turns:
 
 
 def turns_of(config: Config, memory: Memory, card: GPU) -> Turns:
-    """A critic and a reference are as large as the policy, nearly: they have another head or no states."""
+    """A critic and a reference are as large as the policy, nearly: they have another head or no states. Where adapters
+    are trained all three have the model in common, and the adapters of the others count for nothing here."""
     objective = config.objective.composition()
-    weights = memory.weights * (1 + objective.needs_reference + objective.needs_critic)
+    networks = 1 if config.lora is not None else 1 + objective.needs_reference + objective.needs_critic
+    weights = memory.weights * networks
     kept = weights + memory.optimizer * (1 + objective.needs_critic)
     return Turns(weights, kept, 2 * kept, 2 * kept / card.pcie)
 
