@@ -81,11 +81,12 @@ class WeightSender:
             self._check(sums, version)
 
     def _send_all(self, rounds: Iterable[Sequence[Bucket]], version: int, sums: list[list[TensorSum]]) -> None:
-        arrived = Arrived(self.names)
+        senders = self.transport.senders
+        arrived = Arrived(self.names if len(senders) > 1 else frozenset())
         for number, buckets in enumerate(rounds):
             mine = make_round(buckets, version, checked=self.config.checks(version))
             everyone = [mine, *self.transport.ready(self.transfers, number)]
-            for rank, each in zip(self.transport.senders, everyone, strict=True):
+            for rank, each in zip(senders, everyone, strict=True):
                 arrived.add(rank, each, version)
                 sums += [list(each.sums)] if each.sums else []
             for turn in range(max(len(each.buckets) for each in everyone)):
