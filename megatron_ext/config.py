@@ -153,6 +153,10 @@ class ParallelConfig(Frozen):
 
         divides("attention heads", model.heads, self.tensor, "parallel.tensor")
         divides("key-value heads", model.kv_heads, self.tensor, "parallel.tensor")
+        if model.delta_layers:
+            for what, size in (("key", model.delta_net.key_heads), ("value", model.delta_net.value_heads)):
+                ranks, field = self.tensor * self.context, "parallel.tensor x parallel.context"
+                divides(f"{what} heads of its gated delta nets", size, ranks, field)
         self.stage_layers(model.num_layers)
         if experts:
             divides("experts", experts, self.expert, "parallel.expert")

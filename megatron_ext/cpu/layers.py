@@ -20,6 +20,17 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config, hidden_size, eps=1e-6, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        if self.zero_centered and config.perform_initialization:
+            torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, factor(self.weight, self.zero_centered), self.eps)
+
+
+def factor(weight, zero_centered):
+    """What a norm multiplies by: its weight, or 1 + weight in float32, rounded."""
+    return (1.0 + weight.float()).to(weight.dtype) if zero_centered else weight
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -28,11 +39,14 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, input_size, output_size, *, config, **kwargs):
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.eps = config.layernorm_epsilon
-        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        start = torch.zeros if self.zero_centered else torch.ones
+        self.layer_norm_weight = torch.nn.Parameter(start(input_size, dtype=config.params_dtype))
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, input_, *args, **kwargs):
-        return super().forward(F.rms_norm(input_, input_.shape[-1:], self.layer_norm_weight, self.eps), *args, **kwargs)
+        weight = factor(self.layer_norm_weight, self.zero_centered)
+        return super().forward(F.rms_norm(input_, input_.shape[-1:], weight, self.eps), *args, **kwargs)
 
 
 class DuplicatedLinear(torch.nn.Linear):

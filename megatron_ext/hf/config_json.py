@@ -23,6 +23,8 @@ _OPTIONAL = (
     *("moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step", "moe_layer_freq"),
     *("n_group", "topk_group", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("head_dim", "rotary_dim"),
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    *("linear_conv_kernel_dim", "full_attention_interval"),
 )
 """Whole numbers of at least 1 where they are there and not null."""
 DRAFT_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules")

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_ext.hf.config_json import num_experts, read_hf_config, rope_settings, wrong_fields
 from megatron_ext.hf.families import FAMILIES
 from megatron_ext.hf.families.family import Family
+from megatron_ext.hf.transforms import DeltaHeads
 
 
 class UnsupportedModel(ValueError):
@@ -102,6 +103,22 @@ class ModelDescription:
     def latent(self) -> bool:
         """Multi-head latent attention."""
         return bool(self.fields.get("multi_latent_attention"))
+
+    @property
+    def delta_layers(self) -> tuple[int, ...]:
+        """Layers with a gated delta net in the place of attention, counted from 0."""
+        return tuple(i for i, is_one in enumerate(self.fields.get("linear_attention_freq", ())) if is_one)
+
+    @property
+    def delta_net(self) -> DeltaHeads:
+        """Of the gated delta nets, where there are any."""
+        names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+        return DeltaHeads(*(self.fields[name] for name in names))
+
+    @property
+    def output_gate(self) -> bool:
+        """What attention leaves is multiplied by a sigmoid of the same width."""
+        return bool(self.fields.get("attention_output_gate"))
 
     @property
     def query(self) -> int:

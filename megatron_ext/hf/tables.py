@@ -42,6 +42,8 @@ class Row:
             "layernorm",
             "layer_norm_weight",
             "softmax_offset",
+            "conv1d.",
+            "out_norm.",
         )
         return name.endswith("weight") and not any(part in name for part in kept)
 

@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
+class DeltaHeads:
+    """Heads of a gated delta net, and their widths. key_heads: of queries and of keys, each for as many value heads."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def sections(self) -> tuple[int, ...]:
+        """Rows of queries, keys, values, output gates, betas and decays in the projection of the input."""
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        return keys, keys, values, values, self.value_heads, self.value_heads
+
+
 class Sizes(Protocol):
     """What joined tensors are cut by, of a description.ModelDescription."""
 
@@ -29,6 +45,9 @@ class Sizes(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def delta_net(self) -> DeltaHeads: ...
 
     def padded_vocab_size(self, tensor_parallel: int) -> int: ...
 
@@ -95,6 +114,63 @@ class QKV:
         grouped = joined.view(model.kv_heads, -1, model.head_dim, *joined.shape[1:])
         parts = grouped.split([model.heads // model.kv_heads, 1, 1], 1)
         return [p.reshape(-1, *joined.shape[1:]) for p in parts]
+
+
+class GatedQKV(QKV):
+    """The same where each head's query stands before its output gate: [group: its queries, its gates, its key, its
+    value] x groups."""
+
+    def shard(self, tensors, model, rank, size):
+        q, k, v = tensors
+        heads = q.view(model.kv_heads, -1, 2, model.head_dim, *q.shape[1:])
+        return super().shard([heads.transpose(1, 2).reshape(q.shape), k, v], model, rank, size)
+
+    def merge(self, shards, model):
+        joined = _join(shards)
+        grouped = joined.view(model.kv_heads, -1, model.head_dim, *joined.shape[1:])
+        q, k, v = grouped.split([2 * model.heads // model.kv_heads, 1, 1], 1)
+        heads = q.unflatten(1, (2, -1)).transpose(1, 2)
+        return [p.reshape(-1, *joined.shape[1:]) for p in (heads, k, v)]
+
+
+class DeltaSections:
+    """Queries, keys and values of all heads of a gated delta net, one section after the other: its convolution. Each is
+    cut into the ranks, and joined on each."""
+
+    def sections(self, model: Sizes) -> tuple[int, ...]:
+        return model.delta_net.sections[:3]
+
+    def apart(self, tensors: Sequence[Tensor], model: Sizes) -> list[Tensor]:
+        """Hugging Face tensors -> the sections, heads in order."""
+        return list(tensors[0].split(list(self.sections(model))))
+
+    def together(self, sections: list[Tensor], model: Sizes) -> list[Tensor]:
+        return [_join(sections)]
+
+    def shard(self, tensors, model, rank, size):
+        return _join([section.chunk(size)[rank] for section in self.apart(tensors, model)])
+
+    def merge(self, shards, model):
+        parts = [shard.split([rows // len(shards) for rows in self.sections(model)]) for shard in shards]
+        return self.together([_join(ranks) for ranks in zip(*parts, strict=True)], model)
+
+
+class DeltaProjection(DeltaSections):
+    """All that a gated delta net projects its input to, in two tensors of Hugging Face (Qwen3-Next): by key head its
+    query, its key, and the values and output gates of its value heads; by key head their betas and decays."""
+
+    def sections(self, model):
+        return model.delta_net.sections
+
+    def apart(self, tensors, model):
+        by_head = [t.view(model.delta_net.key_heads, -1, *t.shape[1:]) for t in tensors]
+        q, k, v, z, b, a = (rows // model.delta_net.key_heads for rows in self.sections(model))
+        parts = (*by_head[0].split([q, k, v, z], 1), *by_head[1].split([b, a], 1))
+        return [p.reshape(-1, *p.shape[2:]) for p in parts]
+
+    def together(self, sections, model):
+        by_head = [s.view(model.delta_net.key_heads, -1, *s.shape[1:]) for s in sections]
+        return [_join(parts, 1).flatten(0, 1) for parts in (by_head[:4], by_head[4:])]
 
 
 @dataclass(frozen=True)

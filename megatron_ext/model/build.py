@@ -5,6 +5,7 @@ config.json -> TransformerConfig -> layer spec (Transformer Engine's, or the sam
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, Literal
 
@@ -197,8 +198,10 @@ def layer_spec(
             "attention sinks are computed by Transformer Engine, or on a CPU; install transformer-engine, or set "
             "device=cpu"
         )
+    as_attention = copy.copy(config)
+    as_attention.experimental_attention_variant = None  # the spec of such layers is made for Transformer Engine alone
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=not plain, normalization="RMSNorm", vp_stage=vp_stage
+        as_attention, use_transformer_engine=not plain, normalization="RMSNorm", vp_stage=vp_stage
     )
     for layer in spec.layer_specs or []:
         if layer.submodules.self_attention.module is MLASelfAttention:
@@ -212,6 +215,10 @@ def layer_spec(
         from megatron_ext.model.torch_spec import without_transformer_engine
 
         without_transformer_engine(spec)
+    if config.experimental_attention_variant == "gated_delta_net":
+        from megatron_ext.model.gated_delta_net import put_delta_nets
+
+        put_delta_nets(spec, config, vp_stage)
     if norm_over_heads:
         for layer in spec.layer_specs or []:
             attention = layer.submodules.self_attention.submodules

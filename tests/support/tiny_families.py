@@ -94,6 +94,20 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "rope_parameters": {k: v for k, v in _YARN.items() if "mscale" not in k} | {"truncate": False},
         },
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            "head_dim": 32,
+            "num_experts": 8,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 8,
+            "full_attention_interval": 2,
+        },
+    ),
 }
 _LLAMA3 = {
     "rope_type": "llama3",

@@ -9,6 +9,7 @@ from megatron_ext.hf.families.llama import LLAMA
 from megatron_ext.hf.families.minimax import MINIMAX_M2
 from megatron_ext.hf.families.mixtral import MIXTRAL
 from megatron_ext.hf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from megatron_ext.hf.families.qwen_next import QWEN3_NEXT
 
 FAMILIES: dict[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
@@ -23,4 +24,5 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": GLM4_MOE_LITE,
     "minimax_m2": MINIMAX_M2,
     "gpt_oss": GPT_OSS,
+    "qwen3_next": QWEN3_NEXT,
 }

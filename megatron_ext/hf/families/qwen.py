@@ -16,7 +16,7 @@ SHARED_EXPERT = (
 )
 
 
-def _moe_layers(hf: HFConfig) -> list[int]:
+def sparse_layers(hf: HFConfig) -> list[int]:
     dense, every = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
     return [i for i in range(hf["num_hidden_layers"]) if i not in dense and (i + 1) % every == 0]
 
@@ -72,7 +72,7 @@ QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias
 QWEN3_MOE = Family(
     (*ENDS, *ATTENTION, *DENSE_MLP, *MOE),
     _qwen3_moe,
-    _moe_layers,
+    sparse_layers,
     _output_bias,
     server_dense=False,
     sparse=Sparse("Qwen3MoeForCausalLM", _sparse_qwen3, qk_norm=True),
@@ -80,7 +80,7 @@ QWEN3_MOE = Family(
 QWEN2_MOE = Family(
     (*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT),
     _qwen2_moe,
-    _moe_layers,
+    sparse_layers,
     rope_types=("default", "llama3"),
     server_dense=False,
     sparse=Sparse("Qwen2MoeForCausalLM", _sparse_qwen2, qkv_biased=(False, True), shared=True),

@@ -1,0 +1,114 @@
+"""The gated delta rule and its causal convolution in plain torch, over packed sequences (2412.06464, equation 10).
+
+    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = S_t^T q_t / sqrt(d)
+
+Within a chunk of tokens, with G_t the sum of its g up to t, the values that the state really takes up are
+
+    U = (I + strictly lower [beta_i k_i.k_j exp(G_i - G_j)])^(-1) (beta V - beta exp(G) K S)       (section 3.3)
+
+so a chunk costs matrix products, and only the state goes from one to the next. Sequences whose lengths lie within a
+factor of two are computed together; no state and no token of one reaches another.
+
+The four functions with the signatures of `fla` (flash-linear-attention), for which Megatron-Core 0.19.2 asks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CHUNK = 64
+
+
+def l2norm(x: Tensor, dim: int = -1, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum of x^2 + eps)."""
+    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + eps)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """silu of y_t = bias + sum_j weight_j x_{t - W + 1 + j}, a filter a channel, within each sequence.
+
+    x: [rows, tokens, channels]. weight: [channels, W]. cu_seqlens: [sequences + 1], where there is one row.
+    """
+    width, tokens = weight.shape[1], x.shape[1]
+    position = torch.arange(tokens, device=x.device)
+    if cu_seqlens is not None:
+        cu = cu_seqlens.to(x.device, torch.int64)
+        position = position - torch.repeat_interleave(cu[:-1], cu[1:] - cu[:-1], output_size=tokens)
+    out = x * weight[:, -1]
+    for back in range(1, min(width, tokens)):
+        earlier = F.pad(x[:, :-back], (0, 0, back, 0))
+        out = out + (earlier * (position >= back)[:, None]) * weight[:, -1 - back]
+    if bias is not None:
+        out = out + bias
+    return (F.silu(out) if activation in ("silu", "swish") else out), None
+
+
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, cu_seqlens: Tensor | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """q, k: [rows, tokens, heads, key]; v: [rows, tokens, heads, value]; g, beta: [rows, tokens, heads]. Every sequence
+    begins with an empty state. cu_seqlens: [sequences + 1], where there is one row. Returns as v."""
+    if cu_seqlens is None:
+        return _delta_rule(q, k, v, g, beta), None
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    starts = cu_seqlens.tolist()
+    together: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        if length:
+            together.setdefault(length.bit_length(), []).append(number)
+    parts, places = [], []
+    for members in together.values():
+        longest = max(lengths[i] for i in members)
+        offset = torch.arange(longest)
+        real = offset < torch.tensor([lengths[i] for i in members])[:, None]
+        place = (torch.tensor([starts[i] for i in members])[:, None] + offset).clamp(max=v.shape[1] - 1)
+        place, real = place.to(v.device), real.to(v.device)
+        # a place behind a sequence's end is read by none before it
+        out = _delta_rule(*(t[0][place] for t in (q, k, v, g, beta)))
+        parts.append(out[real])
+        places.append(place[real])
+    return torch.cat(parts)[torch.argsort(torch.cat(places))][None], None
+
+
+def _delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """As above, every row a sequence; computed in float32."""
+    dtype, tokens, scale = v.dtype, v.shape[1], q.shape[-1] ** -0.5
+    chunk = min(_CHUNK, tokens)
+    padding = -tokens % chunk
+
+    def chunks(t: Tensor) -> Tensor:  # [rows, tokens, heads, ...] -> [rows, heads, chunks, chunk, ...]
+        t = F.pad(t.float().transpose(1, 2), (0, 0) * (t.dim() - 3) + (0, padding))
+        return t.unflatten(2, (-1, chunk))
+
+    q, k, v, g, beta = (chunks(t) for t in (q * scale, k, v, g, beta))
+    total = g.cumsum(-1)
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=g.device).tril()
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf).exp()
+    weighted = k * beta[..., None]
+    system = (weighted @ k.transpose(-1, -2)) * decay  # its diagonal is taken for 1
+    both = torch.cat([v * beta[..., None], weighted * total.exp()[..., None]], -1)
+    values, reading = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True).split(
+        [v.shape[-1], k.shape[-1]], -1
+    )
+    inside = (q @ k.transpose(-1, -2)) * decay
+    asking = q * total.exp()[..., None]
+    leaving = k * (total[..., -1:] - total).exp()[..., None]
+    left = total[..., -1].exp()[..., None, None]
+    state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
+    outputs = []
+    for i in range(v.shape[2]):
+        new = values[:, :, i] - reading[:, :, i] @ state
+        outputs.append(asking[:, :, i] @ state + inside[:, :, i] @ new)
+        state = state * left[:, :, i] + leaving[:, :, i].transpose(-1, -2) @ new
+    return torch.cat(outputs, 2)[:, :, :tokens].transpose(1, 2).to(dtype)
