@@ -9,7 +9,8 @@ Within a chunk of tokens, with G_t the sum of its g up to t, the values that the
 so a chunk costs matrix products, and only the state goes from one to the next. Sequences whose lengths lie within a
 factor of two are computed together; no state and no token of one reaches another.
 
-The four functions with the signatures of `fla` (flash-linear-attention), for which Megatron-Core 0.19.2 asks.
+The functions have the signatures of `fla`'s (flash-linear-attention), for which Megatron-Core 0.19.2 asks.
+`pipeline/engine/inside/cpu/delta_nets.py` has them compute prompts.
 """
 
 from __future__ import annotations
@@ -55,33 +56,55 @@ def causal_conv1d(
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, cu_seqlens: Tensor | None = None, **_: Any
-) -> tuple[Tensor, None]:
-    """q, k: [rows, tokens, heads, key]; v: [rows, tokens, heads, value]; g, beta: [rows, tokens, heads]. Every sequence
-    begins with an empty state. cu_seqlens: [sequences + 1], where there is one row. Returns as v."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """q, k: [rows, tokens, heads, key]; v: [rows, tokens, heads, value]; g, beta: [rows, tokens, heads].
+
+    cu_seqlens: [sequences + 1], where there is one row. initial_state: [sequences, heads, key, value], of each at its
+    start; None: empty. Returns as v, and, where it is asked for, the states at the ends.
+    """
     if cu_seqlens is None:
-        return _delta_rule(q, k, v, g, beta), None
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    starts = cu_seqlens.tolist()
+        out, state = _delta_rule(q, k, v, g, beta, initial_state)
+        return out, state if output_final_state else None
+    starts, lengths = cu_seqlens.tolist(), (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     together: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
         if length:
             together.setdefault(length.bit_length(), []).append(number)
-    parts, places = [], []
+    parts, places, ends = [], [], []
     for members in together.values():
-        longest = max(lengths[i] for i in members)
-        offset = torch.arange(longest)
-        real = offset < torch.tensor([lengths[i] for i in members])[:, None]
-        place = (torch.tensor([starts[i] for i in members])[:, None] + offset).clamp(max=v.shape[1] - 1)
-        place, real = place.to(v.device), real.to(v.device)
-        # a place behind a sequence's end is read by none before it
-        out = _delta_rule(*(t[0][place] for t in (q, k, v, g, beta)))
+        offset = torch.arange(max(lengths[i] for i in members))
+        real = (offset < torch.tensor([lengths[i] for i in members])[:, None]).to(v.device)
+        place = (torch.tensor([starts[i] for i in members])[:, None] + offset).clamp(max=v.shape[1] - 1).to(v.device)
+        # behind a sequence's end stands another, which nothing before it reads and the state does not take up
+        g_, beta_ = (t[0][place] * real[..., None] for t in (g, beta))
+        first = None if initial_state is None else initial_state[members]
+        out, last = _delta_rule(*(t[0][place] for t in (q, k, v)), g_, beta_, first)
         parts.append(out[real])
         places.append(place[real])
-    return torch.cat(parts)[torch.argsort(torch.cat(places))][None], None
+        ends.append((members, last))
+    whole = torch.cat(parts)[torch.argsort(torch.cat(places))][None]
+    if not output_final_state:
+        return whole, None
+    empty = v.new_zeros(len(lengths), v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    states = empty if initial_state is None else initial_state.float().clone()
+    for members, last in ends:
+        states[members] = last
+    return whole, states
 
 
-def _delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+def _delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """As above, every row a sequence; computed in float32."""
     dtype, tokens, scale = v.dtype, v.shape[1], q.shape[-1] ** -0.5
     chunk = min(_CHUNK, tokens)
@@ -105,10 +128,10 @@ def _delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Ten
     asking = q * total.exp()[..., None]
     leaving = k * (total[..., -1:] - total).exp()[..., None]
     left = total[..., -1].exp()[..., None, None]
-    state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
+    state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.float()
     outputs = []
     for i in range(v.shape[2]):
         new = values[:, :, i] - reading[:, :, i] @ state
         outputs.append(asking[:, :, i] @ state + inside[:, :, i] @ new)
         state = state * left[:, :, i] + leaving[:, :, i].transpose(-1, -2) @ new
-    return torch.cat(outputs, 2)[:, :, :tokens].transpose(1, 2).to(dtype)
+    return torch.cat(outputs, 2)[:, :, :tokens].transpose(1, 2).to(dtype), state

@@ -153,8 +153,10 @@ class PrecisionConfig(TrainerPrecision):
 
     def server_environment(self) -> dict[str, str]:
         """What its processes find in their environment."""
+        # Of tokens before a convolution SGLang keeps bfloat16, whatever the activations are.
+        states = {"SGLANG_MAMBA_CONV_DTYPE": self.weights}
         # Float32 weights make such logits by themselves.
-        return {ROUTER_VARIABLE: "fp32"} if self.router == "fp32" and self.weights != "float32" else {}
+        return states | ({ROUTER_VARIABLE: "fp32"} if self.router == "fp32" and self.weights != "float32" else {})
 
     def check_device(self, device: Literal["cpu", "cuda"]) -> None:
         """Raise ValueError for what the engines do not have on this device."""

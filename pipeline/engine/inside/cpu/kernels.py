@@ -174,3 +174,41 @@ def sample_rows(probabilities, uniforms, tokens):
                 tokens[i] = token
                 if cumulative > threshold:
                     break
+
+
+@njit(
+    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,:,:,::1], i8[::1], f4[:,:,::1])", **_FAST
+)
+def delta_step(query, key, value, decay, beta, states, slots, output):
+    """One token of each request through a gated delta net, whose states are moved on in place.
+
+        S = exp(decay) S;   S += beta (value - S key) key^T;   output = S query / sqrt(dim of a key)
+
+    query, key: [requests, key heads, dim], normalised here. value, output: [requests, value heads, dim].
+    decay, beta: [requests, value heads]. states: [slots, value heads, value dim, key dim]. slots: [requests].
+    """
+    group, width = value.shape[1] // key.shape[1], key.shape[2]
+    scale = np.float32(1) / np.sqrt(np.float32(width))
+    q, k = np.empty(width, np.float32), np.empty(width, np.float32)
+    for r in range(value.shape[0]):
+        for head in range(value.shape[1]):
+            squares_q, squares_k = np.float32(1e-6), np.float32(1e-6)
+            for i in range(width):
+                q[i], k[i] = query[r, head // group, i], key[r, head // group, i]
+                squares_q += q[i] * q[i]
+                squares_k += k[i] * k[i]
+            factor_q, factor_k = scale / np.sqrt(squares_q), np.float32(1) / np.sqrt(squares_k)
+            for i in range(width):
+                q[i] *= factor_q
+                k[i] *= factor_k
+            kept, state = np.exp(decay[r, head]), states[slots[r], head]
+            for j in range(value.shape[2]):
+                read = np.float32(0)
+                for i in range(width):
+                    state[j, i] *= kept
+                    read += state[j, i] * k[i]
+                change, result = beta[r, head] * (value[r, head, j] - read), np.float32(0)
+                for i in range(width):
+                    state[j, i] += change * k[i]
+                    result += state[j, i] * q[i]
+                output[r, head, j] = result
