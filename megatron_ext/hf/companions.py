@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.hf.config_json import DRAFT_LAYERS, draft_tensors, read_hf_config
+from megatron_ext.hf.families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,13 +77,15 @@ class Carried:
         float32, bfloat16 and float16."""
         hf = read_hf_config(folder)
         self.names: list[str] = []
-        if any(hf.get(name) for name in DRAFT_LAYERS):
-            self._find(folder, hf)
-            if not self.names:
+        family = FAMILIES.get(hf.get("model_type", ""))
+        beginning, named = family.drafts if family else None, any(hf.get(name) for name in DRAFT_LAYERS)
+        if named or beginning is not None:
+            self._find(folder, hf, beginning)
+            if named and not self.names:
                 told = "%s has no tensors of multi-token-prediction layers, though its config.json names some"
                 log.warning(told, folder)
 
-    def _find(self, folder: Path, hf: dict[str, Any]) -> None:
+    def _find(self, folder: Path, hf: dict[str, Any], beginning: str | None) -> None:
         from megatron_ext.hf.files import TensorFiles
         from megatron_ext.hf.writer import CARRIED, has_weights
 
@@ -92,7 +95,7 @@ class Carried:
             self._files = TensorFiles(folder)
         else:
             return
-        self.names = draft_tensors(hf, self._files.files)
+        self.names = draft_tensors(hf, self._files.files, beginning)
         if odd := [name for name in self.names if self._files.dtypes[name] not in ("F32", "BF16", "F16")]:
             raise ValueError(f"{odd[0]} is {self._files.dtypes[odd[0]]}; write it in float32, bfloat16 or float16")
 

@@ -176,11 +176,13 @@ def num_experts(hf: dict[str, Any]) -> int:
     return next((hf[k] for k in _EXPERTS if hf.get(k)), 0)
 
 
-def draft_tensors(hf: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Which tensor names belong to multi-token-prediction layers.
+def draft_tensors(hf: dict[str, Any], names: Iterable[str], beginning: str | None = None) -> list[str]:
+    """Which tensor names belong to multi-token-prediction layers, which draft tokens for speculative decoding.
 
-    They stand behind the model's own layers and draft tokens for speculative decoding.
+    They stand behind the model's own layers, or have a `beginning` of their own.
     """
+    if beginning is not None:
+        return sorted(n for n in names if n.startswith(beginning))
     count, first = max(hf.get(name) or 0 for name in DRAFT_LAYERS), hf.get("num_hidden_layers", 0)
     hit = re.compile(r"model\.layers\.(\d+)\.")
     return sorted(n for n in names if (m := hit.match(n)) and first <= int(m[1]) < first + count)

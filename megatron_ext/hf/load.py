@@ -80,7 +80,7 @@ def check_tensors(
         if shard != parameter.shape:
             given = ", ".join(f"{n} {list(files.shapes[n])}" for n in match.hf_names)
             raise ValueError(f"{given} give {name} a shape {shard}; the model has {tuple(parameter.shape)}")
-    if carried := draft_tensors(model.hf, files.files):
+    if carried := draft_tensors(model.hf, files.files, model.family.drafts):
         used.update(carried)
         if dist.get_rank() == 0:
             told = "%d tensors of %s are not trained, and stay in what is written as they are: %s"

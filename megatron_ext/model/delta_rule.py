@@ -15,6 +15,7 @@ The functions have the signatures of `fla`'s (flash-linear-attention), for which
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,18 +42,21 @@ def causal_conv1d(
 
     x: [rows, tokens, channels]. weight: [channels, W]. cu_seqlens: [sequences + 1], where there is one row.
     """
-    width, tokens = weight.shape[1], x.shape[1]
+    tokens = x.shape[1]
     position = torch.arange(tokens, device=x.device)
     if cu_seqlens is not None:
         cu = cu_seqlens.to(x.device, torch.int64)
         position = position - torch.repeat_interleave(cu[:-1], cu[1:] - cu[:-1], output_size=tokens)
-    out = x * weight[:, -1]
-    for back in range(1, min(width, tokens)):
-        earlier = F.pad(x[:, :-back], (0, 0, back, 0))
-        out = out + (earlier * (position >= back)[:, None]) * weight[:, -1 - back]
-    if bias is not None:
-        out = out + bias
-    return (F.silu(out) if activation in ("silu", "swish") else out), None
+
+    def filtered(x: Tensor, weight: Tensor) -> Tensor:
+        out = x * weight[:, -1]
+        for back in range(1, min(weight.shape[1], tokens)):
+            earlier = F.pad(x[:, :-back], (0, 0, back, 0))
+            out = out + (earlier * (position >= back)[:, None]) * weight[:, -1 - back]
+        out = out if bias is None else out + bias
+        return F.silu(out) if activation in ("silu", "swish") else out
+
+    return _Again.apply(filtered, x, weight), None
 
 
 def chunk_gated_delta_rule(
@@ -72,9 +76,35 @@ def chunk_gated_delta_rule(
     cu_seqlens: [sequences + 1], where there is one row. initial_state: [sequences, heads, key, value], of each at its
     start; None: empty. Returns as v, and, where it is asked for, the states at the ends.
     """
+    if output_final_state:
+        return _sequences(q, k, v, g, beta, initial_state, cu_seqlens)
+    assert initial_state is None  # no gradient goes into it
+    return _Again.apply(lambda *parts: _sequences(*parts, None, cu_seqlens)[0], q, k, v, g, beta), None
+
+
+class _Again(torch.autograd.Function):
+    """function(*tensors), of which nothing is kept but the tensors: backward computes it again."""
+
+    @staticmethod
+    def forward(ctx, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = ctx.function(*tensors)
+        return None, *torch.autograd.grad(out, tensors, grads)
+
+
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `chunk_gated_delta_rule`."""
     if cu_seqlens is None:
-        out, state = _delta_rule(q, k, v, g, beta, initial_state)
-        return out, state if output_final_state else None
+        return _delta_rule(q, k, v, g, beta, initial_state)
     starts, lengths = cu_seqlens.tolist(), (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     together: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
@@ -93,8 +123,6 @@ def chunk_gated_delta_rule(
         places.append(place[real])
         ends.append((members, last))
     whole = torch.cat(parts)[torch.argsort(torch.cat(places))][None]
-    if not output_final_state:
-        return whole, None
     empty = v.new_zeros(len(lengths), v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
     states = empty if initial_state is None else initial_state.float().clone()
     for members, last in ends:

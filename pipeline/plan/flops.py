@@ -1,12 +1,13 @@
 """Floating-point operations of a pass over tokens.
 
-    forward = 2 N_m sum_i l_i + L (q + v) sum_i l_i^2
+    forward = 2 N_m sum_i l_i + L (q + v) sum_i l_i^2 + 6 L_d heads d_k d_v sum_i l_i
     backward = 2 forward,  full recomputation = forward once more,  adapters (`lora`): less 2 N_m, once
 
 N_m parameters of the matmuls that a token meets (the embedding is a look-up), l_i the tokens of sequence i, L layers,
 q and v the widths of all heads' queries and values: a causal attention multiplies half of an l x l matrix, twice, at
 two operations an element. (2104.04473, section 5.1 and appendix, with the experts that a token meets in place of all,
-and half of the attention matrix.)
+and half of the attention matrix.) L_d layers are gated delta nets, and no part of L: a token is read from a state, changes
+it, and asks it, each one product (2412.06464, equation 10).
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ def matmul_parameters(model: ModelDescription) -> int:
 
 def forward(model: ModelDescription, tokens: float, squares: float) -> float:
     """FLOPs of a forward pass. tokens: sum of the lengths. squares: sum of their squares."""
-    return 2.0 * matmul_parameters(model) * tokens + model.num_layers * (model.query + model.value) * squares
+    recurrent = 0
+    if nets := len(model.delta_layers):
+        net = model.delta_net
+        recurrent = 6 * nets * net.value_heads * net.key_dim * net.value_dim
+    attending = (model.num_layers - len(model.delta_layers)) * (model.query + model.value)
+    return (2.0 * matmul_parameters(model) + recurrent) * tokens + attending * squares
 
 
 def training(

@@ -89,6 +89,7 @@ def kept_attention(model: ModelDescription, *, fused: bool = True) -> int:
              values whole (Megatron-Core pads the values of packed sequences to the queries' width), the output.
     without: each norm keeps the normalised tensor too, but one over all heads its input alone; the kernel's inputs are
              copies, its output is kept as it left the kernel and as it enters the projection.
+    An output gate is kept as the projection made it, and as its sigmoid.
     """
     extra = 0 if fused else 1
     norm = (2 + extra) * model.hidden
@@ -96,12 +97,29 @@ def kept_attention(model: ModelDescription, *, fused: bool = True) -> int:
         f = model.fields
         latents = (2 + extra) * ((f["q_lora_rank"] or 0) + f["kv_lora_rank"]) + f["qk_pos_emb_head_dim"]
         return norm + latents + (3 + extra) * model.query + model.value
+    norm += 2 * model.output_gate * model.query
     if fused:
         return norm + (model.query + 2 * model.key_value) + (model.query + model.key_value) + model.value
     normed = model.query + model.key_value
     if not model.norm_over_heads:
         normed += (model.query + 2 * model.key_value) + model.query
     return norm + model.qk_norm * normed + (model.query + 2 * model.key_value) + 2 * model.value
+
+
+def kept_delta_net(model: ModelDescription, *, fused: bool = True) -> int:
+    """The same of a gated delta net, of k, v widths of keys and values, r of keys repeated for every value head.
+
+    The norm; what the projection made; queries and keys before their norm (2 k) and repeated (2 r), values, gates; of
+    each head its beta, and of its decay two on the way and itself; and of the norm at the end its input, its output, the
+    gate, and their product (v each).
+    fused:   of each head a row of 64 that the kernel has inverted in its chunk (fla), too.
+    without: the normalised tensors of both norms.
+    """
+    net = model.delta_net
+    keys, values, heads = net.sections[0], net.sections[2], net.value_heads
+    norm = (2 if fused else 3) * model.hidden
+    inside = sum(net.sections) + 2 * keys + 2 * heads * net.key_dim + values + 4 * heads + (64 * heads if fused else 0)
+    return norm + inside + (5 if fused else 6) * values
 
 
 def kept_mlp(model: ModelDescription, *, sparse: bool, fused: bool = True, skew: float = 1.0) -> float:
@@ -142,7 +160,8 @@ def kept(
     """
 
     def block(number: int, recompute: str) -> float:
-        attention, sparse = kept_attention(model, fused=fused), number in model.moe_layers
+        kept_block = kept_delta_net if number in model.delta_layers else kept_attention
+        attention, sparse = kept_block(model, fused=fused), number in model.moe_layers
         if recompute == "full":
             return model.hidden
         if recompute == "selective" and sparse == bool(model.moe_layers):

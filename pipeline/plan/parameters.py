@@ -2,9 +2,12 @@
 
 Shapes are Megatron-Core's (0.19.2, `GPTModel`), from the fields that `megatron_ext.hf.families` sets; a test compares
 the counts with those of built models, to the digit. H hidden, F width of an MLP, V vocabulary, E experts, k experts a
-token, q and kv widths of all heads' queries, and keys or values.
+token, q and kv widths of all heads' queries, and keys or values; of a gated delta net, k, v and d_v widths of its keys,
+its values and one value, W of its filters.
 
     attention, grouped-query    (q + 2 kv) H + q H                       (2405.04434, section 2.1, for the latent kind)
+    with an output gate         q H more
+    gated delta net             (2 k + 2 v + 2 heads) H + W (2 k + v) + v H + 2 heads + d_v    (2412.06464, section 3.4)
     MLP, gated                  3 H F
     mixture of experts          3 H F_e E + H E + 3 H F_shared
     embedding, LM head          V H each; one for both where they are tied
@@ -48,11 +51,30 @@ def kv_cache(model: ModelDescription, tp: int = 1) -> int:
     return 2 * max(1, model.kv_heads // tp) * model.head_dim
 
 
+def delta_state(model: ModelDescription, tp: int = 1) -> tuple[int, int]:
+    """What the rollout engine keeps of a sequence in its gated delta nets, on one of `tp` GPUs: (elements of states,
+    float32; elements of the tokens before the convolutions, in the dtype of the activations)."""
+    if not model.delta_layers:
+        return 0, 0
+    net, before = model.delta_net, model.fields["linear_conv_kernel_dim"] - 1
+    layers = len(model.delta_layers)
+    states = net.value_heads * net.value_dim * net.key_dim
+    return layers * states // tp, layers * before * sum(net.sections[:3]) // tp
+
+
+def delta_net(model: ModelDescription, tensor: int = 1) -> int:
+    """One layer's gated delta net, with its norms, on one tensor-parallel rank."""
+    net, h = model.delta_net, model.hidden
+    filters = model.fields["linear_conv_kernel_dim"] * sum(net.sections[:3])
+    split = h * sum(net.sections) + filters + 2 * net.value_heads + net.sections[2] * h
+    return h + split // tensor + net.value_dim
+
+
 def attention(model: ModelDescription, tensor: int = 1) -> int:
     """One layer's, with its norms, on one tensor-parallel rank."""
     h = model.hidden
     if not model.latent:
-        qkv = (model.query + 2 * model.key_value) // tensor
+        qkv = (model.query * (1 + model.output_gate) + 2 * model.key_value) // tensor
         width = model.query + model.key_value if model.norm_over_heads else 2 * model.head_dim
         norms = width if model.qk_norm else 0
         sinks = model.heads // tensor if model.sinks else 0
@@ -74,7 +96,8 @@ def expert(model: ModelDescription, tensor: int = 1) -> int:
 def layer(model: ModelDescription, number: int, parallel: ParallelConfig) -> Count:
     """One layer, counted from 0, on one rank."""
     t, h = parallel.tensor, model.hidden
-    dense = attention(model, t) + h  # the norm before the MLP
+    block = delta_net(model, t) if number in model.delta_layers else attention(model, t)
+    dense = block + h  # the norm before the MLP
     if number not in model.moe_layers:
         return Count(dense + 3 * h * (model.ffn // t))
     experts = model.num_experts // parallel.expert

@@ -20,7 +20,7 @@ import numpy as np
 from megatron_ext.hf.description import ModelDescription
 from pipeline.plan import flops
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
-from pipeline.plan.parameters import expert, kv_cache, total
+from pipeline.plan.parameters import delta_state, expert, kv_cache, total
 
 _SERVERS = 24  # whose rollout is followed event by event; the others are like them
 
@@ -89,9 +89,13 @@ def server(
     dense = total(model) - ends - experts
     weights = weight_bytes * total(model) / tp
     pool = static * gpu.memory
-    per_token = model.num_layers * kv_cache(model, tp) * cache_bytes
+    per_token = (model.num_layers - len(model.delta_layers)) * kv_cache(model, tp) * cache_bytes
+    states, before = delta_state(model, tp)
+    state = 4.0 * states + 2.0 * before
     cache = pool - weights
-    cache_tokens = max(0, int(cache / per_token))
+    # states of gated delta nets have room for the sequences that the rest of the cache can hold
+    held = min(most, max(1, int(cache / (tokens_each * per_token + state)))) if state else 0
+    cache_tokens = max(0, int((cache - held * state) / per_token))
     usable = cache_tokens if most_tokens is None else min(cache_tokens, most_tokens)
     sequences = 0 if usable < longest else min(most, int(usable / tokens_each))
     head = model.vocab_size * model.hidden
@@ -102,7 +106,7 @@ def server(
 
     def step_s(batch: float, context: float) -> float:
         met = model.num_experts * (1 - (1 - model.topk / model.num_experts) ** batch) if model.moe_layers else 0.0
-        read = weight_bytes * (head + dense + met * of_experts) / tp + batch * context * per_token
+        read = weight_bytes * (head + dense + met * of_experts) / tp + batch * (context * per_token + 2 * state)
         work = batch * (each + 2 * context * square) / tp
         busy = max(read / (gpu.bandwidth * efficiency.decode), work / (peak * efficiency.prefill))
         return busy + model.num_layers * efficiency.launch_s

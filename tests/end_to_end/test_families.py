@@ -14,7 +14,8 @@ from tests.support.command import SMALL
 from tests.support.tiny_families import save_family
 
 STEPS = 10
-FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss"]
+FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss",
+            "qwen3_next"]  # fmt: skip
 
 
 @pytest.mark.proof

@@ -149,6 +149,19 @@ def test_what_is_carried_lies_beside_the_weights_and_in_their_index(tmp_path):
     assert not (out / "carried.safetensors").exists()
 
 
+def test_draft_layers_with_names_of_their_own_are_carried_though_the_configuration_counts_none(tmp_path):
+    """As Qwen3-Next's published files have them."""
+    source, out = tmp_path / "source", tmp_path / "hf"
+    source.mkdir()
+    drafts = {"mtp.fc.weight": torch.arange(3, dtype=torch.bfloat16), "mtp.layers.0.x": torch.ones(2)}
+    both = {"model.layers.0.x": torch.ones(4)} | drafts
+    write_weights(both.items(), both.items(), source)
+    (source / "config.json").write_text(json.dumps({"model_type": "qwen3_next", "num_hidden_layers": 1}))
+    write_companions(source, out, "float32")
+    assert Carried(out).names == sorted(drafts)
+    assert all(torch.equal(tensor, drafts[name]) for name, tensor in Carried(out).stream())
+
+
 def test_what_is_carried_in_a_dtype_that_is_not_written_from_here_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
     save_file({"model.layers.2.x": torch.ones(4, dtype=torch.int8)}, tmp_path / "model.safetensors")

@@ -27,7 +27,7 @@ DEMANDS = {
     "glm4_moe_lite": [LATENT, FLOAT32_ROUTER],
     "minimax_m2": [FLOAT32_ROUTER],
 }
-WHOLE = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "router.weight", "_bias")
+WHOLE = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "router.weight", "_bias", "conv1d.weight")
 """Endings of matrices that SGLang's own quantisation leaves alone."""
 EXCEPTIONS = {
     "pipeline/config/model.py": "writes the config.json of a tiny model, and so says of which type it is",

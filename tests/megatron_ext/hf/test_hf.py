@@ -209,7 +209,7 @@ YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings":
         ({"model_type": "mamba"}, "'mamba' is not supported"),
         *(
             ({"model_type": name}, f"model_type '{name}' is not supported; supported: qwen3_moe, ")
-            for name in ("deepseek_v32", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
+            for name in ("deepseek_v32", "qwen3_5_moe", "qwen3_5_moe_text")
         ),
         (QWEN3 | {"attention_bias": True, "use_sliding_window": True}, "attention_bias=true.*use_sliding_window"),
         (QWEN3 | {"rope_parameters": YARN}, "'yarn'"),
@@ -257,6 +257,21 @@ def test_a_model_that_is_not_built_here_is_refused(tiny_model_dir, change, messa
         ),
         ("minimax_m2", {"shared_intermediate_size": 64}, "shared_intermediate_size=64"),
         ("minimax_m2", {"attn_type_list": [0, 1, 1, 1]}, "attn_type_list"),
+        ("qwen3_next", {"attention_bias": True}, "attention_bias=true"),
+        ("qwen3_next", {"attn_output_gate": False}, "attn_output_gate=false"),
+        ("qwen3_next", {"output_gate_type": "sigmoid"}, "output_gate_type=sigmoid"),
+        (
+            "qwen3_next",
+            {"layer_types": ["linear_attention", "full_attention", "full_attention", "full_attention"]},
+            "other than full_attention in every n-th layer",
+        ),
+        ("qwen3_next", {"full_attention_interval": 3}, "full_attention_interval=3 and layer_types with one in 2"),
+        ("qwen3_next", {"linear_num_key_heads": 3}, "=8, which does not divide by linear_num_key_heads=3"),
+        (
+            "qwen3_next",
+            {"rope_parameters": None, "partial_rotary_factor": None},
+            "without partial_rotary_factor",
+        ),
     ],
 )
 def test_what_a_newer_family_does_not_do_here_is_refused(name, change, message):

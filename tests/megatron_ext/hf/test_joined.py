@@ -81,6 +81,7 @@ def test_sglangs_loader_joins_what_the_family_says():
         ("qwen2_moe.py", 1324, 1408, "def load_weights("),
         ("mixtral.py", 392, 459, "def load_weights("),
         ("glm4_moe.py", 1071, 1237, "def load_weights("),
+        ("qwen3_next.py", 1138, 1276, "def load_weights("),
         ("minimax_m2.py", 1113, 1224, "def load_weights("),
         ("gpt_oss.py", 1224, 1290, "for name, loaded_weight in weights:"),  # behind it, sinks are padded
     ],

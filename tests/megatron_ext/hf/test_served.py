@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,13 @@ SGLANG_FILES = {
     "glm4_moe_lite": "glm4_moe_lite.py",
     "minimax_m2": "minimax_m2.py",
     "gpt_oss": "gpt_oss.py",
+    "qwen3_next": "qwen3_next.py",
 }
 TIES_NOT_MADE = [
-    *("qwen2_moe", "qwen3_moe with dense layers", "mixtral", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss")
+    *("qwen2_moe", "qwen3_moe with dense layers", "mixtral", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss"),
+    "qwen3_next",
 ]
-MAY_HAVE_DENSE_LAYERS = ("qwen3_moe", "qwen2_moe", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite")
+MAY_HAVE_DENSE_LAYERS = ("qwen3_moe", "qwen2_moe", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite", "qwen3_next")
 TIED = {"tie_word_embeddings": True}
 SETTINGS = ["model.tiny=null", "precision.router=fp32", "precision.weights=bfloat16", "precision.kv_cache=same"]
 
@@ -51,7 +54,7 @@ def test_a_family_says_of_the_server_what_sglangs_source_says(name):
     elif "llama3" in FAMILIES[name].rope_types:
         assert "rope_scaling=rope_scaling" in source
     if name in MAY_HAVE_DENSE_LAYERS:
-        assert FAMILIES[name].server_dense == ("    is_layer_sparse = True\n" not in source)
+        assert FAMILIES[name].server_dense == (re.search(r"(    |self\.)is_layer_sparse = True\n", source) is None)
 
 
 @pytest.mark.parametrize("name", TIES_NOT_MADE)
@@ -89,6 +92,7 @@ def test_ties_that_the_server_makes_are_no_reason(name, tmp_path):
         ("qwen3_moe with dense layers", {"mlp_only_layers": [], "decoder_sparse_step": 2}, "0, 2"),
         ("qwen3_moe with dense layers", {"mlp_only_layers": [0, 1, 2, 3]}, "0, 1, 2, 3"),
         ("qwen2_moe", {"mlp_only_layers": [3]}, "3"),
+        ("qwen3_next", {"mlp_only_layers": [3]}, "3"),
         ("qwen2_moe", {"decoder_sparse_step": 4}, "0, 1, 2"),
     ],
 )

@@ -42,7 +42,8 @@ HALF = {"weights": "bfloat16"}
 def test_each_setting_reaches_the_server(fields, arguments, routers):
     precision = PrecisionConfig(**fields)
     assert precision.server_arguments() == arguments.split()
-    assert precision.server_environment() == routers
+    states = {"SGLANG_MAMBA_CONV_DTYPE": precision.weights}
+    assert precision.server_environment() == states | routers
 
 
 def test_the_server_runs_under_the_arguments_of_the_block_and_a_backend_that_has_its_cache(tmp_path):

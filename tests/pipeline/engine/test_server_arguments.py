@@ -59,6 +59,10 @@ def test_a_server_is_told_what_its_family_needs(arguments):
     types = {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "dense", "sparse"]}
     told = json.loads(value_of(arguments(model=types), "--json-model-override-args"))
     assert told == {"first_k_dense_replace": 2}
+    rope = {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    types = {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"], "rope_parameters": rope}
+    told = json.loads(value_of(arguments(model=types), "--json-model-override-args"))
+    assert told == rope | {"full_attention_interval": 2}
     assert value_of(arguments(model={"model_type": "gpt_oss"}), "--moe-runner-backend") == "triton"
     assert "--moe-runner-backend" not in arguments("cuda", model={"model_type": "gpt_oss"})
     assert arguments() == arguments(model={"model_type": "of nobody"})

@@ -59,6 +59,7 @@ def published(name):
         ("glm-4.5-air", 106e9, 0.01),
         ("moonlight-16b-a3b", 16e9, 0.01),
         ("minimax-m2", 228.7e9, 0.001),
+        ("qwen3-next-80b-a3b", 80e9, 0.005),
         (QWEN2_MOE, 14.3e9, 0.01),
         (MIXTRAL, 46.7e9, 0.01),
         (GPT_OSS_20B, 20.91e9, 0.0005),
@@ -88,6 +89,23 @@ def test_glm_4_7_flash_has_the_bytes_of_its_published_files_with_its_layer_that_
     assert 2 * (parameters.total(model) + second) == pytest.approx(62.5e9, rel=0.001)
 
 
+def test_qwen3_next_has_the_parameters_of_its_published_files_with_its_layer_that_predicts_a_second_token():
+    """81.3B. That layer attends, and has a projection of both inputs and three norms of its own."""
+    model = published("qwen3-next-80b-a3b")
+    second = parameters.layer(model, 47, ParallelConfig()).parameters + 2 * model.hidden**2 + 3 * model.hidden
+    assert parameters.total(model) + second == pytest.approx(81.3e9, rel=0.001)
+
+
+def test_states_of_gated_delta_nets_take_the_place_of_a_cache_in_most_layers():
+    """Qwen3-Next: 36 layers of 32 heads of 128 x 128, and three tokens before filters over 8,192 channels."""
+    model = published("qwen3-next-80b-a3b")
+    assert parameters.delta_state(model, 4) == (36 * 32 * 128 * 128 // 4, 36 * 3 * 8192 // 4)
+    assert parameters.delta_state(published("qwen3-30b-a3b")) == (0, 0)
+    token, square = flops.forward(model, 1.0, 0.0), flops.forward(model, 0.0, 1.0)
+    assert square == 12 * 2 * 16 * 256
+    assert token - 2 * flops.matmul_parameters(model) == 36 * 6 * 32 * 128 * 128
+
+
 @pytest.mark.parametrize(
     ("name", "active", "digit", "ends"),
     [
@@ -97,6 +115,7 @@ def test_glm_4_7_flash_has_the_bytes_of_its_published_files_with_its_layer_that_
         ("kimi-k2", 32e9, 1e9, True),
         ("glm-4.7-flash", 3e9, 1e9, True),
         ("minimax-m2", 10e9, 1e9, False),
+        ("qwen3-next-80b-a3b", 3e9, 1e9, False),
         # these two are published without embedding and LM head
         ("glm-4.5-air", 12e9, 1e9, False),
         ("moonlight-16b-a3b", 2.24e9, 0.01e9, False),

@@ -57,7 +57,7 @@ def convolve(
     """The causal convolution of prompts. x: [channels, tokens]; weight: [channels, W]. conv_states:
     [slots, channels, W - 1], moved on in place. has_initial_state, cache_indices: [requests]. Returns as x."""
     before, slots = weight.shape[1] - 1, cache_indices.long()
-    state = conv_states[slots] * has_initial_state[:, None, None]
+    state = conv_states[slots].masked_fill(~has_initial_state[:, None, None], 0)
     cu = query_start_loc.tolist()
     joined = [torch.cat([s.to(x.dtype), x[:, a:b]], 1) for s, a, b in zip(state, cu, cu[1:], strict=False)]
     conv_states[slots] = torch.stack([part[:, part.shape[1] - before :] for part in joined]).to(conv_states.dtype)

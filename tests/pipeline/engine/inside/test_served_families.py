@@ -16,7 +16,8 @@ from pipeline.engine.server import SGLangServer
 from tests.support.sampling import answers
 from tests.support.tiny_families import VOCAB, save_family, transformers_says
 
-SERVED = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss", "qwen3_next"]
+SERVED = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss",
+          "qwen3_next"]  # fmt: skip
 PROMPTS = (4, 30, 200)  # the last is long enough for torch's kernel; the window of gpt-oss is 5
 
 
