@@ -157,6 +157,11 @@ class ParallelConfig(Frozen):
             for what, size in (("key", model.delta_net.key_heads), ("value", model.delta_net.value_heads)):
                 ranks, field = self.tensor * self.context, "parallel.tensor x parallel.context"
                 divides(f"{what} heads of its gated delta nets", size, ranks, field)
+            if self.tensor > 1 and not self.sequence:
+                raise ValueError(
+                    "Megatron-Core leaves out gradients of gated delta nets under tensor parallelism without sequence "
+                    "parallelism; set parallel.sequence=true"
+                )
         self.stage_layers(model.num_layers)
         if experts:
             divides("experts", experts, self.expert, "parallel.expert")

@@ -67,17 +67,20 @@ def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": 10000.0} | part | flat | nested
 
 
-def wrong_fields(hf: dict[str, Any]) -> Iterator[str]:
+def wrong_fields(hf: dict[str, Any], without: tuple[str, ...] = ()) -> Iterator[str]:
     """What is missing, of another type, or said twice, a sentence each; where there is nothing of these, what does not
     go together. Where a number is missing, transformers takes the default of its class, which need not be the model's.
+
+    without: fields that its family does not have.
     """
-    wrong = [*_wrong_counts(hf), *_wrong_types(hf)]
+    wrong = [*_wrong_counts(hf, without), *_wrong_types(hf)]
     yield from wrong or (*_contradictions(hf), *_wrong_rope(hf))
 
 
-def _wrong_counts(hf: dict[str, Any]) -> Iterator[str]:
+def _wrong_counts(hf: dict[str, Any], without: tuple[str, ...]) -> Iterator[str]:
     """Of the numbers that every model needs, and of those that some have."""
-    asked = _COUNTS + (("num_experts_per_tok",) if _experts(hf) else ())
+    asked = tuple(name for name in _COUNTS if name not in without)
+    asked += ("num_experts_per_tok",) if _experts(hf) else ()
     for name in asked + (("max_position_embeddings",) if "max_position_embeddings" in hf else ()):
         value, instead = hf.get(name), "transformers would take its class's own number, which need not be this model's"
         if name == "num_key_value_heads" and name in hf:

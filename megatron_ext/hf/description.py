@@ -139,8 +139,8 @@ class ModelDescription:
 
     @property
     def ffn(self) -> int:
-        """Width of a dense MLP."""
-        return self.hf["intermediate_size"]
+        """Width of a dense MLP; where the family has none, of an expert."""
+        return self.hf.get("intermediate_size") or self.expert_ffn
 
     @property
     def expert_ffn(self) -> int:
@@ -204,7 +204,7 @@ def describe(hf: dict[str, Any], file: str = "config.json") -> ModelDescription:
     name = hf.get("model_type", "?")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedModel(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
-    if wrong := list(wrong_fields(hf)):
+    if wrong := list(wrong_fields(hf, FAMILIES[name].without)):
         raise UnsupportedModel(f"{file}: {'; '.join(wrong)}")
     try:
         return _described(hf, name)

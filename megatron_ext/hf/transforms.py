@@ -173,6 +173,17 @@ class DeltaProjection(DeltaSections):
         return [_join(parts, 1).flatten(0, 1) for parts in (by_head[:4], by_head[4:])]
 
 
+class SplitDeltaProjection(DeltaProjection):
+    """The same in four tensors (Qwen3.5): queries, keys and values as in the convolution; gates; betas; decays."""
+
+    def apart(self, tensors, model):
+        joined, *others = tensors
+        return [*joined.split(list(self.sections(model)[:3])), *others]
+
+    def together(self, sections, model):
+        return [_join(sections[:3]), *sections[3:]]
+
+
 @dataclass(frozen=True)
 class Transposed:
     """A matrix that Hugging Face holds as [in, out], or a vector."""

@@ -8,7 +8,6 @@ import importlib.util
 import logging
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net import common, gdn
 from torch import Tensor
@@ -28,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 class DeltaNet(GatedDeltaNet):
-    """Two things are not as in Megatron-Core 0.19.2. The norm of the output multiplies by its weight where the others of
-    the model multiply by 1 + weight; and the decay is computed in float32, as in transformers and SGLang."""
+    """Two things are not as in Megatron-Core 0.19.2. The norm of the output multiplies by its weight, where the model's
+    others multiply by 1 + weight; and the decay is computed in float32, as in transformers and SGLang."""
 
     def __init__(self, config: TransformerConfig, submodules: GatedDeltaNetSubmodules, *args: Any, **kwargs: Any):
         super().__init__(config, submodules, *args, **kwargs)

@@ -6,8 +6,8 @@
 N_m parameters of the matmuls that a token meets (the embedding is a look-up), l_i the tokens of sequence i, L layers,
 q and v the widths of all heads' queries and values: a causal attention multiplies half of an l x l matrix, twice, at
 two operations an element. (2104.04473, section 5.1 and appendix, with the experts that a token meets in place of all,
-and half of the attention matrix.) L_d layers are gated delta nets, and no part of L: a token is read from a state, changes
-it, and asks it, each one product (2412.06464, equation 10).
+and half of the attention matrix.) L_d layers are gated delta nets, and no part of L: a token reads its state, changes
+it, and asks it, a product each (2412.06464, equation 10).
 """
 
 from __future__ import annotations

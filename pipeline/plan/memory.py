@@ -110,8 +110,8 @@ def kept_delta_net(model: ModelDescription, *, fused: bool = True) -> int:
     """The same of a gated delta net, of k, v widths of keys and values, r of keys repeated for every value head.
 
     The norm; what the projection made; queries and keys before their norm (2 k) and repeated (2 r), values, gates; of
-    each head its beta, and of its decay two on the way and itself; and of the norm at the end its input, its output, the
-    gate, and their product (v each).
+    each head its beta, and of its decay two on the way and itself; and of the norm at the end its input, its output,
+    the gate, its sigmoid and their product (v each).
     fused:   of each head a row of 64 that the kernel has inverted in its chunk (fla), too.
     without: the normalised tensors of both norms.
     """

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_ext.config import ParallelConfig
+from megatron_ext.hf.description import read_description
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,19 @@ def test_stages_have_the_layers_that_are_asked_for(settings, layers, expected):
 def test_layers_that_do_not_divide_are_refused(settings, layers):
     with pytest.raises(ValueError, match=rf"{layers} layers"):
         ParallelConfig(**settings).stage_layers(layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ranks": 32, "context": 32}, r"16 key heads .* parallel\.tensor x parallel\.context=32; use a divisor of 16"),
+        ({"ranks": 32, "tensor": 2, "sequence": True, "context": 16}, "16 key heads of its gated delta nets do not"),
+        ({"ranks": 2, "tensor": 2}, r"gradients of gated delta nets .*; set parallel\.sequence=true"),
+    ],
+)
+def test_a_layout_that_gated_delta_nets_do_not_divide_into_is_refused(settings, message):
+    """Qwen3-Next: 16 heads of keys, 32 of values."""
+    model = read_description("configs/qwen3-next-80b-a3b")
+    ParallelConfig(ranks=16, tensor=2, sequence=True, context=8).check_model(model)
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**settings).check_model(model)

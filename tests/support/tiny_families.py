@@ -108,6 +108,27 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "full_attention_interval": 2,
         },
     ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {
+            "head_dim": 32,
+            "num_experts": 8,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
 }
 _LLAMA3 = {
     "rope_type": "llama3",

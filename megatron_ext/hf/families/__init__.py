@@ -9,6 +9,7 @@ from megatron_ext.hf.families.llama import LLAMA
 from megatron_ext.hf.families.minimax import MINIMAX_M2
 from megatron_ext.hf.families.mixtral import MIXTRAL
 from megatron_ext.hf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from megatron_ext.hf.families.qwen_3_5 import QWEN3_5_MOE_TEXT
 from megatron_ext.hf.families.qwen_next import QWEN3_NEXT
 
 FAMILIES: dict[str, Family] = {
@@ -25,4 +26,5 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": MINIMAX_M2,
     "gpt_oss": GPT_OSS,
     "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_moe_text": QWEN3_5_MOE_TEXT,
 }

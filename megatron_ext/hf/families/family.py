@@ -87,6 +87,7 @@ class Family:
     server_dense:  it has dense layers where config.json has some beside sparse ones.
     server_fields: what it asks of config.json and transformers does not write there, as transformers computes it.
     server_cpu_arguments: of its command line, without which it does not run the family on a CPU.
+    without:       fields of every other family's config.json that this one's does not have.
     drafts:        how the names of its multi-token-prediction layers' tensors begin, where they do not stand behind the
                    model's own layers, and config.json need not count them.
     joined:       sets of Hugging Face tensors of a layer, names with `{layer}`, that the rollout engine's loader joins
@@ -110,6 +111,7 @@ class Family:
     server_rope_types: tuple[str, ...] | None = None
     server_fields: Callable[[HFConfig], Mapping[str, Any]] = _no_fields
     server_cpu_arguments: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     drafts: str | None = None
     sparse: Sparse | None = None
 

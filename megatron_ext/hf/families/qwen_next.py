@@ -13,15 +13,15 @@ from megatron_ext.hf.families.qwen import SHARED_EXPERT, sparse_layers
 from megatron_ext.hf.tables import ATTENTION, DENSE_MLP, ENDS, HF_LAYER, LAYER, MOE, Row
 from megatron_ext.hf.transforms import DeltaProjection, DeltaSections, GatedQKV, Replicated, Split
 
-_NET, _HF_NET = LAYER + "self_attention.", HF_LAYER + "linear_attn."
+_NET, HF_NET = LAYER + "self_attention.", HF_LAYER + "linear_attn."
 _DELTA_NET = (
     Row(_NET + "in_proj.layer_norm_weight", (HF_LAYER + "input_layernorm.weight",), Replicated()),
-    Row(_NET + "in_proj.weight", (_HF_NET + "in_proj_qkvz.weight", _HF_NET + "in_proj_ba.weight"), DeltaProjection()),
-    Row(_NET + "conv1d.weight", (_HF_NET + "conv1d.weight",), DeltaSections()),
-    Row(_NET + "A_log", (_HF_NET + "A_log",), Split(0)),
-    Row(_NET + "dt_bias", (_HF_NET + "dt_bias",), Split(0)),
-    Row(_NET + "out_norm.weight", (_HF_NET + "norm.weight",), Replicated()),
-    Row(_NET + "out_proj.weight", (_HF_NET + "out_proj.weight",), Split(1)),
+    Row(_NET + "in_proj.weight", (HF_NET + "in_proj_qkvz.weight", HF_NET + "in_proj_ba.weight"), DeltaProjection()),
+    Row(_NET + "conv1d.weight", (HF_NET + "conv1d.weight",), DeltaSections()),
+    Row(_NET + "A_log", (HF_NET + "A_log",), Split(0)),
+    Row(_NET + "dt_bias", (HF_NET + "dt_bias",), Split(0)),
+    Row(_NET + "out_norm.weight", (HF_NET + "norm.weight",), Replicated()),
+    Row(_NET + "out_proj.weight", (HF_NET + "out_proj.weight",), Split(1)),
 )
 _GATED_ATTENTION = tuple(
     Row(row.megatron, row.hf, GatedQKV()) if row.megatron.endswith("linear_qkv.weight") else row for row in ATTENTION

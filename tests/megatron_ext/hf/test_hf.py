@@ -209,7 +209,7 @@ YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings":
         ({"model_type": "mamba"}, "'mamba' is not supported"),
         *(
             ({"model_type": name}, f"model_type '{name}' is not supported; supported: qwen3_moe, ")
-            for name in ("deepseek_v32", "qwen3_5_moe", "qwen3_5_moe_text")
+            for name in ("deepseek_v32", "qwen3_5_moe")
         ),
         (QWEN3 | {"attention_bias": True, "use_sliding_window": True}, "attention_bias=true.*use_sliding_window"),
         (QWEN3 | {"rope_parameters": YARN}, "'yarn'"),
@@ -266,6 +266,9 @@ def test_a_model_that_is_not_built_here_is_refused(tiny_model_dir, change, messa
             "other than full_attention in every n-th layer",
         ),
         ("qwen3_next", {"full_attention_interval": 3}, "full_attention_interval=3 and layer_types with one in 2"),
+        ("qwen3_5_moe", {"norm_topk_prob": False}, "norm_topk_prob=false"),
+        ("qwen3_5_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("qwen3_5_moe", {"attention_bias": True}, "attention_bias=true"),
         ("qwen3_next", {"linear_num_key_heads": 3}, "=8, which does not divide by linear_num_key_heads=3"),
         (
             "qwen3_next",

@@ -82,6 +82,7 @@ def test_sglangs_loader_joins_what_the_family_says():
         ("mixtral.py", 392, 459, "def load_weights("),
         ("glm4_moe.py", 1071, 1237, "def load_weights("),
         ("qwen3_next.py", 1138, 1276, "def load_weights("),
+        ("qwen3_5.py", 2091, 2371, "def load_weights("),
         ("minimax_m2.py", 1113, 1224, "def load_weights("),
         ("gpt_oss.py", 1224, 1290, "for name, loaded_weight in weights:"),  # behind it, sinks are padded
     ],
@@ -192,7 +193,7 @@ def different_presets() -> dict[tuple, str]:
 @pytest.mark.slow
 def test_no_preset_cuts_what_the_loader_joins():
     cases = list(different_presets().values())
-    assert len({Path(path).parent for path, _ in cases}) == 8
+    assert len({Path(path).parent for path, _ in cases}) == 9
     (found,) = run_ranks(buckets_of, ParallelConfig(), cases, True)
     assert [cut_sets(path, buckets) for (path, _), buckets in zip(cases, found, strict=True)] == [0] * len(cases)
     assert all(len(buckets) > 1 for buckets in found)

@@ -27,6 +27,7 @@ SGLANG_FILES = {
     "minimax_m2": "minimax_m2.py",
     "gpt_oss": "gpt_oss.py",
     "qwen3_next": "qwen3_next.py",
+    "qwen3_5_moe_text": "qwen3_5_text.py",
 }
 TIES_NOT_MADE = [
     *("qwen2_moe", "qwen3_moe with dense layers", "mixtral", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss"),
@@ -80,7 +81,7 @@ def test_a_stretched_rotary_embedding_that_the_server_does_not_make_is_refused_w
     assert config_of(tiny_config("qwen2_moe") | rope, tmp_path).model.path == tmp_path
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "llama", "qwen2", "qwen3", "qwen3_5_moe"])
 def test_ties_that_the_server_makes_are_no_reason(name, tmp_path):
     assert config_of(tiny_config(name) | TIED, tmp_path).model.path == tmp_path
 

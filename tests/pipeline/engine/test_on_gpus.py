@@ -30,7 +30,8 @@ PRESETS = sorted(
 )  # fmt: skip
 ARCHITECTURES = {"qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral", "glm4_moe": "Glm4Moe",
                  "deepseek_v3": "DeepseekV3", "gpt_oss": "GptOss", "glm4_moe_lite": "Glm4MoeLite",
-                 "minimax_m2": "MiniMaxM2", "qwen3_next": "Qwen3Next"}  # fmt: skip
+                 "minimax_m2": "MiniMaxM2", "qwen3_next": "Qwen3Next",
+                 "qwen3_5_moe_text": "Qwen3_5Moe"}  # fmt: skip
 ATTENTION = {
     ("H100", "grouped"): ("fa3",),
     ("H100", "latent"): ("fa3",),

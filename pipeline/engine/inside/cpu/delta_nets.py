@@ -7,6 +7,7 @@ A prompt is computed in chunks, as the trainer computes it (`megatron_ext/model/
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_ext.model import delta_rule
 from pipeline.engine.inside.cpu import kernels
 
 
+@functools.cache
 def install() -> None:
     """Put the functions where SGLang looks for them; call before its backend for linear attention is imported."""
     module: Any = types.ModuleType("sgl_kernel.mamba")
@@ -40,6 +42,12 @@ def install() -> None:
 
 
 _library = torch.library.Library("sgl_kernel", "FRAGMENT")
+
+
+def declare(*names: str) -> None:
+    """Let these be found among torch's operators; to call one is an error."""
+    for name in names:
+        _library.define(f"{name}(Tensor x) -> Tensor")
 
 
 def convolve(
@@ -142,7 +150,8 @@ def step(
 
 
 def norm_and_gate(norm: Any, x: Tensor, gate: Tensor, *_: Any, **__: Any) -> Tensor:
-    """FusedRMSNormGated.forward, there a Triton kernel: the norm of x, [rows, dim], times silu(gate)."""
+    """FusedRMSNormGated.forward and RMSNorm.forward of `fla`, there Triton kernels: the norm of x, [rows, dim], times
+    silu(gate)."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
     return (wide * F.silu(gate.float())).to(x.dtype)

@@ -176,9 +176,7 @@ def sample_rows(probabilities, uniforms, tokens):
                     break
 
 
-@njit(
-    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,:,:,::1], i8[::1], f4[:,:,::1])", **_FAST
-)
+@njit("void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,:,:,::1], i8[::1], f4[:,:,::1])", **_FAST)
 def delta_step(query, key, value, decay, beta, states, slots, output):
     """One token of each request through a gated delta net, whose states are moved on in place.
 

@@ -43,7 +43,14 @@ def test_a_prompt_in_pieces_and_the_tokens_behind_it_are_one_sequence():
         else:
             g, beta = delta_nets.gates(decay, a, b, bias)
             out, _, _ = delta_nets.extend(
-                q[None], k[None], v[None], g, beta, initial_state=states, initial_state_indices=SLOTS[live], cu_seqlens=cu
+                q[None],
+                k[None],
+                v[None],
+                g,
+                beta,
+                initial_state=states,
+                initial_state_indices=SLOTS[live],
+                cu_seqlens=cu,
             )
         for i, part in zip(live, out[0].split([now[i] for i in live]), strict=True):
             said[i].append(part)

@@ -17,7 +17,7 @@ from tests.support.sampling import answers
 from tests.support.tiny_families import VOCAB, save_family, transformers_says
 
 SERVED = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss",
-          "qwen3_next"]  # fmt: skip
+          "qwen3_next", "qwen3_5_moe"]  # fmt: skip
 PROMPTS = (4, 30, 200)  # the last is long enough for torch's kernel; the window of gpt-oss is 5
 
 
