@@ -40,7 +40,8 @@ def causal_conv1d(
 ) -> tuple[Tensor, None]:
     """silu of y_t = bias + sum_j weight_j x_{t - W + 1 + j}, a filter a channel, within each sequence.
 
-    x: [rows, tokens, channels]. weight: [channels, W]. cu_seqlens: [sequences + 1], where there is one row.
+    x: [rows, tokens, channels]. weight: [channels, W]. cu_seqlens: [sequences + 1], where there is one row. Computed in
+    float32, returned in the dtype of x.
     """
     tokens = x.shape[1]
     position = torch.arange(tokens, device=x.device)
@@ -49,12 +50,13 @@ def causal_conv1d(
         position = position - torch.repeat_interleave(cu[:-1], cu[1:] - cu[:-1], output_size=tokens)
 
     def filtered(x: Tensor, weight: Tensor) -> Tensor:
+        dtype, x, weight = x.dtype, x.float(), weight.float()
         out = x * weight[:, -1]
         for back in range(1, min(weight.shape[1], tokens)):
             earlier = F.pad(x[:, :-back], (0, 0, back, 0))
             out = out + (earlier * (position >= back)[:, None]) * weight[:, -1 - back]
         out = out if bias is None else out + bias
-        return F.silu(out) if activation in ("silu", "swish") else out
+        return (F.silu(out) if activation in ("silu", "swish") else out).to(dtype)
 
     return _Again.apply(filtered, x, weight), None
 
@@ -142,7 +144,8 @@ def _delta_rule(
         t = F.pad(t.float().transpose(1, 2), (0, 0) * (t.dim() - 3) + (0, padding))
         return t.unflatten(2, (-1, chunk))
 
-    q, k, v, g, beta = (chunks(t) for t in (q * scale, k, v, g, beta))
+    q, k, v, g, beta = (chunks(t) for t in (q, k, v, g, beta))
+    q = q * scale
     total = g.cumsum(-1)
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=g.device).tril()
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf).exp()

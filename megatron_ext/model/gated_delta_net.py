@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import logging
 from typing import Any
 
@@ -45,10 +44,10 @@ class DeltaNet(GatedDeltaNet):
 
 
 def without_fla() -> None:
-    """Put torch's functions where Megatron-Core takes those of `fla` from, if that is not there."""
-    if common.HAVE_FLA:
-        return
-    if not cpu.needed() and importlib.util.find_spec("fla") is None:
+    """Put torch's functions where Megatron-Core takes those of `fla` from, if that is not there or there is no GPU."""
+    if not cpu.needed():
+        if common.HAVE_FLA:
+            return
         log.warning("fla is not installed: gated delta nets are plain torch, which is right but many times slower")
     common.HAVE_FLA = True
     common.l2norm = delta_rule.l2norm

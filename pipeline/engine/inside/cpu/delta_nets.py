@@ -89,9 +89,9 @@ def convolve_token(
     slots = conv_state_indices.long()
     window = torch.cat([conv_states[slots].to(x.dtype), x[..., None]], -1)
     conv_states[slots] = window[..., 1:].to(conv_states.dtype)
-    out = (window * weight).sum(-1)
+    out = (window.float() * weight.float()).sum(-1)
     out = out if bias is None else out + bias
-    return F.silu(out) if activation in ("silu", "swish") else out
+    return (F.silu(out) if activation in ("silu", "swish") else out).to(x.dtype)
 
 
 def gates(decay: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
