@@ -89,7 +89,7 @@ def kept_attention(model: ModelDescription, *, fused: bool = True) -> int:
              values whole (Megatron-Core pads the values of packed sequences to the queries' width), the output.
     without: each norm keeps the normalised tensor too, but one over all heads its input alone; the kernel's inputs are
              copies, its output is kept as it left the kernel and as it enters the projection.
-    An output gate is kept as the projection made it, and as its sigmoid.
+    An output gate is kept as the projection made it, as its sigmoid, and as what it makes of the output.
     """
     extra = 0 if fused else 1
     norm = (2 + extra) * model.hidden
@@ -97,7 +97,7 @@ def kept_attention(model: ModelDescription, *, fused: bool = True) -> int:
         f = model.fields
         latents = (2 + extra) * ((f["q_lora_rank"] or 0) + f["kv_lora_rank"]) + f["qk_pos_emb_head_dim"]
         return norm + latents + (3 + extra) * model.query + model.value
-    norm += 2 * model.output_gate * model.query
+    norm += 3 * model.output_gate * model.query
     if fused:
         return norm + (model.query + 2 * model.key_value) + (model.query + model.key_value) + model.value
     normed = model.query + model.key_value
