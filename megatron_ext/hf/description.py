@@ -57,6 +57,11 @@ class ModelDescription:
     def not_served(self) -> list[str]:
         """Why SGLang 0.5.23 would serve another model than this, which is trained here even so: a sentence each."""
         reasons, dense = [], sorted(set(range(self.num_layers)) - set(self.moe_layers))
+        if not self.family.server_shown:
+            reasons.append(
+                f"no server of {self.model_type} has been compared with transformers yet; take another model, or train "
+                "on dumped steps (--from-dump), which need no server"
+            )
         if self.tied_embeddings and not self.family.server_ties:
             reasons.append(
                 f"SGLang gives {self.model_type} an LM head of its own, whatever tie_word_embeddings=true says; write "

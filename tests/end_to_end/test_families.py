@@ -15,7 +15,7 @@ from tests.support.tiny_families import save_family
 
 STEPS = 10
 FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss",
-            "qwen3_next", "qwen3_5_moe"]  # fmt: skip
+            "qwen3_next"]  # fmt: skip
 
 
 @pytest.mark.proof

@@ -83,6 +83,7 @@ class Family:
     norm_over_heads: queries, and keys, of all heads are normalised as one vector, and not each head by itself.
     needs:        what of the precision is not free.
     server_router: how the rollout engine makes a router's logits.
+    server_shown:  a server has been compared with transformers; False: runs refuse one.
     server_ties:   the rollout engine takes the embedding for the LM head where config.json ties them.
     server_dense:  it has dense layers where config.json has some beside sparse ones.
     server_fields: what it asks of config.json and transformers does not write there, as transformers computes it.
@@ -105,6 +106,7 @@ class Family:
     norm_over_heads: bool = False
     needs: tuple[Needed, ...] = ()
     server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
+    server_shown: bool = True
     server_ties: bool = False
     server_dense: bool = True
     joined: tuple[tuple[str, ...], ...] = ()

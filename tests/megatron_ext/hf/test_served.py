@@ -81,7 +81,7 @@ def test_a_stretched_rotary_embedding_that_the_server_does_not_make_is_refused_w
     assert config_of(tiny_config("qwen2_moe") | rope, tmp_path).model.path == tmp_path
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "llama", "qwen2", "qwen3", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "llama", "qwen2", "qwen3"])
 def test_ties_that_the_server_makes_are_no_reason(name, tmp_path):
     assert config_of(tiny_config(name) | TIED, tmp_path).model.path == tmp_path
 
@@ -109,6 +109,13 @@ def test_dense_layers_that_the_server_has_are_no_reason(tmp_path):
         assert describe(tiny_config(name) | {"moe_layer_freq": 1}).moe_layers == (1, 2, 3)
         assert describe(tiny_config(name)).not_served == []
     assert config_of(tiny_config("glm4_moe"), tmp_path).model.path == tmp_path
+
+
+def test_a_family_whose_server_was_not_shown_is_refused_with_a_server_only(tmp_path):
+    hf = tiny_config("qwen3_5_moe")
+    with pytest.raises(ConfigError, match=r"no server of qwen3_5_moe_text has been compared with transformers yet"):
+        config_of(hf, tmp_path)
+    assert config_of(hf, tmp_path, served=False).model.path == tmp_path
 
 
 def test_the_commands_ask_for_a_server_where_they_start_one(tmp_path, capsys):
