@@ -29,8 +29,7 @@ def _replace(owner: Any, name: str, function) -> None:
 
 
 def _norm(x, weight, eps, zero_centered):
-    assert not zero_centered
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.rms_norm(x, x.shape[-1:], (1.0 + weight.float()).to(weight.dtype) if zero_centered else weight, eps)
 
 
 def _linear_out(self, x, weight, bias):
