@@ -89,14 +89,14 @@ class Conversation:
         self._room = len(prompt.ids) + max_tokens
         self._home = asyncio.get_running_loop()
         self._error: BaseException | None = None
-        self._busy = False
+        self._busy = self._speaking = False
         self._done: list[Rollout] = []
         self.turns = self.seams = 0
         self._unheard: list[int] = []
         self._first_heard = False  # whether `sample` gave back the last turn for the first time
         self._answered: list[tuple[Message, list[Message]]] = []  # turns, and what tools said to them
         self.cut: CutBy | None = None
-        self.messages: list[Message] = list(prompt.opening.messages)
+        self.messages: list[Message] = [dict(message) for message in prompt.opening.messages]
         self._begin(prompt.ids, prompt.text)
 
     def _begin(self, ids: np.ndarray, text: str) -> None:
@@ -135,12 +135,9 @@ class Conversation:
         turn: what is asked belongs to the prompt."""
         if not self.rollouts:
             raise Misuse("nothing was sampled yet; what stands before the first turn belongs to the prompt")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise Misuse(f"a message is a mapping with a role and a content, not {message!r}")
-            if message["role"] == "assistant":
-                raise Misuse("only the policy speaks as assistant; branch() begins anew with other messages")
-        new = [dict(message) for message in messages]
+        new = _messages(messages)
+        if any(message["role"] == "assistant" for message in new):
+            raise Misuse("only the policy speaks as assistant; branch() begins anew with other messages")
         self._new += new
         self._answered[-1][1].extend(message for message in new if message["role"] == "tool")
 
@@ -148,9 +145,9 @@ class Conversation:
         """What the policy says to all that stands there. Without new messages a turn that was cut goes on.
 
         max_new_tokens: of this turn; null: of the run's. on_tokens: hears of each token as it is sampled, on the event
-        loop that the conversation was made on. Raises LimitReached where the conversation has had its turns
-        or its tokens, Misuse where the policy has said all and nothing was appended, HistoryError where the template
-        would change what stands there, and what sampling raises.
+        loop that the conversation was made on. Raises LimitReached where the conversation has had its turns or its
+        tokens, Misuse where the policy has said all and nothing was appended, or is speaking already, HistoryError
+        where the template would change what stands there, and what sampling raises.
         """
         work = self._sample(max_new_tokens, on_tokens)
         if asyncio.get_running_loop() is self._home:
@@ -189,13 +186,17 @@ class Conversation:
     def branch(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None) -> None:
         """Begin another rollout, whose prompt is these messages: for what does not continue the conversation. What was
         sampled before stays, and is trained on as the rollout that it is in. tools: from now on; None: as before.
-        Raises HistoryError for messages that the template refuses, and leaves all as it is."""
+        Raises Misuse for what is no message, HistoryError for messages that the template refuses, and leaves all as it
+        is."""
+        own = _messages(messages)
+        if not own:
+            raise Misuse("a branch begins with one message at least")
         writer = self.writer if tools is None else self.writer.with_tools(tools)
-        text = writer.render(messages)
+        text = writer.render(own)
         self.writer = writer
         if (last := self._session.rollout) is not None:
             self._done.append(last)
-        self.messages = [dict(message) for message in messages]
+        self.messages = own
         self._begin(self.writer.ids(text), text)
 
     def turn_rewards(self, told: Sequence[float]) -> tuple[float, ...]:
@@ -217,6 +218,9 @@ class Conversation:
         return tuple(calls_of(turn, answers) for turn, answers in self._answered)
 
     async def _sample(self, asked: int | None, on_tokens: OnTokens | None) -> Turn:
+        if self._speaking:
+            raise Misuse("the policy is speaking; wait for one sample() to end before the next")
+        self._speaking = True
         try:
             self._grow()
             left, goes_on = self._room - len(self._session.token_ids), self._goes_on
@@ -226,12 +230,9 @@ class Conversation:
             sampling = replace(self.sampling, max_new_tokens=limit, each_token=on_tokens is not None)
             known, self._busy = len(self._session.token_ids), True
             rollout = await self._sampled(sampling, on_tokens or unheard, known, goes_on=goes_on)
-        except (LimitReached, Misuse, HistoryError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            self._error = self._error or error
-            raise
-        return self._take(rollout, known, goes_on=goes_on)
+            return self._take(rollout, known, goes_on=goes_on)
+        finally:
+            self._speaking = False
 
     async def _sampled(self, sampling: Sampling, on_tokens: OnTokens, known: int, *, goes_on: bool) -> Rollout:
         """The rollout with what is sampled now. Of what had come when it is cancelled, a turn is made that goes on."""
@@ -241,6 +242,9 @@ class Conversation:
             cut = self._session.rollout
             if cut is not None and len(cut.token_ids) > known:
                 self._take(cut, known, goes_on=goes_on, heard=False)
+            raise
+        except Exception as error:  # of the servers; what the messages are wrong about, the environment is told alone
+            self._error = self._error or error
             raise
 
     @property
@@ -286,6 +290,7 @@ class Conversation:
         """What was sampled behind `known` tokens. goes_on: the rest of a turn that was cut. heard: `sample` gives it
         back."""
         ids = rollout.token_ids[known:]
+        ids.flags.writeable = False  # they are those that are trained on
         stopped = rollout.finish_reason == "stop"
         text = self.writer.text(ids[:-1] if stopped else ids)
         self._stop = self.writer.text(ids[-1:]) if stopped else None
@@ -303,3 +308,13 @@ class Conversation:
             self.turns += 1
         self._spoken += text
         return Turn(message, text, ids, rollout.finish_reason)
+
+
+def _messages(given: Sequence[Message]) -> list[Message]:
+    """Copies. Raises Misuse for what is no list of messages."""
+    if not isinstance(given, list | tuple):
+        raise Misuse(f"messages are a list, not {given!r}")
+    for message in given:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Misuse(f"a message is a mapping with a role and a content, not {message!r}")
+    return [dict(message) for message in given]

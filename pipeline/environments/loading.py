@@ -73,12 +73,12 @@ def _found(command: Sequence[str], directory: Path | None) -> tuple[str, ...]:
 def _check(name: str, environment: Any) -> None:
     """Raise LoadingError for what cannot be called as environments are."""
     run = getattr(environment, "run", None)
-    called = run.func if isinstance(run, functools.partial) else run
+    called, options = (run.func, run.keywords) if isinstance(run, functools.partial) else (run, {})
     if not inspect.iscoroutinefunction(called):
         raise LoadingError(f"environment: {name} has no `async def run(conversation, prompt)`")
     assert run is not None
     try:
-        inspect.signature(run).bind("conversation", "prompt")
+        inspect.signature(called).bind("conversation", "prompt", **options)
     except TypeError as error:
         raise LoadingError(
             f"environment: {name} is called with (conversation, prompt) and environment.options, and it takes "

@@ -11,6 +11,7 @@ that is refused. What the servers do wrong ends the run, whatever the environmen
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import time
 import weakref
@@ -109,7 +110,8 @@ class Environments:
         """What the environment says of a conversation, or why it says nothing."""
         place = min(self._places, key=lambda place: place.load)
         place.load += 1
-        work = asyncio.wrap_future(place.submit(_run(place.environment, conversation, prompt)))
+        own = copy.deepcopy(prompt)  # what it changes there, no other attempt sees
+        work = asyncio.wrap_future(place.submit(_run(place.environment, conversation, own)))
         try:
             done, _ = await asyncio.wait({work}, timeout=self.config.timeout_s)
             if done:
@@ -156,8 +158,8 @@ class Environments:
 
     def _replace(self, place: Place[Environment]) -> None:
         """A thread that something blocks is left behind, and another takes its place."""
-        self._blocked += 1
-        if place in self._places:
+        if place in self._places:  # and not replaced already, after another of its conversations
+            self._blocked += 1
             place.stop(0.0)
             self._places[self._places.index(place)] = Place(self.make, len(self._places) + self._blocked)
 
@@ -211,14 +213,22 @@ async def _run(environment: Environment, conversation: Conversation, prompt: Pro
         told = await environment.run(conversation, prompt)
     except LimitReached:
         return _CUT
-    except asyncio.CancelledError:
-        raise
     except BaseException as error:  # of a user's code, SystemExit too
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            raise
         return Verdict(kind="raised", what=f"raised {describe(error)}")
     try:
         return reward_of(told, conversation.turns)
     except (ValueError, TypeError) as error:
         return Verdict(kind="not_a_number", what=str(error))
+    except Exception as error:  # of numbers and mappings of the user's own
+        return Verdict(kind="not_a_number", what=f"returned what is no reward: {describe(error)}")
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is to end, and not only something that it waited for."""
+    own = asyncio.current_task()
+    return own is not None and own.cancelling() > 0
 
 
 def turn_parser(config: EnvironmentConfig) -> TurnParser:

@@ -67,9 +67,16 @@ class TemplateWriter:
     def render(self, messages: Sequence[Message], *, to_answer: bool = True) -> str:
         """Raises HistoryError for messages that the template refuses."""
         try:
-            return chat_text(self.tokenizer, messages, self.opening.tools, self.opening.variables, to_answer=to_answer)
+            text = chat_text(self.tokenizer, messages, self.opening.tools, self.opening.variables, to_answer=to_answer)
+            text.encode()
+        except UnicodeEncodeError as error:  # of a name of a file, or of JSON that was cut
+            raise HistoryError(
+                f"the messages hold half of a character, {text[error.start]!r}, of which no token can be made; "
+                f"messages of the roles {_roles(messages)}"
+            ) from error
         except (DataError, TypeError, KeyError) as error:  # a template that adds a text to a mapping
             raise HistoryError(f"{error}; messages of the roles {_roles(messages)}") from error
+        return text
 
     def suffix(
         self, before: str, spoken: str, stop: str | None, history: Sequence[Message], new: Sequence[Message]

@@ -14,17 +14,32 @@ def calls_of(turn: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> t
     """Of a turn, as a message; answers: the tools' messages behind it, in order.
 
     Where the turn names its calls (`tool_calls`), an answer belongs to one by its `tool_call_id`, else by its place.
-    Where it does not, its text is what each answer was given to.
+    Where it does not, its text is what each answer was given to. An environment may have set anything there: what is
+    no call of OpenAI's form, or the function alone, as templates read it too, is shown as it is.
     """
     named = turn.get("tool_calls") or []
     if not named:
-        return tuple((str(a.get("name") or "tool"), str(turn["content"]), str(a["content"])) for a in answers)
-    by_id = {answer["tool_call_id"]: answer for answer in answers if "tool_call_id" in answer}
+        said = str(turn.get("content") or "")
+        return tuple((str(a.get("name") or "tool"), said, str(a.get("content") or "")) for a in answers)
+    by_id = {str(answer["tool_call_id"]): answer for answer in answers if "tool_call_id" in answer}
     by_place = dict(enumerate(answers))
     out: list[Call] = []
-    for place, call in enumerate(named):
-        answer = by_id.get(call.get("id"), {}) if by_id else by_place.get(place, {})
-        arguments = call["function"]["arguments"]
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        out.append((call["function"]["name"], text, str(answer.get("content", ""))))
+    for place, call in enumerate(named if isinstance(named, Sequence) and not isinstance(named, str) else [named]):
+        function = call.get("function", call) if isinstance(call, Mapping) else call
+        of = str(call.get("id")) if isinstance(call, Mapping) else ""
+        answer = by_id.get(of, {}) if by_id else by_place.get(place, {})
+        result = str(answer.get("content") or "")
+        if isinstance(function, Mapping):
+            out.append((str(function.get("name") or "tool"), _text(function.get("arguments", "")), result))
+        else:
+            out.append(("tool", _text(function), result))
     return tuple(out)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # no JSON
+        return str(value)

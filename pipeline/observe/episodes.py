@@ -54,9 +54,11 @@ class EpisodeTable:
     """RUN/episodes, open for writing."""
 
     def __init__(self, folder: Path, components: Sequence[str] = (), *, answers: bool = True):
-        """components: names of the reward's. answers: keep what was asked and answered, to grade it again."""
-        self.folder, self.components, self.answers = folder, tuple(components), answers
+        """components: names of the reward's, as far as they are known beforehand: an environment names its own as it
+        goes. answers: keep what was asked and answered, to grade it again."""
+        self.folder, self.answers = folder, answers
         self._rows: list[dict[str, Any]] = []
+        self._components = dict.fromkeys(components)
 
     def add(self, result: StepResult, tokenizer: PreTrainedTokenizerBase) -> None:
         """What a step trained on, and the groups that ended since the step before. Raises DiskError."""
@@ -89,6 +91,7 @@ class EpisodeTable:
             }
         for sample, episode in enumerate(group.episodes):
             ended = "failed" if episode.failure is not None else end or "trained"
+            self._components |= dict.fromkeys(episode.parts)
             row = shared | {"sample": sample, "ended": ended, "step": recorded if ended == "trained" else None}
             self._rows.append(row | _row(episode) | (_answer(episode, tokenizer) if self.answers else {}))
 
@@ -99,7 +102,7 @@ class EpisodeTable:
         import pyarrow
         import pyarrow.parquet
 
-        table = pyarrow.Table.from_pylist(self._rows, schema=schema(self.components))
+        table = pyarrow.Table.from_pylist(self._rows, schema=schema(list(self._components)))
         target = part_path(self.folder, min(row["recorded"] for row in self._rows))
         with writing(target):
             self.folder.mkdir(exist_ok=True)

@@ -181,7 +181,7 @@ class RunDirectory:
             overwrite=config.run.overwrite,
             rollouts_shown=config.run.rollouts_shown,
             passing_reward=config.data.curriculum.passing_reward,
-            components=[reward.metric for reward in config.rewards],
+            components=[reward.metric for reward in config.rewards] if config.environment is None else [],
             episode_answers=config.observe.episode_answers,
             resume_after=resume_after,
             claim=claim,

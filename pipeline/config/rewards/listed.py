@@ -104,12 +104,17 @@ def _item(item: Any) -> Any:
     return item
 
 
+def hides_another(name: str) -> bool:
+    """Whether a component of this name would have the place of one of the run's own metrics."""
+    return name in _TAKEN or name.startswith("failures_")
+
+
 def _check(rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
     if not rewards:
         raise ValueError("a run needs one verifier at least; write rewards=[exact_match]")
     names = [reward.metric for reward in rewards]
     for name in names:
-        if name in _TAKEN or name.startswith("failures_"):
+        if hides_another(name):
             raise ValueError(f"the metric reward/{name} is another one; give this verifier another name")
         if names.count(name) > 1:
             raise ValueError(f"{names.count(name)} verifiers have the name {name!r}; give each a name of its own")

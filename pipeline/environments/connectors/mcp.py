@@ -94,7 +94,7 @@ class Tools:
             return f"error: there is no tool {name}; there are {', '.join(self._at)}"
         try:
             given = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the policy may write a thousand brackets
             return f"error: the arguments are no JSON: {error}"
         if not isinstance(given, dict):
             return "error: the arguments are no JSON object"

@@ -119,7 +119,7 @@ def action_of(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     """The action in what the policy said: an object of JSON, also between ``` fences; where an action has one field
     that must be given, and it is a text, all that was said is that field. Raises NoAction."""
     fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):  # the policy may write a thousand brackets
         said = json.loads(fenced[1] if fenced else text)
         if isinstance(said, dict):
             return said

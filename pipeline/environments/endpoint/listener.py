@@ -162,7 +162,7 @@ class _Listener:
         served = self._led(request)
         try:
             body: Any = json.loads(await request.read())
-        except ValueError as error:
+        except (ValueError, RecursionError, web.RequestPayloadError) as error:  # the last: not of its Content-Encoding
             raise Refusal(400, f"the body is no JSON: {error}", code="invalid_json") from error
         answer = FORMS[request.path](body)
         if not answer.request.stream:

@@ -232,7 +232,7 @@ def _input(arguments: str) -> Any:
     """Of a call, from JSON; {} where the turn was cut inside of it."""
     try:
         read = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 

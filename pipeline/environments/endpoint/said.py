@@ -39,7 +39,7 @@ def tool_call(name_of_call: str, function: str, arguments: str, *, as_text: bool
     if not as_text:
         try:
             loaded = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             loaded = arguments
         read = loaded if isinstance(loaded, dict) else arguments
     return {"id": name_of_call, "type": "function", "function": {"name": function, "arguments": read}}
@@ -91,7 +91,7 @@ def _arguments(given: str | Mapping[str, Any]) -> str:
         return _canonical(given)
     try:
         return _canonical(json.loads(given))
-    except ValueError:
+    except (ValueError, RecursionError):
         return given
 
 

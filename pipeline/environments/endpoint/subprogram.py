@@ -18,9 +18,9 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.environments.conversation import Conversation, LimitReached
 from pipeline.environments.endpoint.listener import Address, serve
@@ -29,6 +29,7 @@ from pipeline.rewards.environment import without_secrets
 from pipeline.types import Prompt
 
 _KEPT = 64 << 10  # bytes of what it prints, the last ones
+_LAST_WORDS_S = 1.0  # that pipes of a program that has ended are read on, where another process holds them
 _SHOWN = 500  # characters of its last words in a message
 _FIELDS = {"reward", "parts", "note", "turns"}
 
@@ -71,33 +72,35 @@ async def run_program(
     variables: of this process's environment that it gets though their names look like secrets.
     Raises ProgramError where it ends with another code than 0, or cannot be started.
     """
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=environment_for(address, os.environ, variables),
-            cwd=directory,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise ProgramError(f"{command[0]} cannot be started: {error}") from error
-    try:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        _, printed, complained = await asyncio.gather(
-            _tell(process.stdin, prompt), _tail(process.stdout), _tail(process.stderr)
-        )
-        code = await process.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+    async with _heard() as (out, printed), _heard() as (errors, complained):
+        with _told(prompt) as asked, out, errors:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asked,
+                    stdout=out,
+                    stderr=errors,
+                    env=environment_for(address, os.environ, variables),
+                    cwd=directory,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ProgramError(f"{command[0]} cannot be started: {error}") from error
+        try:
+            code = await process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        await asyncio.wait({printed.ended, complained.ended}, timeout=_LAST_WORDS_S)
+    return _printed(command[0], code, printed.text, complained.text)
+
+
+def _printed(program: str, code: int, printed: str, complained: str) -> str:
+    """What it printed. Raises ProgramError where it did not end well."""
     if code != 0:
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
-        raise ProgramError(f"{command[0]} ended {how}: {(complained or printed).strip()[-_SHOWN:]}")
+        raise ProgramError(f"{program} ended {how}: {(complained or printed).strip()[-_SHOWN:]}")
     return printed
 
 
@@ -129,7 +132,7 @@ def reward_in(printed: str) -> Reward:
     wanted = 'a number, or {"reward": 1.0, "parts": {...}, "note": "..."}'
     try:
         said: Any = json.loads(last)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ProgramError(f"the program's last line was {last[:_SHOWN]!r}, and not {wanted}") from None
     if isinstance(said, int | float) and not isinstance(said, bool):
         return Reward(float(said))
@@ -139,17 +142,43 @@ def reward_in(printed: str) -> Reward:
     return Reward(said.get("reward"), said.get("parts") or {}, said.get("turns"), str(said.get("note") or ""))
 
 
-async def _tell(stdin: asyncio.StreamWriter, prompt: Prompt) -> None:
+class _Tail(asyncio.Protocol):
+    """The last bytes of a pipe. ended: done when nobody writes any more."""
+
+    def __init__(self):
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._kept = b""
+
+    @property
+    def text(self) -> str:
+        return self._kept.decode("utf-8", "replace")
+
+    def data_received(self, data: bytes) -> None:
+        self._kept = (self._kept + data)[-_KEPT:]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+@contextlib.asynccontextmanager
+async def _heard() -> AsyncIterator[tuple[IO[bytes], _Tail]]:
+    """A pipe's end to write into, and what comes out. Not asyncio's own: a process has ended for it when everybody
+    has let go of its pipes, and a program may leave somebody behind."""
+    read, write = os.pipe()
+    transport, tail = await asyncio.get_running_loop().connect_read_pipe(_Tail, os.fdopen(read, "rb", 0))
+    try:
+        with os.fdopen(write, "wb", 0) as end:
+            yield end, tail
+    finally:
+        transport.close()
+
+
+def _told(prompt: Prompt) -> IO[bytes]:
+    """The prompt as a file, which waits for nobody to read it."""
     assert prompt.opening is not None
     told = {"messages": list(prompt.opening.messages), "metadata": prompt.metadata}
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it does not read it
-        stdin.write(json.dumps(told, default=str).encode() + b"\n")
-        await stdin.drain()
-        stdin.close()
-
-
-async def _tail(stream: asyncio.StreamReader) -> str:
-    kept = b""
-    while part := await stream.read(1 << 16):
-        kept = (kept + part)[-_KEPT:]
-    return kept.decode("utf-8", "replace")
+    file = os.fdopen(os.memfd_create("prompt"), "w+b")
+    file.write(json.dumps(told, default=str).encode() + b"\n")
+    file.seek(0)
+    return file

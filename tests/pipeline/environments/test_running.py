@@ -128,6 +128,38 @@ async def too_many_turns(conversation, prompt):
     return Reward(turns=[1, 2])
 
 
+async def is_cancelled(conversation, prompt):
+    await conversation.sample()
+    task = asyncio.ensure_future(asyncio.sleep(60))
+    task.cancel()
+    await task
+
+
+async def two_at_once(conversation, prompt):
+    await asyncio.gather(conversation.sample(), conversation.sample())
+    return 1.0
+
+
+async def half_of_a_character(conversation, prompt):
+    await conversation.sample()
+    conversation.append([{"role": "user", "content": "\ud83d"}])
+    await conversation.sample()
+    return 1.0
+
+
+def returns(what):
+    async def run(conversation, prompt):
+        await conversation.sample()
+        return what
+
+    return run
+
+
+class NoNumber:
+    def __float__(self):
+        raise RuntimeError("it has two values")
+
+
 async def misuses(conversation, prompt):
     await conversation.sample()
     await conversation.sample()
@@ -144,6 +176,20 @@ async def misuses(conversation, prompt):
         (samples_nothing, "not_a_number", "without having sampled"),
         (too_many_turns, "not_a_number", "2 rewards of turns for 1 turns"),
         (misuses, "raised", Misuse.__name__),
+        (two_at_once, "raised", "the policy is speaking"),
+        (half_of_a_character, "raised", "half of a character"),
+        (is_cancelled, "raised", "CancelledError"),
+        (returns(10**400), "not_a_number", "where a number belongs"),
+        (returns(Reward("1")), "not_a_number", "gave '1' where a number belongs"),
+        (returns(Reward(1.0, parts={"a": "b"})), "not_a_number", "gave 'b' where a number belongs"),
+        (returns(Reward(1.0, turns=3)), "not_a_number", "turns that are no list"),
+        (returns(1e39), "not_a_number", "not finite as float32"),
+        (returns(NoNumber()), "not_a_number", "where a number belongs"),
+        (returns(Reward(1.0, parts=[1.0])), "not_a_number", "no mapping of names to numbers"),
+        (returns(Reward(1.0, parts={"a": -1e39})), "not_a_number", "not finite as float32"),
+        (returns(Reward(1.0, parts={"mean": 1.0})), "not_a_number", "named 'mean'"),
+        (returns(Reward(1.0, parts={"failures_raised": 1.0})), "not_a_number", "named 'failures_raised'"),
+        (returns(Reward(1.0, parts={5: 1.0})), "not_a_number", "named 5"),
     ],
 )
 def test_what_an_environment_does_wrong_is_a_value_with_its_reason(run, kind, says, tmp_path):
@@ -151,6 +197,29 @@ def test_what_an_environment_does_wrong_is_a_value_with_its_reason(run, kind, sa
     assert {e.verdict.kind for e in episodes} == {kind}
     assert says in episodes[0].verdict.what
     assert metrics["environment/failed"] == 2
+
+
+def test_what_an_environment_changes_of_its_prompt_no_other_attempt_sees(tmp_path):
+    seen = []
+
+    async def run(conversation, prompt):
+        seen.append((prompt.metadata["answer"], conversation.messages[0]["content"]))
+        prompt.metadata["answer"] = conversation.messages[0]["content"] = "changed"
+        await conversation.sample()
+        return Reward(1.0, note=7)
+
+    episodes, _, _ = played(run, tmp_path, n=3, threads=1, at_once=1)
+    assert seen == [("an", "question")] * 3
+    assert {e.note for e in episodes} == {"7"}
+
+
+def test_tokens_that_are_trained_on_cannot_be_changed_through_a_turn(tmp_path):
+    async def run(conversation, prompt):
+        (await conversation.sample()).token_ids[:] = 1
+        return 1.0
+
+    episodes, _, _ = played(run, tmp_path)
+    assert "read-only" in episodes[0].verdict.what
 
 
 def test_what_a_server_does_wrong_is_raised_whatever_the_environment_makes_of_it(tmp_path):
@@ -259,6 +328,7 @@ def test_a_class_or_a_function_is_an_environment_and_what_is_none_is_refused_in_
         ("Good", {"colour": 1}, "colour"),
         ("blocking", {}, "async def run"),
         ("other", {}, "it takes"),
+        ("plain", {"colour": 1}, "colour"),
     ]:
         with pytest.raises(LoadingError, match=says):
             of(name, **options)

@@ -37,6 +37,21 @@ def test_a_call_has_its_result_by_its_id_else_by_its_place(calls, answers, found
     assert calls_of(message, answers) == found
 
 
+@pytest.mark.parametrize(
+    ("calls", "found"),
+    [
+        ([{"name": "look", "arguments": {"x": 1}}], (("look", '{"x": 1}', "36"),)),  # as templates read it too
+        ([{"id": ["a"]}], (("tool", "", "36"),)),
+        ([7, {"function": "look"}], (("tool", "7", "36"), ("tool", "look", ""))),
+        ("look(1)", (("tool", "look(1)", "36"),)),
+        ([call("look", {1})], (("look", "{1}", "36"),)),
+    ],
+)
+def test_whatever_an_environment_sets_as_calls_can_be_shown(calls, found):
+    assert calls_of({"role": "assistant", "tool_calls": calls}, [answer("36")]) == found
+    assert calls_of({}, [{"role": "tool"}]) == (("tool", "", ""),)
+
+
 def test_a_conversation_knows_the_calls_of_each_of_its_turns(tmp_path):
     async def run():
         made, _ = talk_of(kimi_tokenizer(tmp_path), [f"one{END}", f"two{END}", f"three{END}"])

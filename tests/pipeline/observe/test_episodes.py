@@ -60,6 +60,15 @@ def test_every_answer_has_a_row_that_says_how_it_ended(tmp_path):
     ]
 
 
+def test_components_that_an_environment_names_as_it_goes_are_columns(tmp_path):
+    table = EpisodeTable(tmp_path / "episodes")
+    table.add(step(5, group(7, graded(parts={"right": 0.5}), graded(parts={"calls": 2.0}))), TOKENIZER)
+    table.write()
+    first, second = rows(tmp_path / "episodes")
+    assert (first["reward/right"], first["reward/calls"]) == (0.5, None)
+    assert (second["reward/right"], second["reward/calls"]) == (None, 2)
+
+
 def test_a_conversation_counts_what_the_policy_sampled_and_every_server(tmp_path):
     trained = np.array([True, False, True])
     turns = plain_rollout(

@@ -29,6 +29,8 @@ REFUSED = {
     "wrong method": ({"method": "GET", "data": None}, 405, "method_not_allowed", None),
     "oversized": ({"data": b" " * (listener.LARGEST_BODY + 1)}, 413, "request_too_large", None),
     "no JSON": ({"data": b"{"}, 400, "invalid_json", None),
+    "brackets without end": ({"data": b"[" * 99999}, 400, "invalid_json", None),
+    "half of a character": ({"data": body([{"role": "user", "content": "\ud83d"}])}, 400, "template_refused", None),
     "no object": ({"data": b"[]"}, 400, "invalid_json", None),
     "unknown field": ({"data": body(colour="red")}, 400, "unknown_parameter", "colour"),
     "unknown field of a message": (
@@ -71,6 +73,20 @@ def test_what_cannot_be_answered_is_refused_in_the_standards_form_and_changes_no
             assert param in (None, said["error"]["param"])
             assert said["error"]["message"]
             assert (engine.asked, made.messages) == ([], ASKED)
+            assert (await post(address, body()))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_a_body_that_is_not_of_its_encoding_is_the_clients_mistake(tokenizer):
+    async def run():
+        async with served(tokenizer, [f"answer{END}"]) as (_, _, address):
+            headers = {"Authorization": f"Bearer {address.key}", "Content-Encoding": "gzip"}
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(address.url + "/chat/completions", data=body(), headers=headers) as answer,
+            ):
+                assert (answer.status, (await answer.json())["error"]["code"]) == (400, "invalid_json")
             assert (await post(address, body()))[0] == 200
 
     asyncio.run(run())

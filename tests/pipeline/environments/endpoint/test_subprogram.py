@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from pathlib import Path
@@ -132,6 +133,23 @@ time.sleep(60)
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("session", [False, True])
+def test_an_agent_has_ended_though_what_it_started_still_holds_its_output(session, tokenizer, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    left = f"open({str(pipe)!r}).read()"  # waits for a writer: the test, or nobody
+    code = f"""
+import subprocess
+ask(prompt["messages"])
+subprocess.Popen([sys.executable, "-c", {left!r}], start_new_session={session})
+print(0.5)
+"""
+    episode, _ = played(tokenizer, code, timeout_s=60.0)
+    assert episode.verdict.reward == 0.5
+    if session:  # it is none of the program's session, and goes on until it is told
+        pipe.write_text("end")
+
+
 @pytest.mark.parametrize(
     ("line", "reward"),
     [
@@ -145,7 +163,7 @@ def test_the_last_line_is_a_number_or_a_reward(line, reward):
     assert reward_in(line) == reward
 
 
-@pytest.mark.parametrize("line", ["", "true", "[1]", '{"rewards": 1}', "null", "1 point"])
+@pytest.mark.parametrize("line", ["", "true", "[1]", "[" * 9999, '{"rewards": 1}', "null", "1 point"])
 def test_a_last_line_that_is_no_reward_is_refused(line):
     with pytest.raises(ProgramError, match="last line"):
         reward_in(line)
