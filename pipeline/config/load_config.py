@@ -56,9 +56,11 @@ def config_of_run(run: Path) -> Path:
 def load_rewards(run: Path, other: Path | None = None) -> tuple[rewards.Rewards, rewards.GradingConfig]:
     """How a run in this directory graded, or, with a YAML file of `rewards` and perhaps `grading`, how that says.
 
-    Raises ConfigError as load_config does, and for a file without `rewards`.
+    Raises ConfigError as load_config does, for a file without `rewards`, and for a run whose environment gave them.
     """
     tree, files = read_tree(config_of_run(run))
+    if tree.pop("environment", None) is not None and other is None:
+        raise ConfigError(f"the environment of {run} gave its rewards; name others with --rewards YAML")
     if other is not None:
         theirs, files = read_tree(other)
         if "rewards" not in theirs:

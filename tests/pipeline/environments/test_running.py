@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 
 import numpy as np
@@ -287,6 +288,19 @@ def test_a_conversation_that_takes_too_long_has_failed_also_where_its_thread_doe
     assert "more than 0.3 s (environment.timeout_s), in turn 1" in failed.verdict.what
     assert failed.trained_tokens == 2
     assert (metrics["environment/timeouts"], metrics["environment/blocked_threads"]) == (1, 1)
+
+
+def test_a_blocked_thread_counts_once_however_many_conversations_it_holds_up(tmp_path):
+    free = threading.Event()
+
+    async def run(conversation, prompt):
+        free.wait()
+
+    try:
+        _, metrics, _ = played(run, tmp_path, n=3, threads=1, timeout_s=1.0)
+    finally:
+        free.set()
+    assert (metrics["environment/timeouts"], metrics["environment/blocked_threads"]) == (3, 1)
 
 
 def test_a_reward_is_its_value_or_the_sum_of_its_turns_or_of_its_parts():

@@ -47,6 +47,18 @@ def test_the_same_verifier_agrees_where_the_run_graded_with_it(run, capsys):
     ]
 
 
+def test_rewards_of_an_environment_are_not_taken_for_those_of_a_verifier(run, tmp_path, capsys):
+    own = ["environment={function: a:b, max_tokens: 40}", "objective={preset: grpo, credit: turn}"]
+    config = load_config("configs/quickstart.yaml", own)
+    (run / "config.yaml").write_text(dump(config.model_dump(mode="json")))
+    assert main(["regrade", str(run)]) == 2
+    assert "name others with --rewards" in capsys.readouterr().err
+    assert not (run / FILE).exists()
+    other = tmp_path / "other.yaml"
+    other.write_text("rewards: tests.support.verifiers:length\n")
+    assert main(["regrade", str(run), "--rewards", str(other)]) == 0
+
+
 def test_another_block_of_rewards_grades_in_its_place(run, tmp_path, capsys):
     other = tmp_path / "other.yaml"
     other.write_text("rewards: tests.support.verifiers:length\n")
