@@ -29,7 +29,7 @@ from typing import Any, Final
 import aiohttp
 
 from pipeline.engine.server import reserve_port
-from pipeline.environments.connectors.peer import Child, ConnectorError, words_of
+from pipeline.environments.connectors.peer import Child, ConnectorError, check_positive, words_of
 from pipeline.environments.conversation import Conversation, LimitReached
 from pipeline.environments.reward import Reward
 from pipeline.environments.templates import Message
@@ -75,6 +75,9 @@ class OpenEnv:
         answers."""
         if (address is None) == (command is None):
             raise ConnectorError("OpenEnv has either address=http://HOST:PORT or command=[program, argument]")
+        if address is not None and not address.startswith(("http://", "https://")):
+            raise ConnectorError(f"environment.options.address={address} is no address; write http://HOST:PORT")
+        check_positive(call_timeout_s=call_timeout_s, start_timeout_s=start_timeout_s, largest_message=largest_message)
         self._server = _server_of(address, () if command is None else words_of(command), tuple(variables))
         self._start_s, self._call_s, self._largest = start_timeout_s, call_timeout_s, largest_message
         self._invalid_reward = invalid_reward

@@ -46,6 +46,13 @@ def words_of(command: Sequence[str]) -> tuple[str, ...]:
     return (which(program, None) or program, *arguments)
 
 
+def check_positive(**options: Any) -> None:
+    """Raise ConnectorError for one that is no number above 0."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ConnectorError(f"environment.options.{name}={value!r} is no number above 0; correct it")
+
+
 class Child:
     """A process in a session of its own, which a run's signals do not reach, and which ends with the run."""
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.environments.connectors.mcp import Tools, ToolServer, open_tools
-from pipeline.environments.connectors.peer import ConnectorError
+from pipeline.environments.connectors.peer import ConnectorError, check_positive
 from pipeline.environments.conversation import Conversation
 from pipeline.environments.endpoint.said import set_parts, wants_text
 from pipeline.environments.reward import Reward
@@ -39,6 +39,9 @@ class ToolUse:
     ):
         """servers: see ToolServer. call_timeout_s, max_result_chars: of one call. Raises ConnectorError where a server
         is not there, or offers no tools."""
+        check_positive(
+            call_timeout_s=call_timeout_s, max_result_chars=max_result_chars, start_timeout_s=start_timeout_s
+        )
         if not servers:
             raise ConnectorError("environment.options.servers names no server of tools")
         try:

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.environments.connectors.peer import Child, ConnectorError, Peer
+from pipeline.environments.connectors.peer import Child, ConnectorError, Peer, check_positive
 from pipeline.environments.conversation import Conversation, LimitReached
 from pipeline.environments.endpoint.listener import serve
 from pipeline.environments.reward import Reward
@@ -52,6 +52,7 @@ class Verifiers:
         directory: where its module is looked for first. variables: that it gets though their names look like secrets.
         empty_reward: of a conversation in which the policy said nothing, which verifiers does not score.
         Raises ConnectorError where it cannot be loaded, or not in start_timeout_s."""
+        check_positive(start_timeout_s=start_timeout_s)
         self._process = _process_of(environment, python, dict(arguments or {}), directory, tuple(variables))
         self._within_s, self._empty_reward = start_timeout_s, empty_reward
         self._process.peer(start_timeout_s)

@@ -199,6 +199,8 @@ def test_a_command_starts_the_server_and_what_cannot_be_used_is_refused_and_says
     for options, why in (
         ({}, "either address"),
         ({"address": "http://127.0.0.1:9"}, "no OpenEnv server answers at http://127.0.0.1:9/schema"),
+        ({"address": "127.0.0.1:9"}, "write http://HOST:PORT"),
+        ({"address": "http://127.0.0.1:9", "call_timeout_s": "9"}, "call_timeout_s='9' is no number above 0"),
         ({"command": ["sleep", "60"]}, "names no {port}"),
         ({"command": "sleep {port}"}, "a command is a list of texts"),
         ({"command": ["sleep", 60, "{port}"]}, r"a list of texts, .* and not \['sleep', 60,"),

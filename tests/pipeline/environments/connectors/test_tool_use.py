@@ -78,6 +78,8 @@ def test_a_class_of_ones_own_has_its_own_reward(tokenizer):
     ("options", "why"),
     [
         ({"servers": []}, "names no server"),
+        ({"servers": [{"command": ["cat"]}], "call_timeout_s": -1}, "call_timeout_s=-1 is no number above 0"),
+        ({"servers": [{"command": ["cat"]}], "max_result_chars": True}, "max_result_chars=True is no number"),
         ({"servers": [{"comand": ["x"]}]}, "comand"),
         ({"servers": [{"command": [sys.executable, "-c", "raise SystemExit('bad luck')"]}]}, "bad luck"),
     ],

@@ -80,6 +80,7 @@ def test_an_answer_without_a_character_is_the_policys_doing_and_has_its_own_rewa
     [
         ({"environment": "nobody"}, r"cannot load 'nobody'.*there is no environment nobody"),
         ({"environment": "talker", "arguments": {"size": 3}}, "size"),
+        ({"environment": "talker", "start_timeout_s": 0}, "start_timeout_s=0 is no number above 0"),
         ({"environment": "talker", "directory": None}, "has no verifiers"),
         ({"environment": "talker", "python": "/nowhere/python"}, "there is no Python /nowhere/python"),
         ({"environment": "talker", "python": "/bin/false"}, "ended with code 1"),
