@@ -10,8 +10,14 @@ from pipeline.engine.sampling import Piece, unheard
 from pipeline.types import Sampled
 
 
+def logprob_at(place: int) -> float:
+    """Of the token at this place of a sequence; exact in float32, and no other place's."""
+    return -1 - place / 4096
+
+
 class Scripted:
-    """An engine that says what it is told, in tokens that the tokenizer would not have made: one a character.
+    """An engine that says what it is told, in tokens that the tokenizer would not have made: one a character. Their
+    log-probs are `logprob_at` their places.
 
     asked: token ids and routes_from of each request.  cut: longest request, tokens, after which it is aborted.
     """
@@ -43,8 +49,10 @@ class Scripted:
         self.rest = [] if reason == "length" else self.rest
         if sampling.each_token:
             for i, token in enumerate(ids.tolist()):
-                on_tokens(Piece(len(token_ids) + i, (token,), (-1.0,), reason == "stop" and i == len(ids) - 1))
+                place = len(token_ids) + i
+                on_tokens(Piece(place, (token,), (logprob_at(place),), reason == "stop" and i == len(ids) - 1))
                 await self.between()
         rows = len(token_ids) + len(ids) - 1 - routes_from
         routes = (np.arange(routes_from, routes_from + rows) % 8).astype(np.uint8)[:, None, None]
-        return Sampled(ids, np.full(len(ids), -1.0, np.float32), routes, np.zeros(len(ids), np.int32), reason)
+        logprobs = np.array([logprob_at(len(token_ids) + i) for i in range(len(ids))], np.float32)
+        return Sampled(ids, logprobs, routes, np.zeros(len(ids), np.int32), reason)

@@ -17,7 +17,7 @@ from pipeline.environments.endpoint import listener
 from pipeline.environments.endpoint.chat_request import ChatRequest
 from pipeline.environments.endpoint.listener import endpoint_metrics
 from pipeline.environments.turn_parser import TurnParser
-from tests.support.scripted import Scripted
+from tests.support.scripted import Scripted, logprob_at
 from tests.support.served import ASKED, END, QWEN, TOOL, call_text, served
 
 MORE = {"role": "user", "content": "more"}
@@ -160,7 +160,9 @@ def test_what_a_client_puts_together_goes_on_in_exact_tokens_however_it_came(cas
             if "nothing" not in case:  # a stream shows what looks like a call before its function is known
                 assert message["content"].strip() == whole.content.strip()
             assert message.get("reasoning_content", "").strip() == (whole.thinking or "").strip()
-            assert len(logprobs) == len(engine.ids(text))
+            before = len(engine.asked[0][0])
+            told = [entry.logprob for entry in logprobs]
+            assert told == [logprob_at(before + i) for i in range(len(engine.ids(text)))]
             endpoint_metrics()
             answers = [{"role": "tool", "tool_call_id": c["id"], "content": "1"} for c in message.get("tool_calls", [])]
             sent = [*ASKED, message, *(answers or [MORE])]
