@@ -54,6 +54,13 @@ def environment_of(config: EnvironmentConfig) -> Callable[[], Environment]:
         environment = make()
     except SamerouteError:
         raise
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name not in (module_name, module_name.partition(".")[0]):
+            raise LoadingError(f"environment: {name} cannot be used: {describe(error)}") from error
+        raise LoadingError(
+            f"environment: there is no module {error.name}; write it beside the YAML file or into a folder of "
+            f"PYTHONPATH, or correct environment.function={name}"
+        ) from error
     except BaseException as error:  # a user's module may raise anything
         raise LoadingError(f"environment: {name} cannot be used: {describe(error)}") from error
     _check(name, environment)

@@ -119,6 +119,7 @@ class _Listener:
         for path in FORMS:
             application.router.add_post(path, self._answer)
         application.router.add_get("/v1/models", self._models)
+        application.router.add_get("/v1/models/{name}", self._model)
         runner = web.AppRunner(application, access_log=None, handler_cancellation=True)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0, backlog=_WAITING).start()
@@ -155,8 +156,13 @@ class _Listener:
         return served
 
     async def _models(self, request: web.Request) -> web.Response:
-        model = {"id": self._led(request).model, "object": "model", "created": 0, "owned_by": "sameroute"}
-        return web.json_response({"object": "list", "data": [model]})
+        return web.json_response({"object": "list", "data": [_described(self._led(request).model)]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        own, name = self._led(request).model, request.match_info["name"]
+        if name != own:
+            raise Refusal(404, f"there is no model {name!r}; this run's is {own!r}", code="model_not_found")
+        return web.json_response(_described(own))
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         served = self._led(request)
@@ -194,7 +200,12 @@ class _Listener:
 
 def _key(request: web.Request) -> str:
     """As clients of OpenAI send it, or as those of Anthropic do."""
-    return request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+    bearer = request.headers.get("Authorization", "").split()  # the word before the key may have any case
+    return request.headers.get("x-api-key") or (bearer[-1] if bearer else "")
+
+
+def _described(model: str) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": 0, "owned_by": "sameroute"}
 
 
 def _of_http(request: web.Request, error: web.HTTPException) -> Refusal:

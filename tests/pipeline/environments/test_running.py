@@ -346,5 +346,5 @@ def test_a_class_or_a_function_is_an_environment_and_what_is_none_is_refused_in_
     ]:
         with pytest.raises(LoadingError, match=says):
             of(name, **options)
-    with pytest.raises(LoadingError, match="nowhere"):
+    with pytest.raises(LoadingError, match="there is no module nowhere_at_all; write it beside the YAML file"):
         environment_of(EnvironmentConfig(function="nowhere_at_all:f"))

@@ -26,6 +26,7 @@ def openai_of(address, **options) -> AsyncOpenAI:
 REFUSED = {
     "wrong key": ({"key": "sk-wrong", "data": body()}, 401, "invalid_api_key", None),
     "unknown path": ({"path": "/embeddings", "data": body()}, 404, "unknown_url", None),
+    "no such model": ({"method": "GET", "path": "/models/gpt-9"}, 404, "model_not_found", None),
     "wrong method": ({"method": "GET", "data": None}, 405, "method_not_allowed", None),
     "oversized": ({"data": b" " * (listener.LARGEST_BODY + 1)}, 413, "request_too_large", None),
     "no JSON": ({"data": b"{"}, 400, "invalid_json", None),
@@ -74,6 +75,18 @@ def test_what_cannot_be_answered_is_refused_in_the_standards_form_and_changes_no
             assert said["error"]["message"]
             assert (engine.asked, made.messages) == ([], ASKED)
             assert (await post(address, body()))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_the_model_is_told_of_and_the_key_may_come_behind_any_spelling_of_bearer(tokenizer):
+    async def run():
+        async with served(tokenizer) as (_, _, address), aiohttp.ClientSession() as session:
+            assert (await openai_of(address).models.retrieve("policy")).id == "policy"
+            for said in ("bearer {}", "BEARER  {}", "{}"):
+                headers = {"Authorization": said.format(address.key)}
+                async with session.get(address.url + "/models", headers=headers) as answer:
+                    assert answer.status == 200
 
     asyncio.run(run())
 
