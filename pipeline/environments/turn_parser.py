@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import NOT_STARTED, SamerouteError
+
+logger = logging.getLogger(__name__)
+_SHOWN = 200  # characters of a turn in a message
 
 _TOOLS = ("environment.tool_parser", "sglang.srt.function_call.parser_names", "TOOL_CALL_PARSER_NAMES")
 _THINKING = ("environment.reasoning_parser", "sglang.srt.parser.reasoning_parser_names", "REASONING_PARSER_NAMES")
@@ -49,14 +53,20 @@ class TurnParser:
             _thinking_parsers()
 
     def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> Said:
-        """A turn's text, whole. tools: that it may call, as a request has them; none: no calls are looked for."""
+        """A turn's text, whole. tools: that it may call, as a request has them; none: no calls are looked for. Some of
+        SGLang's parsers raise where the policy writes what looks like a call and is none; it has then called nothing,
+        as with those that do not, and a warning says so."""
         thought = None
         if self.thinking is not None:
             thought, text = _thinking_parsers()(self.thinking, stream_reasoning=False).parse_non_stream(text)
         calls: tuple[tuple[str, str], ...] = ()
         if self.tools is not None and tools:
             offered = [_tool_class().model_validate(tool) for tool in tools]
-            text, found = _tool_parsers()(offered, self.tools).parse_non_stream(text)
+            try:
+                text, found = _tool_parsers()(offered, self.tools).parse_non_stream(text)
+            except Exception as error:  # of what the policy may write
+                _say_unread(self.tools, text, error)
+                found = []
             calls = tuple((call.name or "", call.parameters) for call in found)
         return Said(text or "", thought or None, calls)
 
@@ -100,7 +110,7 @@ class StreamParser:
         if whole.tools is not None and tools:
             offered = [_tool_class().model_validate(tool) for tool in tools]
             self._found = _tool_parsers()(offered, whole.tools)
-        self._text = ""
+        self._text, self._lost = "", False
         self._places: dict[int, int] = {}  # of calls in the turn, by the parser's numbers
         self._told: tuple[list[str], list[str], list[list[str]]] = ([], [], [])
 
@@ -116,8 +126,14 @@ class StreamParser:
         if self._thoughts is not None:
             thinking, text = self._thoughts.parse_stream_chunk(text)
         if self._found is not None:
-            text, found = self._found.parse_stream_chunk(text or "")
-            calls = [self._call(item.tool_index, item.name, item.parameters or "") for item in found]
+            try:
+                text, found = self._found.parse_stream_chunk(text or "")
+            except Exception:  # of what the policy may write; the rest comes at the end, see TurnParser.parse
+                self._found, self._lost = None, True
+            else:
+                calls = [self._call(item.tool_index, item.name, item.parameters or "") for item in found]
+        if self._lost:
+            text = ""
         return self._tell(thinking or "", text or "", [call for call in calls if call is not None])
 
     def _call(self, number: int, function: str | None, arguments: str) -> tuple[int, str | None, str] | None:
@@ -153,6 +169,11 @@ class StreamParser:
                 known.append([function, ""])
             known[place][1] += arguments
         return Fragment(thinking, content, tuple(calls))
+
+
+def _say_unread(parser: str, text: str, error: Exception) -> None:
+    """SGLang's other parsers log it as well."""
+    logger.warning("the parser %s found no calls in %r: %s: %s", parser, text[:_SHOWN], type(error).__name__, error)
 
 
 def _more(whole: str, told: str) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.environments.turn_parser import ParserError, Said, TurnParser
+from tests.support.served import TOOL
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,16 @@ def test_without_a_parser_all_is_content():
 )
 def test_ids_of_calls_are_what_the_models_templates_take(name, told):
     assert TurnParser(name).call_id(2, 1, 3, "look") == told
+
+
+@pytest.mark.parametrize("text", ['<|python_tag|>["look"]', "<|python_tag|>" + "[" * 3000])
+def test_what_a_parser_raises_at_is_a_turn_without_calls(text, caplog):
+    """SGLang's own parser takes a list of texts for a list of calls, and reads brackets until the stack is full."""
+    parser = TurnParser("llama3")
+    assert parser.parse(text, [TOOL]) == Said(text)
+    assert "found no calls in" in caplog.text
+    stream = parser.stream([TOOL])
+    for part in (text[:20], text[20:]):
+        stream.take(part)
+    stream.end()
+    assert (stream.said.content, stream.said.calls) == (text, ())
