@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 from pipeline.cluster.placement import PlacementError
 from pipeline.config import Config
+from pipeline.config.run import COLOCATED_FRACTION
 from pipeline.errors import NOT_STARTED
 
 SHARED_FRACTION = 0.3
 """Of a GPU's memory, for the weights and the cache of a server that runs beside a trainer rank. SGLang's own choice is
 most of it. The trainer needs 18 bytes a parameter and its activations, a server 2 and its cache."""
-
-COLOCATED_FRACTION = 0.75
-"""The same of a server that takes turns with the trainer: beside it stay that one's CUDA context and communicators, and
-its weights while they are sent to a server that was started again."""
 
 
 class TooFewGPUs(PlacementError):

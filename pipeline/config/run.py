@@ -208,6 +208,11 @@ class DebugConfig(Frozen):
         return self.dump_rollouts if isinstance(self.dump_rollouts, bool) else step in self.dump_rollouts
 
 
+COLOCATED_FRACTION = 0.75
+"""Of a GPU's memory, for a server that takes turns with the trainer: beside it stay that one's CUDA context and
+communicators, and its weights while they are sent to a server that was started again or are written."""
+
+
 class ClusterConfig(Frozen):
     """The machines, and where Ray runs on them. The trainer takes `parallel.ranks` GPUs, rollout servers the rest, or,
     colocated, the same."""

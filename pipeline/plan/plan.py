@@ -16,9 +16,9 @@ import numpy as np
 from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import ParallelConfig
 from megatron_ext.hf.description import ModelDescription, read_description
-from pipeline.cluster.one_machine import COLOCATED_FRACTION
 from pipeline.config import Config
 from pipeline.config.file import ConfigError
+from pipeline.config.run import COLOCATED_FRACTION
 from pipeline.plan import flops
 from pipeline.plan.adapters import trained_count
 from pipeline.plan.beside import Pace, follow

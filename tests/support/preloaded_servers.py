@@ -7,13 +7,14 @@ import os
 import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import IO
 
 from pipeline.config.server import ServerConfig
 from pipeline.engine.inside import preloaded, serve
 from pipeline.engine.server import SGLangServer
-from pipeline.forks import FORKS_VARIABLE, ROOM, ended, request
+from pipeline.forks import FORKS_VARIABLE, ROOM, end_as, ended, request
 from pipeline.forks import serve as fork_children
 
 _MODULE = "-m"
@@ -55,7 +56,13 @@ def main() -> None:
         return
     forked.follow(lambda: os._exit(1))
     _, name, *sys.argv[1:] = forked.arguments
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except BaseException:
+        traceback.print_exc()
+        end_as(1)
+    sys.stdout.flush()
+    end_as(0)  # taking apart all that was imported crashes once threads have computed
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.one_machine import (
-    COLOCATED_FRACTION,
     SHARED_FRACTION,
     TooFewGPUs,
     check_gpus,
@@ -16,6 +15,7 @@ from pipeline.cluster.one_machine import (
 )
 from pipeline.cluster.placement import PlacementError
 from pipeline.config import load_config
+from pipeline.config.run import COLOCATED_FRACTION
 from pipeline.errors import NOT_STARTED
 from pipeline.loop import engines, inputs
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.cluster.one_machine import COLOCATED_FRACTION
 from pipeline.config import load_config_and_model
+from pipeline.config.run import COLOCATED_FRACTION
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPUS
 from pipeline.plan.layouts import nearest
 from pipeline.plan.memory import item_bytes
