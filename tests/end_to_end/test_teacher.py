@@ -1,5 +1,5 @@
 """A teacher through the whole pipeline: on a server, beside the policy, from a checkpoint, at a temperature,
-asynchronously, stopped and resumed; and what it brings against rewards alone."""
+asynchronously, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from tests.support.command import SMALL
 RUN = [*SMALL, "rewards=tests.support.verifiers:length", "debug.dump_rollouts=true", "run.overwrite=false",
        "checks.first_rollouts=0", "parallel={}", "supervised.steps=20", "train.mini_batches=1"]  # fmt: skip
 GRADED = ["objective.preset=gspo_token", "objective.correction={kind: geometric_tis, high: 2.0}"]
-WARM = ["supervised.steps=60", "supervised.decay_steps=60", "train.warmup_steps=0", "train.decay_steps=null",
-        "train.lr=1e-3", "checks.first_rollouts=0", "run.overwrite=false", "parallel={}"]  # fmt: skip
-STEPS = 6
 
 
 def distilled(folder: Path, engine: str = "server", **cells) -> list[str]:
@@ -84,23 +81,3 @@ def test_stopped_and_resumed_two_versions_behind_every_answer_has_its_scores(com
         assert {r.teacher.top_k for r in batch.rollouts} == {4}
     assert all(row["teacher/kl_top"] >= -1e-6 for row in rows)
     assert second.orphans() == []
-
-
-@pytest.mark.slow
-@pytest.mark.proof
-def test_from_a_better_model_the_quickstarts_task_is_learned_faster_than_from_rewards_alone(command):
-    """The teacher has had the same supervised steps, four times as many and on right answers."""
-    teacher = command(*WARM, "supervised.steps=250", "supervised.decay_steps=250", "train.steps=0",
-                      "data.task.supervised_error_rate=0.0")  # fmt: skip
-    assert teacher.end(300) == 0, teacher.text()
-    for seed in (1, 2):
-        own = [*WARM, f"run.seed={seed}", f"train.steps={STEPS}"]
-        plain = command(*own)
-        assert plain.end(300) == 0, plain.text()
-        taught = command(*own, *GRADED, *distilled(teacher.run, reward=0.0), "rollout.max_staleness=1")
-        assert taught.end(300) == 0, taught.text()
-        alone, helped = ([row["reward/mean"] for row in rows_of(run.run)] for run in (plain, taught))
-        assert abs(alone[0] - helped[0]) < 0.08, "they begin alike"
-        assert helped[-1] > alone[-1] + 0.1, (alone, helped)
-        kl = [row["teacher/kl"] for row in rows_of(taught.run)]
-        assert kl[-1] < 0.7 * kl[0]
