@@ -64,6 +64,8 @@ def kind_of(match: Match) -> Kind:
 class Adapter(torch.nn.Module):
     """Of one linear layer of this rank; see the module."""
 
+    one_hot: Tensor | None
+
     def __init__(
         self,
         matches: Sequence[Match],

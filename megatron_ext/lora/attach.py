@@ -86,7 +86,7 @@ def _adapted(chunks: Sequence[GPTModel], model: ModelDescription) -> Iterator[tu
 
 def _layers(
     chunk: GPTModel, model: ModelDescription, value_head: bool
-) -> Iterator[tuple[torch.nn.Module, list[tuple[Tensor, Match]]]]:
+) -> Iterator[tuple[torch.nn.Module, Sequence[tuple[Tensor, Match]]]]:
     """(linear layer, its weights in order, each with its row) of every matrix of attention and MLPs."""
     matches = {id(p): match for _, p, match in local_parameters([chunk], model, value_head=value_head)}
     for module in chunk.modules():

@@ -159,10 +159,11 @@ def _delta_rule(
     asking = q * total.exp()[..., None]
     leaving = k * (total[..., -1:] - total).exp()[..., None]
     left = total[..., -1].exp()[..., None, None]
-    state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.float()
+    none = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
+    now: Tensor = none if state is None else state.float()
     outputs = []
     for i in range(v.shape[2]):
-        new = values[:, :, i] - reading[:, :, i] @ state
-        outputs.append(asking[:, :, i] @ state + inside[:, :, i] @ new)
-        state = state * left[:, :, i] + leaving[:, :, i].transpose(-1, -2) @ new
-    return torch.cat(outputs, 2)[:, :, :tokens].transpose(1, 2).to(dtype), state
+        new = values[:, :, i] - reading[:, :, i] @ now
+        outputs.append(asking[:, :, i] @ now + inside[:, :, i] @ new)
+        now = now * left[:, :, i] + leaving[:, :, i].transpose(-1, -2) @ new
+    return torch.cat(outputs, 2)[:, :, :tokens].transpose(1, 2).to(dtype), now

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 
@@ -292,8 +292,8 @@ class Maker:
         """Of a whole answer; a teacher scores it meanwhile."""
         if self.teacher is None:
             return await self._graded(making.prompt, episode)
-        verdict, scored = await all_or_none([self._graded(making.prompt, episode), self.teacher.scored(episode)])
-        making.episodes[number] = scored
+        both = await all_or_none([self._graded(making.prompt, episode), self.teacher.scored(episode)])
+        verdict, making.episodes[number] = cast("tuple[Verdict, Episode]", both)
         return verdict
 
     async def _graded(self, prompt: Prompt, episode: Episode) -> Verdict:

@@ -70,7 +70,7 @@ def convolve(
     joined = [torch.cat([s.to(x.dtype), x[:, a:b]], 1) for s, a, b in zip(state, cu, cu[1:], strict=False)]
     conv_states[slots] = torch.stack([part[:, part.shape[1] - before :] for part in joined]).to(conv_states.dtype)
     longer = torch.tensor([0, *(part.shape[1] for part in joined)]).cumsum(0)
-    out, _ = delta_rule.causal_conv1d(torch.cat(joined, 1).t()[None], weight, bias, activation, longer)
+    out = delta_rule.causal_conv1d(torch.cat(joined, 1).t()[None], weight, bias, activation, longer)[0]
     own = torch.cat([torch.arange(a + before, b) for a, b in zip(longer.tolist(), longer.tolist()[1:], strict=False)])
     return out[0, own].t()
 
@@ -144,8 +144,9 @@ def step(
     """One token a request: [1, requests, heads, dim] each. states: of all slots, moved on in place. Returns as v."""
     g, beta = gates(decay, a, b, bias)
     out = torch.empty(v.shape[1:], dtype=torch.float32)
-    rows = (t[0].float().contiguous().numpy() for t in (q, k, v))
-    kernels.delta_step(*rows, g[0].numpy(), beta[0].numpy(), states.numpy(), slots.long().numpy(), out.numpy())
+    query, key, value = (t[0].float().contiguous().numpy() for t in (q, k, v))
+    given = g[0].numpy(), beta[0].numpy(), states.numpy(), slots.long().numpy()
+    kernels.delta_step(query, key, value, *given, out.numpy())
     return out[None].to(v.dtype)
 
 
