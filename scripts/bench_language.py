@@ -36,7 +36,7 @@ from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.description import ModelDescription, read_description
 from pipeline.config import Config, load_config
-from pipeline.plan import parameters
+from pipeline.plan.counts import parameters
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 PROMPTS, SAMPLES, ANSWER = 4, 8, 21

@@ -18,7 +18,7 @@ GROUPS = ("attention", "dense", "experts", "shared_experts")
 
 
 class LoraError(ValueError):
-    """The model has no such projections; the message names those that it has."""
+    """The model has no such projections, or none that adapters fit; the message says which it has."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,12 @@ def projection(hf_name: str) -> str:
 
 
 def choose_targets(model: ModelDescription, lora: LoraConfig) -> list[Target]:
-    """Raises LoraError for a name that no projection of the model has."""
+    """Raises LoraError for a name that no projection of the model has, and for gated delta nets."""
+    if model.delta_layers:
+        raise LoraError(
+            f"lora: {model.model_type} has gated delta nets, whose joined projections no adapter fits; leave lora out, "
+            "and the model is trained whole"
+        )
     rows = [row for row in model.family.table if row.quantised and _built(row, model)]
     wanted = {"all"} if lora.targets == "all" else set(lora.targets)
     known = {name for row in rows for name in _names(row)} | {group_of(row) for row in rows}

@@ -86,6 +86,12 @@ def render(config: Config, job: SlurmJob) -> str:
     """The job script. Raises LaunchError for nodes that do not hold the run."""
     if job.job == "sft" and not config.supervised.steps:
         raise LaunchError("there are no supervised steps; set supervised.steps")
+    if config.cluster.colocated and job.job == "train":
+        raise LaunchError(
+            "cluster.colocated takes turns on one machine, and a job runs on a Ray cluster; start the run on a node "
+            f"(srun --nodes 1 --exclusive sameroute train {job.config}), or set cluster.colocated=false and fewer "
+            "parallel.ranks"
+        )
     if job.runtime != "bare" and not job.image:
         raise LaunchError(f"--runtime {job.runtime} needs --image, a path or an address")
     gpus = config.cluster.gpus_per_node if job.gpus_per_node is None else job.gpus_per_node

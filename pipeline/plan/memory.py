@@ -22,9 +22,9 @@ from typing import Any
 from megatron_ext.config import LoraConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.logprobs.sizes import TILE
-from pipeline.plan.adapters import trained_count
+from pipeline.plan.counts.adapters import trained_count
+from pipeline.plan.counts.parameters import Count, rank_count, stage_layers
 from pipeline.plan.hardware import EFFICIENCY, Efficiency
-from pipeline.plan.parameters import Count, rank_count, stage_layers
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from megatron_ext.hf.description import ModelDescription
 from pipeline.config import Config
+from pipeline.plan.counts.parameters import active, total
 from pipeline.plan.hardware import EFFICIENCY
 from pipeline.plan.memory import Memory, item_bytes
-from pipeline.plan.parameters import active, total
 from pipeline.plan.plan import SEED, Work, expected_lengths, step_work, trainer_memory
 from pipeline.plan.show import GB, layout_of, table
 

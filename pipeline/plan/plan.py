@@ -19,13 +19,13 @@ from megatron_ext.hf.description import ModelDescription, read_description
 from pipeline.config import Config
 from pipeline.config.file import ConfigError
 from pipeline.config.run import COLOCATED_FRACTION
-from pipeline.plan import flops
-from pipeline.plan.adapters import trained_count
 from pipeline.plan.beside import Pace, follow
 from pipeline.plan.by_turns import Turns, sent_s, too_little, turns_of
+from pipeline.plan.counts import flops
+from pipeline.plan.counts.adapters import trained_count
+from pipeline.plan.counts.parameters import active, total
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
-from pipeline.plan.parameters import active, total
 from pipeline.plan.sampling import Lengths, Sampling, Server, sample, server
 from pipeline.plan.weight_transfer import WeightTransfer, weight_transfer
 from pipeline.rollout.admission import Admission

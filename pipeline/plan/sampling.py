@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.hf.description import ModelDescription
-from pipeline.plan import flops
+from pipeline.plan.counts import flops
+from pipeline.plan.counts.parameters import delta_state, expert, kv_cache, total
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
-from pipeline.plan.parameters import delta_state, expert, kv_cache, total
 
 _SERVERS = 24  # whose rollout is followed event by event; the others are like them
 

@@ -26,10 +26,10 @@ from typing import Literal
 import numpy as np
 
 from megatron_ext.hf.description import ModelDescription
-from pipeline.plan import flops
 from pipeline.plan.beside import follow
+from pipeline.plan.counts import flops
+from pipeline.plan.counts.parameters import total
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
-from pipeline.plan.parameters import total
 from pipeline.plan.sampling import Lengths, Sampling, Server, sample
 from pipeline.rollout.admission import Admission
 

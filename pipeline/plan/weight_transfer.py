@@ -15,9 +15,9 @@ from megatron_ext.config import ParallelConfig
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.senders.assignment import Place, Unit, assign, choose_senders, holds_its_own
 from pipeline.config import Config
+from pipeline.plan.counts.parameters import layer, rank_count, stage_layers, total
 from pipeline.plan.hardware import GPU, Efficiency
 from pipeline.plan.memory import item_bytes
-from pipeline.plan.parameters import layer, rank_count, stage_layers, total
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ NOT_REPLAYED = (
     "throughput/",
     "data/",
     "servers/",
+    "sync/",
     "reward/failed",
     "reward/failures_",
     "reward/groups_dropped",

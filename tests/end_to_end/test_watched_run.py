@@ -29,6 +29,7 @@ class Loop:
     )
     source = SimpleNamespace(tokenizer=None)
     config, producer, graders, environments = load_config("configs/quickstart.yaml"), None, None, None
+    teacher = None
     replay = config.replay.of_model(8)
 
     def __init__(self, at_step):

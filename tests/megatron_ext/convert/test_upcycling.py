@@ -15,7 +15,7 @@ from megatron_ext.convert import upcycling
 from megatron_ext.hf.description import read_description
 from megatron_ext.hf.files import TensorFiles
 from pipeline.commands.main import main
-from pipeline.plan import parameters
+from pipeline.plan.counts import parameters
 from tests.support.jobs import SAMPLES, joined, make_samples
 from tests.support.ranks import run_ranks
 from tests.support.tiny_families import VOCAB, save_family, transformers_says

@@ -34,12 +34,16 @@ PROJECTIONS = {
 }
 
 
+DELTA_NETS = [family for family in FAMILIES if describe(tiny_config(family)).delta_layers]
+ADAPTED = [family for family in (*FAMILIES, *DENSE_FAMILIES) if family not in DELTA_NETS]
+
+
 @functools.cache
 def of_one_rank(model: str):
     return learn(ParallelConfig(), model, LORA, TRAINER, make_samples(routes=False, vocab_size=VOCAB))
 
 
-@pytest.mark.parametrize("family", sampled([*FAMILIES, *DENSE_FAMILIES], SAMPLE))
+@pytest.mark.parametrize("family", sampled(ADAPTED, SAMPLE))
 def test_divided_adapters_send_and_learn_what_whole_ones_do(tmp_path, family):
     model = save_family(family, tmp_path)
     one = of_one_rank(str(model))
@@ -68,7 +72,19 @@ def test_a_pipeline_stage_may_have_no_adapters(tmp_path, target):
     assert len(one.gradients) == 2 * 2 * (1 if target == "dense" else 3)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *DENSE_FAMILIES])
+@pytest.mark.parametrize("family", DELTA_NETS)
+def test_gated_delta_nets_are_refused_by_name(family):
+    model = describe(tiny_config(family))
+    with pytest.raises(LoraError, match=rf"lora: {model.model_type} has gated delta nets"):
+        choose_targets(model, LORA)
+
+
+def test_there_are_families_of_both_kinds():
+    assert len(DELTA_NETS) == 2
+    assert len(ADAPTED) > 10
+
+
+@pytest.mark.parametrize("family", ADAPTED)
 def test_every_projection_of_a_family_is_known_by_its_name_and_no_other(family):
     model = describe(tiny_config(family))
     targets = choose_targets(model, LORA)

@@ -32,6 +32,9 @@ def launch(monkeypatch, capsys):
 @pytest.mark.parametrize("config", CONFIGS, ids=[str(p.relative_to(ROOT)) for p in CONFIGS])
 def test_a_dry_run_of_every_config_prints_a_script_that_bash_reads(launch, config):
     code, script = launch(str(config), "--partition", "gpu", "--time", "4:00:00", "--dry-run")
+    if load_config_and_model(config)[0].cluster.colocated:
+        assert (code, f"srun --nodes 1 --exclusive sameroute train {config}" in script) == (2, True), script
+        return
     assert code == 0, script
     assert "#SBATCH --partition=gpu\n" in script
     assert "#SBATCH --signal=B:USR1@" in script

@@ -57,6 +57,7 @@ def loop_of(*overrides, grading=GRADING):
         least_graded=2,
         producer=None,
         environments=None,
+        teacher=None,
     )
 
 

@@ -49,7 +49,7 @@ def make_loop(tokenizer, grader, monkeypatch, tmp_path):
     def make(answers, *overrides):
         left = iter(enumerate(answers))
 
-        def sample(client, prompts, n, sampling, attempts):
+        def sample(client, prompts, n, sampling, attempts, teacher):
             def group(prompt, texts):
                 ids = [tokenizer.encode(f"{text}<|eos|>", add_special_tokens=False) for text in texts]
                 return Group.of_single_turns(prompt, [plain_rollout(i, -np.arange(1, len(i) + 1) / 4) for i in ids])

@@ -21,7 +21,7 @@ def prompts_taken(start):
     trainers = SimpleNamespace(build=nothing, restart_optimizer=nothing, resume=nothing, progress=nothing)
     source = SimpleNamespace(restore=lambda cursor: asked.append(cursor), take=asked.append)
     config = load_config("configs/quickstart.yaml", ["rollout.prompts_per_step=4"])
-    _prepare_trainers(config, Path("model"), trainers, source, start, nothing, nothing, LongPhases())
+    _prepare_trainers(config, Path("model"), None, trainers, source, start, nothing, nothing, LongPhases())
     return asked
 
 

@@ -10,7 +10,8 @@ import pytest
 from megatron_ext.batch.layout import Sample
 from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.description import describe
-from pipeline.plan import memory, parameters
+from pipeline.plan import memory
+from pipeline.plan.counts import parameters
 from tests.support.measured import configs, kept_bytes, states
 from tests.support.proofs import sampled
 from tests.support.ranks import run_ranks

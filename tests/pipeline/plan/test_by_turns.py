@@ -6,10 +6,10 @@ import pytest
 
 from pipeline.config import load_config_and_model
 from pipeline.config.run import COLOCATED_FRACTION
+from pipeline.plan.counts.parameters import rank_count, total
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPUS
 from pipeline.plan.layouts import nearest
 from pipeline.plan.memory import item_bytes
-from pipeline.plan.parameters import rank_count, total
 from pipeline.plan.plan import make_plan
 
 H100 = GPUS["h100"]

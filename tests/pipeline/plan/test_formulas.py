@@ -8,7 +8,8 @@ from megatron_ext.config import ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.description import describe, read_description
 from pipeline.config import ConfigError, load_config
 from pipeline.config.model import TinyModelConfig
-from pipeline.plan import flops, memory, parameters
+from pipeline.plan import memory
+from pipeline.plan.counts import flops, parameters
 from pipeline.plan.hardware import EFFICIENCY, GPUS
 from pipeline.plan.plan import teacher_of
 

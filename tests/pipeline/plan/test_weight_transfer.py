@@ -5,8 +5,8 @@ import pytest
 from megatron_ext.config import ParallelConfig
 from megatron_ext.hf.senders.assignment import Place, Unit, assign, choose_senders, holds_its_own
 from pipeline.config import load_config_and_model
+from pipeline.plan.counts.parameters import total
 from pipeline.plan.hardware import EFFICIENCY, GPUS
-from pipeline.plan.parameters import total
 from pipeline.plan.weight_transfer import bytes_by_sender, weight_transfer
 
 

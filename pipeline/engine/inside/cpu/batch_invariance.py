@@ -3,7 +3,8 @@
 SGLang's own mode replaces matrix products by Triton kernels, which need a GPU. On the CPU everything else on the path
 works a row at a time, and torch's matrix products give a row the same bits whatever the number of rows, as long as
 there are a few: below that the library takes another kernel (one to three rows in float32, seen with AVX-512 and
-torch 2.14). So fewer rows are padded.
+torch 2.14). So fewer rows are padded. In bfloat16 a processor with AMX sums a row of 63 in another order than the same
+row of 130 (widths from 512, seen with torch 2.14): there all products are of FEWEST_ROWS rows.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ def install() -> None:
         return result if out is None else out.copy_(result)
 
     def padded_mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-        if len(a) >= FEWEST_ROWS:
-            return mm(a, b, out=out)
         result = padded(lambda rows: mm(rows, b), a)
         return result if out is None else out.copy_(result)
 
@@ -43,11 +42,12 @@ def install() -> None:
 
 
 def padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """product(x) for x [..., in], computed with FEWEST_ROWS rows or more."""
+    """product(x) for x [..., in], computed with FEWEST_ROWS rows or more; in bfloat16 with FEWEST_ROWS at a time."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if rows >= FEWEST_ROWS or rows == 0:
+    blocks = x.dtype == torch.bfloat16
+    if rows == 0 or (rows >= FEWEST_ROWS and not blocks):
         return product(x)
-    wide = x.new_zeros(FEWEST_ROWS, x.shape[-1])
+    wide = x.new_zeros(-(-rows // FEWEST_ROWS) * FEWEST_ROWS, x.shape[-1])
     wide[:rows] = x.reshape(rows, x.shape[-1])
-    result = product(wide)[:rows]
+    result = torch.cat([product(block) for block in wide.split(FEWEST_ROWS)])[:rows]
     return result.reshape(*x.shape[:-1], result.shape[-1])

@@ -11,7 +11,7 @@ from megatron_ext.config import LoraConfig, ParallelConfig
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.tables import Row
 from megatron_ext.lora.targets import Target, choose_targets, group_of, layers_with
-from pipeline.plan.parameters import Count, stage_layers
+from pipeline.plan.counts.parameters import Count, stage_layers
 
 
 def trained_count(model: ModelDescription, parallel: ParallelConfig, lora: LoraConfig, stage: int = 0) -> Count:

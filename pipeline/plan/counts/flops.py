@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from megatron_ext.config import LoraConfig, ParallelConfig
 from megatron_ext.hf.description import ModelDescription
-from pipeline.plan.adapters import trained_count
-from pipeline.plan.parameters import active
+from pipeline.plan.counts.adapters import trained_count
+from pipeline.plan.counts.parameters import active
 
 
 def matmul_parameters(model: ModelDescription) -> int:

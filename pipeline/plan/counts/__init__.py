@@ -1,0 +1,1 @@
+"""What a model has and does, counted: parameters, adapters, floating-point operations."""
