@@ -35,7 +35,9 @@ class Loop:
     def __init__(self, at_step):
         self.at_step, self.on_servers = at_step, None
         self.waiting, self.spikes = Waiting(), GradientSpikes(self.config.train)
-        self.trainers = SimpleNamespace(where=lambda: [{"rank": 0}], save_hf=lambda directory: None, waiting=Waiting())
+        self.trainers = SimpleNamespace(
+            where=lambda: [{"rank": 0}], save_hf=lambda directory: None, waiting=Waiting(), progress=lambda: None
+        )
 
     def step(self, number):
         self.at_step(number)
