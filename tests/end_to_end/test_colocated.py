@@ -18,7 +18,7 @@ RUN = [*SMALL, "supervised.steps=0", "rewards=tests.support.verifiers:length", "
        "server.deterministic=true", "train.steps=2", "checkpoint.every_steps=1",
        "evaluate=[{name: held-out, prompts: 4, every_steps: 1}]", "weights.checksum_every=1"]  # fmt: skip
 ARRAYS = ("prompt_ids", "response_ids", "rollout_logprobs", "routes", "weight_versions", "trained")
-CLOCKED = ("time/", "throughput/", "idle/", "servers/", "turns/", "devices/", "straggler/")
+CLOCKED = ("time/", "throughput/", "idle/", "servers/", "turns/", "devices/", "straggler/", "sync/")
 
 
 def metrics(run) -> list[dict]:

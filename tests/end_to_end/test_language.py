@@ -12,7 +12,8 @@ from tests.support.command import Command
 ROOT = Path(__file__).parents[2]
 PRESET = "configs/smollm2-moe/arithmetic.yaml"
 SHORT = ["train.steps=1", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=4", "checks.first_rollouts=2",
-         "evaluate=[]", "train.warmup_steps=0"]  # fmt: skip
+         "evaluate=[]", "train.warmup_steps=0",
+         "server.cpu_threads=1"]  # fmt: skip  # as the process has it that forks the servers of all tests
 
 
 @pytest.mark.slow

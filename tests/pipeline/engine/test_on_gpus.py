@@ -35,8 +35,10 @@ ARCHITECTURES = {"qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "mixtral": "M
 ATTENTION = {
     ("H100", "grouped"): ("fa3",),
     ("H100", "latent"): ("fa3",),
+    ("H100", "beside delta nets"): ("fa3",),
     ("B200", "grouped"): ("trtllm_mha",),
     ("B200", "latent"): ("trtllm_mla", "flashinfer"),  # the second for GLM-4.7-Flash
+    ("B200", "beside delta nets"): ("triton",),
 }
 """SGLang's own choices, which take bfloat16 and a cache of it."""
 every_gpu = pytest.mark.parametrize("gpu", sampled(GPUS, ["H100"]))
@@ -91,8 +93,10 @@ def wrong(gpu: str, hf: dict[str, Any], resolved: dict[str, Any] | str) -> list[
     if isinstance(resolved, str):
         return [resolved]
     latent = hf["model_type"] in ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
+    beside = hf["model_type"] in ("qwen3_next", "qwen3_5_moe_text")
+    kind = "latent" if latent else "beside delta nets" if beside else "grouped"
     expected: dict[str, Any] = {
-        "attention_backend": ATTENTION[gpu, "latent" if latent else "grouped"],
+        "attention_backend": ATTENTION[gpu, kind],
         "prefill_attention_backend": (None,),
         "decode_attention_backend": (None,),
         "moe_runner_backend": CAPTURING[:1],
@@ -185,6 +189,7 @@ def test_routers_in_float32_are_no_tf32(on, gpu, monkeypatch):
         ("layers/moe/topk.py", 2541, "if (cap := get_global_experts_capturer()) is not None:"),
         ("arg_groups/model_overrides/gpt_oss.py", 117, 'overrides["moe_runner_backend"] = "triton_kernel"'),
         ("arg_groups/model_overrides/qwen3_moe.py", 86, 'overrides["moe_runner_backend"] = "flashinfer_trtllm"'),
+        ("arg_groups/model_overrides/qwen3_5.py", 28, 'sm100_default_attn_backend = "triton"'),
         ("arg_groups/model_overrides/glm4_moe.py", 46, 'overrides["enable_tf32_matmul"] = True'),
         ("model_executor/model_runner.py", 438, "if get_exec().features.enable_tf32_matmul:"),
         ("layers/quantization/unquant.py", 1099, "def restore_weights_before_loading("),

@@ -233,7 +233,7 @@ def test_a_killed_parent_takes_the_whole_server_with_it(tiny_model_dir, tmp_path
         parent.kill()
         parent.wait()
     wait_until_gone(token, timeout_s=15)
-    assert not scratch.exists()
+    wait_until_removed(scratch, timeout_s=15)
     if forks is not None:
         wait_until_removed(forks.parent, timeout_s=15)
     assert files
