@@ -73,7 +73,9 @@ def merging(chunks: Sequence[GPTModel], model: ModelDescription) -> Callable[[Te
     return read
 
 
-def _adapted(chunks: Sequence[GPTModel], model: ModelDescription) -> Iterator[tuple[Adapter, list]]:
+def _adapted(
+    chunks: Sequence[GPTModel], model: ModelDescription
+) -> Iterator[tuple[Adapter, Sequence[tuple[Tensor, Match]]]]:
     for chunk in chunks:
         if not hasattr(chunk, ADAPTERS):
             continue
