@@ -38,7 +38,7 @@ ATTENTION = {
     ("H100", "beside delta nets"): ("fa3",),
     ("B200", "grouped"): ("trtllm_mha",),
     ("B200", "latent"): ("trtllm_mla", "flashinfer"),  # the second for GLM-4.7-Flash
-    ("B200", "beside delta nets"): ("triton",),
+    ("B200", "beside delta nets"): ("triton", "trtllm_mha"),  # the second for the text model of Qwen3.5-MoE
 }
 """SGLang's own choices, which take bfloat16 and a cache of it."""
 every_gpu = pytest.mark.parametrize("gpu", sampled(GPUS, ["H100"]))
