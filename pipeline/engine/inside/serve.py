@@ -76,6 +76,8 @@ def main() -> None:
         try:
             code = ask(os.environ[FORKS_VARIABLE], sys.argv[2:])
         except ForkError as error:  # its imports failed, or it was killed; a child of it ends all that has this token
+            if os.getppid() != parent_pid:  # or it has ended with the parent, as this process does
+                watch.join()
             print(f"{error}; this process makes the imports itself", file=sys.stderr, flush=True)
         else:
             if os.getppid() != parent_pid:
