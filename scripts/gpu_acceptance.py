@@ -141,7 +141,10 @@ def steps_of(out: Path, device: str, preset: str | None, overrides: list[str]) -
     if preset is not None:
         directory, ten = out / "runs" / "preset", ["train.steps=10", "run.overwrite=true"]
         words = [*SAMEROUTE, "train", preset, f"run.directory={directory}", *ten, *overrides]
-        figures = lambda _: figures_of_preset(directory, 10, preset, overrides)  # noqa: E731
+
+        def figures(_: Path) -> dict[str, float]:
+            return figures_of_preset(directory, 10, preset, overrides)
+
         found.append(Step("preset", f"ten steps of {preset}, beside its plan", words, figures, limit_s=4 * 3600.0))
     return found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 import torch
 
-from megatron_ext.hf.description import ModelDescription
+from megatron_ext.hf.description import ModelDescription, read_description
 from pipeline.cluster.colocation import Colocated
 from pipeline.cluster.nccl import nccl_environment
 from pipeline.cluster.object_store import object_store_gb
@@ -108,7 +108,10 @@ def start_engines(
         graders = stack.enter_context(remote_graders(beside, model_path, trust)) if beside else None
         fleet = Fleet([FleetServer(*pair) for pair in zip(processes, clients, strict=True)], config.server)
         stack.callback(fleet.close)
-        teaching = teacher_fleet(config, teacher, teachers) if serve and teacher is not None else None
+        teaching = None
+        if serve and teacher is not None:
+            client = functools.partial(client_of, config, read_description(teacher), routes=False)
+            teaching = teacher_fleet(config, teachers, client)
         if teaching is not None:
             stack.callback(teaching.close)
         trainers = TrainerGroup(

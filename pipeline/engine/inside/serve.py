@@ -73,16 +73,16 @@ def main() -> None:
     watch = threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True)
     watch.start()
     if FORKS_VARIABLE in os.environ:
+        code, failed = None, None
         try:
             code = ask(os.environ[FORKS_VARIABLE], sys.argv[2:])
-        except ForkError as error:  # its imports failed, or it was killed; a child of it ends all that has this token
-            if os.getppid() != parent_pid:  # or it has ended with the parent, as this process does
-                watch.join()
-            print(f"{error}; this process makes the imports itself", file=sys.stderr, flush=True)
-        else:
-            if os.getppid() != parent_pid:
-                watch.join()  # the server was ended here; this process ends once what it left is removed
+        except ForkError as error:  # its imports failed, or it is gone; a child of it ends all that has this token
+            failed = error
+        if os.getppid() != parent_pid:
+            watch.join()  # the server was ended here; this process ends once what it left is removed
+        if code is not None:
             end_as(code)
+        print(f"{failed}; this process makes the imports itself", file=sys.stderr, flush=True)
     serve(sys.argv[2:])  # its imports take seconds, in which the parent may already be gone
 
 

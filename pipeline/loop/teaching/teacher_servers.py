@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_ext.hf.description import read_description
 from pipeline.config import Config
 from pipeline.config.precision import TEMPERATURE_VARIABLE
 from pipeline.engine.client import SGLangClient
@@ -44,26 +43,13 @@ def teacher_processes(
     ]
 
 
-def teacher_fleet(config: Config, directory: Path, processes: Sequence[ServerProcess]) -> TeacherFleet | None:
-    """Of started processes, or of the server that runs already. None: no server teaches."""
+def teacher_fleet(
+    config: Config, processes: Sequence[ServerProcess], client: Callable[[ServerProcess], SGLangClient]
+) -> TeacherFleet | None:
+    """Of started processes, or of the server that runs already. client: of one of them. None: no server teaches."""
     teacher = config.teacher
     if teacher is None or teacher.engine != "server":
         return None
     every = processes if teacher.url is None else [AddedServer(teacher.url, keys_of(teacher))]
-    model = read_description(directory)
-
-    def client(process: ServerProcess) -> SGLangClient:
-        return SGLangClient(
-            process.url,
-            vocab_size=model.vocab_size,
-            num_layers=model.num_layers,
-            topk=model.topk,
-            num_experts=model.num_experts,
-            routes=False,
-            keys=process.keys,
-            timeout_s=config.rollout.timeout_s,
-            log_path=process.log_path,
-        )
-
     members = [FleetServer(process, client(process), added=teacher.url is not None) for process in every]
     return TeacherFleet(members, teacher.server)
