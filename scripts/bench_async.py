@@ -1,10 +1,10 @@
 """Steps a second of the quickstart's task with rollouts in turn with the training, and beside it.
 
-    .venv/bin/python scripts/bench_async.py [--steps 20] [--staleness 0 1 4] [--lengths 8 256] [section.field=value ...]
+    .venv/bin/python scripts/bench_async.py [--steps 20] [--staleness 0 1 4] [--lengths model 8-256]
+                                             [section.field=value ...]
 
-One run of both engines for each `rollout.max_staleness`, one after another, from the same weights. The model is not
-trained before, so that answers have the lengths that --lengths says, drawn log-uniformly by prompt and sample: without
-it answers end as they end.
+One run of both engines for each of --lengths and `rollout.max_staleness`, in turn, from the same weights. With
+`8-256` an answer has so many tokens, drawn log-uniformly by prompt and sample; with `model` it ends as the model says.
 
 A core each: the trainer and Ray run on the first core that this process may use; the servers, and this process, which
 samples and decodes, on the last, whatever max_staleness is. --cores any lets the kernel decide. A second table has the
@@ -38,14 +38,16 @@ WARM, LAST = 5, 5
 CORES = sorted(os.sched_getaffinity(0))  # before any run takes some away
 
 
+OF_SAMPLE = sampler.of_sample
+
+
 def draw_lengths(shortest: int, longest: int) -> None:
     """From now on answers are so long, whatever the model says."""
-    of_sample = sampler.of_sample
 
     def drawn(sampling, prompt, number):
         share = random.Random(f"{prompt.index} {number}").random()
         tokens = round(math.exp(math.log(shortest) + share * math.log(longest / shortest)))
-        return replace(of_sample(sampling, prompt, number), max_new_tokens=tokens, ignore_eos=True, stop_token_ids=())
+        return replace(OF_SAMPLE(sampling, prompt, number), max_new_tokens=tokens, ignore_eos=True, stop_token_ids=())
 
     sampler.of_sample = answers.of_sample = drawn
 
@@ -104,44 +106,57 @@ def measure(staleness: int, steps: int, overrides: list[str], *, pin: bool) -> d
     return {"seconds": seconds} | means | used
 
 
+def overrides_of(lengths: str) -> list[str]:
+    """Has answers be so long from now on, and says what the servers need for it."""
+    if lengths == "model":
+        sampler.of_sample = answers.of_sample = OF_SAMPLE
+        return []
+    shortest, longest = map(int, lengths.split("-"))
+    draw_lengths(shortest, longest)
+    return [
+        f"rollout.max_new_tokens={longest}",
+        f"server.context_length={longest + 64}",
+        "server.max_total_tokens=131072",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help=f"timed steps, after {WARM} that warm up")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 4])
-    parser.add_argument("--lengths", type=int, nargs=2, metavar=("SHORTEST", "LONGEST"))
+    parser.add_argument("--lengths", nargs="+", default=["model"], metavar="SHORTEST-LONGEST")
     parser.add_argument("--cores", choices=("each", "any"), default="each", help="who runs where")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_args()
-    overrides = list(options.overrides)
-    if options.lengths:
-        draw_lengths(*options.lengths)
-        longest = options.lengths[1]
-        overrides = [f"rollout.max_new_tokens={longest}", f"server.context_length={longest + 64}",
-                     "server.max_total_tokens=131072", *overrides]  # fmt: skip
-    titles = ["max_staleness", "steps a second", f"against {options.staleness[0]}", "lag", "of several versions",
-              "trainer idle", "servers idle", "tokens an answer", f"reward, last {LAST}"]  # fmt: skip
+    titles = ["lengths", "max_staleness", "steps a second", f"against {options.staleness[0]}", "lag",
+              "of several versions", "trainer idle", "servers idle", "tokens an answer",
+              f"reward, last {LAST}"]  # fmt: skip
     print(f"| {' | '.join(titles)} |")
     print("|---" * len(titles) + "|")
     runs = {}
-    for staleness in options.staleness:
-        found = runs[staleness] = measure(staleness, options.steps, overrides, pin=options.cores == "each")
-        first = runs[options.staleness[0]]["seconds"]
-        cells = [
-            str(staleness),
-            f"{1 / found['seconds']:.2f}",
-            f"{first / found['seconds']:.2f} times",
-            f"{found['rollout/lag_mean']:.1f}",
-            f"{found['rollout/spanning_versions']:.0%}",
-            *(f"{found[key]:.0%}" if staleness else "" for key in ("idle/trainer", "idle/servers")),
-            f"{found['response/length_mean']:.1f}",
-            f"{found['reward']:.3f}",
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
-    parts = [key for key in runs[options.staleness[0]] if key.startswith("cpu/")]
-    print(f"\nprocessor seconds a step\n\n| max_staleness | {' | '.join(parts).replace('cpu/', '')} |")
-    print("|---" * (1 + len(parts)) + "|")
-    for staleness, found in runs.items():
-        print(f"| {staleness} | {' | '.join(f'{found[key]:.3f}' for key in parts)} |")
+    for lengths in options.lengths:
+        overrides = [*overrides_of(lengths), *options.overrides]
+        for staleness in options.staleness:
+            found = measure(staleness, options.steps, overrides, pin=options.cores == "each")
+            runs[lengths, staleness] = found
+            first = runs[lengths, options.staleness[0]]["seconds"]
+            cells = [
+                lengths,
+                str(staleness),
+                f"{1 / found['seconds']:.2f}",
+                f"{first / found['seconds']:.2f} times",
+                f"{found['rollout/lag_mean']:.1f}",
+                f"{found['rollout/spanning_versions']:.0%}",
+                *(f"{found[key]:.0%}" if staleness else "" for key in ("idle/trainer", "idle/servers")),
+                f"{found['response/length_mean']:.1f}",
+                f"{found['reward']:.3f}",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    parts = [key for key in found if key.startswith("cpu/")]
+    print(f"\nprocessor seconds a step\n\n| lengths | max_staleness | {' | '.join(parts).replace('cpu/', '')} |")
+    print("|---" * (2 + len(parts)) + "|")
+    for (lengths, staleness), found in runs.items():
+        print(f"| {lengths} | {staleness} | {' | '.join(f'{found[key]:.3f}' for key in parts)} |")
 
 
 if __name__ == "__main__":
