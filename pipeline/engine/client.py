@@ -251,9 +251,9 @@ class SGLangClient(SGLangControl):
         except ServerError:
             return None
 
-    async def current_loads(self) -> list[dict[str, Any]]:
-        """`loads`, while other calls are in flight."""
-        return (await self.ask("GET", "/v1/loads"))["loads"]
+    async def current_loads(self, timeout_s: float = _ANSWER_S) -> list[dict[str, Any]]:
+        """`loads`, while other calls are in flight. Raises UnreachableError where no answer comes in time."""
+        return (await self.ask("GET", "/v1/loads", timeout_s=timeout_s))["loads"]
 
     async def ask(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = _ANSWER_S

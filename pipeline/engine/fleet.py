@@ -384,12 +384,11 @@ class Fleet:
         while True:
             await asyncio.sleep(_LISTEN_S)
             asked = [(s, s.in_flight) for s in self.servers if s.state is ServerState.SERVING]
-            loads = (asyncio.wait_for(s.client.current_loads(), _LISTEN_S) for s, _ in asked)
-            found = await asyncio.gather(*loads, return_exceptions=True)
+            found = await asyncio.gather(*(s.client.current_loads(_LISTEN_S) for s, _ in asked), return_exceptions=True)
             pairs = zip(asked, found, strict=True)
             said = {s: Load.of(f, n) for (s, n), f in pairs if not isinstance(f, BaseException)}
             for error in found:
-                if isinstance(error, BaseException) and not isinstance(error, ServerError | TimeoutError):
+                if isinstance(error, BaseException) and not isinstance(error, ServerError):
                     raise error  # those of a server that is silent are the probe's
             self._pressure.hear(said)
 

@@ -18,6 +18,7 @@ from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.rewards.kinds.function import import_from
 from pipeline.rewards.registry import describe
 from pipeline.types import Prompt
+from pipeline.waiting import Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,13 +46,9 @@ def environment_of(config: EnvironmentConfig) -> Callable[[], Environment]:
     assert name is not None
     module_name, _, attribute = name.partition(":")
     try:
-        found = getattr(import_from(module_name, config.directory), attribute, None)
-        if found is None:
-            raise LoadingError(f"environment: {module_name} has no {attribute!r}; correct environment.function={name}")
-        make: Callable[..., Any] = functools.partial(_Function, found, config.options)
-        if inspect.isclass(found):
-            make = functools.partial(found, **config.options)
-        environment = make()
+        # It may wait for a network or a lock, and for ever.
+        with Waiting().during("its import", lambda: f"the environment {name}"):
+            make, environment = _made(module_name, attribute, config)
     except SamerouteError:
         raise
     except ModuleNotFoundError as error:
@@ -65,6 +62,18 @@ def environment_of(config: EnvironmentConfig) -> Callable[[], Environment]:
         raise LoadingError(f"environment: {name} cannot be used: {describe(error)}") from error
     _check(name, environment)
     return cast(Callable[[], Environment], make)
+
+
+def _made(module: str, attribute: str, config: EnvironmentConfig) -> tuple[Callable[..., Any], Any]:
+    """What makes the environment, and one. Raises LoadingError, and whatever the module raises."""
+    found = getattr(import_from(module, config.directory), attribute, None)
+    if found is None:
+        wrong = f"environment: {module} has no {attribute!r}; correct environment.function={config.function}"
+        raise LoadingError(wrong)
+    make: Callable[..., Any] = functools.partial(_Function, found, config.options)
+    if inspect.isclass(found):
+        make = functools.partial(found, **config.options)
+    return make, make()
 
 
 def _found(command: Sequence[str], directory: Path | None) -> tuple[str, ...]:

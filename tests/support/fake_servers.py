@@ -95,7 +95,7 @@ class Server:
             self.release.set()
         return {}
 
-    async def current_loads(self):
+    async def current_loads(self, timeout_s=None):
         return [load(waiting=self.waiting)]
 
 

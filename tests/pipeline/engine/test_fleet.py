@@ -268,7 +268,7 @@ def test_aborts_are_repeated_until_nothing_is_left():
         fleet = fleet_of(a)
         busy = [3, 1, 0, 0]
 
-        async def current_loads():
+        async def current_loads(timeout_s=None):
             return [load(waiting=busy.pop(0))]
 
         a.current_loads = current_loads

@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import threading
 import time
 
@@ -15,6 +16,7 @@ from pipeline.environments.running import Environments
 from pipeline.environments.templates import TemplateWriter
 from pipeline.rollout.sampler import sample_groups
 from pipeline.types import Opening, Prompt, Sampled
+from pipeline.waiting import Waiting
 from tests.support.templates import SMOLLM2, tokenizer_of
 
 ASKED = ({"role": "user", "content": "question"},)
@@ -348,3 +350,18 @@ def test_a_class_or_a_function_is_an_environment_and_what_is_none_is_refused_in_
             of(name, **options)
     with pytest.raises(LoadingError, match="there is no module nowhere_at_all; write it beside the YAML file"):
         environment_of(EnvironmentConfig(function="nowhere_at_all:f"))
+
+
+def test_a_module_that_does_not_come_to_its_end_is_named_meanwhile(tmp_path, monkeypatch):
+    said, go_on = [], tmp_path / "go_on"
+
+    def say(text):
+        said.append(text)
+        go_on.touch()
+
+    waits = f"import time, pathlib\nwhile not pathlib.Path({str(go_on)!r}).exists(): time.sleep(0.01)\n"
+    (tmp_path / "made_slowly.py").write_text(waits + MODULE)
+    monkeypatch.setattr("pipeline.waiting.FIRST_S", 0.02)
+    monkeypatch.setattr("pipeline.environments.loading.Waiting", functools.partial(Waiting, say))
+    environment_of(EnvironmentConfig(function="made_slowly:plain", directory=tmp_path, options={"size": 1}))
+    assert said[0].startswith("waiting for the environment made_slowly:plain in its import, for ")

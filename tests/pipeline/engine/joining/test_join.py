@@ -40,7 +40,7 @@ class Growing(Server):
             raise ServerError("it does not answer")
         return await super().ask(method, path, body)
 
-    async def current_loads(self):
+    async def current_loads(self, timeout_s=None):
         return [load()]
 
 
@@ -96,7 +96,7 @@ def test_one_whose_answers_do_not_end_in_time_leaves_all_the_same(monkeypatch):
     async def run():
         a, b = Growing("a"), Growing("b")
         a.waiting = 1
-        a.current_loads = lambda: _busy()
+        a.current_loads = lambda timeout_s=None: _busy()
         fleet = fleet_of(a, b)
         async with fleet:
             await leave(fleet, fleet.servers[0])
