@@ -1,7 +1,7 @@
 """Steps a second of the quickstart's task with rollouts in turn with the training, and beside it.
 
-    .venv/bin/python scripts/bench_async.py [--steps 20] [--staleness 0 1 4] [--lengths model 8-256]
-                                             [section.field=value ...]
+    .venv/bin/python scripts/bench_async.py [section.field=value ...] [--steps 20] [--staleness 0 1 4]
+                                             [--lengths model 8-256]
 
 One run of both engines for each of --lengths and `rollout.max_staleness`, in turn, from the same weights. With
 `8-256` an answer has so many tokens, drawn log-uniformly by prompt and sample; with `model` it ends as the model says.
@@ -106,6 +106,13 @@ def measure(staleness: int, steps: int, overrides: list[str], *, pin: bool) -> d
     return {"seconds": seconds} | means | used
 
 
+def lengths_of(text: str) -> str:
+    """Raises ValueError for what is neither `model` nor two numbers, as argparse wants it."""
+    if text != "model":
+        _, _ = map(int, text.split("-"))
+    return text
+
+
 def overrides_of(lengths: str) -> list[str]:
     """Has answers be so long from now on, and says what the servers need for it."""
     if lengths == "model":
@@ -124,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help=f"timed steps, after {WARM} that warm up")
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 4])
-    parser.add_argument("--lengths", nargs="+", default=["model"], metavar="SHORTEST-LONGEST")
+    parser.add_argument("--lengths", nargs="+", type=lengths_of, default=["model"], metavar="SHORTEST-LONGEST")
     parser.add_argument("--cores", choices=("each", "any"), default="each", help="who runs where")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_args()
