@@ -59,6 +59,8 @@ class Decoder:
                 f"an answer was cut at {count} of {sampling.max_new_tokens} tokens: the server has no room for more; "
                 "raise server.context_length or server.max_total_tokens"
             )
+        if reason == "abort" and not sampling.ignore_eos and ids[-1] in sampling.stop_token_ids:
+            reason = "stop"  # the abort came with its last token; this project's servers say so themselves
         pairs = meta["output_token_logprobs"]
         if [pair[1] for pair in pairs] != answer["output_ids"]:
             raise AnswerError(f"{len(pairs)} log-probs do not belong to the {count} tokens of the answer")

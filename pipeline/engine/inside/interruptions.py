@@ -8,6 +8,8 @@ keys:     a request that waits in the queue across the change is computed under 
 routes:   SGLang keeps the routes of a token with its keys and values. When it drops these (`retract`, or for want of
           memory) and computes them again, the routes are of the second pass, under other weights perhaps. Those of the
           pass that sampled are kept beside the request, and go into its answer.
+ends:     an abort takes effect with the next token, whatever that is. SGLang would call an answer aborted that ends with
+          this token by itself, and it would be gone on with, after its end.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ def install() -> None:
     HookRegistry.register(f"{scheduler}.handle_generate_request", renew_key, HookType.AROUND)
     HookRegistry.register(f"{scheduler}.pause_generation", send_back_half_read, HookType.AROUND)
     HookRegistry.register(f"{managers}.schedule_batch.release_req", keep_routes, HookType.AROUND)
+    HookRegistry.register(f"{managers}.schedule_batch.Req.update_finish_state", end_by_itself, HookType.AROUND)
     collect = f"{results}.SchedulerBatchResultProcessor._maybe_collect_routed_experts"
     HookRegistry.register(collect, put_routes_back, HookType.AFTER)
 
@@ -105,3 +108,16 @@ def _put_back(request: Any, rows: Any) -> None:
     kept = getattr(request, "routes_of_sampling", None)
     if kept is not None:
         rows[: len(kept)] = kept[: len(rows)]
+
+
+def end_by_itself(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Req.update_finish_state: an answer whose last token came with an abort has ended as if there had been none."""
+    abort = request.to_finish
+    if abort is None or getattr(abort, "status_code", None) is not None or not request.output_ids:
+        return original(request, *args, **kwargs)
+    request.to_finish = None
+    result = original(request, *args, **kwargs)
+    if request.finished():
+        return result
+    request.to_finish = abort
+    return original(request, *args, **kwargs)

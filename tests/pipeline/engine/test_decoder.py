@@ -134,6 +134,15 @@ def test_a_request_that_was_aborted_before_it_ran_brings_nothing_and_one_that_ra
     assert (part.ids.tolist(), part.finish_reason) == ([5], "abort")
 
 
+@pytest.mark.parametrize(
+    ("stops", "ignore_eos", "reason"), [((5,), False, "abort"), ((6,), False, "stop"), ((6,), True, "abort")]
+)
+def test_an_abort_that_came_with_a_stop_token_is_the_end_of_the_answer(stops, ignore_eos, reason):
+    sampling = Sampling(max_new_tokens=3, temperature=1.0, stop_token_ids=stops, ignore_eos=ignore_eos)
+    part, *_ = asked(answer_of((5, 6), "abort", rows=3), sampling)
+    assert (part.ids.tolist(), part.finish_reason) == ([5, 6], reason)
+
+
 def test_a_score_that_was_aborted_or_is_of_other_tokens_is_an_error():
     aborted = {"meta_info": {"finish_reason": {"type": "abort"}}}
     with pytest.raises(AbortedError):
