@@ -8,8 +8,8 @@ keys:     a request that waits in the queue across the change is computed under 
 routes:   SGLang keeps the routes of a token with its keys and values. When it drops these (`retract`, or for want of
           memory) and computes them again, the routes are of the second pass, under other weights perhaps. Those of the
           pass that sampled are kept beside the request, and go into its answer.
-ends:     an abort takes effect with the next token, whatever that is. SGLang would call an answer aborted that ends with
-          this token by itself, and it would be gone on with, after its end.
+ends:     an abort takes effect with the next token, whatever that is. SGLang would call an answer aborted that ends by
+          itself with this token, and it would be gone on with, after its end.
 """
 
 from __future__ import annotations

@@ -187,19 +187,21 @@ def test_a_server_of_two_ranks_is_interrupted_as_one_is(preloaded, folders, mode
                 must_equal(models, rollout, over_old_kv=mode == "in_place")
 
 
-def test_an_answer_that_ends_as_it_is_aborted_has_ended_and_is_not_gone_on_with(one):
-    """Of the tokens that are in flight when an abort comes, one of eight ends its answer: about two in three aborts."""
+@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+def test_an_answer_that_ends_as_it_is_interrupted_has_ended_and_is_not_gone_on_with(one, mode):
+    """Of the tokens that are in flight when an interruption comes, one of eight ends its answer."""
     fleet, _ = one
     stops = tuple(range(0, 512, 8))
     sampling = Sampling(64, 1.0, stop_token_ids=stops)
-    sessions = [Session(fleet, [5, 6, 7], group=1) for _ in range(120)]
+    sessions = [Session(fleet, [5, 6, 7], group=1) for _ in range(60)]
+    interruptions = []
 
     async def interrupted_all_the_time():
         async with fleet:
             answers = asyncio.gather(*(session.sample(sampling) for session in sessions))
             while not answers.done():
-                async with fleet.interrupted("abort"):
-                    pass
+                async with fleet.interrupted(mode):
+                    interruptions.append(mode)
                 await asyncio.wait([answers], timeout=0.02)
             return await answers
 
@@ -207,4 +209,5 @@ def test_an_answer_that_ends_as_it_is_aborted_has_ended_and_is_not_gone_on_with(
         ends = np.isin(rollout.token_ids[3:], stops)
         assert not ends[:-1].any(), rollout.token_ids
         assert (rollout.finish_reason, len(rollout.token_ids) - 3) == ("stop", ends.argmax() + 1) or not ends.any()
-    assert sum(session.interruptions for session in sessions) > 30
+    assert len(interruptions) > 20
+    assert mode != "abort" or sum(session.interruptions for session in sessions) > 20
