@@ -54,7 +54,7 @@ def check_gpus(config: Config, gpus: int) -> None:
     if config.train.steps and config.server.tensor_parallel > gpus:
         raise TooFewGPUs(
             f"{has} and a server of server.tensor_parallel={config.server.tensor_parallel} takes so many; set that to "
-            f"{gpus} or fewer"
+            f"{gpus} or fewer, or cluster.address to that of a Ray cluster, where a server spans nodes"
         )
 
 

@@ -6,7 +6,8 @@ ranks and servers share all nodes, and a node has as many slots as GPUs, or as C
 
 Ranks fill one node after the other, so that neighbours (tensor and expert parallel groups) share a node. Servers are
 spread over the nodes that have room, so that the loss of one costs as few as possible; one whose node is gone moves to
-another that has room, then or later.
+another that has room, then or later. A server that no node holds whole spans the fewest that do, with the same share on
+each, and moves as a whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.config.server import nodes_of_server
 from pipeline.errors import SamerouteError
 
 _POLL_S = 0.5
@@ -31,41 +33,67 @@ class PlacementError(SamerouteError):
 
 @dataclass(frozen=True)
 class Placement:
-    """Ray node ids: of every trainer rank, in rank order, and of every server, which may change."""
+    """Ray node ids: of every trainer rank, in rank order, and of every server, which may change: mostly one, or all
+    that it spans, of which the first answers HTTP."""
 
     trainers: list[str]
-    servers: list[str]
+    servers: list[tuple[str, ...]]
 
 
 def place(nodes: Sequence[Mapping[str, Any]], ranks: int, servers: Sequence[int], *, gpus: bool) -> Placement:
-    """Fill the nodes with ranks in the order they are given; each server on the node that has the fewest.
+    """Fill the nodes with ranks in the order they are given; each server on the nodes that have the fewest.
 
-    nodes: as ray.nodes() gives them. servers: GPUs (or processes) of each server; one never spans nodes.
-    Raises PlacementError where they do not fit.
+    nodes: as ray.nodes() gives them. servers: GPUs (or processes) of each server. Raises PlacementError where they do
+    not fit.
     """
     free_trainer, free_rollout = _slots(nodes, gpus=gpus)
+    largest = max(free_rollout.values(), default=0)
     has = (
         f"{sum(free_trainer.values())} trainer and {sum(free_rollout.values())} rollout slots"
         if free_rollout is not free_trainer
         else f"{sum(free_trainer.values())} {'GPU' if gpus else 'CPU'}s"
     )
-
-    def take(free: dict[str, int], count: int, beside: Sequence[str] = ()) -> str:
-        fitting = [node for node, left in free.items() if left >= count]
-        if fitting:
-            node = min(fitting, key=beside.count)
-            free[node] -= count
-            return node
-        raise PlacementError(
-            f"the Ray cluster has {has} on {len(free_trainer)} nodes, which do not hold parallel.ranks={ranks} and "
-            f"{len(servers)} servers of server.tensor_parallel={max(servers, default=0)} each; change those, or the "
-            "nodes of the job"
-        )
-
-    trainers, placed = [take(free_trainer, 1) for _ in range(ranks)], list[str]()
-    for size in servers:
-        placed.append(take(free_rollout, size, placed))
+    trainers, placed = list[str](), list[tuple[str, ...]]()
+    for size in [1] * ranks + list(servers):
+        of_rank = len(trainers) < ranks
+        free = free_trainer if of_rank else free_rollout
+        taken = _take(free, size, 1 if of_rank else _span(size, largest), () if of_rank else sum(placed, ()))
+        if taken is None:
+            raise PlacementError(
+                f"the Ray cluster has {has} on {len(free_trainer)} nodes, which do not hold parallel.ranks={ranks} and "
+                f"{len(servers)} servers of server.tensor_parallel={max(servers, default=0)} each"
+                f"{_shares(max(servers, default=0), largest)}; change those, or the nodes of the job"
+            )
+        if of_rank:
+            trainers += taken
+        else:
+            placed.append(taken)
     return Placement(trainers, placed)
+
+
+def _take(free: dict[str, int], size: int, span: int, beside: Sequence[str] = ()) -> tuple[str, ...] | None:
+    """Nodes for something of so many slots on `span` nodes, which have them no longer; of those with room the ones that
+    stand in `beside` least often. None: there are too few."""
+    share = size // span
+    fitting = sorted((node for node, left in free.items() if left >= share), key=beside.count)[:span]
+    if len(fitting) < span:
+        return None
+    for node in fitting:
+        free[node] -= share
+    return tuple(fitting)
+
+
+def _span(size: int, largest: int) -> int:
+    """Nodes of a server. largest: slots of the node that has most. Raises PlacementError where it does not divide."""
+    try:
+        return nodes_of_server(size, largest)
+    except ValueError as error:
+        raise PlacementError(str(error)) from error
+
+
+def _shares(size: int, largest: int) -> str:
+    span = _span(size, largest)
+    return "" if span == 1 else f", {size // span} on each of {span} nodes"
 
 
 def _slots(nodes: Sequence[Mapping[str, Any]], *, gpus: bool) -> tuple[dict[str, int], dict[str, int]]:
@@ -79,22 +107,25 @@ def _slots(nodes: Sequence[Mapping[str, Any]], *, gpus: bool) -> tuple[dict[str,
     return trainer, rollout if apart else trainer
 
 
-def another_node(
+def other_nodes(
     nodes: Sequence[Mapping[str, Any]], placement: Placement, number: int, sizes: Sequence[int], *, gpus: bool
-) -> str | None:
-    """For a server whose own node is gone: one with the room that the ranks and the other servers leave, None where
-    there is none.
+) -> tuple[str, ...] | None:
+    """For a server of which a node is gone: those with the room that the ranks and the other servers leave, None where
+    there are too few.
 
     nodes, sizes: as `place` takes them, the nodes as they are now. number: of the server.
     """
     of_ranks, free = _slots(nodes, gpus=gpus)
-    others = [placed for i, placed in enumerate(zip(placement.servers, sizes, strict=True)) if i != number]
-    ranks = [(node, 1) for node in placement.trainers] if of_ranks is free else []
-    for node, size in others + ranks:
+    beside = list[str]()
+    for other, (placed, size) in enumerate(zip(placement.servers, sizes, strict=True)):
+        for node in placed if other != number else ():
+            beside.append(node)
+            if node in free:
+                free[node] -= size // len(placed)
+    for node in placement.trainers if of_ranks is free else ():
         if node in free:
-            free[node] -= size
-    fitting = [node for node, left in free.items() if left >= sizes[number]]
-    return min(fitting, key=[node for node, _ in others].count, default=None)
+            free[node] -= 1
+    return _take(free, sizes[number], len(placement.servers[number]), beside)
 
 
 def wait_and_place(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.config.server import servers_beside
 from pipeline.errors import FAILED, NOT_STARTED, SamerouteError
 
 if TYPE_CHECKING:
@@ -86,11 +87,11 @@ def render(config: Config, job: SlurmJob) -> str:
     """The job script. Raises LaunchError for nodes that do not hold the run."""
     if job.job == "sft" and not config.supervised.steps:
         raise LaunchError("there are no supervised steps; set supervised.steps")
-    if config.cluster.colocated and job.job == "train":
+    turns = config.cluster.colocated and job.job == "train"
+    if turns and ((job.nodes or 1) > 1 or job.rollout_nodes or job.rollout_partition):
         raise LaunchError(
-            "cluster.colocated takes turns on one machine, and a job runs on a Ray cluster; start the run on a node "
-            f"(srun --nodes 1 --exclusive sameroute train {job.config}), or set cluster.colocated=false and fewer "
-            "parallel.ranks"
+            "cluster.colocated takes turns on one machine; leave out --nodes and --rollout-nodes, or set "
+            "cluster.colocated=false"
         )
     if job.runtime != "bare" and not job.image:
         raise LaunchError(f"--runtime {job.runtime} needs --image, a path or an address")
@@ -123,16 +124,17 @@ def render(config: Config, job: SlurmJob) -> str:
     arguments = [str(job.config.resolve()), *job.overrides]
     if servers is not None and config.server.replicas is None:
         arguments.append(f"server.replicas={servers}")
-    given = _variables(job, rollout_nodes=0 if mixed else rollout_nodes)
+    given = _variables(job, rollout_nodes=0 if mixed else rollout_nodes, own_ray=turns)
     header = ["#!/bin/bash", f"# Written by `sameroute launch slurm {job.config}`.", *directives, ""]
     return "\n".join([*header, *given, f"set -- {shlex.join(arguments)}", *lines[start:], ""])
 
 
-def _variables(job: SlurmJob, *, rollout_nodes: int) -> list[str]:
-    """What the scripts of scripts/slurm/ read."""
+def _variables(job: SlurmJob, *, rollout_nodes: int, own_ray: bool) -> list[str]:
+    """What the scripts of scripts/slurm/ read. own_ray: the run joins no cluster."""
     variables = {
         "SAMEROUTE_ROOT": ROOT,
         "SAMEROUTE_ROLLOUT_NODES": rollout_nodes,
+        "SAMEROUTE_OWN_RAY": "1" if own_ray else None,
         "SAMEROUTE_RUNTIME": job.runtime,
         "SAMEROUTE_IMAGE": job.image,
         "SAMEROUTE_MOUNTS": job.mounts,
@@ -179,9 +181,16 @@ def _servers(config: Config, job: SlurmJob, nodes: int, gpus: int, rollout_nodes
             f"parallel.ranks={ranks} needs more than the {trainer} GPUs of {nodes - rollout_nodes} trainer nodes; "
             "raise --nodes or lower --rollout-nodes"
         )
-    if job.job == "sft":
+    if job.job == "sft" or config.cluster.colocated:
         return None
-    left = rollout_nodes * (rollout_gpus // size) if rollout_nodes else (trainer - ranks) // size
+    if size > rollout_gpus:
+        whole = rollout_nodes or nodes - math.ceil(ranks / gpus)
+        try:
+            left = servers_beside(whole * rollout_gpus, size, rollout_gpus)
+        except ValueError as error:
+            raise LaunchError(str(error)) from error
+    else:
+        left = rollout_nodes * (rollout_gpus // size) if rollout_nodes else (trainer - ranks) // size
     if left < (config.server.replicas or 1):
         raise LaunchError(
             f"{nodes} nodes with parallel.ranks={ranks} have room for {left} servers of server.tensor_parallel={size}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
@@ -16,6 +17,7 @@ DEFAULT_CONTEXT = 4096
 _KEYS = "a run makes keys of its own for its servers, which no list of processes shows"
 _UNGUARDED = "SGLang answers there without asking for a key"
 _BESIDE = "it has a field of its own"
+_SPANS = "a server with more GPUs than a node (server.tensor_parallel) is started on several"
 _REFUSED = {
     "--moe-runner-backend": f"{_BESIDE}, server.moe_runner",
     "--attention-backend": f"{_BESIDE}, server.attention_backend",
@@ -25,6 +27,9 @@ _REFUSED = {
     "--admin-api-key": _KEYS,
     "--grpc-port": _UNGUARDED,
     "--tokenizer-worker-num": _UNGUARDED,
+    "--nnodes": _SPANS,
+    "--node-rank": _SPANS,
+    "--dist-init-addr": _SPANS,
 }
 _LENGTH_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
 
@@ -45,7 +50,12 @@ class ServerConfig(Frozen):
         ge=1,
         description="servers; null: as many as the GPUs beside the trainer hold, at least one",
     )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs (or processes, on the CPU) that hold one copy of the model")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="GPUs (or processes, on the CPU) that hold one copy of the model; more than a machine has: the "
+        "server spans machines, with as many GPUs on each",
+    )
     max_running_requests: int = Field(256, ge=1, description="requests decoded together; more wait in a queue")
     max_total_tokens: int | None = Field(
         None,
@@ -117,6 +127,26 @@ class ServerConfig(Frozen):
             if name in _REFUSED:
                 raise ValueError(f"{name} cannot be given: {_REFUSED[name]}; leave it out")
         return arguments
+
+
+def nodes_of_server(size: int, slots: int) -> int:
+    """The fewest machines that hold a server of so many GPUs (or processes). slots: of a machine.
+
+    Raises ValueError where it has not the same number on each.
+    """
+    nodes = math.ceil(size / max(1, slots)) or 1
+    if size % nodes:
+        lower = slots * (nodes - 1)
+        raise ValueError(
+            f"server.tensor_parallel={size} does not divide among the {nodes} machines of {slots} that it takes; set "
+            f"{lower} or {slots * nodes}"
+        )
+    return nodes
+
+
+def servers_beside(left: int, size: int, slots: int) -> int:
+    """Servers for which there is room. left: GPUs that no other engine takes. size: a server's. slots: a machine's."""
+    return left // size if size <= slots else left // slots // nodes_of_server(size, slots)
 
 
 def request_tokens(prompt: int, answer: int) -> int:

@@ -29,7 +29,7 @@ from pipeline.config.run import (
     SupervisedConfig,
     TrainConfig,
 )
-from pipeline.config.server import CAPTURING, ServerConfig, request_tokens
+from pipeline.config.server import CAPTURING, ServerConfig, nodes_of_server, request_tokens, servers_beside
 from pipeline.config.sources import RowsConfig, asked_of
 from pipeline.config.sources.evaluation import EvaluationSet
 from pipeline.config.weights import WeightsConfig
@@ -135,15 +135,8 @@ class Config(Frozen):
                 "a group of one rollout has no advantage over itself; set rollout.samples_per_prompt to at least 2, or "
                 "objective.advantage to gae or batch_std"
             )
-        server = self.server.tensor_parallel if self.train.steps else 0  # supervised steps alone start none
-        if self.cluster.gpu is not None and self.rollout_gpus < server:
-            cluster = self.cluster
-            raise ValueError(
-                f"{cluster.nodes} x {cluster.gpus_per_node} GPUs less parallel.ranks={self.parallel.ranks}"
-                f"{f' and {self.teacher_gpus} of the teacher' if self.teacher_gpus else ''} leave "
-                f"{self.rollout_gpus} for a server of server.tensor_parallel={server}; set cluster.nodes higher or "
-                "parallel.ranks lower"
-            )
+        if self.cluster.gpu is not None and self.train.steps:  # supervised steps alone start no server
+            self._check_room()
         check_memory(self.rewards, self.grading)
         if self.rollout.max_staleness and not self.objective.guards_staleness:
             raise ValueError(
@@ -172,6 +165,24 @@ class Config(Frozen):
         if self.model.tiny is not None:
             self.parallel.check_model(describe(self.model.tiny.hf_config()))
         return self
+
+    def _check_room(self) -> None:
+        """Raise ValueError where the trainer leaves no room for a server, or that has no way for its weights."""
+        cluster, size = self.cluster, self.server.tensor_parallel
+        span = nodes_of_server(size, cluster.gpus_per_node)
+        if not servers_beside(self.rollout_gpus, size, cluster.gpus_per_node):
+            raise ValueError(
+                f"{cluster.nodes} x {cluster.gpus_per_node} GPUs less parallel.ranks={self.parallel.ranks}"
+                f"{f' and {self.teacher_gpus} of the teacher' if self.teacher_gpus else ''} leave "
+                f"{self.rollout_gpus} for a server of server.tensor_parallel={size}"
+                f"{f', which spans {span} machines' if span > 1 else ''}; set cluster.nodes higher or "
+                "parallel.ranks lower"
+            )
+        if span > 1 and self.weights.transport == "shared_memory":
+            raise ValueError(
+                f"weights.transport=shared_memory reaches one machine, and a server of server.tensor_parallel={size} "
+                f"spans {span}; set weights.transport=distributed"
+            )
 
     def check_server_kernels(self) -> None:
         """Raise ValueError where SGLang on GPUs would not tell the experts, or would round as the trainer does not."""

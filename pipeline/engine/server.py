@@ -38,7 +38,7 @@ from pipeline.waiting import START_S, Waiting
 
 CPU_ATTENTION_BACKEND = "sameroute_cpu"
 _CPU_TOTAL_TOKENS = 65_536
-_FREE_PORTS = range(20_000, 32_000)
+FREE_PORTS = range(20_000, 32_000)
 CPU_STUBS = Path(__file__).parent / "inside" / "cpu" / "stub"
 _LOG_TAIL_LINES = 30
 _START_S, _START_S_PER_GB = 600.0, 3.0  # a file system of many readers gives each a third of a GB a second at least
@@ -380,7 +380,7 @@ def reserve_port(host: str, port: int | None) -> int:
     The server binds it only seconds later, so a free one is taken from below the range that the kernel hands out to
     whoever asks (32768 on Linux) and above Ray's (10002 to 19999): nobody else takes it meanwhile by chance.
     """
-    candidates = [port] if port is not None else random.sample(_FREE_PORTS, 50)
+    candidates = [port] if port is not None else random.sample(FREE_PORTS, 50)
     for candidate in candidates:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -19,16 +19,16 @@ from pipeline.cluster.colocation import Colocated
 from pipeline.cluster.nccl import nccl_environment
 from pipeline.cluster.object_store import object_store_gb
 from pipeline.cluster.one_machine import check_gpus, memory_share, places_of_servers
-from pipeline.cluster.placement import Placement, PlacementError, another_node, wait_and_place
+from pipeline.cluster.placement import Placement, PlacementError, other_nodes, wait_and_place
 from pipeline.cluster.ray_session import ray_session
 from pipeline.cluster.threads import with_threads
 from pipeline.config import Config
-from pipeline.config.server import ServerConfig
+from pipeline.config.server import ServerConfig, servers_beside
 from pipeline.config.weights import WeightsConfig
 from pipeline.engine.client import SGLangClient
 from pipeline.engine.fleet import Fleet, FleetServer, ServerProcess
 from pipeline.engine.keys import ServerKeys
-from pipeline.engine.remote import RemoteServer
+from pipeline.engine.nodes.remote import RemoteServer
 from pipeline.engine.samplers.stored_client import through_samplers
 from pipeline.engine.server import ServerError, SGLangServer
 from pipeline.engine.teaching.teacher_fleet import TeacherFleet
@@ -311,14 +311,14 @@ def _processes(
 
 
 def _on_nodes(config: Config, servers: list[SGLangServer], placement: Placement, gpus: int) -> list[RemoteServer]:
-    """The servers, each for the node where it is placed, or another where that is lost; not started."""
+    """The servers, each for the nodes where it is placed, or others where one is lost; not started."""
     sizes = [server.config.tensor_parallel for server in servers]
 
-    def another(number: int) -> str | None:
-        node = another_node(ray.nodes(), placement, number, sizes, gpus=gpus > 0)
-        if node is not None:
-            placement.servers[number] = node
-        return node
+    def another(number: int) -> tuple[str, ...] | None:
+        nodes = other_nodes(ray.nodes(), placement, number, sizes, gpus=gpus > 0)
+        if nodes is not None:
+            placement.servers[number] = nodes
+        return nodes
 
     return [
         RemoteServer(
@@ -343,7 +343,8 @@ def server_count(config: Config, gpus: int) -> int:
         beside = config.rollout_gpus
         if config.cluster.address is None:
             beside = gpus - config.parallel.ranks * (not config.cluster.colocated) - config.teacher_gpus
-        count = max(1, beside // config.server.tensor_parallel)
+        per_node = gpus if config.cluster.address is None else config.cluster.gpus_per_node
+        count = max(1, servers_beside(beside, config.server.tensor_parallel, per_node))
     if count > 1 and config.server.port is not None and config.cluster.address is None:
         raise ServerError(
             f"{count} servers on one machine cannot all listen on port {config.server.port}; set server.port=null, "

@@ -52,9 +52,10 @@ class Efficiency:
     decode:      of memory bandwidth while sampling. With 0.45 the steps that NeMo-RL publishes are met within 25%
                  (docs/plan.md); it is what one server family reached, not a measurement of SGLang.
     prefill:     of FLOP/s while prompts are read.
-    network:     of one adapter's bandwidth, or NVLink's, while weights are sent.
+    network:     of one adapter's bandwidth, or NVLink's, while weights are sent, or a server's machines add up.
     host_adam:   bytes/s that Adam on the CPU moves for one rank, where the optimizer is offloaded.
     launch_s:    a layer of a decoding step that is too small to fill a GPU: its kernels and two all-reduces.
+    hop_s:       an all-reduce between machines, however little it carries.
     skew:        tokens of the busiest expert-parallel rank, by the mean.
     reserve:     bytes of a GPU that tensors cannot have: CUDA context, NCCL's buffers, cuBLAS workspaces.
     asleep:      bytes of a GPU that an engine keeps whose turn it is not: CUDA context, communicators.
@@ -68,6 +69,7 @@ class Efficiency:
     network: float = 0.50
     host_adam: float = 40e9
     launch_s: float = 40e-6
+    hop_s: float = 30e-6
     skew: float = 1.25
     reserve: float = 4 * GIB
     asleep: float = 3 * GIB

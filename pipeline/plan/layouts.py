@@ -31,8 +31,10 @@ class Proposal:
 
 def nearest(plan: Plan, mean_response: float | None = None) -> Proposal | None:
     """The nearest layout that fits on the same kind of GPU, or None where none of those looked at does."""
-    servers = [t for t in _server_sizes(plan.config) if _server_fits(plan, t, mean_response)]
-    variants = sorted(_variants(plan.config, plan.model, servers), key=lambda v: v[0])
+    within, spanning = _server_sizes(plan.config, plan.model)
+    servers = [t for t in within if _server_fits(plan, t, mean_response)]
+    servers = servers or [t for t in spanning if _server_fits(plan, t, mean_response)]
+    variants = sorted(_variants(plan.config, plan.model, servers, _contexts(plan)), key=lambda v: v[0])
     for _, config in variants:
         try:
             candidate = make_plan(config, plan.model, plan.gpu.name, mean_response=mean_response, quick=True)
@@ -44,8 +46,11 @@ def nearest(plan: Plan, mean_response: float | None = None) -> Proposal | None:
     return None
 
 
-def _server_sizes(config: Config) -> list[int]:
-    return [t for t in (1, 2, 4, 8) if config.server.tensor_parallel <= t <= config.cluster.gpus_per_node]
+def _server_sizes(config: Config, model: ModelDescription) -> tuple[list[int], list[int]]:
+    """(On one machine, on several): GPUs of a server."""
+    least, machine = config.server.tensor_parallel, config.cluster.gpus_per_node
+    several = [machine * n for n in (2, 4, 8) if not config.cluster.colocated and model.heads % (machine * n) == 0]
+    return [t for t in (1, 2, 4, 8) if least <= t <= machine], [t for t in several if least <= t]
 
 
 def _server_fits(plan: Plan, gpus: int, mean_response: float | None) -> bool:
@@ -66,7 +71,16 @@ def differences(old: Config, new: Config) -> Iterator[str]:
                 yield f"{section}.{name}={text}"
 
 
-def _variants(config: Config, model: ModelDescription, servers: list[int]) -> Iterator[tuple[float, Config]]:
+def _contexts(plan: Plan) -> list[int]:
+    """Ranks that share a sequence: more where its activations are a large part of what a rank holds."""
+    now = plan.config.parallel.context
+    large = plan.memory.activations + plan.memory.head > plan.gpu.memory / 4
+    return [now * times for times in ((1, 2, 4, 8) if large else (1,))]
+
+
+def _variants(
+    config: Config, model: ModelDescription, servers: list[int], contexts: list[int]
+) -> Iterator[tuple[float, Config]]:
     old = config.parallel
     heads = math.gcd(model.heads, model.kv_heads)
     tensors = [t for t in (1, 2, 4, 8) if heads % t == 0]
@@ -77,12 +91,12 @@ def _variants(config: Config, model: ModelDescription, servers: list[int]) -> It
     offloads = [config.trainer.offload_optimizer] + (
         [True] if config.precision.weights == "bfloat16" and not config.trainer.offload_optimizer else []
     )
-    for times, share, t, p, e, s, recompute, offload in itertools.product(
-        _TIMES_NODES, shares, tensors, pipelines, experts, servers, recomputes, offloads
+    for times, share, t, p, e, c, s, recompute, offload in itertools.product(
+        _TIMES_NODES, shares, tensors, pipelines, experts, contexts, servers, recomputes, offloads
     ):
         nodes = config.cluster.nodes * times
         ranks = int(nodes * config.cluster.gpus_per_node * min(share, 1.0))
-        if ranks < 1 or ranks % (t * p * old.context) or ranks % (e * p):
+        if ranks < 1 or ranks % (t * p * c) or ranks % (e * p):
             continue
         cluster = {"nodes": nodes, "colocated": config.cluster.colocated and times == 1}  # turns are of one machine
         cost = (
@@ -91,6 +105,7 @@ def _variants(config: Config, model: ModelDescription, servers: list[int]) -> It
             + 2 * (recompute != config.trainer.recompute)
             + abs(math.log2(t / old.tensor))
             + abs(math.log2(p / old.pipeline))
+            + 0.9 * abs(math.log2(c / old.context))
             + 0.5 * abs(math.log2(e / old.expert))
             + 0.5 * abs(math.log2(s / config.server.tensor_parallel))
             + abs(math.log2(ranks / old.ranks / times))
@@ -100,7 +115,7 @@ def _variants(config: Config, model: ModelDescription, servers: list[int]) -> It
             "tensor": t,
             "sequence": t > 1,
             "pipeline": p,
-            "context": old.context,
+            "context": c,
             "expert": e,
             "expert_tensor": 1 if t > 1 else old.expert_tensor,
         } | _ends(model.num_layers, p)

@@ -29,7 +29,8 @@ from pipeline.plan.hardware import EFFICIENCY, Efficiency
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. host: in the machine's memory. others: all that reference, teacher and critic hold."""
+    """Bytes of one rank. host: in the machine's memory. others: all that reference, teacher and critic hold. routes:
+    that are replayed."""
 
     weights: float
     gradients: float
@@ -40,12 +41,12 @@ class Memory:
     overhead: float
     host: float
     stage: int
+    routes: float = 0.0
 
     @property
     def total(self) -> float:
-        return (
-            self.weights + self.gradients + self.optimizer + self.others + self.activations + self.head + self.overhead
-        )
+        engines = self.weights + self.gradients + self.optimizer + self.others
+        return engines + self.activations + self.routes + self.head + self.overhead
 
     def by_name(self) -> dict[str, float]:
         """The bytes on the device, by the names of `sameroute plan --json`."""
@@ -55,6 +56,7 @@ class Memory:
             "optimizer": self.optimizer,
             "reference_and_critic": self.others,
             "activations": self.activations,
+            "routes": self.routes,
             "lm_head": self.head,
             "overhead": self.overhead,
             "total": self.total,
@@ -228,6 +230,7 @@ def rank_memory(
     critic: bool = False,
     lora: LoraConfig | None = None,
     teacher: ModelDescription | None = None,
+    replay: bool = False,
     efficiency: Efficiency = EFFICIENCY,
 ) -> Memory:
     """A rank of a pipeline stage on a GPU. tokens: of the largest micro-batch, over all context ranks.
@@ -257,9 +260,17 @@ def rank_memory(
         model, parallel, trainer, precision, tokens, stage=stage, micro_batches=micro_batches, skew=efficiency.skew
     )
     at_head = head(model, parallel, precision, tokens, frozen=lora is not None) if last else 0.0
-    held = weights + gradients + optimizer + others + kept + at_head
+    routes = replayed(model, parallel, tokens, stage) * in_flight(parallel, stage, micro_batches) if replay else 0.0
+    held = weights + gradients + optimizer + others + kept + routes + at_head
     overhead = efficiency.reserve + efficiency.fragments * held
-    return Memory(weights, gradients, optimizer, others, kept, at_head, overhead, host, stage)
+    return Memory(weights, gradients, optimizer, others, kept, at_head, overhead, host, stage, routes)
+
+
+def replayed(model: ModelDescription, parallel: ParallelConfig, tokens: float, stage: int) -> float:
+    """Bytes of a micro-batch's routes on a rank: int64, of its own tokens and the routers of its stage. tokens: over
+    all context ranks."""
+    routers = sum(layer in model.moe_layers for layer in stage_layers(model, parallel, stage))
+    return 8.0 * model.topk * routers * tokens / parallel.context / (parallel.tensor if parallel.sequence else 1)
 
 
 def worst_rank(model: ModelDescription, parallel: ParallelConfig, *args: Any, **settings: Any) -> Memory:

@@ -19,12 +19,14 @@ from megatron_ext.hf.description import ModelDescription, read_description
 from pipeline.config import Config
 from pipeline.config.file import ConfigError
 from pipeline.config.run import COLOCATED_FRACTION
+from pipeline.config.server import nodes_of_server, servers_beside
 from pipeline.plan.beside import Pace, follow
 from pipeline.plan.by_turns import Turns, sent_s, too_little, turns_of
 from pipeline.plan.counts import flops
 from pipeline.plan.counts.adapters import trained_count
 from pipeline.plan.counts.parameters import active, total
 from pipeline.plan.hardware import EFFICIENCY, GIB, GPU, GPUS, Efficiency
+from pipeline.plan.longest import BASE64, Longest, longest_of
 from pipeline.plan.memory import Memory, item_bytes, worst_rank
 from pipeline.plan.sampling import Lengths, Sampling, Server, sample, server
 from pipeline.plan.weight_transfer import WeightTransfer, weight_transfer
@@ -77,6 +79,7 @@ class Plan:
     expert_tokens: see `expert_tokens`.
     weights:       sent once a step.
     route_bytes:   of a step's routes as they are kept and go to the trainer; route_wire_bytes: in the servers' answers.
+    longest:       what the longest sequence takes.
     turns:         where trainer and servers take turns on their GPUs.
     reasons:       why it cannot run, a sentence each; empty: it fits.
     """
@@ -98,6 +101,7 @@ class Plan:
     weights: WeightTransfer
     route_bytes: float
     route_wire_bytes: float
+    longest: Longest
     seconds: Seconds
     turns: Turns | None
     reasons: tuple[str, ...]
@@ -150,7 +154,8 @@ def make_plan(
     work = step_work(config, model, prompt + answers)
     memory = trainer_memory(config, model, work.micro_batches, efficiency)
     one = server_of(config, model, card, prompt + float(answers.mean()) / 2, efficiency)
-    servers = config.server.replicas or max(1, config.rollout_gpus // config.server.tensor_parallel)
+    beside = servers_beside(config.rollout_gpus, config.server.tensor_parallel, config.cluster.gpus_per_node)
+    servers = config.server.replicas or max(1, beside)
     sampling = Sampling(math.inf, 0.0, math.inf, math.inf)
     if one.fits and not quick:
         sampling = sample(answers, servers, one, prompt)
@@ -170,6 +175,7 @@ def make_plan(
         seconds = replace(seconds, pace=pace_of(config, lengths, servers, one, prompt, seconds))
     replay = config.replay.of_model(model.num_experts)
     routes = work.tokens * model.num_layers * model.topk if replay.any else 0.0
+    kept = routes * np.dtype(route_dtype(model.num_experts)).itemsize
     return Plan(
         config=config,
         model=model,
@@ -186,8 +192,9 @@ def make_plan(
         bubble=bubble(parallel, work.micro_batches),
         expert_tokens=expert_tokens(config, model),
         weights=sent,
-        route_bytes=routes * np.dtype(route_dtype(model.num_experts)).itemsize,
-        route_wire_bytes=routes * 4 * 4 / 3 if replay.from_server else 0.0,  # int32 in base64
+        route_bytes=kept,
+        route_wire_bytes=kept * BASE64 if replay.from_server else 0.0,
+        longest=longest_of(config, model, one, servers),
         seconds=seconds,
         turns=turns,
         reasons=tuple(_reasons(config, card, memory, one, turns, efficiency)),
@@ -263,6 +270,7 @@ def trainer_memory(config: Config, model: ModelDescription, micro_batches: int, 
         critic=objective.needs_critic,
         lora=config.lora,
         teacher=teacher_of(config),
+        replay=config.replay.of_model(model.num_experts).any,
         efficiency=efficiency,
     )
     asleep = efficiency.asleep if config.cluster.colocated else 0.0
@@ -275,6 +283,7 @@ def server_of(config: Config, model: ModelDescription, card: GPU, tokens_each: f
         model,
         card,
         tp=config.server.tensor_parallel,
+        machines=nodes_of_server(config.server.tensor_parallel, config.cluster.gpus_per_node),
         weight_bytes=item_bytes(config.precision),
         cache_bytes=cache_bytes(config),
         tokens_each=tokens_each,
@@ -326,16 +335,13 @@ def _reasons(
     if turns is not None:
         yield from too_little(turns, memory, server_share(config, efficiency), card, efficiency)
     servers, size = config.server.replicas or 1, config.server.tensor_parallel
-    if config.rollout_gpus < servers * size:
+    machine = config.cluster.gpus_per_node
+    if servers_beside(config.rollout_gpus, size, machine) < servers:
         takes = f"a server takes {size}" if servers == 1 else f"{servers} servers take {size} each"
+        whole = f", on {nodes_of_server(size, machine)} whole machines each" if size > machine else ""
         yield (
-            f"{config.cluster.nodes} x {config.cluster.gpus_per_node} GPUs less {config.parallel.ranks} of the trainer "
-            f"leave {config.rollout_gpus}, and {takes}"
-        )
-    if config.server.tensor_parallel > config.cluster.gpus_per_node:
-        yield (
-            f"a server of server.tensor_parallel={config.server.tensor_parallel} would span machines of "
-            f"{config.cluster.gpus_per_node} GPUs, and one is started on one machine"
+            f"{config.cluster.nodes} x {machine} GPUs less {config.parallel.ranks} of the trainer "
+            f"leave {config.rollout_gpus}, and {takes}{whole}"
         )
     if memory.total > card.memory:
         yield (

@@ -5,8 +5,10 @@ A decoding step of B sequences on one server of `tp` GPUs reads the weights that
     bytes = W_dense + W_expert E (1 - (1 - k/E)^B) + B c kv        E (1 - (1 - k/E)^B) distinct experts of B draws of k
     time  = max(bytes / (bandwidth), FLOPs / (FLOP/s)) + layers * launch
 
-It is bound by bandwidth until hundreds of sequences run at once (the roofline of 2211.05102, section 2). Answers end
-one by one, the batch shrinks, and the longest of them sets the end: `generate` follows that event by event.
+Where it spans m machines, the two all-reduces of a layer move 2 (m-1)/m B hidden values between them, over the adapters
+of a machine's GPUs at once, and wait each time for the network. It is bound by bandwidth until hundreds of sequences
+run at once (the roofline of 2211.05102, section 2). Answers end one by one, the batch shrinks, and the longest of them
+sets the end: `generate` follows that event by event.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ def server(
     gpu: GPU,
     *,
     tp: int,
+    machines: int = 1,
     weight_bytes: float,
     cache_bytes: float,
     tokens_each: float,
@@ -77,7 +80,7 @@ def server(
     static: float = EFFICIENCY.static,
     efficiency: Efficiency = EFFICIENCY,
 ) -> Server:
-    """A server of `tp` GPUs.
+    """A server of `tp` GPUs on so many machines.
 
     weight_bytes, cache_bytes: of a parameter, of an element of KV.
     tokens_each: of a running sequence on average, prompt and answer.  longest: of one, at most.
@@ -109,10 +112,16 @@ def server(
         read = weight_bytes * (head + dense + met * of_experts) / tp + batch * (context * per_token + 2 * state)
         work = batch * (each + 2 * context * square) / tp
         busy = max(read / (gpu.bandwidth * efficiency.decode), work / (peak * efficiency.prefill))
-        return busy + model.num_layers * efficiency.launch_s
+        return busy + model.num_layers * efficiency.launch_s + between_s(batch)
 
     def prefill_s(prompt: float) -> float:
-        return (each * prompt + square * prompt**2) / (tp * peak * efficiency.prefill)
+        return (each * prompt + square * prompt**2) / (tp * peak * efficiency.prefill) + between_s(prompt)
+
+    def between_s(tokens: float) -> float:
+        if machines == 1:
+            return 0.0
+        moved = 2 * (machines - 1) / machines * tokens * model.hidden * weight_bytes / (tp / machines)
+        return 2 * model.num_layers * (efficiency.hop_s + moved / (gpu.network * efficiency.network))
 
     return Server(tp, weights, cache, cache_tokens, sequences, step_s, prefill_s)
 

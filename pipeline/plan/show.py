@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config
+from pipeline.config.server import nodes_of_server
 from pipeline.plan.hardware import GIB
 from pipeline.plan.layouts import Proposal
+from pipeline.plan.longest import LONG
 from pipeline.plan.plan import Plan
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 Row = tuple[str, str, str]
 
 
@@ -72,6 +74,11 @@ def as_json(plan: Plan, proposal: Proposal | None) -> dict[str, Any]:
             "route_wire_bytes": plan.route_wire_bytes,
         },
     }
+    long = plan.longest
+    out["longest"] = {
+        "tokens": long.tokens, "at_once": long.at_once, "asked": long.asked, "route_bytes": long.routes,
+        "route_wire_bytes": long.wire, "server_route_table_bytes": long.table,
+    }  # fmt: skip
     if plan.server.fits:
         out["seconds"] = {
             "rollout": s.rollout, "logprobs": s.logprobs, "update": s.update, "sync": s.sync, "turns": s.turns,
@@ -98,7 +105,7 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = 
     console.print(
         f"[bold]{plan.model.model_type}[/]: {plan.total:,} parameters, {plan.active:,} active{_of_adapters(plan)}; "
         f"{config.cluster.nodes} x {config.cluster.gpus_per_node} {plan.gpu.name}; trainer {layout_of(config)}; "
-        f"servers: {plan.servers}, GPUs of each: {plan.server.gpus}"
+        f"servers: {plan.servers}, GPUs of each: {plan.server.gpus}{_of_machines(plan)}"
     )
     stage = plan.memory.stage
     console.print(table(f"Memory of a trainer rank, GiB (stage {stage}, which holds most)", _trainer_rows(plan)))
@@ -109,6 +116,8 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = 
     if plan.server.fits:
         title = "Seconds of a step, from assumed efficiencies (docs/plan.md)"
         console.print(table(title, _seconds_rows(plan)))
+    if plan.longest.tokens >= LONG:
+        console.print(table(f"The longest sequence, {plan.longest.tokens:,} tokens", _longest_rows(plan)))
     for reason in plan.reasons:
         console.print(f"[bold red]does not fit:[/] {reason}.", highlight=False)
     if proposal is not None:
@@ -116,6 +125,11 @@ def print_plan(plan: Plan, proposal: Proposal | None, console: Console | None = 
         console.print("    " + " ".join(proposal.overrides), highlight=False, soft_wrap=True)
     elif plan.reasons:
         console.print("No layout that was looked at fits, up to 32 times as many nodes.")
+
+
+def _of_machines(plan: Plan) -> str:
+    machines = nodes_of_server(plan.server.gpus, plan.config.cluster.gpus_per_node)
+    return f" on {machines} machines" if machines > 1 else ""
 
 
 def _of_adapters(plan: Plan) -> str:
@@ -131,6 +145,7 @@ def _trainer_rows(plan: Plan) -> list[Row]:
         ("optimizer", gib(m.optimizer), f"{gib(m.host)} in the machine's memory" if m.host else "float32"),
         ("reference, teacher, critic", gib(m.others), ""),
         ("activations", gib(m.activations), f"recompute {config.trainer.recompute}"),
+        *([("routes to replay", gib(m.routes), "int64")] if m.routes else []),
         ("LM head", gib(m.head), "no logits are kept"),
         ("reserve, fragments", gib(m.overhead), assumed),
         ("[bold]total[/]", f"[bold]{gib(m.total)}[/]", f"of {gib(plan.gpu.memory)}"),
@@ -158,6 +173,17 @@ def _step_rows(plan: Plan) -> list[Row]:
         ("weights sent", f"{sent.nbytes / GB:.1f} GB", f"once a step, at most {sent.by_sender / GB:.1f} by a rank"),
         ("routes", f"{plan.route_bytes / GB:.2f} GB", f"{plan.route_wire_bytes / GB:.2f} GB in the answers"),
     ]
+
+
+def _longest_rows(plan: Plan) -> list[Row]:
+    one = plan.longest
+    rows = [("at once", f"{one.at_once:,}", f"fill a server's cache; it is asked for {one.asked:,.0f}")]
+    if plan.server.fits:
+        rows.append(("seconds of its answer", f"{one.seconds:,.0f}", "at least: token by token, alone on a server"))
+    if one.routes:
+        rows.append(("its routes", f"{one.routes / MB:,.1f} MB", f"{one.wire / MB:,.1f} MB in its answer"))
+        rows.append(("routes of the cache", f"{one.table / GB:.2f} GB", "of the machine's memory, a rank of a server"))
+    return rows
 
 
 def _seconds_rows(plan: Plan) -> list[Row]:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_ext.hf.bucket import Bucket
 from megatron_ext.meeting import tcp_store
+from pipeline.engine.control import SGLangControl
 from pipeline.weights.board import Board, Failure, Meeting, Round, Tensors
 from pipeline.weights.broadcast_group import BroadcastGroup, wait
 from pipeline.weights.servers import Servers, WeightCheckError, WeightTransferError
@@ -88,11 +89,16 @@ def make_transport(
     """device: "cpu" or "cuda", of the weights. senders: trainer ranks, rank 0 first; through shared memory it is the
     only one. auto: shared memory where this machine runs every server."""
     if kind == "auto":
-        local = all(_own_address(control.url) == _host(control.url) for control in servers.controls)
-        kind = "shared_memory" if local else "distributed"
+        kind = "shared_memory" if all(_on_this_machine(servers, c) for c in servers.controls) else "distributed"
     many = f" from {len(senders)} ranks" if kind == "distributed" and len(senders) > 1 else ""
     logger.warning("weights go to %s by %s%s", ", ".join(c.url for c in servers.controls), kind, many)
     return SharedMemory(servers, device) if kind == "shared_memory" else Distributed(servers, device, senders)
+
+
+def _on_this_machine(servers: Servers, control: SGLangControl) -> bool:
+    """Whether it runs every rank of a server. Raises WeightTransferError where that does not say."""
+    here = _own_address(control.url) == _host(control.url)
+    return here and int(servers.guard(control, control.server_info)["nnodes"]) == 1
 
 
 def flat_bytes(bucket: Bucket) -> Tensor:
@@ -275,7 +281,14 @@ class SharedMemory(Transport):
         self.sizes: list[int] = []
 
     def connect(self) -> None:
-        self.sizes = [int(self.servers.guard(c, c.server_info)["tp_size"]) for c in self.servers.controls]
+        told = [(control, self.servers.guard(control, control.server_info)) for control in self.servers.controls]
+        for control, info in told:
+            if int(info["nnodes"]) > 1:
+                raise WeightTransferError(
+                    f"weights.transport=shared_memory reaches one machine, and {control.url} spans {info['nnodes']}; "
+                    "set weights.transport=distributed"
+                )
+        self.sizes = [int(info["tp_size"]) for _, info in told]
         if self.device == "cuda":
             # CUDA numbers devices by what a process sees; SGLang's handles name them by UUID.
             from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions

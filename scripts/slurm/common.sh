@@ -5,7 +5,7 @@
 #     source "${SAMEROUTE_ROOT:=$SLURM_SUBMIT_DIR}/scripts/slurm/common.sh"
 #
 # Variables (docs/launch.md has them all): SAMEROUTE_ROOT, SAMEROUTE_RUNTIME, SAMEROUTE_IMAGE, SAMEROUTE_MOUNTS,
-# SAMEROUTE_ROLLOUT_NODES, SAMEROUTE_LOGS, SAMEROUTE_SCRATCH, SAMEROUTE_MAX_ATTEMPTS.
+# SAMEROUTE_ROLLOUT_NODES, SAMEROUTE_OWN_RAY, SAMEROUTE_LOGS, SAMEROUTE_SCRATCH, SAMEROUTE_MAX_ATTEMPTS.
 
 set -euo pipefail
 
@@ -13,6 +13,7 @@ FAILED_HEALTH=3 # exit codes; those of `sameroute` pass through
 SAVED=75        # `sameroute train` stopped by a signal, with a checkpoint to go on from
 
 : "${SAMEROUTE_RUNTIME:=bare}" "${SAMEROUTE_IMAGE:=}" "${SAMEROUTE_MOUNTS:=}" "${SAMEROUTE_ROLLOUT_NODES:=0}"
+: "${SAMEROUTE_OWN_RAY:=}"
 : "${SAMEROUTE_SCRATCH:=/tmp}" "${SAMEROUTE_MAX_ATTEMPTS:=100}" "${SAMEROUTE_LOGS:=$SAMEROUTE_ROOT/runs/slurm}"
 SLURM_FOLDER=$SAMEROUTE_ROOT/scripts/slurm
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
@@ -96,11 +97,15 @@ begin() {
         say "SAMEROUTE_ROLLOUT_NODES=$SAMEROUTE_ROLLOUT_NODES of $SLURM_JOB_NUM_NODES nodes leave none for the trainer"
         exit 2
     fi
+    if [ -n "$SAMEROUTE_OWN_RAY" ] && [ "$(all_nodes | wc -l)" != 1 ]; then
+        say "SAMEROUTE_OWN_RAY is for a run on one node, and the job has $(all_nodes | wc -l); submit it with --nodes 1"
+        exit 2
+    fi
     set -a # for the steps
     # shellcheck source=scripts/slurm/network.env
     source "$SLURM_FOLDER/network.env"
     set +a
-    export SAMEROUTE_ROOT SAMEROUTE_SCRATCH ATTEMPT_FOLDER
+    export SAMEROUTE_ROOT SAMEROUTE_SCRATCH SAMEROUTE_OWN_RAY ATTEMPT_FOLDER
     mkdir -p "$ATTEMPT_FOLDER"
     cd "$SAMEROUTE_ROOT"
     say "attempt $ATTEMPT of job $SLURM_JOB_ID on $(all_nodes | paste -sd ' '); logs in $ATTEMPT_FOLDER"

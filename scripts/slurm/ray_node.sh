@@ -2,6 +2,7 @@
 # One node of a training job, as the task of a Slurm step: Ray's processes, and on the first node the driver too.
 # Arguments: those of `sameroute train`. The variables come from common.sh.
 #
+# With SAMEROUTE_OWN_RAY, on one node, the run starts a Ray of its own, as it does outside of Slurm.
 # Ray runs in the foreground (--block), so that its processes stay children of the task. Some of them outlive their
 # parent for seconds, so in the end whatever carries this task's mark in its environment is killed.
 set -euo pipefail
@@ -74,15 +75,19 @@ if [ "$node" != "$HEAD_NODE" ]; then
     exit 0
 fi
 
-ray start --head --port="$RAY_PORT" --include-dashboard=false "${ray[@]}" &> "$ATTEMPT_FOLDER/ray_$node.log" &
-ray_pid=$!
-until reachable; do
-    kill -0 "$ray_pid" 2> /dev/null || { wait "$ray_pid"; exit 1; }
-    sleep 0.2
-done
+allocated=()
+if [ -z "$SAMEROUTE_OWN_RAY" ]; then
+    ray start --head --port="$RAY_PORT" --include-dashboard=false "${ray[@]}" &> "$ATTEMPT_FOLDER/ray_$node.log" &
+    ray_pid=$!
+    until reachable; do
+        kill -0 "$ray_pid" 2> /dev/null || { wait "$ray_pid"; exit 1; }
+        sleep 0.2
+    done
+    allocated+=(cluster.address="$HEAD_ADDRESS:$RAY_PORT")
+fi
 resume=()
 if [ "$ATTEMPT" -gt 0 ]; then resume=(--requeued); fi
-allocated=(cluster.address="$HEAD_ADDRESS:$RAY_PORT" cluster.nodes="$NODES")
+allocated+=(cluster.nodes="$NODES")
 if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then allocated+=(cluster.gpus_per_node="$SLURM_GPUS_ON_NODE"); fi
 sameroute train "${resume[@]}" "$@" "${allocated[@]}" &
 driver=$!
@@ -95,5 +100,5 @@ while kill -0 "$driver" 2> /dev/null; do
 done
 wait "$driver" && code=0 || code=$?
 echo "$code" > "$ATTEMPT_FOLDER/run_ended"
-stop_ray
+if [ -z "$SAMEROUTE_OWN_RAY" ]; then stop_ray; fi
 exit "$code"

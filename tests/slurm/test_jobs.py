@@ -66,6 +66,15 @@ def no_processes(slurm: SlurmCluster, within_s: float = 15) -> bool:
     return True
 
 
+def test_a_job_whose_trainer_and_servers_take_turns_has_a_ray_of_its_own_and_leaves_no_process(slurm):
+    turns = ["cluster.colocated=true", "train.steps=2"]
+    job = Job(slurm, "turns", ["--nodelist=node1"], turns, SAMEROUTE_OWN_RAY="1")
+    assert job.end("COMPLETED", "FAILED")["ExitCode"] == "0:0", slurm.logs()
+    rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["turns/count"] for row in rows] == [2, 2] or rows[-1]["turns/count"] == 2
+    assert no_processes(slurm)
+
+
 def test_one_job_runs_to_its_end_beside_another_that_scancel_ends_without_a_process_left(slurm):
     cancelled = Job(slurm, "cancelled", ["--nodelist=node2"], ["train.steps=9999"])
     whole = Job(slurm, "whole", ["--nodelist=node1"], ["train.steps=4"])

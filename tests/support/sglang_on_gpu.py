@@ -23,7 +23,7 @@ GPUS = {"H100": ((9, 0), 79.1, "NVIDIA H100 80GB HBM3"), "B200": ((10, 0), 178.0
 """Compute capability, GiB, and name, by the part of its name that a configuration uses."""
 KEYS = (
     "attention_backend", "prefill_attention_backend", "decode_attention_backend", "moe_runner_backend",
-    "moe_a2a_backend", "ep_size", "tp_size", "dtype", "kv_cache_dtype", "enable_tf32_matmul", "quantization",
+    "moe_a2a_backend", "ep_size", "tp_size", "nnodes", "dtype", "kv_cache_dtype", "enable_tf32_matmul", "quantization",
     "disable_shared_experts_fusion", "enable_return_routed_experts", "enable_fp32_lm_head",
 )  # fmt: skip
 RUNNERS = ("triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer_cutlass")

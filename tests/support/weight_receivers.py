@@ -42,7 +42,7 @@ class Receiver:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.answer({"tp_size": receiver.ranks})
+                self.answer({"tp_size": receiver.ranks, "nnodes": 1})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")

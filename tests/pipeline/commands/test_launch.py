@@ -32,10 +32,8 @@ def launch(monkeypatch, capsys):
 @pytest.mark.parametrize("config", CONFIGS, ids=[str(p.relative_to(ROOT)) for p in CONFIGS])
 def test_a_dry_run_of_every_config_prints_a_script_that_bash_reads(launch, config):
     code, script = launch(str(config), "--partition", "gpu", "--time", "4:00:00", "--dry-run")
-    if load_config_and_model(config)[0].cluster.colocated:
-        assert (code, f"srun --nodes 1 --exclusive sameroute train {config}" in script) == (2, True), script
-        return
     assert code == 0, script
+    assert ("export SAMEROUTE_OWN_RAY=1\n" in script) == load_config_and_model(config)[0].cluster.colocated
     assert "#SBATCH --partition=gpu\n" in script
     assert "#SBATCH --signal=B:USR1@" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
@@ -59,6 +57,17 @@ def test_gpus_that_the_trainer_leaves_become_rollout_nodes_with_as_many_servers_
     assert "#SBATCH --nodes=3\n#SBATCH --gpus-per-node=8\n" in script
     assert "export SAMEROUTE_ROLLOUT_NODES=1\n" in script
     assert " server.replicas=2\n" in script
+
+
+def test_a_server_of_more_gpus_than_a_node_takes_whole_nodes(launch):
+    code, script = launch(QUICKSTART, "--dry-run", *GPUS, "--nodes", "7", "server.tensor_parallel=16")
+    assert code == 0, script
+    assert "export SAMEROUTE_ROLLOUT_NODES=5\n" in script
+    assert " server.replicas=2\n" in script, "the fifth is left over"
+    part = [*GPUS, "parallel={ranks: 12}", "--nodes", "3", "server.tensor_parallel=16"]
+    code, output = launch(QUICKSTART, *part)
+    assert (code, "have room for 0 servers of server.tensor_parallel=16" in output) == (2, True), output
+    assert " server.replicas=1\n" in launch(QUICKSTART, "--dry-run", *part, "--nodes", "4")[1]
 
 
 def test_supervised_steps_alone_take_the_trainers_nodes_and_run_on_them(launch):
@@ -92,6 +101,14 @@ def test_rollout_nodes_of_another_partition_make_a_heterogeneous_job(launch):
         ([*GPUS, "--nodes", "1"], "parallel.ranks=16 needs more than the 8 GPUs of 1 trainer nodes"),
         ([*GPUS, "--nodes", "2"], "2 nodes with parallel.ranks=16 have room for 0 servers"),
         (["--nodes", "2", "--rollout-nodes", "2"], "--rollout-nodes 2 of 2 nodes leave none for the trainer"),
+        (
+            [*GPUS, "--nodes", "9", "server.tensor_parallel=20"],
+            "server.tensor_parallel=20 does not divide among the 3 machines of 8 that it takes; set 16 or 24",
+        ),
+        (
+            [*GPUS, "parallel={ranks: 8}", "cluster.colocated=true", "--nodes", "2"],
+            "cluster.colocated takes turns on one machine; leave out --nodes",
+        ),
         (["--rollout-partition", "l40"], "rollout nodes of another kind need --rollout-nodes"),
         (["--runtime", "apptainer"], "--runtime apptainer needs --image"),
         (["--job", "sft", "supervised.steps=0"], "there are no supervised steps; set supervised.steps"),

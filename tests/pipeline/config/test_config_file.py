@@ -97,6 +97,28 @@ def test_more_gpus_than_the_cluster_has_are_refused():
     assert config.rollout_gpus == 8
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            "nodes: 3",
+            r"3 x 8 GPUs less .*=12 leave 12 for a server of .*=16, which spans 2 machines; set cluster\.nodes",
+        ),
+        ("nodes: 9", r"=20 does not divide among the 3 machines of 8 that it takes; set 16 or 24"),
+        ("nodes: 4", r"shared_memory reaches one machine, and .*=16 spans 2; set weights\.transport=distributed"),
+    ],
+)
+def test_a_server_over_machines_that_cannot_be_is_refused(settings, words):
+    size = "20" if "9" in settings else "16"
+    transport = "shared_memory" if "4" in settings else "auto"
+    with pytest.raises(ConfigError, match=words):
+        load_config(
+            "configs/quickstart.yaml",
+            [f"cluster={{gpu: h100, {settings}}}", "parallel={ranks: 12}", f"server.tensor_parallel={size}",
+             f"weights.transport={transport}"],
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("base", ["3", "null", "true", "[]", "[[a.yaml]]", "''", "[' ']", "[a.yaml, null]", "1.5"])
 def test_a_base_of_another_type_is_refused(tmp_path, base):
     write(tmp_path, a="x: 1", b=f"base: {base}")

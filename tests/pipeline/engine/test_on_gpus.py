@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from pipeline.config import ConfigError, load_config_and_model
-from pipeline.config.server import CAPTURING, ServerConfig
+from pipeline.config.server import CAPTURING, ServerConfig, nodes_of_server
 from pipeline.engine.inside import router
+from pipeline.engine.nodes.member import Member
 from pipeline.engine.server import SGLangServer
 from tests.support.forked_program import run_program
 from tests.support.proofs import sampled
@@ -45,14 +46,15 @@ every_gpu = pytest.mark.parametrize("gpu", sampled(GPUS, ["H100"]))
 
 
 def command_line(folder: Path, hf: dict[str, Any], config: ServerConfig, **others: Any) -> list[str]:
-    """Of a server of this model, on GPUs."""
+    """Of a server of this model, on GPUs, eight of a machine; of the first machine where it spans several."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf))
     server = SGLangServer(
         config, folder, folder / "log", device="cuda", seed=0, return_routed_experts=True, **others
     )  # fmt: skip
-    server._port = 30000
-    return server.arguments()
+    part = Member(server, 0, nodes_of_server(config.tensor_parallel, 8))
+    part._port, part.meeting = 30000, "10.0.0.1:25000"
+    return part.arguments()
 
 
 def jobs(folder: Path) -> dict[str, list[str]]:
@@ -120,6 +122,7 @@ def test_a_presets_server_tells_the_routes_and_attends_in_its_dtype(on, gpu, pat
     assert wrong(gpu, model.hf, resolved) == []
     cache = {"same": "auto"}.get(config.precision.kv_cache, config.precision.kv_cache)
     assert (resolved["tp_size"], resolved["kv_cache_dtype"]) == (config.server.tensor_parallel, cache)
+    assert resolved["nnodes"] == nodes_of_server(config.server.tensor_parallel, config.cluster.gpus_per_node)
 
 
 def test_a_preset_with_a_narrow_cache_is_refused_on_a_gpu_whose_attention_has_none():

@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline.config.server import ServerConfig
 from pipeline.engine.client import SGLangClient
-from pipeline.engine.remote import RemoteServer
+from pipeline.engine.nodes.remote import RemoteServer
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import NodeGoneError, SGLangServer
 
@@ -35,7 +35,7 @@ def test_a_server_whose_node_is_lost_serves_from_the_next_node_that_joins(tiny_m
     )
     first, joined = cluster.add_node(num_cpus=1), []
     server = RemoteServer(
-        local, first.node_id, gpus=False, reachable=False, another=lambda: joined[0].node_id if joined else None
+        local, [first.node_id], gpus=False, reachable=False, another=lambda: [joined[0].node_id] if joined else None
     )
     try:
         server.start()

@@ -1,0 +1,80 @@
+"""A Ray cluster of two nodes on this machine that share no network, no processes and no shared memory; two_nodes.sh."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.support.ray_node import HEAD, PORT
+
+_HERE = Path(__file__).parent
+_NAMESPACES = ("--net", "--uts", "--mount", "--pid")
+
+
+class TwoNodes:
+    """A context: up when it is entered, and nothing of it is left on leaving, or when this process dies.
+
+    folder: seen by both nodes. address: of the Ray cluster.
+    """
+
+    address = f"{HEAD}:{PORT}"
+
+    def __enter__(self):
+        if os.geteuid() != 0:
+            raise RuntimeError("two nodes on one machine are namespaces, which only root may make: run this as root")
+        self.folder = Path(tempfile.mkdtemp(prefix="sr-", dir="/tmp"))  # short: sockets stand below it
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SAMEROUTE_"))} | {
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "GLOO_SOCKET_IFNAME": "eth0",
+            "PYTHONPATH": str(Path.cwd()),
+        }  # fmt: skip
+        script = ["bash", _HERE / "two_nodes.sh", sys.executable, self.folder]
+        with (self.folder / "nodes.out").open("wb") as output:
+            self._process = subprocess.Popen(
+                ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", *script],
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=self.environment,
+            )  # fmt: skip
+        return self
+
+    def __exit__(self, *_):
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # and with it, --kill-child, the first process of the namespaces
+            self._process.wait()
+        shutil.rmtree(self.folder)
+
+    def node(self, number: int) -> psutil.Process:
+        """The first process of a node."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self.logs()
+            for script in psutil.Process(self._process.pid).children():
+                nodes = [c for c in script.children() if c.name() == "unshare"]
+                if len(nodes) >= number and nodes[number - 1].children():
+                    return nodes[number - 1].children()[0]
+            time.sleep(0.05)
+        raise TimeoutError(self.logs())
+
+    def start(self, output: Path, *command: str | Path) -> subprocess.Popen[bytes]:
+        """A command on the first node, in the current folder."""
+        inside = ["nsenter", "--target", str(self.node(1).pid), *_NAMESPACES, f"--wdns={Path.cwd()}"]
+        with output.open("wb") as out:
+            return subprocess.Popen(
+                [*inside, *map(str, command)], stdout=out, stderr=subprocess.STDOUT, env=self.environment,
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def logs(self) -> str:
+        """The ends of all logs, for a failed test."""
+        files = sorted(self.folder.glob("**/*.log")) + sorted(self.folder.glob("*.out"))
+        return "\n".join(f"--- {f}\n{f.read_text(errors='replace')[-2000:]}" for f in files if "session_" not in str(f))
