@@ -6,6 +6,7 @@ What it relies on in the vendors' sources is named by file and line, and a test 
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.support.jobs import joined, make_samples
 from tests.support.proofs import parameters_of, sampled
 from tests.support.ranks import run_ranks
 from tests.support.te import stand_in
-from tests.support.te.step import ADAPTED, Step, adapted, step
+from tests.support.te.step import ADAPTED, Step, adapted, step, whole
 from tests.support.tiny_families import DENSE_FAMILIES, FAMILIES, VOCAB, save_family
 from tests.support.vendor import lines
 
@@ -27,6 +28,18 @@ TE = "transformer_engine/pytorch/"
 # One of each kind of attention (grouped, latent, with a window and sinks), of router (a softmax, a sigmoid, one in
 # groups), of experts (shared, biased, none), of norms (of heads, of whole projections), and a tied embedding.
 SAMPLE = ("qwen2_moe", "qwen3_moe with dense layers", "deepseek_v3", "minimax_m2", "gpt_oss", "llama")
+CUT_SAMPLE = ("deepseek_v3", "gpt_oss")  # latents; biases, sinks and windows
+proof = pytest.mark.proof
+LAYOUTS = {
+    "tensor": ParallelConfig(ranks=2, tensor=2, sequence=True, expert=2, expert_tensor=1),
+    "tensor, no experts": ParallelConfig(ranks=2, tensor=2),
+    "context": ParallelConfig(ranks=2, context=2),
+}
+CUT = [
+    pytest.param(layout, family, marks=() if layout != "tensor, no experts" and family in CUT_SAMPLE else proof)
+    for layout in LAYOUTS for family in EVERY
+    if layout == "context" or (family in DENSE_FAMILIES) == (layout == "tensor, no experts")
+]  # fmt: skip
 every_family = pytest.mark.parametrize("family", sampled(EVERY, SAMPLE))
 
 
@@ -146,6 +159,33 @@ def differences(a: Step, b: Step) -> list[str]:
         if np.abs(a.gradients[name] - b.gradients[name]).max() > 1e-4 * largest:
             found.append(f"gradient of {name}")
     return found
+
+
+@pytest.fixture(scope="module")
+def on_gpus(request, preloaded, on_cpu, models, tmp_path_factory):
+    """(layout, family) -> the step on two ranks, of those that are tested."""
+    asked = [parameters_of(item) for item in request.session.items if item.path == request.path]
+    samples, folder = make_samples(routes=False, vocab_size=VOCAB), tmp_path_factory.mktemp("te_ranks")
+    jobs = []
+    for name, layout in LAYOUTS.items():
+        families = [each["family"] for each in asked if each.get("layout") == name]
+        jobs.append((layout, [(f, models[f], samples, on_cpu[f][0].routes) for f in families]))
+    (folder / "jobs").write_bytes(pickle.dumps(jobs))
+    with ThreadPoolExecutor() as threads:
+        ranks = [threads.submit(run_program, "tests.support.te.rank", folder / "jobs", str(rank), folder / f"out{rank}")
+                 for rank in range(2)]  # fmt: skip
+        for rank in ranks:
+            rank.result()
+    parts = [pickle.loads((folder / f"out{rank}").read_bytes()) for rank in range(2)]
+    return {
+        (name, family): whole([part[number, family] for part in parts])
+        for number, name in enumerate(LAYOUTS) for family in {f for n, f in parts[0] if n == number}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "family"), CUT)
+def test_on_two_ranks_they_are_those_of_the_cpus_layers_on_one(on_gpus, on_cpu, layout, family):
+    assert differences(on_gpus[layout, family], on_cpu[family][0]) == []
 
 
 def test_an_argument_that_transformer_engine_renames_is_seen(on_gpu):

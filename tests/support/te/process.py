@@ -44,6 +44,7 @@ def as_on_a_gpu() -> None:
     # Of the patches those that stand for a driver or a backend; none for a layer.
     patches._random_state()
     patches._uneven_collectives()
+    patches._split_sizes_as_lists()
     torch.cuda.is_available = lambda: True
     join = dist.init_process_group
 

@@ -2,7 +2,9 @@
 Megatron-Core calls. Each takes the arguments of what it replaces, and no other, so that a renamed argument is an error
 here too.
 
-One rank: no tensor, sequence or context parallelism.
+Ranks: of tensor parallelism, with and without the sequence cut among them, and of context parallelism, where a sequence
+is cut into twice as many chunks as there are ranks and rank r has the r-th from either end. They meet through
+Megatron-Core's own collectives.
 """
 
 from __future__ import annotations
@@ -32,11 +34,34 @@ def _norm(x, weight, eps, zero_centered):
     return F.rms_norm(x, x.shape[-1:], (1.0 + weight.float()).to(weight.dtype) if zero_centered else weight, eps)
 
 
+def _entered(self, x):
+    """The input of a layer whose columns are cut: whole, of all ranks; its gradient is summed over them."""
+    if self.parallel_mode != "column" or self.tp_size == 1:
+        return x
+    from megatron.core.tensor_parallel import mappings
+
+    if self.sequence_parallel:
+        return mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp_group)
+    return mappings.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+
+
+def _left(self, x):
+    """The output of a layer whose rows are cut: summed over the ranks, each of which keeps its part of the sequence."""
+    if self.parallel_mode != "row" or self.tp_size == 1:
+        return x
+    from megatron.core.tensor_parallel import mappings
+
+    if self.sequence_parallel:
+        return mappings.reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
+    return mappings.reduce_from_tensor_model_parallel_region(x, group=self.tp_group)
+
+
 def _linear_out(self, x, weight, bias):
     """A layer's output, and its bias beside it where the caller adds it."""
+    out = _left(self, F.linear(_entered(self, x), weight))
     if self.return_bias:
-        return F.linear(x, weight), bias
-    return F.linear(x, weight, bias if self.use_bias else None)
+        return out, bias
+    return out + bias if self.use_bias else out
 
 
 def _linear(self, inp, is_first_microbatch, fp8_output, fp8_grad):
@@ -50,6 +75,7 @@ def _norm_linear(self, inp, is_first_microbatch, fp8_output, fp8_grad):
 
 
 def _grouped_linear(self, inp, m_splits, is_first_microbatch, out, dgrad_out):
+    assert self.tp_size == 1, "Megatron-Core's dispatcher moves the tokens of experts that are cut"
     parts = inp.split([int(n) for n in m_splits])
     biases = [getattr(self, f"bias{i}") if self.use_bias else None for i in range(self.num_gemms)]
     added = [None if self.return_bias else bias for bias in biases]
@@ -66,21 +92,49 @@ def _attention(self, query_layer, key_layer, value_layer, attn_mask_type, window
     """[t, heads, d] of packed sequences, or [t, b, heads, d] -> the same with heads and channels in one."""
     assert attn_mask_type in ("causal", "padding_causal")
     window = self.window_size if window_size is None else window_size
+    ranks = 1 if self.cp_group is None else self.cp_group.size()
     if qkv_format == "thd":
         ends = others["cu_seqlens_q_padded"] if others["cu_seqlens_q_padded"] is not None else others["cu_seqlens_q"]
         lengths = (ends[1:] - ends[:-1]).tolist()
-        parts = zip(*(t.split(lengths) for t in (query_layer, key_layer, value_layer)), strict=True)
-        return torch.cat([_attend(self, q, k, v, window) for q, k, v in parts])
+        if ranks > 1:
+            key_layer, value_layer = (_of_all_ranks(self, t, lengths) for t in (key_layer, value_layer))
+        queries = query_layer.split([n // ranks for n in lengths])
+        rows = zip(queries, key_layer.split(lengths), value_layer.split(lengths), strict=True)
+        return torch.cat([_attend(self, q, k, v, window) for q, k, v in rows])
+    assert ranks == 1
     rows = zip(*(t.unbind(1) for t in (query_layer, key_layer, value_layer)), strict=True)
     return torch.stack([_attend(self, q, k, v, window) for q, k, v in rows], 1)
 
 
+def _of_all_ranks(self, x, lengths):
+    """[t / ranks, ...] of this context rank -> [t, ...], every sequence in its order. lengths: of whole sequences."""
+    from megatron.core.tensor_parallel import mappings
+
+    ranks, mine = self.cp_group.size(), len(x)
+    whole = mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.cp_group)
+    rows, start = torch.empty(sum(lengths), dtype=torch.long), 0
+    for length in lengths:
+        for rank in range(ranks):
+            here = rank * mine + start // ranks
+            rows[start + _places(length, ranks, rank)] = torch.arange(here, here + length // ranks)
+        start += length
+    return whole[rows]
+
+
+def _places(length: int, ranks: int, rank: int):
+    """[length / ranks] where the tokens of a context rank stand in their sequence."""
+    chunks = torch.arange(length).chunk(2 * ranks)
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
+
+
 def _attend(self, q, k, v, window):
-    """[t, heads, d] of one sequence."""
+    """[t, heads, d] of one sequence; of the queries those of this context rank."""
     repeats = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * self.softmax_scale
-    back = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    ranks = len(k) // len(q)
+    at = _places(len(k), ranks, self.cp_group.rank()) if ranks > 1 else torch.arange(len(k))
+    back = at[:, None] - torch.arange(len(k))
     seen = back >= 0 if window is None or window[0] < 0 else (back >= 0) & (back <= window[0])
     scores = scores.masked_fill(~seen, -torch.inf)
     if self.softmax_type == "learnable":
@@ -130,23 +184,26 @@ def _sort_chunks_with_probs(inp, probs, split_sizes, sorted_index):
     return _sort_chunks(inp, split_sizes, sorted_index), _sort_chunks(probs, split_sizes, sorted_index)
 
 
-def _rotated(x, cos, sin, ends):
+def _rotated(x, cos, sin, ends, rank, ranks):
     """[t, heads, channels], pairs of neighbours -> the same, all left parts first and then all right ones."""
     left, right = x[..., 0::2], x[..., 1::2]
-    places = torch.cat([torch.arange(int(n)) for n in ends[1:] - ends[:-1]])
+    places = torch.cat(
+        [_places(int(n), ranks, rank) if ranks > 1 else torch.arange(int(n)) for n in ends[1:] - ends[:-1]]
+    )
     cos, sin = (part.flatten(1)[places][:, None].to(x.dtype) for part in (cos, sin))
     half = left.shape[-1]
     turned = left * cos[..., :half] - right * sin[..., :half], right * cos[..., half:] + left * sin[..., half:]
     return torch.cat(turned, -1)
 
 
-def _latent_query(t, cos, sin, qk_head_dim, emb_dim, cu_seqlens_q, **_):
-    return torch.cat([t[..., :qk_head_dim], _rotated(t[..., qk_head_dim:], cos, sin, cu_seqlens_q)], -1)
+def _latent_query(t, cos, sin, qk_head_dim, emb_dim, cu_seqlens_q, cp_rank, cp_size, **_):
+    turned = _rotated(t[..., qk_head_dim:], cos, sin, cu_seqlens_q, cp_rank, cp_size)
+    return torch.cat([t[..., :qk_head_dim], turned], -1)
 
 
-def _latent_key_value(kv, k_pos_emb, cos, sin, emb_dim, k_dim, v_dim, cu_seqlens_kv, **_):
+def _latent_key_value(kv, k_pos_emb, cos, sin, emb_dim, k_dim, v_dim, cu_seqlens_kv, cp_rank, cp_size, **_):
     key, value = kv.split([k_dim, v_dim], -1)
-    rotary = _rotated(k_pos_emb.view(len(kv), 1, emb_dim), cos, sin, cu_seqlens_kv)
+    rotary = _rotated(k_pos_emb.view(len(kv), 1, emb_dim), cos, sin, cu_seqlens_kv, cp_rank, cp_size)
     return torch.cat([key, rotary.expand(-1, kv.shape[1], -1)], -1), value
 
 
