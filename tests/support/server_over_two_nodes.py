@@ -1,6 +1,6 @@
 """On the first node of two_nodes.py: a server of two ranks over both nodes beside one on this node alone.
 
-    python -m tests.support.server_over_two_nodes MODEL OTHER_MODEL FOLDER
+    python -m tests.support.server_over_two_nodes MODEL OTHER_MODEL FOLDER [SGLang's arguments]
 
 MODEL, OTHER_MODEL: of one shape. FOLDER: gets the logs, and `said`, a pickle of what the test compares.
 """
@@ -72,11 +72,13 @@ def on(node: str, function: Any, *arguments: Any) -> Any:
 
 def main() -> None:
     """See above."""
-    model, other, folder = map(Path, sys.argv[1:])
+    model, other, folder = map(Path, sys.argv[1:4])
     ray.init(address=f"{HEAD}:{PORT}", log_to_driver=False)
     placement = wait_and_place(1, [2], gpus=False, timeout_s=60, machines=2)
     (nodes,) = placement.servers
-    config = ServerConfig(host=HEAD, tensor_parallel=2, context_length=1024, startup_timeout_s=120)  # pyright: ignore
+    config = ServerConfig(  # pyright: ignore[reportCallIssue]
+        host=HEAD, tensor_parallel=2, context_length=1024, startup_timeout_s=120, extra_args=sys.argv[4:]
+    )
     made = [
         SGLangServer(config, model, folder / f"{name}.log", device="cpu", seed=0, return_routed_experts=True)
         for name in ("alone", "spanning")

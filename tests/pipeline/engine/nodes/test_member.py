@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pickle
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.config.server import ServerConfig
 from pipeline.engine.nodes.member import Member, meeting_at
 from pipeline.engine.server import ServerError, SGLangServer
 from tests.conftest import save_tiny_model
+from tests.end_to_end.test_asynchronous import rows_of
+from tests.support.command import QUICKSTART, SMALL
+from tests.support.processes import command_line
 from tests.support.two_nodes import TwoNodes
 
 
@@ -82,3 +87,33 @@ def test_a_server_over_two_nodes_is_the_one_node_server_takes_weights_and_dies_a
     assert said["logs"] == ["spanning.log", "spanning_node_1.log"]
     assert all(f"{two.folder}/{name}:" in said["tail"] for name in said["logs"])
     assert said["left"] == [[], []]
+
+
+@pytest.mark.proof
+def test_a_run_goes_on_when_a_part_of_its_only_server_dies(two):
+    """A trainer rank on the first node, a server over both."""
+    run, output = two.folder / "run", two.folder / "train.out"
+    settings = [f"run.directory={run}", f"cluster={{address: {two.address}, nodes: 2}}", "server.tensor_parallel=2",
+                *SMALL, "train.steps=4", "weights.checksum_every=1", "checks.first_rollouts=0"]  # fmt: skip
+    driver = two.start(output, sys.executable, "-m", "pipeline.commands.main", "train", QUICKSTART, *settings)
+    deadline = time.monotonic() + 120
+    while "step 2/4" not in output.read_text():
+        assert driver.poll() is None, two.logs()
+        assert time.monotonic() < deadline, two.logs()
+        time.sleep(0.1)
+    (second,) = schedulers(two, 2)
+    second.kill()
+    assert driver.wait(120) == 0, two.logs()
+    assert "and is started again" in output.read_text()
+    rows = rows_of(run)
+    assert [row["weights/version"] for row in rows] == [1, 2, 3, 4]
+    assert max(row["mismatch/abs_logprob"] for row in rows) < 1e-5
+    assert all(row["routing/replayed_fraction"] == 1 for row in rows)
+    assert rows[-1]["servers/restarted"] == 1
+    assert (run / "logs" / "sglang_node_1.log").is_file()
+    assert schedulers(two, 1) + schedulers(two, 2) == []
+
+
+def schedulers(two: TwoNodes, node: int) -> list[psutil.Process]:
+    """SGLang's that live on a node."""
+    return [p for p in two.node(node).children(recursive=True) if "sglang::scheduler" in command_line(p)]
