@@ -36,3 +36,8 @@ def evens(prompt, response_text, response_ids, finish_reason):
     if zlib.crc32(bytes(ids)) % 20 == 0:
         raise ValueError("one answer of twenty")
     return sum(token % 2 == 0 for token in ids) / max(1, len(ids))
+
+
+def share_of_evens(prompt, response_text, response_ids, finish_reason):
+    """Share of the answer's tokens that have an even id."""
+    return sum(int(token) % 2 == 0 for token in response_ids) / max(1, len(response_ids))
