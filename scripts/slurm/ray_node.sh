@@ -84,6 +84,8 @@ if [ -z "$SAMEROUTE_OWN_RAY" ]; then
         sleep 0.2
     done
     allocated+=(cluster.address="$HEAD_ADDRESS:$RAY_PORT")
+else
+    unset GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME # such a run talks to itself alone, at 127.0.0.1
 fi
 resume=()
 if [ "$ATTEMPT" -gt 0 ]; then resume=(--requeued); fi
