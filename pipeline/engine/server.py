@@ -99,7 +99,7 @@ class SGLangServer:
         self.config = config
         self.model_path = Path(model_path)
         self.log_path = Path(log_path)
-        self.device = device
+        self.device: Literal["cpu", "cuda"] = device
         self.precision = precision
         self.trust_remote_code = trust_remote_code
         self.keys = keys or ServerKeys.random()
