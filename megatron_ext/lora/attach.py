@@ -106,7 +106,10 @@ def _add(adapter: Adapter, module: Any, given: tuple[Any, ...], output: tuple[Te
     x, *rest = given
     norm = getattr(module, "layer_norm_weight", None)
     if norm is not None:  # the layer's own norm, which it has fused
-        x = F.rms_norm(x, x.shape[-1:], norm.detach(), adapter.config.layernorm_epsilon)
+        factor = norm.detach()
+        if adapter.config.layernorm_zero_centered_gamma:
+            factor = (1.0 + factor.float()).to(factor.dtype)
+        x = F.rms_norm(x, x.shape[-1:], factor, adapter.config.layernorm_epsilon)
     out, bias = output
     return out + adapter(x, *rest[:1]), bias
 

@@ -2,7 +2,8 @@
 here, so that a configuration is checked with it.
 
 An adapter belongs to a matrix as Hugging Face has it: queries, keys and values have one each, though Megatron-Core
-holds the three in one parameter.
+holds the three in one parameter. Gated delta nets (Qwen3-Next, Qwen3.5) have none: what projects their input is joined
+by heads, six sections in one parameter, and stays frozen with the rest of them.
 """
 
 from __future__ import annotations
@@ -35,12 +36,7 @@ def projection(hf_name: str) -> str:
 
 
 def choose_targets(model: ModelDescription, lora: LoraConfig) -> list[Target]:
-    """Raises LoraError for a name that no projection of the model has, and for gated delta nets."""
-    if model.delta_layers:
-        raise LoraError(
-            f"lora: {model.model_type} has gated delta nets, whose joined projections no adapter fits; leave lora out, "
-            "and the model is trained whole"
-        )
+    """Raises LoraError for a name that no projection of the model has."""
     rows = [row for row in model.family.table if row.quantised and _built(row, model)]
     wanted = {"all"} if lora.targets == "all" else set(lora.targets)
     known = {name for row in rows for name in _names(row)} | {group_of(row) for row in rows}
@@ -72,11 +68,11 @@ def _names(row: Row) -> list[str]:
 
 
 def _built(row: Row, model: ModelDescription) -> bool:
-    """Whether the model has a parameter of this row: tables have rows for all models of a family."""
+    """Whether the model has a parameter of this row that adapters fit: tables have rows for all models of a family."""
     if "linear_q_" in row.megatron:  # latent attention has a latent of queries, or none
         return ("linear_q_proj" in row.megatron) == (model.fields["q_lora_rank"] is None)
     if group_of(row) == "attention":
-        return True
+        return ".self_attention.linear_" in row.megatron  # else of a gated delta net
     return {
         "experts": bool(model.moe_layers),
         "shared_experts": bool(model.moe_layers) and model.shared_ffn > 0,
@@ -93,5 +89,6 @@ def layers_with(row: Row, model: ModelDescription) -> Iterator[int]:
     """The layers, counted from 0, that have a parameter of this row."""
     kind = group_of(row)
     for layer in range(model.num_layers):
-        if kind == "attention" or (layer in model.moe_layers) == (kind != "dense"):
+        attends, sparse = layer not in model.delta_layers, layer in model.moe_layers
+        if attends if kind == "attention" else sparse == (kind != "dense"):
             yield layer

@@ -53,7 +53,7 @@ def shape(row: Row, model: ModelDescription) -> tuple[int, int]:
     if layer == "proj":
         return h, model.value
     if layer == "qkv":
-        return model.query + 2 * model.key_value, h
+        return (1 + model.output_gate) * model.query + 2 * model.key_value, h
     q_lora, kv_lora = f["q_lora_rank"], f["kv_lora_rank"]
     return {
         "q_proj": (model.query, h),

@@ -1,8 +1,11 @@
 """Adapters on every family's projections, shared experts and latents among them, whole and divided."""
 
 import functools
+import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from megatron_ext.config import LoraConfig, ParallelConfig, TrainerConfig
 from megatron_ext.hf.description import describe
@@ -11,7 +14,14 @@ from tests.megatron_ext.lora.test_layouts import close
 from tests.support.jobs import make_samples
 from tests.support.lora import learn
 from tests.support.proofs import sampled
-from tests.support.tiny_families import DENSE_FAMILIES, FAMILIES, VOCAB, save_family, tiny_config
+from tests.support.tiny_families import (
+    DENSE_FAMILIES,
+    FAMILIES,
+    VOCAB,
+    save_family,
+    tiny_config,
+    transformers_says,
+)
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 TRAINER = TrainerConfig(micro_batch_tokens=100, recompute="selective")
@@ -30,12 +40,14 @@ PROJECTIONS = {
     "glm4_moe_lite": LATENT | MLP,
     "minimax_m2": ATTENTION | {"w1", "w2", "w3"},
     "gpt_oss": ATTENTION | {"gate_up_proj", "down_proj"},
+    "qwen3_next": ATTENTION | MLP,
+    "qwen3_5_moe": ATTENTION | MLP,
     **dict.fromkeys(DENSE_FAMILIES, ATTENTION | MLP),
 }
 
 
 DELTA_NETS = [family for family in FAMILIES if describe(tiny_config(family)).delta_layers]
-ADAPTED = [family for family in (*FAMILIES, *DENSE_FAMILIES) if family not in DELTA_NETS]
+ADAPTED = [*FAMILIES, *DENSE_FAMILIES]
 
 
 @functools.cache
@@ -57,6 +69,26 @@ def test_divided_adapters_send_and_learn_what_whole_ones_do(tmp_path, family):
     assert all(abs(gradient).max() > 0 for gradient in one.gradients.values())
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"ranks": 2},
+        {"ranks": 2, "context": 2},
+        {"ranks": 2, "expert": 2},
+        {"ranks": 2, "tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1},
+    ],
+    ids=lambda layout: ", ".join(layout),
+)
+def test_beside_frozen_delta_nets_every_layout_learns_what_one_rank_does(tmp_path, layout):
+    model = save_family("qwen3_next", tmp_path)
+    one = of_one_rank(str(model))
+    other = learn(ParallelConfig(**layout), model, LORA, TRAINER, make_samples(routes=False, vocab_size=VOCAB))
+    close(other.sent, one.sent)
+    close(other.gradients, one.gradients)
+    assert other.norm == pytest.approx(one.norm, rel=1e-5)
+
+
 @pytest.mark.parametrize("target", sampled(["dense", "experts"], ["dense"]))
 def test_a_pipeline_stage_may_have_no_adapters(tmp_path, target):
     """The first layer alone is dense; the stage of the others passes gradients on, and the other way round."""
@@ -73,10 +105,22 @@ def test_a_pipeline_stage_may_have_no_adapters(tmp_path, target):
 
 
 @pytest.mark.parametrize("family", DELTA_NETS)
-def test_gated_delta_nets_are_refused_by_name(family):
-    model = describe(tiny_config(family))
-    with pytest.raises(LoraError, match=rf"lora: {model.model_type} has gated delta nets"):
-        choose_targets(model, LORA)
+def test_gated_delta_nets_stay_frozen_beside_attention_with_adapters(tmp_path, family):
+    """What is computed with adapters is what a model with the merged tensors computes: norms that multiply by 1 +
+    weight and queries beside their gates included. Nothing of a delta net is sent as other than it came."""
+    model = save_family(family, tmp_path / "base")
+    found = of_one_rank(str(model))
+    base = load_file(model / "model.safetensors")
+    moved = {name for name in found.sent if not np.array_equal(found.sent[name], base[name])}
+    assert {name for name in moved if "linear_attn" in name} == set()
+    assert {projection(name) for name in moved} == PROJECTIONS[family]
+    layers = describe(tiny_config(family)).delta_layers
+    assert not any(f".layers.{layer}.self_attention" in key for key in found.adapters for layer in layers)
+    merged = tmp_path / "merged"
+    shutil.copytree(model, merged)
+    save_file(found.sent, merged / "model.safetensors", metadata={"format": "pt"})
+    says, _ = transformers_says(merged, make_samples(routes=False, vocab_size=VOCAB))
+    assert np.abs(says - found.logprobs).max() < 1e-4
 
 
 def test_there_are_families_of_both_kinds():

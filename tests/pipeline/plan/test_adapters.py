@@ -22,11 +22,6 @@ LORA = LoraConfig(rank=4, alpha=8.0, router="trained")
 BF16 = TrainerPrecision(weights="bfloat16")
 
 
-def adapted(layout: str) -> dict:
-    """config.json by name, of the models that adapters fit."""
-    return {name: hf for name, hf in models(layout).items() if not describe(hf).delta_layers}
-
-
 def held(parallel: ParallelConfig, models: list[dict]) -> list[tuple]:
     """Runs on a rank: stage, trained parameters (dense, expert), bytes of weights, gradients, optimizer; whether a
     frozen one has a gradient or a state."""
@@ -61,7 +56,7 @@ def held(parallel: ParallelConfig, models: list[dict]) -> list[tuple]:
 
 @pytest.mark.parametrize("layout", sampled(LAYOUTS, ["tensor 2, pipeline 2, expert 2"]))
 def test_trained_parameters_and_bytes_of_every_rank_are_those_of_the_tensors(layout):
-    parallel, chosen = ParallelConfig(**LAYOUTS[layout]), adapted(layout)
+    parallel, chosen = ParallelConfig(**LAYOUTS[layout]), models(layout)
     ranks = run_ranks(held, parallel, list(chosen.values()))
     for i, (name, hf) in enumerate(chosen.items()):
         model = describe(hf)
