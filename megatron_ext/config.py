@@ -225,6 +225,13 @@ class LoraConfig(Frozen):
         """Of the product of B and A."""
         return self.alpha / self.rank
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all":
+            raise ValueError(f"write all, or a list, also of one: [{value}]")
+        return value
+
     @field_validator("targets")
     @classmethod
     def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:

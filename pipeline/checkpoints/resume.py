@@ -19,6 +19,8 @@ from pipeline.errors import NOT_STARTED, SamerouteError
 from pipeline.rollout.admission import Admission
 from pipeline.rollout.saved import Saved, read_saved
 
+# What decides a teacher's scores.
+_TEACHING = ("teacher.path", "teacher.url", "objective.distillation.top_k")
 # Where files lie, and what is kept: no part of what a run computes. Models are compared by themselves.
 _INCIDENTAL = (
     "run.directory",
@@ -84,6 +86,9 @@ def choose_start(config: Config, store: CheckpointStore, *, asked: bool) -> Star
         if any(change.startswith("data.") for change in changed):
             notes.append(f"prompts go on at {progress.cursor['prompts']} of the new data")
     saved = _rollouts(config, latest, progress)
+    if saved is not None and config.teacher is not None and any(change.startswith(_TEACHING) for change in changed):
+        notes.append("what was sampled ahead is scored again, for what is asked of a teacher changed")
+        saved = saved.unscored()
     if saved is not None and not config.rollout.max_staleness:
         notes.append(f"{len(saved.admission['open'])} groups that were sampled ahead are left out: max_staleness is 0")
         saved = None

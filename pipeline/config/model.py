@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -140,8 +141,16 @@ class TeacherConfig(Frozen):
             raise ValueError("give teacher.path (a model directory, a run or a checkpoint), or teacher.url")
         if self.url is not None and self.engine == "trainer":
             raise ValueError("teacher.url names a server, and teacher.engine=trainer wants none; leave one of them out")
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
+        if self.url is not None and not _is_address(self.url):
             raise ValueError(f"teacher.url={self.url} is no address; write http://HOST:PORT")
         if self.server.port is not None and (self.server.replicas or 1) > 1:
             raise ValueError("several servers cannot listen on one port; set teacher.server.port=null")
         return self
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or none of TCP
+        return False

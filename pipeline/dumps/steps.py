@@ -68,6 +68,9 @@ class DumpedSteps:
             and any(r.teacher is None for r in rollouts)
         ):
             raise DumpError(f"{file}: a teacher has not scored it; set teacher.engine=trainer, or leave teacher out")
+        wanted = config.objective.composition().teacher_top
+        if wanted and (k := min(r.teacher.top_k for r in rollouts if r.teacher is not None)) != wanted:
+            raise DumpError(f"{file}: a teacher gave its {k} likeliest tokens; set objective.distillation.top_k={k}")
         for rollout in rollouts:
             try:
                 rollout.check_model(shape, shape.vocab_size)

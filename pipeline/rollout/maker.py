@@ -175,7 +175,7 @@ class Maker:
             if time.monotonic() >= self._last_move(since) + self.recipe.limit_s:
                 self._cut()
                 since = time.monotonic()
-        groups = [self.finished.pop(index) for index in self.admission.take()]
+        groups = [await self._scored(self.finished.pop(index)) for index in self.admission.take()]
         rollouts, scoring = [r for group in groups for r in _trained(group)], self._scoring
         self._scoring = None
         if scoring is None and any(r.is_of(self.admission.version) for r in rollouts):
@@ -295,6 +295,13 @@ class Maker:
         both = await all_or_none([self._graded(making.prompt, episode), self.teacher.scored(episode)])
         verdict, making.episodes[number] = cast("tuple[Verdict, Episode]", both)
         return verdict
+
+    async def _scored(self, group: Group) -> Group:
+        """A finished group that a checkpoint had without this teacher's scores has them now."""
+        if self.teacher is None or all(rollout.teacher is not None for rollout in group.rollouts):
+            return group
+        episodes = await all_or_none([self.teacher.scored(episode) for episode in group.episodes])
+        return dataclasses.replace(group, episodes=tuple(episodes))
 
     async def _graded(self, prompt: Prompt, episode: Episode) -> Verdict:
         verdict = episode.verdict or await self.judge.ask(prompt, episode)

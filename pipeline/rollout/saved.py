@@ -36,6 +36,15 @@ class Saved:
     open: Mapping[int, tuple[Prompt, Mapping[int, Rollout]]]
     ended: Sequence[Ended] = ()
 
+    def unscored(self) -> Saved:
+        """Without what a teacher said, for another to say."""
+        finished = {index: _unscored(group) for index, group in self.finished.items()}
+        open_ = {
+            index: (prompt, {n: dataclasses.replace(rollout, teacher=None) for n, rollout in own.items()})
+            for index, (prompt, own) in self.open.items()
+        }
+        return dataclasses.replace(self, finished=finished, open=open_)
+
     def write(self, checkpoint: Path) -> None:
         """Into the directory of a checkpoint that is being written."""
         folder = checkpoint / FOLDER
@@ -52,6 +61,14 @@ class Saved:
             "crc32": {file.name: zlib.crc32(file.read_bytes()) for file in written},
         }
         (folder / _STATE).write_text(json.dumps(tree))
+
+
+def _unscored(group: Group) -> Group:
+    episodes = [
+        dataclasses.replace(e, rollouts=tuple(dataclasses.replace(r, teacher=None) for r in e.rollouts))
+        for e in group.episodes
+    ]
+    return dataclasses.replace(group, episodes=tuple(episodes))
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from pipeline.config import load_config
 from pipeline.observe.report.page import write_report
 from pipeline.rollout.admission import Admission
 from pipeline.rollout.saved import Saved
-from pipeline.types import Prompt
+from pipeline.teaching.teacher_scores import TeacherScores
+from pipeline.types import Episode, Group, Prompt
 from tests.support.command import DUMPED, QUICKSTART, SMALL, Command
 from tests.support.convert_cli import convert
+from tests.support.episodes import plain_rollout
 
 CURSOR = {"prompts": 24, "supervised": 0}
 RUN = [*SMALL, *DUMPED, "checkpoint.every_steps=3", "server.deterministic=true", "debug.dump_rollouts=true",
@@ -135,6 +137,37 @@ def test_rollouts_made_ahead_are_gone_on_with_left_out_or_refused(tmp_path):
     (tmp_path / "checkpoints" / "step_3" / "rollouts" / "admission.json").write_text("{")
     with pytest.raises(ResumeError, match=r"rollouts is damaged: .*; remove .*step_3 to resume from an older one"):
         start_of(tmp_path, ahead, ahead)
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("train.lr=1e-6", True),
+        ("objective.distillation.coefficient=2", True),
+        ("objective.distillation.top_k=5", False),
+        ("teacher.path=/another", False),
+    ],
+)
+def test_what_one_teacher_said_of_rollouts_made_ahead_is_not_taken_for_anothers(tmp_path, override, kept):
+    ahead = ["run.overwrite=false", "rollout.max_staleness=4", "rollout.prompts_per_step=1", "train.mini_batches=1",
+             "teacher.path=/one", "objective.distillation={place: loss, top_k: 4}"]  # fmt: skip
+    start_of(tmp_path, ahead, ahead)
+    rule = Admission(1, 4, 3, version=4)
+    scores = TeacherScores(np.zeros(1, np.float32), np.zeros((1, 4), np.int32), np.zeros((1, 4), np.float32))
+    open_ = {}
+    for index in range(2):
+        rule.admit(index)
+        rollout = dataclasses.replace(plain_rollout([1], -np.ones(1)), teacher=scores)
+        open_[index] = Prompt(rollout.prompt_ids, "?", {}, index), {0: rollout}
+    finished = Group(open_[0][0], (Episode((open_.pop(0)[1][0],), reward=1.0),))
+    rule.finish(0, 4)
+    Saved(rule.state(), CURSOR, {0: finished}, open_).write(tmp_path / "checkpoints" / "step_3")
+    start = start_of(tmp_path, ahead, [*ahead, override])
+    assert start is not None
+    assert start.saved is not None
+    rollouts = [*start.saved.finished[0].rollouts, *start.saved.open[1][1].values()]
+    assert [rollout.teacher is not None for rollout in rollouts] == [kept] * 2
+    assert any("scored again" in note for note in start.notes) != kept
 
 
 def test_where_files_lie_is_no_difference():

@@ -51,6 +51,7 @@ def check_teacher(config: Config, policy: Path) -> None:
             f"teacher.path: {folder} reads {longest} tokens (max_position_embeddings), and the longest prompt and "
             f"answer of this run need {needed}; lower data.max_prompt_tokens or {config.longest_from}"
         )
+    _check_room(teacher, needed, longest)
 
 
 def score_tokens(config: Config) -> int:
@@ -122,6 +123,19 @@ def _difference(theirs: dict[str, int], mine: dict[str, int]) -> str:
         return f"{len(theirs)} tokens against {len(mine)}"
     token = next(token for token in sorted(mine) if theirs.get(token) != mine[token])
     return f"{token!r} is {theirs.get(token)} there and {mine[token]} here"
+
+
+def _check_room(teacher: TeacherConfig, needed: int, longest: int) -> None:
+    """Of a server that the run starts, where it is told how much it holds. longest: that the model reads."""
+    for name in ("context_length", "max_total_tokens") if teacher.engine == "server" and teacher.url is None else ():
+        room = getattr(teacher.server, name)
+        if room is not None and room < needed:
+            raise TeacherError(
+                f"teacher.server.{name}={room} has no room for the longest prompt and answer of this run, which need "
+                f"{needed}; set it to {needed} or more, or leave it out"
+            )
+    if (context := teacher.server.context_length) is not None and context > longest:
+        raise TeacherError(f"teacher.server.context_length={context} is more than the teacher's {longest}; lower it")
 
 
 def _check_vocabulary(config: Config, model: ModelDescription, own: ModelDescription, tokens: int) -> None:

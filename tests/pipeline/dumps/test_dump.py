@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
@@ -385,3 +386,26 @@ def test_a_step_without_routes_or_without_a_response_cannot_be_replayed_as_if_it
     write_dump(tmp_path, make_dump(make_group(rng, lengths=(2, 0))))
     with pytest.raises(DumpError, match="nothing to train on"):
         DumpedSteps(tmp_path).read(1, config(), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("had", "asked", "message"),
+    [
+        (None, 0, "a teacher has not scored it; set teacher.engine=trainer"),
+        (4, 0, None),
+        (4, 4, None),
+        (4, 2, r"gave its 4 likeliest tokens; set objective\.distillation\.top_k=4"),
+        (0, 4, r"gave its 0 likeliest tokens; set objective\.distillation\.top_k=0"),
+    ],
+)
+def test_a_step_that_a_teacher_scored_otherwise_says_what_to_change(tmp_path, had, asked, message):
+    rng, group = np.random.default_rng(0), make_group(np.random.default_rng(0), lengths=(2, 2))
+    rollouts = [
+        dataclasses.replace(r, teacher=None if had is None else make_scores(rng, 2, had)) for r in group.rollouts
+    ]
+    write_dump(tmp_path, make_dump(graded_group(group.prompt, rollouts, [0.0, 1.0])))
+    wanted = config()
+    wanted.teacher = SimpleNamespace(engine="server")
+    wanted.objective = SimpleNamespace(composition=lambda: SimpleNamespace(teacher_top=asked))
+    with contextlib.nullcontext() if message is None else pytest.raises(DumpError, match=message):
+        DumpedSteps(tmp_path).read(1, wanted, SHAPE)

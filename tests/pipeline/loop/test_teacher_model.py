@@ -106,6 +106,21 @@ def test_another_tokenizer_and_a_vocabulary_without_room_are_refused(tmp_path, p
     refused(policy, short, match=r"reads 20 tokens \(max_position_embeddings\).* need 31")
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("context_length=30", r"teacher\.server\.context_length=30 has no room .* need 31; set it to 31 or more"),
+        ("max_total_tokens=16", r"teacher\.server\.max_total_tokens=16 has no room .* need 31"),
+        ("context_length=5000", r"teacher\.server\.context_length=5000 is more than the teacher's 4096; lower it"),
+    ],
+)
+def test_a_server_that_is_told_to_hold_too_little_is_refused(policy, setting, message):
+    refused(policy, policy, f"teacher.server.{setting}", match=message)
+    check_teacher(
+        load_config(QUICKSTART, [TAUGHT, f"teacher={{path: {policy}, server: {{context_length: 31}}}}"]), policy
+    )
+
+
 def test_a_layout_that_a_teacher_does_not_divide_into_is_refused(policy):
     layout = "parallel={ranks: 3, pipeline: 3, first_stage_layers: 1, last_stage_layers: 1}"
     refused(policy, policy, layout, "teacher.engine=trainer", match=r"teacher\.path: 2 layers give stages")
@@ -133,6 +148,8 @@ def test_a_server_that_runs_already_is_asked_what_it_holds(tmp_path, policy):
         ([TAUGHT], "there is none; write the section teacher"),
         ([TAUGHT, "teacher={}"], r"give teacher\.path"),
         ([TAUGHT, "teacher={url: 'x:1'}"], "is no address"),
+        ([TAUGHT, "teacher={url: 'http://'}"], r"is no address; write http://HOST:PORT"),
+        ([TAUGHT, "teacher={url: 'http://x:99999'}"], "is no address"),
         ([TAUGHT, "teacher={url: 'http://x:1', engine: trainer}"], "wants none"),
         ([TAUGHT, "teacher={url: 'http://x:1'}", "precision.temperature=0.7"], "scores at temperature 1"),
         ([TAUGHT, "teacher={path: /x, server: {port: 31000, replicas: 2}}"], r"set teacher\.server\.port=null"),

@@ -115,3 +115,25 @@ def test_a_group_ends_when_it_is_graded_and_scored_and_a_snapshot_before_is_scor
     taught(again).gate.set()
     again.restore(saved)
     assert within(again, resumed).teacher is not None
+
+
+def test_a_finished_group_that_nobody_has_scored_is_scored_when_a_step_takes_it():
+    """Of a checkpoint that was saved with another teacher, or none."""
+
+    async def finished(maker):
+        await end(maker, 0, 1)
+        await settle()
+        return await maker.snapshot()
+
+    saved = within(maker_of(), finished)
+    assert list(saved.finished) == [0]
+    again = maker_of()
+    taught(again).gate.set()
+    again.restore(saved)
+
+    async def take(maker):
+        return (await maker.take())[0]
+
+    (group,) = within(again, take)
+    assert group.rollouts[0].teacher is not None
+    assert again.teacher.scoring.asked == [(2, 1, 0)]
