@@ -209,7 +209,12 @@ class Membership:
             self.lost += 1
             if server.added:
                 server.state = ServerState.LEFT
-                self.say(f"the run goes on without the added server {server.process.url}, which {why}")
+                url = server.process.url
+                self.say(
+                    f"the run goes on without the added server {url}, which {why}"
+                    if self.hopeful
+                    else f"the added server {url} {why}, and there is no other"
+                )
                 return
             if not self._budget.take():
                 most, within_s = self._budget.most, self._budget.within_s
