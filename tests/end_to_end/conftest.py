@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import Command
+from tests.support.command import QUICKSTART, Command
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,10 +17,10 @@ def command(tmp_path):
     """Starts commands in folders of their own; none outlives the test."""
     started: list[Command] = []
 
-    def start(*overrides: str, folder: Path | None = None) -> Command:
+    def start(*overrides: str, folder: Path | None = None, config: str = QUICKSTART) -> Command:
         folder = folder or tmp_path / str(len(started))
         folder.mkdir(exist_ok=True)
-        started.append(Command(folder, *overrides))
+        started.append(Command(folder, *overrides, config=config))
         return started[-1]
 
     yield start

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.dumps.dump import dump_path, read_dump
+from scripts.compare_teacher import WAYS
 from tests.end_to_end.test_asynchronous import check_rows, rows_of, trained
 from tests.support.command import SMALL
 
@@ -81,3 +82,20 @@ def test_stopped_and_resumed_two_versions_behind_every_answer_has_its_scores(com
         assert {r.teacher.top_k for r in batch.rollouts} == {4}
     assert all(row["teacher/kl_top"] >= -1e-6 for row in rows)
     assert second.orphans() == []
+
+
+@pytest.mark.proof
+def test_where_hardly_an_answer_is_right_a_teacher_is_learned_from_faster_than_rewards(command):
+    """As configs/distillation/student.yaml has it, with a smaller teacher that only has had supervised steps."""
+    teacher = command("train.steps=0", "supervised.steps=150", "supervised.decay_steps=150",
+                      "data.task.supervised_error_rate=0.05")  # fmt: skip
+    assert teacher.end(200) == 0, teacher.text()
+    short = ["train.steps=8", "train.decay_steps=null", "evaluate=[]", "checks.first_rollouts=0"]
+    student = "configs/distillation/student.yaml"
+    rewards = command(*short, *WAYS["rewards"], "train.decay_steps=null", config=student)
+    assert rewards.end(200) == 0, rewards.text()
+    taught = command(*short, f"teacher.path={teacher.run}", config=student)
+    assert taught.end(200) == 0, taught.text()
+    one, other = ([row["reward/mean"] for row in rows_of(run.run)] for run in (taught, rewards))
+    assert max(one[0], other[0]) < 0.05
+    assert np.mean(one[-3:]) > np.mean(other[-3:]) + 0.1, (one, other)
