@@ -62,15 +62,17 @@ class DumpedSteps:
             raise DumpError(f"{file}: its log-probs are over other tokens; set precision: {instead}")
         if config.replay.of_model(shape.num_experts).from_server and all(r.routes is None for r in rollouts):
             raise DumpError(f"{file}: it holds no routes; set replay=none")
-        if (
-            config.teacher is not None
-            and config.teacher.engine == "server"
-            and any(r.teacher is None for r in rollouts)
-        ):
-            raise DumpError(f"{file}: a teacher has not scored it; set teacher.engine=trainer, or leave teacher out")
-        wanted = config.objective.composition().teacher_top
-        if wanted and (k := min(r.teacher.top_k for r in rollouts if r.teacher is not None)) != wanted:
-            raise DumpError(f"{file}: a teacher gave its {k} likeliest tokens; set objective.distillation.top_k={k}")
+        if config.teacher is not None and config.teacher.engine == "server":
+            scores = [r.teacher for r in rollouts if r.teacher is not None]
+            if len(scores) < len(rollouts):
+                raise DumpError(
+                    f"{file}: a teacher has not scored it; set teacher.engine=trainer, or leave teacher out"
+                )
+            wanted, k = config.objective.composition().teacher_top, min(s.top_k for s in scores)
+            if wanted and k != wanted:
+                raise DumpError(
+                    f"{file}: a teacher gave its {k} likeliest tokens; set objective.distillation.top_k={k}"
+                )
         for rollout in rollouts:
             try:
                 rollout.check_model(shape, shape.vocab_size)
