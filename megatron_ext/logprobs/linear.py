@@ -6,8 +6,9 @@
 The vocabulary is walked in tiles: forward keeps four numbers a token (the largest logit, the sum of exponentials under
 it, the same weighted, the label's logit), backward computes each tile's logits again. Only one tile exists at a time,
 so memory does not grow with the vocabulary. The price is a fourth matmul beside the three of a head that keeps its
-logits. A tile is torch here, or a Triton kernel (`logprobs_triton`) on a GPU. A vocabulary split among tensor-parallel
-ranks costs two all-reduces of a few numbers a token.
+logits. Where all logits of a call are no more than `sizes.KEPT`, they are kept, and backward is spared that matmul; the
+numbers are the same, bit for bit. A tile is torch here, or a Triton kernel (`triton_kernels`) on a GPU, which never has
+its logits in memory. A vocabulary split among tensor-parallel ranks costs two all-reduces of a few numbers a token.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.config import Head
-from megatron_ext.logprobs.sizes import MAX_ROWS, TILE
+from megatron_ext.logprobs.sizes import MAX_ROWS, TILE, kept_scores
 from megatron_ext.logprobs.tiles import RowGradients, RowStats, TorchTiles, add_product, keep_bits
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What a call fixes: this rank's columns of real tokens, the dtype of the matmul's inputs, who computes a tile."""
+    """What a call fixes: this rank's columns of real tokens, the dtype of the matmul's inputs, who computes a tile, and
+    whether forward leaves the logits to backward."""
 
     columns: int
     dtype: torch.dtype
     math: TorchTiles
     group: dist.ProcessGroup | None
+    leaves: bool = False
 
     def tiles(self, weight: Tensor, tokens: int, *, stats: bool) -> Iterator[tuple[slice, Tensor, list[slice]]]:
         """Columns, their weights in the dtype of the matmul, and the rows to walk."""
@@ -65,14 +68,15 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor | None, head: _Head):
         x = hidden.to(head.dtype)
         stats = RowStats.empty(len(x), x.device)
+        left: list[Tensor] | None = [] if head.leaves else None
         for columns, w, row_slices in head.tiles(weight, len(x), stats=True):
             for rows in row_slices:
                 local = labels[rows] - columns.start
-                stats.rows(rows).add(head.math.stats(x[rows], w, local, _words(kept, rows, columns)))
+                stats.rows(rows).add(head.math.stats(x[rows], w, local, _words(kept, rows, columns), left))
         peak, total, weighted, target = head.merge(stats)
         log_total = total.log()
         logprobs, entropy = (target - peak) - log_total, log_total - weighted / total
-        ctx.save_for_backward(hidden, weight, labels, kept, peak + log_total, entropy)
+        ctx.save_for_backward(hidden, weight, labels, kept, peak + log_total, entropy, *(left or ()))
         ctx.head = head
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -80,7 +84,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_logprob, of_entropy):
-        hidden, weight, labels, kept, lse, entropy = ctx.saved_tensors
+        hidden, weight, labels, kept, lse, entropy, *left = ctx.saved_tensors
         head, (needs_hidden, needs_weight, *_) = ctx.head, ctx.needs_input_grad
         if of_logprob is None and of_entropy is None:
             return None, None, None, None, None
@@ -90,12 +94,13 @@ class _LinearLogprobs(torch.autograd.Function):
         of_weight = torch.empty_like(weight) if needs_weight else None
         if of_weight is not None:
             of_weight[head.columns :] = 0
+        scores = iter(left)
         for columns, w, row_slices in head.tiles(weight, len(x), stats=False):
             in_place = weight.dtype == head.dtype and len(row_slices) == 1
             of_columns = torch.zeros(0 if in_place or not needs_weight else w.shape, device=w.device)
             for rows in row_slices:
                 local, words = labels[rows] - columns.start, _words(kept, rows, columns)
-                of_logits = head.math.gradient(x[rows], w, local, words, given.rows(rows))
+                of_logits = head.math.gradient(x[rows], w, local, words, given.rows(rows), next(scores, None))
                 if of_hidden is not None:
                     add_product(of_hidden[rows], of_logits, w)
                 if of_weight is not None and in_place:
@@ -171,9 +176,11 @@ def linear_logprobs(
     if (kernel or _default_kernel(hidden, head)) == "triton":
         from megatron_ext.logprobs.triton_kernels import TritonTiles
 
-        math = TritonTiles(temperature, rounds)
+        math = TritonTiles(temperature, rounds, columns)
     bits = None if kept is None else keep_bits(kept, first, columns)
-    return _LinearLogprobs.apply(hidden, weight, labels - first, bits, _Head(columns, dtype, math, group))
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    leaves = learns and math.HAS_SCORES and kept_scores(len(hidden), columns, hidden.device.type) > 0
+    return _LinearLogprobs.apply(hidden, weight, labels - first, bits, _Head(columns, dtype, math, group, leaves))
 
 
 def _default_kernel(hidden: Tensor, head: Head) -> Literal["torch", "triton"]:

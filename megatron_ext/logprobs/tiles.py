@@ -76,31 +76,48 @@ class TorchTiles:
     """
 
     STATS_OF_ANY_WIDTH: ClassVar[bool] = False  # whether `stats` never holds the scores, so that one call may walk all
+    HAS_SCORES: ClassVar[bool] = True  # whether `stats` can leave them to `gradient`
 
     temperature: float
     rounds: bool
 
-    def stats(self, x: Tensor, w: Tensor, labels: Tensor, kept: Tensor | None) -> RowStats:
-        """labels: [tokens] int64, relative to these columns. kept: [tokens, columns / 32] int32 bits, or None."""
-        parts = []
-        for rows, scores in _cached(self._scores(x, w)):
+    def stats(
+        self, x: Tensor, w: Tensor, labels: Tensor, kept: Tensor | None, left: list[Tensor] | None = None
+    ) -> RowStats:
+        """labels: [tokens] int64, relative to these columns. kept: [tokens, columns / 32] int32 bits, or None. left:
+        the scores are added to it, for `gradient`."""
+        whole, parts = self._scores(x, w), []
+        if left is not None:
+            left.append(whole)
+        for rows, scores in _cached(whole):
             _mask(scores, kept, rows)
             inside, local = _inside(labels[rows], w.shape[0])
             target = torch.where(inside, scores.gather(1, local[:, None])[:, 0], 0.0)
             peak = scores.amax(1)
-            weights = scores.sub_(peak[:, None]).exp()
+            below = torch.sub(scores, peak[:, None], out=scores if left is None else torch.empty_like(scores))
+            weights = below.exp()
             total = weights.sum(1)
-            parts.append((peak, total, weights.mul_(scores).sum(1), target))
+            parts.append((peak, total, weights.mul_(below).sum(1), target))
         return RowStats(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
-    def gradient(self, x: Tensor, w: Tensor, labels: Tensor, kept: Tensor | None, given: RowGradients) -> Tensor:
-        """The gradient of the logits (before T), [tokens, columns] in the dtype of x and w."""
-        gradient = self._scores(x, w)
+    def gradient(
+        self,
+        x: Tensor,
+        w: Tensor,
+        labels: Tensor,
+        kept: Tensor | None,
+        given: RowGradients,
+        left: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient of the logits (before T), [tokens, columns] in the dtype of x and w. left: the scores that
+        `stats` left, which are not changed; None: they are made again."""
+        gradient = self._scores(x, w) if left is None else torch.empty_like(left)
         for rows, scores in _cached(gradient):
-            _mask(scores, kept, rows)
+            if left is None:
+                _mask(scores, kept, rows)
             lse, entropy, of_logprob, of_entropy = given.rows(rows)
             scale = of_logprob[:, None] / self.temperature
-            log_p = scores.sub_(lse[:, None])
+            log_p = torch.sub(scores if left is None else left[rows], lse[:, None], out=scores)
             if of_entropy is not None:
                 scale_entropy = of_entropy[:, None] / self.temperature
                 scale = torch.addcmul(scale, log_p + entropy[:, None], scale_entropy)

@@ -5,8 +5,9 @@ and reduces them there. Forward writes four numbers a token and column block; ba
 in bf16, for a bounded number of columns, and leaves its two matmuls to cuBLAS. Backward recomputes the logits, so it
 does three matmuls; a head that keeps [tokens, vocabulary] in memory does two.
 
-Blocks and pipeline depth are chosen for an H100 (wgmma, operands through TMA). The kernels compile for it, without
-spills, and agree with float64 in Triton's interpreter; they have not been timed on a GPU.
+Blocks and pipeline depth are chosen for an H100 (wgmma, operands through TMA), by the size of the model: see
+`blocks_for`. The kernels compile for it, without spills, and agree with float64 in Triton's interpreter; they have not
+been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from megatron_ext.logprobs.tiles import FLOOR, RowGradients, RowStats, TorchTile
 
 
 class Blocks(NamedTuple):
-    """Shape of a program: tokens, columns, bytes of the hidden size a step, token blocks that share columns in L2."""
+    """Shape of a program: tokens, columns, bytes of the hidden size a step, token blocks that share columns in L2.
+    registers: a thread has at most; 0: whatever the compiler takes."""
 
     tokens: int
     columns: int
@@ -32,28 +34,50 @@ class Blocks(NamedTuple):
     group: int
     warps: int
     stages: int
+    registers: int = 0
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory that the operands on their way take; barriers and reductions take some KiB more."""
+        return self.stages * (self.tokens + self.columns) * self.depth_bytes
 
 
-LARGE = Blocks(tokens=128, columns=256, depth_bytes=128, group=8, warps=8, stages=4)  # 196 KiB of shared memory
-SMALL = Blocks(tokens=128, columns=128, depth_bytes=64, group=8, warps=8, stages=3)  # 48 KiB
+LARGE = Blocks(tokens=128, columns=256, depth_bytes=128, group=8, warps=8, stages=4)  # 192 KiB: one program a processor
+MIDDLE = Blocks(tokens=128, columns=128, depth_bytes=128, group=8, warps=8, stages=3, registers=128)  # 96 KiB: two
+SMALL = Blocks(tokens=128, columns=128, depth_bytes=64, group=8, warps=8, stages=3)  # 48 KiB: for any GPU
+SHARED = 227 * 1024  # bytes that the programs of a processor share, compute capability 9 and 10
+_DEEP, _WIDE = 2048, 8192  # from here on LARGE
 
 
-def blocks_for(device: torch.device) -> Blocks:
-    """By compute capability; fixed, not tuned at run time, so that two runs add in the same order."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
-        return LARGE
-    return SMALL
+def blocks_for(device: torch.device, hidden: int, columns: int) -> Blocks:
+    """By compute capability, hidden size and columns of the vocabulary on this rank.
+
+    A program multiplies over the hidden size, then reduces. With a small hidden size the second part is as long as the
+    first: two programs a processor let one multiply while the other reduces. With few columns LARGE would leave
+    processors without a program. Nothing is tuned at run time, and the number of tokens does not count, so that a
+    token's sums are made in one order whatever stands beside it.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return SMALL
+    return LARGE if hidden >= _DEEP and columns >= _WIDE else MIDDLE
 
 
 @dataclass(frozen=True)
 class TritonTiles(TorchTiles):
-    """`TorchTiles` by the kernels below. A row of hidden states or weights must be a multiple of 16 bytes."""
+    """`TorchTiles` by the kernels below. A row of hidden states or weights must be a multiple of 16 bytes. columns: of
+    this rank, all tiles together; 0: a tile is all."""
 
     STATS_OF_ANY_WIDTH: ClassVar[bool] = True
+    HAS_SCORES: ClassVar[bool] = False
 
-    def stats(self, x: Tensor, w: Tensor, labels: Tensor, kept: Tensor | None) -> RowStats:
-        blocks = blocks_for(x.device)
+    columns: int = 0
+
+    def stats(
+        self, x: Tensor, w: Tensor, labels: Tensor, kept: Tensor | None, left: list[Tensor] | None = None
+    ) -> RowStats:
+        assert left is None
         tokens, columns = len(x), len(w)
+        blocks = blocks_for(x.device, x.shape[1], self.columns or columns)
         across = triton.cdiv(columns, blocks.columns)
         parts = torch.empty(3, across, tokens, device=x.device)
         target = torch.zeros(tokens, device=x.device)
@@ -66,9 +90,18 @@ class TritonTiles(TorchTiles):
         _, total, weighted, _ = RowStats(parts[0], parts[1], parts[2], target).under(peak)
         return RowStats(peak, total.sum(0), weighted.sum(0), target)
 
-    def gradient(self, x: Tensor, w: Tensor, labels: Tensor, kept: Tensor | None, given: RowGradients) -> Tensor:
-        blocks = blocks_for(x.device)
+    def gradient(
+        self,
+        x: Tensor,
+        w: Tensor,
+        labels: Tensor,
+        kept: Tensor | None,
+        given: RowGradients,
+        left: Tensor | None = None,
+    ) -> Tensor:
+        assert left is None
         tokens, columns = len(x), len(w)
+        blocks = blocks_for(x.device, x.shape[1], self.columns or columns)
         out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
         given = RowGradients(*(None if g is None else g.contiguous() for g in given))
         gradient_kernel[(triton.cdiv(tokens, blocks.tokens) * triton.cdiv(columns, blocks.columns),)](
@@ -85,6 +118,7 @@ class TritonTiles(TorchTiles):
             "FLOOR": FLOOR, "ROUNDS": self.rounds, "OPERAND": operand, "TOKENS": blocks.tokens,
             "COLUMNS": blocks.columns, "DEPTH": blocks.depth_bytes // x.element_size(), "GROUP": blocks.group,
             "num_warps": blocks.warps, "num_stages": blocks.stages,
+            **({"maxnreg": blocks.registers} if blocks.registers else {}),
         }  # fmt: skip
 
 

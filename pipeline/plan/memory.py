@@ -16,12 +16,13 @@ attention, and k experts a token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config import LoraConfig, ParallelConfig, TrainerConfig, TrainerPrecision
 from megatron_ext.hf.description import ModelDescription
-from megatron_ext.logprobs.sizes import TILE
+from megatron_ext.logprobs.sizes import TILE, kept_scores
 from pipeline.plan.counts.adapters import trained_count
 from pipeline.plan.counts.parameters import Count, rank_count, stage_layers
 from pipeline.plan.hardware import EFFICIENCY, Efficiency
@@ -208,13 +209,15 @@ def head(
     model: ModelDescription, parallel: ParallelConfig, precision: TrainerPrecision, tokens: int, *, frozen: bool = False
 ) -> float:
     """What the LM head holds above its inputs at its worst moment, backward: hidden states of the whole sequence, their
-    gradient in float32 and rounded, the weight's gradient if it is not frozen, and two tiles of float32 logits."""
+    gradient in float32 and rounded, the weight's gradient if it is not frozen, two tiles of float32 logits, and those
+    that forward keeps where they are few."""
     item, t = item_bytes(precision), parallel.tensor
     rows, local = model.padded_vocab_size(t) // t, tokens / parallel.context
     gathered = item if t > 1 else 0
     tile = min(TILE["cuda"], local * rows)
     of_weight = 0 if frozen else item * rows * model.hidden
-    return local * model.hidden * (gathered + 4 + item) + of_weight + 2 * 4 * tile
+    left = 0 if frozen else kept_scores(math.ceil(local), rows, "cuda")
+    return local * model.hidden * (gathered + 4 + item) + of_weight + 2 * 4 * tile + 4 * left
 
 
 def rank_memory(

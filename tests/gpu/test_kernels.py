@@ -28,6 +28,16 @@ def test_the_fused_log_prob_is_the_matmuls(dtype, head):
     assert all(e <= bound for e, bound in zip(errors, BOUNDS[dtype], strict=True)), errors
 
 
+@pytest.mark.parametrize(("hidden", "vocab"), [(576, 49_152), (4096, 18_992), (7168, 129_280)], ids=str)
+def test_the_fused_log_prob_is_right_at_every_size_of_its_blocks(hidden, vocab):
+    """See triton_kernels.blocks_for."""
+    errors = kernels.fused_logprobs(
+        "cuda", tokens=700, vocab=vocab, hidden=hidden, dtype=torch.bfloat16, head="fp32_accumulate"
+    )
+    print(errors)
+    assert all(e <= bound for e, bound in zip(errors, BOUNDS[torch.bfloat16], strict=True)), errors
+
+
 def test_rounded_logits_are_off_by_their_rounding_only():
     errors = kernels.fused_logprobs(
         "cuda", tokens=700, vocab=VOCABULARY, hidden=2048, dtype=torch.bfloat16, head="bf16"

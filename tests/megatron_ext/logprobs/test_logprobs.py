@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ext.config import ParallelConfig
 from megatron_ext.logprobs import linear as logprobs
 from megatron_ext.logprobs.linear import linear_logprobs
+from megatron_ext.logprobs.sizes import KEPT as MOST_KEPT
 from megatron_ext.logprobs.tiles import TorchTiles
 from tests.support.logprob_cases import HIDDEN, TOKENS, VOCAB, Answer, Case, case, differentiate, exact
 from tests.support.ranks import run_ranks
@@ -117,6 +118,7 @@ def test_bf16_heads_differentiate_the_rounded_inputs(head):
 
 def test_no_tensor_is_larger_than_a_tile_but_the_gradient_of_the_weight(monkeypatch):
     monkeypatch.setitem(logprobs.TILE, "cpu", TOKENS * 256)
+    monkeypatch.setitem(MOST_KEPT, "cpu", TOKENS * 8192 - 1)
     c, vocab, sizes = case(), 8192, []
 
     class Sizes(TorchDispatchMode):
@@ -134,9 +136,56 @@ def test_no_tensor_is_larger_than_a_tile_but_the_gradient_of_the_weight(monkeypa
     assert max(a * b for a, b in (s for s in sizes if len(s) == 2 and s != (vocab, HIDDEN))) == 256 * HIDDEN
 
 
+class Products(TorchDispatchMode):
+    """How many matrix products there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head", ["bf16", "fp32_accumulate", "fp32"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_logits_that_are_kept_change_no_bit_and_spare_a_product_of_four(monkeypatch, head, kept):
+    monkeypatch.setattr(logprobs, "MAX_ROWS", 16)  # 3 slices of tokens
+    monkeypatch.setitem(logprobs.TILE, "cpu", 2**12)  # and 2 tiles of columns
+    c, answers, products = case(), [], []
+    if head != "fp32":
+        c = c._replace(hidden=c.hidden.bfloat16(), weight=c.weight.bfloat16())
+    for most in (TOKENS * VOCAB - 1, TOKENS * VOCAB):
+        monkeypatch.setitem(MOST_KEPT, "cpu", most)
+        hidden, weight = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()
+        with Products() as counted:
+            results = linear_logprobs(
+                hidden, weight, c.labels, vocab_size=VOCAB, head=head, temperature=0.7, kept=c.kept if kept else None
+            )
+            (results[0] * c.of_logprob).sum().backward(retain_graph=True)  # what is kept serves twice
+            hidden.grad = weight.grad = None
+            answers.append(differentiate(*results, hidden, weight, c.of_logprob, c.of_entropy))
+        products.append(counted.count)
+    for made_again, left in zip(*answers, strict=True):
+        assert torch.equal(made_again, left)
+    assert products == [6 + 2 * 18, 6 + 2 * 12]
+
+
+def test_logits_are_kept_only_for_a_backward(monkeypatch):
+    seen, original = [], TorchTiles.stats
+    monkeypatch.setattr(TorchTiles, "stats", lambda *a: seen.append(a[-1] is not None) or original(*a))
+    c = case()
+    for hidden, grad in ((c.hidden, True), (c.hidden.clone().requires_grad_(), False)):
+        with torch.set_grad_enabled(grad):
+            linear_logprobs(hidden, c.weight, c.labels, vocab_size=VOCAB)
+    linear_logprobs(c.hidden.clone().requires_grad_(), c.weight, c.labels, vocab_size=VOCAB)
+    assert seen == [False, False, True]
+
+
 def test_only_what_the_loss_uses_is_differentiated(monkeypatch):
     seen, original = [], TorchTiles.gradient
-    monkeypatch.setattr(TorchTiles, "gradient", lambda *a: seen.append(a[-1].of_entropy is None) or original(*a))
+    monkeypatch.setattr(TorchTiles, "gradient", lambda *a: seen.append(a[-2].of_entropy is None) or original(*a))
     c = case()
     hidden, weight = c.hidden.clone().requires_grad_(), c.weight.clone()
     value, entropy = linear_logprobs(hidden, weight, c.labels, vocab_size=VOCAB)
