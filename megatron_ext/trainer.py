@@ -255,7 +255,7 @@ class Trainer:
 def _collect(seen: dict[int, tuple[Tensor, ...]], batch: MicroBatch, quantities: tuple[Tensor, ...]) -> None:
     """Keep a micro-batch's [samples, tokens] matrices, where this rank speaks for its replica."""
     if parallel.is_reporter():
-        rows = zip(*(q.detach().cpu() for q in quantities), strict=True)
+        rows = zip(*(q.detach().cpu().unbind() for q in quantities), strict=True)
         seen |= dict(zip(batch.indices, rows, strict=True))
 
 

@@ -114,6 +114,8 @@ def _of_labels(
 
 def _following(of_tokens: np.ndarray, shift: int) -> np.ndarray:
     """[tokens, ...] -> [tokens - 1, ...]: what each input token is to predict, the token that follows it."""
+    if not shift:
+        return of_tokens[1:]
     following = np.arange(1, len(of_tokens)) + shift
     return of_tokens[following.clip(0, len(of_tokens) - 1)]
 

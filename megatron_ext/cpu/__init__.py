@@ -6,6 +6,7 @@ Everything that differs from the GPU stands in this package, in memory, each pat
 - `patches.py`:  functions inside Megatron-Core.
 - `adam.py`:     an Adam laid out like Transformer Engine's FusedAdam.
 - `rope.py`:     the rotary embedding of packed sequences, without a loop over them.
+- `row_functions.py`: norms and gated activations in one pass each, by the loops of `row_loops.py`.
 - `layers.py`:   linear layers and norms with the parameter names of Transformer Engine's.
 - `freed_memory.py`: what becomes of memory that is freed.
 

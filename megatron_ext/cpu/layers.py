@@ -7,10 +7,11 @@ Its spec fuses a layer's norm into the linear that follows, so the norm's weight
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
+
+from megatron_ext.cpu.row_functions import rms_norm
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -25,7 +26,7 @@ class RMSNorm(torch.nn.RMSNorm):
             torch.nn.init.zeros_(self.weight)
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, factor(self.weight, self.zero_centered), self.eps)
+        return rms_norm(x, factor(self.weight, self.zero_centered), self.eps)
 
 
 def factor(weight, zero_centered):
@@ -46,7 +47,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, input_, *args, **kwargs):
         weight = factor(self.layer_norm_weight, self.zero_centered)
-        return super().forward(F.rms_norm(input_, input_.shape[-1:], weight, self.eps), *args, **kwargs)
+        return super().forward(rms_norm(input_, weight, self.eps), *args, **kwargs)
 
 
 class DuplicatedLinear(torch.nn.Linear):

@@ -27,6 +27,9 @@ def install() -> None:
     _not_scaled_by_one()
     _weights_that_are_their_own()
     install_layers()
+    from megatron_ext.cpu import row_functions
+
+    row_functions.install()
 
 
 def install_layers() -> None:

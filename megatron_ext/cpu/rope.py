@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ext.cpu import row_functions as rows
 from megatron_ext.zigzag import zigzag_positions
 
 
@@ -42,7 +43,11 @@ def _pairs(rotated: int, interleaved: bool) -> tuple[slice, slice]:
 
 
 def _rotate(t: Tensor, cos: Tensor, sin: Tensor, source: tuple[slice, slice], target: tuple[slice, slice]) -> Tensor:
-    out, rotated = torch.empty_like(t), 2 * cos.shape[-1]
+    out, rotated = torch.empty(t.shape, dtype=t.dtype, device=t.device), 2 * cos.shape[-1]
+    if source == target and rows.plain(t, cos, sin):
+        own, turned, c, s = (rows.array(part) for part in (t, out, cos[:, 0], sin[:, 0]))
+        rows.on_threads(lambda at: rows.loops().rotate_rows(own[at], c[at], s[at], turned[at]), len(t), t.numel())
+        return out
     low, high = (t[..., s] for s in source)
     torch.mul(low, cos, out=out[..., target[0]]).addcmul_(high, sin, value=-1)
     torch.mul(high, cos, out=out[..., target[1]]).addcmul_(low, sin)

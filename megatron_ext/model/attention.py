@@ -44,6 +44,38 @@ class _GatherRanks(torch.autograd.Function):
         return out, None
 
 
+class _Spread(torch.autograd.Function):
+    """Tokens to their places in the buckets of a plan: [t, ...] -> [places, ...]. Places of padding have a copy of
+    token 0, which no output that is read depends on: it has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, places, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (back,) = ctx.saved_tensors
+        return grads[0].index_select(0, back), None, None
+
+
+class _Together(torch.autograd.Function):
+    """The way back, [places, ...] -> [t, ...]; what stands at places of padding is not read."""
+
+    @staticmethod
+    def forward(ctx, x, places, back):
+        ctx.save_for_backward(places, back)
+        return x.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        places, back = ctx.saved_tensors
+        if len(places) == len(back):
+            return grads[0].index_select(0, places), None, None
+        out = grads[0].new_zeros(len(places), *grads[0].shape[1:])
+        return out.index_copy_(0, back, grads[0]), None, None
+
+
 class _SinkAttention(torch.autograd.Function):
     """Attention whose softmax has one more term, a sink a head, that no value belongs to. On torch's CPU kernel.
 
@@ -90,6 +122,16 @@ class _SameLength:
     mask: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Buckets of a packed sequence. back: [tokens of this rank] where the output of each lies among the buckets'.
+    places: [all queries of the buckets] the way there; None: one bucket without padding, in the order of the tokens."""
+
+    buckets: list[_SameLength]
+    back: torch.Tensor
+    places: torch.Tensor | None
+
+
 def _visible(positions: np.ndarray, keys: int, window: int | None) -> torch.Tensor:
     """[sequences, queries] places of queries in their sequences -> [sequences, 1, queries, keys] bool."""
     place, query = torch.arange(keys), torch.from_numpy(positions)[:, None, :, None]
@@ -97,10 +139,7 @@ def _visible(positions: np.ndarray, keys: int, window: int | None) -> torch.Tens
     return seen if window is None else seen & (place > query - window)
 
 
-def _plan(
-    lengths: list[int], cp_size: int, cp_rank: int, device: torch.device, window: int | None
-) -> tuple[list[_SameLength], torch.Tensor]:
-    """Buckets of a packed sequence, and where each local token's output lies among the buckets' outputs."""
+def _plan(lengths: list[int], cp_size: int, cp_rank: int, device: torch.device, window: int | None) -> _Plan:
     local_total = sum(lengths) // cp_size
     starts = np.cumsum([0, *(n // cp_size for n in lengths)])
     members: dict[int, list[int]] = {}
@@ -128,7 +167,9 @@ def _plan(
             mask = _visible(np.arange(longest)[None], longest, window).to(device)
         buckets.append(_SameLength(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), mask))
         base += query.size
-    return buckets, torch.from_numpy(back).to(device)
+    alike = len(buckets) == 1 and buckets[0].query.numel() == local_total
+    places = None if alike else torch.cat([b.query.flatten() for b in buckets])
+    return _Plan(buckets, torch.from_numpy(back).to(device), places)
 
 
 class SDPACoreAttention(MegatronModule):
@@ -225,11 +266,21 @@ class SDPACoreAttention(MegatronModule):
         return plans[self.window]
 
     def _packed(self, q, k, v, plan):
-        buckets, back = plan
+        def by_bucket(x):
+            """[t, heads, d] of the queries' tokens -> [sequences, queries, heads, d] each."""
+            spread = x if plan.places is None else _Spread.apply(x, plan.places, plan.back)
+            sizes = [b.query.numel() for b in plan.buckets]
+            parts = [spread] if len(sizes) == 1 else spread.split(sizes)
+            return [part.view(*b.query.shape, *x.shape[1:]) for part, b in zip(parts, plan.buckets, strict=True)]
+
         if self.cp.size() > 1:
-            k, v = _GatherRanks.apply(torch.cat([k, v], -1), self.cp).split([k.shape[-1], v.shape[-1]], -1)
+            whole = _GatherRanks.apply(torch.cat([k, v], -1), self.cp).split([k.shape[-1], v.shape[-1]], -1)
+            keys, values = ([x[b.key] for b in plan.buckets] for x in whole)
+        else:  # keys stand where their queries do
+            keys, values = by_bucket(k), by_bucket(v)
         outs = [
-            self._attend(q[b.query], k[b.key], v[b.key], b.mask).flatten(0, 1)  # [sequences * queries, heads * d]
-            for b in buckets
+            self._attend(q, k, v, b.mask).flatten(0, 1)  # [sequences * queries, heads * d]
+            for q, k, v, b in zip(by_bucket(q), keys, values, plan.buckets, strict=True)
         ]
-        return (torch.cat(outs) if len(outs) > 1 else outs[0])[back]
+        joined = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return joined if plan.places is None else _Together.apply(joined, plan.places, plan.back)

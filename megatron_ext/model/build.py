@@ -56,6 +56,8 @@ def transformer_config(
         fields |= _moe_fields(model, trainer, precision, replay=replay)
     fields |= _recompute_fields(model, trainer) | model.fields
     kind, of_kind = _kind(fields)
+    if cpu.needed() and fields["activation_func"] == "silu":
+        fields["bias_activation_fusion"] = fields.get("activation_func_clamp_value") is None  # see `cpu.row_functions`
     fields |= of_kind | {"activation_func": _ACTIVATIONS[fields["activation_func"]]} | trainer.extra
     later: dict[str, Any] = {}  # what Megatron-Core's config refuses, and its model computes rightly
     if model.num_experts and fields["add_bias_linear"]:
