@@ -1,12 +1,15 @@
-"""Seconds of an RL step beside TRL's GRPOTrainer: the same model, 32 prompts x 8 samples, the same lengths of answers.
+"""Seconds of an RL step beside TRL's GRPOTrainer: the same model, prompts and samples, the same lengths of answers.
 
-    uv venv .venv/trl && uv pip install --python .venv/trl/bin/python trl==1.16.0 torch==2.14.1 transformers==5.19.0
-    .venv/bin/python -m scripts.bench_against_trl --trl .venv/trl/bin/python [--pairs 5] [--steps 10] [--only fixed]
+    .venv/bin/python -m scripts.bench_against_trl [--pairs 5] [--steps 10] [--only fixed]
+    .venv/bin/python -m scripts.bench_against_trl --model models/SmolLM2-135M-Instruct --pairs 3 --steps 4 --only fixed
 
-The model has 4 layers, width 64, 8 experts, top 2, float32. Both train it by ratios of sequences, in four micro-batches
-and one optimizer step. `fixed`: every answer has 16 tokens. `mixed`: 8 to 256, drawn log-uniformly. Each pair runs TRL,
-sameroute in turn with its rollouts, and sameroute one step of staleness behind, one after another, each in processes of
-its own on both cores. Printed are the medians over the pairs of the seconds a step, and the ratios.
+TRL has an environment of its own, .venv/trl, which the first call makes (uv, PyPI); --trl names another Python.
+
+Without --model it is 4 layers, width 64, 8 experts, top 2, and a step is of 32 prompts x 8 samples; a model of
+`make language-model` is asked for sums, 8 prompts x 8 samples. Both are float32. Both train by ratios of sequences, in
+four micro-batches and one optimizer step. `fixed`: every answer has 16 tokens. `mixed`: 8 to 256, drawn log-uniformly.
+Each pair runs TRL, sameroute in turn with its rollouts, and sameroute one step of staleness behind, one after another,
+each in processes of its own on both cores. Printed are medians over the pairs of the seconds a step, and the ratios.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,26 +34,47 @@ from pipeline.loop.open_loop import open_loop
 from scripts.bench_async import CONFIG, draw_lengths
 from scripts.bench_step import SETTINGS
 
-WARM = 3
 LENGTHS = {"fixed": (16, 16), "mixed": (8, 256)}
+SAMPLES, MICRO_BATCHES = 8, 4
+ROOT = Path(__file__).parent.parent
+LANGUAGE = ROOT / "configs" / "smollm2-moe" / "arithmetic.yaml"
+ENVIRONMENT = ROOT / ".venv" / "trl"
+PACKAGES = ("trl==1.16.0", "torch==2.14.1", "transformers==5.19.0")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures. staleness: rollout.max_staleness."""
+    """What one process measures. model: a Hugging Face directory; None: the tiny one. staleness: of the rollouts."""
 
+    model: Path | None
     lengths: str
     staleness: int
     steps: int
 
+    @property
+    def prompts(self) -> int:
+        """Of a step."""
+        return 32 if self.model is None else 8
+
+    @property
+    def warm(self) -> int:
+        """Steps that are not timed."""
+        return 3 if self.model is None else 1
+
     def config(self) -> Config:
         """Of sameroute."""
         longest = LENGTHS[self.lengths][1]
+        own = [*SETTINGS, "server.max_total_tokens=131072"]
+        if self.model is not None:
+            own = [f"model.path={self.model}", "evaluate=[]", "train.mini_batches=1", "precision.temperature=1.0",
+                   "objective.correction={kind: geometric_tis, high: 2.0}",
+                   f"rollout.samples_per_prompt={SAMPLES}", "server.max_total_tokens=32768"]  # fmt: skip
+        tokens = 2048 if self.lengths == "fixed" else 8192
         return load_config(
-            CONFIG,
-            [*SETTINGS, f"rollout.max_new_tokens={longest}", f"server.context_length={longest + 64}",
-             "server.max_total_tokens=131072", f"rollout.max_staleness={self.staleness}",
-             "trainer.micro_batch_tokens=2048" if self.lengths == "fixed" else "trainer.micro_batch_tokens=8192"],
+            CONFIG if self.model is None else LANGUAGE,
+            [*own, f"rollout.prompts_per_step={self.prompts}", f"rollout.max_new_tokens={longest}",
+             f"server.context_length={longest + 72}", f"rollout.max_staleness={self.staleness}",
+             f"trainer.micro_batch_tokens={tokens if self.model is None else tokens // 2}"],
         )  # fmt: skip
 
 
@@ -59,13 +84,13 @@ def ours(case: Case) -> float:
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder) / "logs"
         logs.mkdir()
-        count = WARM + case.steps
+        count = case.warm + case.steps
         with open_loop(case.config(), Path(folder), logs) as (loop, _), asynchronous(loop, count + 9, None):
             ends = []
             for number in range(1, count + 1):
                 loop.step(number)
                 ends.append(time.monotonic())
-    seconds = [b - a for a, b in itertools.pairwise(ends)][WARM - 1 :]
+    seconds = [b - a for a, b in itertools.pairwise(ends)][case.warm - 1 :]
     return statistics.fmean(seconds) if case.staleness else statistics.median(seconds)
 
 
@@ -77,50 +102,65 @@ def said(command: list[str]) -> float:
     return json.loads(done.stdout.splitlines()[-1])["seconds"]
 
 
-def pair(lengths: str, steps: int, trl: Path, folder: Path) -> dict[str, float]:
+def pair(case: Case, trl: Path, folder: Path) -> dict[str, float]:
     """Seconds a step of each."""
-    model, prompts = folder / "model", folder / "prompts.json"
-    config = Case(lengths, 0, steps).config()
-    if not model.exists():
-        assert config.model.tiny is not None
-        make_tiny_model(model, config.model.tiny, config.run.seed)
-        source = prompt_source(config, model)
-        prompts.write_text(json.dumps([p.text for p in source.take(512)]))
-    longest = [str(n) for n in LENGTHS[lengths]]
-    beside = [
-        "scripts/trl_step.py",
-        str(model),
-        "--prompts",
-        str(prompts),
-        "--lengths",
-        *longest,
-        "--steps",
-        str(steps),
-    ]
+    model, prompts, config = case.model or folder / "model", folder / "prompts.json", case.config()
+    if not prompts.exists():
+        if case.model is None:
+            assert config.model.tiny is not None
+            make_tiny_model(model, config.model.tiny, config.run.seed)
+        prompts.write_text(json.dumps([p.text for p in prompt_source(config, model).take(512)]))
+    numbers = {
+        "--steps": case.steps,
+        "--warm": case.warm,
+        "--batch": case.prompts * SAMPLES // MICRO_BATCHES,
+        "--accumulate": MICRO_BATCHES,
+        "--generations": SAMPLES,
+    }
+    beside = ["scripts/trl_step.py", str(model), "--prompts", str(prompts), "--lengths"]
+    beside += [*map(str, LENGTHS[case.lengths]), *(str(x) for pair in numbers.items() for x in pair)]
     found = {"TRL": said([str(trl), *beside])}
     for staleness in (0, 1):
-        own = ["-m", "scripts.bench_against_trl", "--one", lengths, str(staleness), "--steps", str(steps)]
+        own = ["-m", "scripts.bench_against_trl", "--one", case.lengths, str(staleness), "--steps", str(case.steps)]
+        own += [] if case.model is None else ["--model", str(case.model)]
         found[f"sameroute, max_staleness={staleness}"] = said([sys.executable, *own])
     return found
+
+
+def trl_python() -> Path:
+    """That of TRL's environment, which is made where it is not there."""
+    python, ready = ENVIRONMENT / "bin" / "python", ENVIRONMENT / ".ready"
+    if not ready.exists():
+        uv = shutil.which("uv") or str(ROOT / ".tools" / "bin" / "uv")
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(ENVIRONMENT)], check=True)
+        subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), *PACKAGES], check=True)
+        ready.touch()
+    return python
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, help="a Python that has TRL")
+    parser.add_argument("--model", type=Path, help="a Hugging Face directory of `make language-model`")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help=f"timed steps, after {WARM} that warm up")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after some that warm up")
     parser.add_argument("--only", choices=LENGTHS)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # one measurement of ours, as JSON
     options = parser.parse_args()
+    model = None if options.model is None else options.model.resolve()
+    if model is not None and not (model / "config.json").is_file():
+        parser.error(f"--model {options.model} is no Hugging Face directory; `make language-model` makes two")
     if options.one:
-        print(json.dumps({"seconds": ours(Case(options.one[0], int(options.one[1]), options.steps))}))
+        print(json.dumps({"seconds": ours(Case(model, options.one[0], int(options.one[1]), options.steps))}))
         return
-    if options.trl is None or not options.trl.is_file():
-        parser.error("--trl wants a Python that has TRL; the first lines of this script say how to make one")
+    if options.trl is not None and not options.trl.is_file():
+        parser.error(f"--trl {options.trl} is no Python; leave it out, and one with TRL is made")
+    trl = options.trl or trl_python()
     print("| answers | | seconds a step | against TRL | of the pairs |\n|---|---|---|---|---|")
     for lengths in [options.only] if options.only else LENGTHS:
+        case = Case(model, lengths, 0, options.steps)
         with tempfile.TemporaryDirectory() as folder:
-            pairs = [pair(lengths, options.steps, options.trl, Path(folder)) for _ in range(options.pairs)]
+            pairs = [pair(case, trl, Path(folder)) for _ in range(options.pairs)]
         for name in pairs[0]:
             ratios = [found[name] / found["TRL"] for found in pairs]
             middle = statistics.median(found[name] for found in pairs)

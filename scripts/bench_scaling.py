@@ -2,15 +2,18 @@
 
     .venv/bin/python scripts/bench_scaling.py [--parts packing loss ...] [--axes length sequences ...]
 
-Each part runs alone in a process of its own, once with each size of an axis, the other sizes as BASE has them:
+Each part runs alone in a process of its own, once with each size of an axis, the other sizes as BASE has them. A part
+with one axis takes at most three minutes of a processor:
 
-    micro-batches  sequences dealt into micro-batches of 16,384 tokens
+    micro-batches  sequences dealt into micro-batches of 16,384 tokens, of 8 data-parallel ranks but for the axis
     packing        all of them as one micro-batch; replay: with their routes
     router         one router that replays, of 4,096 tokens
-    log-probs      the LM head, forward and backward, 4,096 words
+    log-probs      the LM head, forward and backward, 4,096 words but for the axis
     loss           GSPO, forward and backward
     dump           a step written and read, with routes
     report         of 4 steps with all their rollouts
+    road           answers of all sequences asked of simulated servers, decoded, checked and made the trainer's samples
+    merge          what the ranks say of an update's tokens made one
     shares         which of 8 senders sends which weights
     checkpoint     a trainer of one rank, written
 
@@ -38,14 +41,16 @@ import numpy as np
 import torch
 
 TOPK, VOCAB, GROUP = 2, 512, 8
-BASE = {"length": 1024, "sequences": 64, "layers": 4, "experts": 8, "ranks": 8}
-SMALL = {"length": 64, "sequences": GROUP, "layers": 2, "experts": 8, "ranks": 8}
+BASE = {"length": 1024, "sequences": 64, "layers": 4, "experts": 8, "ranks": 8, "servers": 1, "vocabulary": 4096}
+SMALL = BASE | {"length": 64, "sequences": GROUP, "layers": 2}
 AXES = {
     "length": (256, 1024, 4096, 16384),
     "sequences": (8, 32, 128, 512, 1024),
     "layers": (4, 16, 64),
     "experts": (8, 32, 128, 256),
     "ranks": (8, 32, 128, 512),
+    "servers": (1, 4, 16, 64),
+    "vocabulary": (4096, 16384, 65536, 262144),
 }
 Part = Callable[[dict[str, int], Path], Iterator[Callable[[], object]]]
 
@@ -106,7 +111,7 @@ def micro_batches(sizes: dict[str, int], _: Path):
     from megatron_ext.batch.layout import plan_micro_batches
 
     lengths = np.random.default_rng(0).integers(16, sizes["length"], sizes["sequences"]).tolist()
-    yield lambda: plan_micro_batches(lengths, token_budget=16384, dp_size=8)
+    yield lambda: plan_micro_batches(lengths, token_budget=16384, dp_size=sizes["ranks"])
 
 
 def packing(sizes: dict[str, int], _: Path, *, routed: bool = False):
@@ -141,9 +146,9 @@ def log_probs(sizes: dict[str, int], _: Path):
     from megatron_ext.logprobs.linear import linear_logprobs
 
     hidden = torch.randn(sizes["length"], 128, requires_grad=True)
-    weight = torch.randn(4096, 128, requires_grad=True)
-    labels = torch.randint(4096, (sizes["length"],))
-    yield lambda: linear_logprobs(hidden, weight, labels, vocab_size=4096)[0].sum().backward()
+    weight = torch.randn(words := sizes["vocabulary"], 128, requires_grad=True)
+    labels = torch.randint(words, (sizes["length"],))
+    yield lambda: linear_logprobs(hidden, weight, labels, vocab_size=words)[0].sum().backward()
 
 
 def loss(sizes: dict[str, int], _: Path):
@@ -192,6 +197,44 @@ def report(sizes: dict[str, int], folder: Path):
     yield lambda: write_report(directory.path)
 
 
+def road(sizes: dict[str, int], _: Path):
+    from bench_road import Simulated, client_of
+    from simulated_servers import Shape, simulated_servers
+
+    from pipeline.engine.client import SGLangClient
+    from pipeline.engine.fleet import Fleet, FleetServer
+    from pipeline.engine.sampling import Sampling
+    from pipeline.rollout.sampler import sample_groups_sync
+    from pipeline.trainer.group import to_sample
+    from pipeline.types import Prompt
+
+    shape = Shape(sizes["layers"], TOPK, sizes["experts"], VOCAB)
+    prompts = [Prompt(np.full(1, 3, np.int32), "a", {}, n) for n in range(sizes["sequences"] // GROUP)]
+    sampling = Sampling(max_new_tokens=sizes["length"] - 1, temperature=1.0, ignore_eos=True)
+    with simulated_servers(sizes["servers"], shape) as urls:
+        clients = [client_of(url, shape, SGLangClient) for url in urls]
+        fleet = Fleet([FleetServer(Simulated(c.url), c) for c in clients])
+        fleet.wait_ready()
+        fleet.transfer(Simulated(""))
+        yield lambda: [
+            to_sample(r) for group in sample_groups_sync(fleet, prompts, GROUP, sampling) for r in group.rollouts
+        ]
+
+
+def merge(sizes: dict[str, int], _: Path):
+    from megatron_ext.parts import TokenPart, UpdatePart, merge_routing, merge_tokens, merge_update
+
+    ranks, count = sizes["ranks"], sizes["sequences"]
+    one = np.full(sizes["length"] - 1, -1, np.float32)
+    counts = dict.fromkeys(range(sizes["layers"]), (1, 1, 0, 0))
+    parts = [
+        UpdatePart({"loss/objective": (1.0, 1.0, "sum")}, 1.0, 1.0, False, TokenPart((own, own), counts))
+        for own in (dict.fromkeys(range(rank, count, ranks), one) for rank in range(ranks))
+    ]
+    seen = [part.seen for part in parts]
+    yield lambda: (merge_update(parts), merge_tokens(seen, count), merge_routing(seen))
+
+
 def shares(sizes: dict[str, int], _: Path):
     from megatron_ext.hf.senders.assignment import Place, Unit, assign, choose_senders
 
@@ -232,14 +275,16 @@ def checkpoint(sizes: dict[str, int], folder: Path):
 
 
 PARTS: dict[str, tuple[Part, tuple[str, ...]]] = {
-    "micro-batches": (micro_batches, ("sequences",)),
+    "micro-batches": (micro_batches, ("sequences", "ranks")),
     "packing": (packing, ("length", "sequences")),
     "replay": (replay, ("length", "sequences", "layers", "experts")),
     "router": (router, ("experts",)),
-    "log-probs": (log_probs, ("length",)),
+    "log-probs": (log_probs, ("length", "vocabulary")),
     "loss": (loss, ("length", "sequences")),
     "dump": (dump, ("length", "sequences", "layers")),
     "report": (report, ("length", "sequences")),
+    "road": (road, ("length", "sequences", "servers")),
+    "merge": (merge, ("sequences", "ranks")),
     "shares": (shares, ("layers", "experts", "ranks")),
     "checkpoint": (checkpoint, ("layers", "experts")),
 }

@@ -1,6 +1,6 @@
 """Seconds of a step of TRL's GRPOTrainer, as JSON; a part of bench_against_trl.py, run by the Python that has TRL.
 
-    PYTHON scripts/trl_step.py MODEL --prompts FILE --lengths 16 16 --steps 10
+    PYTHON scripts/trl_step.py MODEL --prompts FILE --lengths 16 16 --steps 10 --batch 64
 
 MODEL: a Hugging Face directory. FILE: a JSON list of prompts. It imports nothing of sameroute.
 """
@@ -20,8 +20,6 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-WARM = 3
 
 
 class Drawn(LogitsProcessor):
@@ -53,6 +51,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs=2, required=True, metavar=("SHORTEST", "LONGEST"))
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--warm", type=int, default=3, help="steps before them")
+    parser.add_argument("--batch", type=int, default=64, help="samples of a micro-batch")
+    parser.add_argument("--accumulate", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--generations", type=int, default=8, help="samples of a prompt")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -75,17 +77,17 @@ def main() -> None:
             reward_funcs=lambda completions, **others: [float(len(c) % 2) for c in completions],
             args=GRPOConfig(
                 output_dir=folder, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, beta=0.0,
-                importance_sampling_level="sequence", learning_rate=1e-4, num_generations=8,
-                per_device_train_batch_size=64, gradient_accumulation_steps=4, max_completion_length=longest,
-                max_steps=options.steps + WARM, logging_strategy="no", save_strategy="no", report_to="none",
-                disable_tqdm=True,
+                importance_sampling_level="sequence", learning_rate=1e-4, num_generations=options.generations,
+                per_device_train_batch_size=options.batch, gradient_accumulation_steps=options.accumulate,
+                max_completion_length=longest, max_steps=options.steps + options.warm,
+                logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
             ),
             train_dataset=Dataset.from_dict({"prompt": json.loads(options.prompts.read_text())}),
             processing_class=tokenizer,
             callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)][WARM - 1 :]
+    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)][options.warm - 1 :]
     print(json.dumps({"seconds": statistics.median(seconds), "steps": len(seconds)}))
 
 
