@@ -93,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--lines", type=int, default=0, help="functions of each work that are shown")
+    parser.add_argument("--keep", type=Path, help="a folder for the stacks, one a line with how often it was seen")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_args()
     config = load_config(CONFIG, SETTINGS + options.overrides)
@@ -114,6 +115,10 @@ def main() -> None:
                 process.wait()
         print(f"{seconds:.3f} s a step\n\n| process | works at | ms of a processor a step |\n|---|---|---|")
         for kind in WORK:
+            if options.keep is not None:
+                options.keep.mkdir(parents=True, exist_ok=True)
+                texts = [out.read_text() for own, out, _ in begun if own == kind and out.exists()]
+                (options.keep / f"{kind}.txt").write_text("".join(texts))
             total, inside = Counter[str](), dict[str, Counter[str]]()
             for _, out, _ in (each for each in begun if each[0] == kind and each[1].exists()):
                 for line in out.read_text().splitlines():

@@ -38,6 +38,11 @@ def array(t: Tensor) -> np.ndarray:
     return t.detach().contiguous().numpy()
 
 
+def _own(weight: Tensor) -> np.ndarray:
+    """A copy: memory that numpy has seen cannot be given away any more (`host_copy.py`), and weights are."""
+    return weight.detach().clone().numpy()
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "sameroute rows")
@@ -58,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, epsilon):
         rows, out = array(x).reshape(-1, x.shape[-1]), torch.empty(x.shape)
-        factors, target, own = torch.empty(len(rows)), array(out).reshape(rows.shape), array(weight)
+        factors, target, own = torch.empty(len(rows)), array(out).reshape(rows.shape), _own(weight)
         into = factors.numpy()
         on_threads(lambda s: loops().rms_norm_rows(rows[s], own, np.float32(epsilon), target[s], into[s]), *_size(rows))
         ctx.save_for_backward(x, weight, factors)
@@ -70,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, factors = ctx.saved_tensors
         of_x = torch.empty(x.shape)
         given, rows, into = (array(t).reshape(-1, x.shape[-1]) for t in (grads[0], x, of_x))
-        own, scale = array(weight), factors.numpy()
+        own, scale = _own(weight), factors.numpy()
 
         def part(s: slice) -> np.ndarray:
             total = np.zeros(len(own))
