@@ -213,9 +213,9 @@ def road(sizes: dict[str, int], _: Path):
     sampling = Sampling(max_new_tokens=sizes["length"] - 1, temperature=1.0, ignore_eos=True)
     with simulated_servers(sizes["servers"], shape) as urls:
         clients = [client_of(url, shape, SGLangClient) for url in urls]
-        fleet = Fleet([FleetServer(Simulated(c.url), c) for c in clients])
+        fleet = Fleet([FleetServer(Simulated(c.url), c) for c in clients])  # pyright: ignore[reportArgumentType]
         fleet.wait_ready()
-        fleet.transfer(Simulated(""))
+        fleet.transfer(Simulated(""))  # pyright: ignore[reportArgumentType]
         yield lambda: [
             to_sample(r) for group in sample_groups_sync(fleet, prompts, GROUP, sampling) for r in group.rollouts
         ]
@@ -226,7 +226,7 @@ def merge(sizes: dict[str, int], _: Path):
 
     ranks, count = sizes["ranks"], sizes["sequences"]
     one = np.full(sizes["length"] - 1, -1, np.float32)
-    counts = dict.fromkeys(range(sizes["layers"]), (1, 1, 0, 0))
+    counts: dict[int, tuple[int, ...]] = dict.fromkeys(range(sizes["layers"]), (1, 1, 0, 0))
     parts = [
         UpdatePart({"loss/objective": (1.0, 1.0, "sum")}, 1.0, 1.0, False, TokenPart((own, own), counts))
         for own in (dict.fromkeys(range(rank, count, ranks), one) for rank in range(ranks))

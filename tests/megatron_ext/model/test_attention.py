@@ -6,7 +6,13 @@ from megatron_ext.config import ParallelConfig
 from tests.support.ranks import run_ranks
 
 LENGTHS = [1, 9, 4, 24, 5]  # of a pack; 5 is the window
-CASES = {"full": None, "window": 5, "window wider than all": 64}
+CASES = {
+    "full": (None, LENGTHS),
+    "window": (5, LENGTHS),
+    "window wider than all": (64, LENGTHS),
+    "one length": (None, [7, 7, 7]),
+    "lengths of one call": (None, [6, 4, 7]),
+}
 
 
 def equation(q, k, v, sinks, window, scale):
@@ -21,7 +27,7 @@ def equation(q, k, v, sinks, window, scale):
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1)[..., :-1], v).flatten(1)
 
 
-def differences(_config: ParallelConfig, window: int | None):
+def differences(_config: ParallelConfig, window: int | None, each: list[int]):
     """Largest difference of the output and of each gradient; and of the sinks' gradient, its largest element."""
     import torch
 
@@ -37,9 +43,9 @@ def differences(_config: ParallelConfig, window: int | None):
     layer = SDPACoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=0.7, pg_collection=groups)
     with torch.no_grad():
         layer.softmax_offset.normal_()
-    tokens = sum(LENGTHS)
+    tokens = sum(each)
     inputs = [torch.randn(tokens, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
-    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    ends = torch.tensor([0, *each]).cumsum(0).int()
     packed = layer(*inputs, packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends))
     rows = layer(*(x[:, None] for x in inputs))[:, 0]
     leaves = [*inputs, layer.softmax_offset]
@@ -52,12 +58,12 @@ def differences(_config: ParallelConfig, window: int | None):
         return [float((a - b).abs().max()) for a, b in ((ours, theirs), *pairs)]
 
     sinks = torch.autograd.grad(packed.sum(), layer.softmax_offset, retain_graph=True)[0]
-    return both(packed, LENGTHS), both(rows, [tokens]), float(sinks.abs().min())
+    return both(packed, each), both(rows, [tokens]), float(sinks.abs().min())
 
 
-@pytest.mark.parametrize("window", CASES.values(), ids=CASES)
-def test_sinks_and_windows_are_the_equations_with_all_gradients(window):
-    ((packed, rows, sinks),) = run_ranks(differences, ParallelConfig(), window)
+@pytest.mark.parametrize(("window", "each"), CASES.values(), ids=CASES)
+def test_sinks_and_windows_are_the_equations_with_all_gradients(window, each):
+    ((packed, rows, sinks),) = run_ranks(differences, ParallelConfig(), window, each)
     assert max(packed) < 1e-5
     assert max(rows) < 1e-5
     assert sinks > 0.01
