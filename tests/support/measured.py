@@ -78,7 +78,13 @@ def _states(hf, parallel, precision, stage) -> States:
 
 
 def kept_bytes(parallel: ParallelConfig, trainer: TrainerConfig, models: list[dict[str, Any]], samples) -> list[int]:
-    """Runs on a rank: bytes of every storage that forward keeps for backward, the weights aside."""
+    """Runs on a rank: bytes of every storage that forward keeps for backward, the weights and the head's logits aside,
+    of layers that are torch's alone, as they are in bfloat16 and on a GPU."""
+    from megatron_ext.cpu import row_functions
+    from megatron_ext.logprobs import sizes
+
+    row_functions.plain = lambda *_: False
+    sizes.KEPT["cpu"] = 0
     return [_kept(hf, parallel, trainer, samples) for hf in models]
 
 

@@ -87,12 +87,16 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_the_tensors(layou
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_what_forward_keeps_for_backward_is_the_formulas_within_five_percent(recompute):
     """Without Transformer Engine's fused kernels; the rest is positions, scales of norms and indices of tokens."""
-    chosen, parallel, trainer = configs(), ParallelConfig(), TrainerConfig(recompute=recompute)
-    random = np.random.default_rng(0)
-    samples = [Sample(random.integers(0, 509, LENGTH + 1).astype(np.int32), 1, {}, None) for _ in range(SAMPLES)]
+    chosen, parallel = configs(), ParallelConfig()
+    trainer, random = (
+        TrainerConfig(recompute=recompute, extra={"bias_activation_fusion": False}),
+        np.random.default_rng(0),
+    )
+    lengths = [LENGTH - i % 2 for i in range(SAMPLES)]  # of one length the kernel's inputs would be no copies
+    samples = [Sample(random.integers(0, 509, n + 1).astype(np.int32), 1, {}, None) for n in lengths]
     (found,) = run_ranks(kept_bytes, parallel, trainer, list(chosen.values()), samples)
     for (name, hf), kept in zip(chosen.items(), found, strict=True):
-        planned, _ = memory.kept(describe(hf), parallel, trainer, TrainerPrecision(), SAMPLES * LENGTH, fused=False)
+        planned, _ = memory.kept(describe(hf), parallel, trainer, TrainerPrecision(), sum(lengths), fused=False)
         assert planned <= kept <= 1.05 * planned, name
 
 
