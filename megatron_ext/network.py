@@ -293,7 +293,12 @@ class Network:
         return self._gather_recorded(batches, recorded) if routing == "record" else {}
 
     def micro_batches(self, samples: Sequence[Sample], *, replay: bool) -> list[MicroBatch]:
-        """This data-parallel rank's share of the samples, as many micro-batches as every other rank has."""
+        """This data-parallel rank's share of the samples, as many micro-batches as every other rank has.
+
+        Raises ValueError for a sample that is too long for what is built of the model.
+        """
+        if why := self.model.too_long(max((s.input_length for s in samples), default=0)):
+            raise ValueError(f"{why}; leave out what is longer")
         plan = plan_micro_batches(
             [s.input_length for s in samples],
             token_budget=self.config.micro_batch_tokens,

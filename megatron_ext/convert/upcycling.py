@@ -287,4 +287,4 @@ def upcycle(
             with progress("comparing", nbytes) as advance:
                 compared = compare(made, TensorFiles(partial), to_hf=True, advance=advance)
     seconds, tied = time.monotonic() - began, dense.tied_embeddings
-    return Upcycled(out, sparse, dtype, nbytes, count, made.active(), seconds, tied, sparse.not_served, compared)
+    return Upcycled(out, sparse, dtype, nbytes, count, made.active(), seconds, tied, sparse.not_served(), compared)

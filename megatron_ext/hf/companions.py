@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ext.hf.config_json import DRAFT_LAYERS, draft_tensors, read_hf_config
 from megatron_ext.hf.families import FAMILIES
+from megatron_ext.hf.families.family import Family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ def write_companions(source: Path, target: Path, dtype: Dtype) -> None:
     `Carried` does.
     """
     carried = Carried(source)
-    config = exported_config(read_hf_config(source), dtype, drafts=bool(carried.names))
+    config = exported_config(read_hf_config(source), dtype, drafts=carried.drafts)
     target.mkdir(parents=True, exist_ok=True)
     carried.write(target)
     for file in sorted(source.iterdir()):
@@ -66,26 +67,30 @@ def exported_config(hf: dict[str, Any], dtype: Dtype, *, drafts: bool = False) -
 
 class Carried:
     """Tensors of a model that the trainer does not build, and every model written from here has as they came, in the
-    dtype that they have: multi-token-prediction layers, which draft for speculative decoding.
+    dtype that they have: multi-token-prediction layers, which draft for speculative decoding, and indexers, which
+    choose the tokens that attention sees (Family.indexer).
 
-    They are no part of the policy: no update moves them, and no route is replayed in them.
+    No update moves them. Draft layers are no part of the policy, and no route is replayed in them.
     """
 
     def __init__(self, folder: Path):
         """Of a model directory, among whose weights they are, or of the `hf` folder of a checkpoint, whose file of
         them has checksums. Raises as `read_hf_config` and `TensorFiles` do, and ValueError for another dtype than
-        float32, bfloat16 and float16."""
+        float32, bfloat16 and float16, and where indexers are missing."""
         hf = read_hf_config(folder)
         self.names: list[str] = []
-        family = FAMILIES.get(hf.get("model_type", ""))
-        beginning, named = family.drafts if family else None, any(hf.get(name) for name in DRAFT_LAYERS)
-        if named or beginning is not None:
-            self._find(folder, hf, beginning)
-            if named and not self.names:
-                told = "%s has no tensors of multi-token-prediction layers, though its config.json names some"
-                log.warning(told, folder)
+        family, named = FAMILIES.get(hf.get("model_type", "")), any(hf.get(name) for name in DRAFT_LAYERS)
+        indexers = family.indexers(hf) if family else set()
+        if named or indexers or (family and family.drafts):
+            self._find(folder, hf, family)
+        if missing := sorted(indexers.difference(self.names)):
+            raise ValueError(f"{folder} lacks tensors of {hf['model_type']}: {', '.join(missing)}")
+        self.drafts = len(self.names) > len(indexers)
+        """Whether some belong to draft layers."""
+        if named and not self.drafts:
+            log.warning("%s has no tensors of multi-token-prediction layers, though its config.json names some", folder)
 
-    def _find(self, folder: Path, hf: dict[str, Any], beginning: str | None) -> None:
+    def _find(self, folder: Path, hf: dict[str, Any], family: Family | None) -> None:
         from megatron_ext.hf.files import TensorFiles
         from megatron_ext.hf.writer import CARRIED, has_weights
 
@@ -95,7 +100,8 @@ class Carried:
             self._files = TensorFiles(folder)
         else:
             return
-        self.names = draft_tensors(hf, self._files.files, beginning)
+        found = self._files.files
+        self.names = draft_tensors(hf, found) if family is None else family.carried(hf, found)
         if odd := [name for name in self.names if self._files.dtypes[name] not in ("F32", "BF16", "F16")]:
             raise ValueError(f"{odd[0]} is {self._files.dtypes[odd[0]]}; write it in float32, bfloat16 or float16")
 

@@ -25,6 +25,7 @@ _OPTIONAL = (
     *("head_dim", "rotary_dim"),
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     *("linear_conv_kernel_dim", "full_attention_interval"),
+    *("index_topk", "index_n_heads", "index_head_dim"),
 )
 """Whole numbers of at least 1 where they are there and not null."""
 DRAFT_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules")

@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_ext.hf.config_json import num_experts, read_hf_config, rope_settings, wrong_fields
 from megatron_ext.hf.families import FAMILIES
@@ -53,14 +53,14 @@ class ModelDescription:
         fields = self.family.fields(self.hf)
         return fields if self.moe_layers else {k: v for k, v in fields.items() if not k.startswith("moe_")}
 
-    @property
-    def not_served(self) -> list[str]:
-        """Why SGLang 0.5.23 would serve another model than this, which is trained here even so: a sentence each."""
+    def not_served(self, device: Literal["cpu", "cuda"] | None = None) -> list[str]:
+        """Why SGLang 0.5.23 would serve another model than this on the device, or (None) on any, or none at all, which
+        is trained here even so: a sentence each."""
         reasons, dense = [], sorted(set(range(self.num_layers)) - set(self.moe_layers))
-        if not self.family.server_shown:
+        if device == "cpu" and (what := self.family.server_on_gpus) is not None:
             reasons.append(
-                f"no server of {self.model_type} has been compared with transformers yet; take another model, or train "
-                "on dumped steps (--from-dump), which need no server"
+                f"SGLang computes the {what} of {self.model_type} on GPUs only; set device=cuda where there are some, "
+                "take another model, or train on dumped steps (--from-dump), which need no server"
             )
         if self.tied_embeddings and not self.family.server_ties:
             reasons.append(
@@ -81,6 +81,22 @@ class ModelDescription:
                 "another model, or train on dumped steps (--from-dump), which need no server"
             )
         return reasons
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a sequence, at most, that it is built for; None: as many as its positions."""
+        indexer = self.family.indexer
+        return None if indexer is None else self.hf[indexer.chosen]
+
+    def too_long(self, tokens: int) -> str | None:
+        """Why a sequence that reads so many tokens is not trained on; None: it is."""
+        if self.longest is None or tokens <= self.longest:
+            return None
+        assert self.family.indexer is not None
+        return (
+            f"a sequence of {tokens} tokens is longer than {self.family.indexer.chosen}={self.longest}, behind which "
+            f"the attention of {self.model_type} is sparse, which the trainer does not compute"
+        )
 
     @property
     def rope(self) -> dict[str, Any]:

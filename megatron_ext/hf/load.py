@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.hf.config_json import draft_tensors
 from megatron_ext.hf.description import ModelDescription
 from megatron_ext.hf.files import TensorFiles
 from megatron_ext.hf.params import local_parameters, shard_position
@@ -58,7 +57,7 @@ def check_tensors(
     the embedding once more; these are logged, as are tensors that come in fewer bits than they are read in.
     """
     used = {name for _, _, match in parameters for name in match.hf_names}
-    if missing := sorted(used - files.files.keys()):
+    if missing := sorted((used | model.family.indexers(model.hf)) - files.files.keys()):
         raise KeyError(f"{files.path} lacks tensors of {model.model_type}: {', '.join(missing)}")
     head = set(LM_HEAD.hf) & files.files.keys() if value_head or model.tied_embeddings else set()
     if head and not value_head:
@@ -80,7 +79,7 @@ def check_tensors(
         if shard != parameter.shape:
             given = ", ".join(f"{n} {list(files.shapes[n])}" for n in match.hf_names)
             raise ValueError(f"{given} give {name} a shape {shard}; the model has {tuple(parameter.shape)}")
-    if carried := draft_tensors(model.hf, files.files, model.family.drafts):
+    if carried := model.family.carried(model.hf, files.files):
         used.update(carried)
         if dist.get_rank() == 0:
             told = "%d tensors of %s are not trained, and stay in what is written as they are: %s"

@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, served:
     Raises ConfigError: file missing, not YAML, unknown key, wrong type, or settings that do not go together.
     """
     config, _ = _read(path, overrides)
-    return fit_context(config, _model(config, config.model.path, served).hf)
+    return fit_context(config, _model(config, config.model.path, served))
 
 
 def load_config_and_model(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, ModelDescription]:
@@ -45,7 +45,7 @@ def load_config_and_model(path: str | Path, overrides: list[str] | None = None) 
     places = [] if config.model.path is None else [config.model.path, *(file.parent for file in files)]
     place = next((p for p in places if (p / "config.json").is_file()), config.model.path)
     model = _model(config, place)
-    return fit_context(config, model.hf), model
+    return fit_context(config, model), model
 
 
 def config_of_run(run: Path) -> Path:
@@ -169,10 +169,29 @@ def _check_model(config: Config, directory: Path, served: bool) -> ModelDescript
             f"model.path: SGLang would hold {quantized.get('quant_method')} weights, which the trainer's cannot "
             "replace; write the model in bfloat16 first, with sameroute convert to-megatron and to-hf"
         )
-    if served and model.not_served:
-        raise ConfigError(f"model.path: {directory}: {'; '.join(model.not_served)}")
+    if served:
+        _check_served(config, directory, model, None if config.device == "auto" else config.device)
     _check_needs(config, model, None)
     return model
+
+
+def check_served(config: Config, device: Literal["cpu", "cuda"]) -> None:
+    """Raise ConfigError where a server on the device that the run gets would not serve the model."""
+    if (directory := config.model.path) is not None and (directory / "config.json").is_file():
+        _check_served(config, directory, read_description(directory), device)
+
+
+def _check_served(
+    config: Config, directory: Path, model: ModelDescription, device: Literal["cpu", "cuda"] | None
+) -> None:
+    """The same of the model that lies in `directory`; None: on any device."""
+    if reasons := model.not_served(device):
+        raise ConfigError(f"model.path: {directory}: {'; '.join(reasons)}")
+    if model.family.indexer is not None and config.cluster.colocated:
+        raise ConfigError(
+            f"cluster.colocated: a server that gives its memory back loses its weights, and no transfer brings the "
+            f"indexers of {model.model_type}; set cluster.colocated=false"
+        )
 
 
 def _check_needs(config: Config, model: ModelDescription, device: Literal["cpu", "cuda"] | None) -> None:

@@ -11,6 +11,7 @@ from megatron_ext.config import Frozen
 from pipeline.config.file import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_ext.hf.description import ModelDescription
     from pipeline.config.tree import Config
 
 DEFAULT_CONTEXT = 4096
@@ -169,27 +170,35 @@ def model_context(hf: dict[str, Any]) -> int:
     return int(factor * positions)
 
 
-def fit_context(config: Config, hf: dict[str, Any]) -> Config:
-    """The configuration with server.context_length settled. hf: the model's config.json.
+def longest_context(model: ModelDescription) -> tuple[int, str]:
+    """Tokens of the longest sequence that both engines compute alike, and the field of config.json that says so."""
+    longest, indexer = model_context(model.hf), model.family.indexer
+    if model.longest is None or indexer is None or longest <= model.longest:
+        return longest, "max_position_embeddings"
+    return model.longest, f"{indexer.chosen}, behind which its attention is sparse, which the trainer does not compute"
+
+
+def fit_context(config: Config, model: ModelDescription) -> Config:
+    """The configuration with server.context_length settled.
 
     Raises ConfigError where the model does not reach as far as the run, or the setting, goes.
     """
-    if "max_position_embeddings" not in hf:
+    if "max_position_embeddings" not in model.hf:
         raise ConfigError(
             "model.path: config.json: max_position_embeddings is missing (transformers would take its class's own "
             "number, which need not be this model's); write it"
         )
-    longest, prompt, answer = model_context(hf), config.data.max_prompt_tokens, config.longest_answer
+    (longest, field), prompt, answer = longest_context(model), config.data.max_prompt_tokens, config.longest_answer
     needed = request_tokens(prompt, answer)
     if needed > longest:
         raise ConfigError(
             f"data.max_prompt_tokens={prompt} and {config.longest_from}={answer} need a context of {needed} tokens "
-            f"(SGLang's own two included), and the model's is {longest} (max_position_embeddings); lower one of the two"
+            f"(SGLang's own two included), and the model's is {longest} ({field}); lower one of the two"
         )
     context = config.server.context_length or min(max(DEFAULT_CONTEXT, needed), longest)
     if context > longest:
         raise ConfigError(
-            f"server.context_length={context} is more than the model's {longest} (max_position_embeddings); set that "
+            f"server.context_length={context} is more than the model's {longest} ({field}); set that "
             "or less, or leave it out"
         )
     server = config.server.model_copy(update={"context_length": context})

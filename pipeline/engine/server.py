@@ -224,7 +224,7 @@ class SGLangServer:
         written = json.loads((self.model_path / "config.json").read_bytes())
         if (family := FAMILIES.get(written.get("model_type"))) is None:
             return []
-        arguments = list(family.server_cpu_arguments if self.device == "cpu" else ())
+        arguments = list(family.server_cpu_arguments if self.device == "cpu" else family.server_gpu_arguments)
         if missing := {name: value for name, value in family.server_fields(written).items() if name not in written}:
             arguments += ["--json-model-override-args", json.dumps(missing)]
         return arguments

@@ -103,7 +103,7 @@ def find_not_finite(config: Config, out: Path, dump: Path, checkpoint: Path | No
     dumped = DumpedSteps(dump)
     start = None if checkpoint is None else Start(checkpoint, read_progress(checkpoint), [])
     config = config.model_copy(update={"supervised": config.supervised.model_copy(update={"steps": 0})})
-    check_inputs(config)
+    check_inputs(config, served=False)
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with Console(0) as console, open_loop(config, out, logs, serve=False, start=start) as (loop, _):

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_ext.hf.description import read_description
 from pipeline.checkpoints.weights_of import weights_of
 from pipeline.config import Config
-from pipeline.config.load_config import check_precision
+from pipeline.config.load_config import check_precision, check_served
 from pipeline.environments.loading import open_environments
 from pipeline.evaluation.opened_set import open_sets
 from pipeline.evaluation.page import write_page
@@ -32,6 +32,7 @@ def evaluate_config(
     RewardError and ServerError.
     """
     check_precision(config, config_device(config))
+    check_served(config, config_device(config))
     check_evaluation(config)
     with weights_of(prepare_model(config, out / "model") if model is None else model) as directory:
         sets = open_sets(config, directory, say)

@@ -14,7 +14,7 @@ from pipeline.cluster.address import check_address
 from pipeline.cluster.one_machine import check_gpus
 from pipeline.config import Config
 from pipeline.config.data import not_read
-from pipeline.config.load_config import check_precision
+from pipeline.config.load_config import check_precision, check_served
 from pipeline.config.rewards import Rewards, what_lacks
 from pipeline.data.chat import DataError
 from pipeline.data.prompts import PromptSource
@@ -36,14 +36,17 @@ def config_device(config: Config) -> Literal["cpu", "cuda"]:
     return config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config, *, served: bool = True) -> None:
     """What can be known to be wrong before anything starts: sinks, a precision that this device does not have, GPUs
-    that this machine does not have, the verifier, the environment, the data file, the port.
+    that this machine does not have, the verifier, the environment, the data file, the port. served: servers are
+    started, and then a model that they do not serve on this device.
 
     Raises ObserveError, ConfigError, LoadingError, PlacementError, RewardError, DataError and PortError.
     """
     check_sinks(config)
     check_precision(config, config_device(config))
+    if served:
+        check_served(config, config_device(config))
     if config_device(config) == "cuda":
         check_gpus(config, torch.cuda.device_count())
     if config.checkpoint.best is not None and config.checkpoint.best.export is not None:
@@ -112,7 +115,7 @@ def check_prompts(config: Config, scratch: Path) -> tuple[PromptSource, list[Ope
     Raises DataError, and TeacherError for a teacher that cannot be.
     """
     model_path = prepare_model(config, scratch / "model")
-    check_teacher(config, model_path)
+    check_teacher(config, model_path, config_device(config))
     source = prompt_source(config, model_path)
     beginning = source.state()
     for prompt in source.take(config.rollout.prompts_per_step):  # of a generator; rows were all looked at

@@ -72,7 +72,7 @@ def train(
         dumped = None if from_dump is None else dumped_steps(from_dump, config)
         while True:
             refuse_held(config.run.directory)
-            check_inputs(config)
+            check_inputs(config, served=dumped is None and config.train.steps > 0)
             raise_open_files(config)
             try:
                 with scratch_folder() as scratch:

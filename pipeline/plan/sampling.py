@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_ext.hf.description import ModelDescription
 from pipeline.plan.counts import flops
-from pipeline.plan.counts.parameters import delta_state, expert, kv_cache, total
+from pipeline.plan.counts.parameters import delta_state, expert, indexer, kv_cache, total
 from pipeline.plan.hardware import EFFICIENCY, GPU, Efficiency
 
 _SERVERS = 24  # whose rollout is followed event by event; the others are like them
@@ -90,9 +90,12 @@ def server(
     ends = model.vocab_size * model.hidden * (1 if model.tied_embeddings else 2)
     experts = len(model.moe_layers) * model.num_experts * expert(model)
     dense = total(model) - ends - experts
-    weights = weight_bytes * total(model) / tp
+    chooser, chooser_cache = indexer(model)
+    choosers = 2.0 * model.num_layers * chooser  # bfloat16, whatever the others are, and whole on each GPU
+    weights = weight_bytes * total(model) / tp + choosers
     pool = static * gpu.memory
-    per_token = (model.num_layers - len(model.delta_layers)) * kv_cache(model, tp) * cache_bytes
+    attends = model.num_layers - len(model.delta_layers)
+    per_token = attends * (kv_cache(model, tp) * cache_bytes + chooser_cache)
     states, before = delta_state(model, tp)
     state = 4.0 * states + 2.0 * before
     cache = pool - weights
@@ -109,7 +112,8 @@ def server(
 
     def step_s(batch: float, context: float) -> float:
         met = model.num_experts * (1 - (1 - model.topk / model.num_experts) ** batch) if model.moe_layers else 0.0
-        read = weight_bytes * (head + dense + met * of_experts) / tp + batch * (context * per_token + 2 * state)
+        read = weight_bytes * (head + dense + met * of_experts) / tp + choosers
+        read += batch * (context * per_token + 2 * state)
         work = batch * (each + 2 * context * square) / tp
         busy = max(read / (gpu.bandwidth * efficiency.decode), work / (peak * efficiency.prefill))
         return busy + model.num_layers * efficiency.launch_s + between_s(batch)

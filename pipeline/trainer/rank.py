@@ -191,7 +191,9 @@ class TrainerRank:
             self.close()
         senders = self.trainer.exporter.senders(config.senders)
         names = frozenset(name for name, _ in self.trainer.exporter.outputs()) if len(senders) > 1 else frozenset()
-        self.sender = WeightSender(servers, config, device=device, senders=senders, names=names)
+        model = self.trainer.policy.model
+        own = model.family.indexer_modules(model.hf)
+        self.sender = WeightSender(servers, config, device=device, senders=senders, names=names, own=own)
         return self.sender.offer()
 
     def connect(self, config: WeightsConfig, rounding: RolloutWeights, meeting: Meeting | None) -> None:

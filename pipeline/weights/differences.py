@@ -29,7 +29,7 @@ class WeightDifference:
 
     differs:   the server holds other numbers.
     ignored:   the server has no place for a tensor of this name, or for a part of it.
-    unreached: a parameter of the server that no tensor of the trainer goes to.
+    unreached: a parameter of the server that no tensor of the trainer goes to, and that is none of its own.
     """
 
     name: str
@@ -48,22 +48,28 @@ def tensor_sums(bucket: Bucket) -> list[TensorSum]:
     ]
 
 
-def weight_differences(buckets: Iterable[Bucket], servers: Sequence[SGLangControl]) -> list[WeightDifference]:
+def weight_differences(
+    buckets: Iterable[Bucket], servers: Sequence[SGLangControl], own: Sequence[str] = ()
+) -> list[WeightDifference]:
     """Every tensor that some server holds otherwise than `buckets` do, bit for bit; an empty list where all agree.
 
-    buckets: the whole model under Hugging Face names, in the dtypes that were sent. servers: idle meanwhile.
+    buckets: the whole model under Hugging Face names, in the dtypes that were sent. servers: idle meanwhile. own: how
+    the names of those of their parameters begin that no transfer brings.
     Raises ServerError where a server does not answer, or cannot tell what it holds (quantized weights).
     """
-    return compare_sums([tensor_sums(bucket) for bucket in buckets], servers)
+    return compare_sums([tensor_sums(bucket) for bucket in buckets], servers, own)
 
 
-def compare_sums(sums: Sequence[list[TensorSum]], servers: Sequence[SGLangControl]) -> list[WeightDifference]:
+def compare_sums(
+    sums: Sequence[list[TensorSum]], servers: Sequence[SGLangControl], own: Sequence[str] = ()
+) -> list[WeightDifference]:
     """`weight_differences` of tensors that are known by their checksums; one call a bucket, all servers at a time."""
     with ThreadPoolExecutor(max(len(servers), 1)) as pool:
-        return [difference for found in pool.map(lambda s: _of_server(sums, s), servers) for difference in found]
+        found = pool.map(lambda server: _of_server(sums, server, tuple(own)), servers)
+        return [difference for each in found for difference in each]
 
 
-def _of_server(sums: Sequence[list[TensorSum]], server: SGLangControl) -> list[WeightDifference]:
+def _of_server(sums: Sequence[list[TensorSum]], server: SGLangControl, own: tuple[str, ...]) -> list[WeightDifference]:
     found, reached = [], set[str]()
     for bucket in sums:
         ranks = server.held_weights([(t.name, t.dtype, t.shape) for t in bucket])
@@ -73,7 +79,8 @@ def _of_server(sums: Sequence[list[TensorSum]], server: SGLangControl) -> list[W
                 found.append(WeightDifference(tensor.name, server.url, kind))
         reached |= {name for rank in ranks for name in rank.parameters}
     everything = {name for rank in server.held_weights([]) for name in rank.parameters}
-    return found + [WeightDifference(name, server.url, "unreached") for name in sorted(everything - reached)]
+    unreached = sorted(name for name in everything - reached if not name.startswith(own))
+    return found + [WeightDifference(name, server.url, "unreached") for name in unreached]
 
 
 def _compare(tensor: TensorSum, held: Sequence[tuple[int, int]]) -> Literal["differs", "ignored"] | None:

@@ -36,10 +36,12 @@ class WeightSender:
         device: str,
         senders: Sequence[int] = (0,),
         names: frozenset[str] = frozenset(),
+        own: Sequence[str] = (),
     ):
         """addresses: of the servers. device: "cpu" or "cuda", where the weights are. senders: trainer ranks that have a
-        share of them each, this one first. names: of all tensors that come, where there are several."""
-        self.config, self.names = config, names
+        share of them each, this one first. names: of all tensors that come, where there are several. own: how the names
+        of those of the servers' parameters begin that no transfer brings."""
+        self.config, self.names, self.own = config, names, own
         self.servers = Servers(addresses, timeout_s=config.timeout_s)
         self.transport = make_transport(config.transport, self.servers, device, senders)
         self.sent, self.transfers = Sent(), 0
@@ -116,7 +118,7 @@ class WeightSender:
 
     def _compared(self, sums: list[list[TensorSum]]) -> list[WeightDifference]:
         try:
-            return compare_sums(sums, self.servers.controls)
+            return compare_sums(sums, self.servers.controls, self.own)
         except ServerError as error:
             raise WeightCheckError(
                 f"a server cannot say what weights it holds (weights.checksum_every=0 does not ask): {error}"

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.data.tokenizer import VOCAB_SIZE, write_character_tokenizer
 from tests.support.command import SMALL
@@ -15,7 +16,27 @@ from tests.support.tiny_families import save_family
 
 STEPS = 10
 FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3", "moonlight", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss",
-            "qwen3_next"]  # fmt: skip
+            "qwen3_next", "qwen3_5_moe"]  # fmt: skip
+
+
+@pytest.mark.proof
+def test_a_family_that_no_server_has_on_a_cpu_takes_supervised_steps_and_its_indexers_stay_as_they_were(
+    command, tmp_path
+):
+    model = save_family("deepseek_v32", tmp_path / "model", vocab_size=VOCAB_SIZE, index_topk=64)
+    write_character_tokenizer(model)
+    run = command(
+        *SMALL, "train.steps=0", "supervised.steps=3", "supervised.lr=1e-3", "model.tiny=null", f"model.path={model}"
+    )
+    assert run.end(100) == 0, run.text()
+    before, after = (
+        {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+        for folder in (model, run.run / "hf")
+    )
+    assert before.keys() == after.keys()
+    still = {name for name, tensor in before.items() if torch.equal(after[name], tensor)}
+    assert {name for name in still if ".indexer." in name} == {name for name in before if ".indexer." in name} != set()
+    assert all(".indexer." in name or name.endswith("e_score_correction_bias") for name in still)
 
 
 @pytest.mark.proof

@@ -62,6 +62,12 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         | {"q_lora_rank": 32, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "rope_parameters": _YARN},
     ),
     "moonlight": ("deepseek_v3", _DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "deepseek_v32": (
+        "deepseek_v32",
+        _DEEPSEEK
+        | {"q_lora_rank": 32, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "rope_parameters": _YARN}
+        | {"index_topk": 32, "index_n_heads": 4, "index_head_dim": 16},
+    ),
     "glm4_moe": (
         "glm4_moe",
         {

@@ -1,6 +1,7 @@
 """The model families, by the `model_type` of config.json. One more is one more file here."""
 
 from megatron_ext.hf.families.deepseek import DEEPSEEK_V3
+from megatron_ext.hf.families.deepseek_3_2 import DEEPSEEK_V32
 from megatron_ext.hf.families.family import Family
 from megatron_ext.hf.families.glm import GLM4_MOE
 from megatron_ext.hf.families.glm_lite import GLM4_MOE_LITE
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "deepseek_v3": DEEPSEEK_V3,  # Moonlight too
     "kimi_k2": DEEPSEEK_V3,
+    "deepseek_v32": DEEPSEEK_V32,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_lite": GLM4_MOE_LITE,
     "minimax_m2": MINIMAX_M2,

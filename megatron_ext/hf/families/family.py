@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_ext.hf.config_json import draft_tensors
 from megatron_ext.hf.tables import Row
 
 HFConfig = dict[str, Any]
@@ -40,6 +41,24 @@ class ServerRouter:
 
     layer: str
     kind: Literal["linear", "own", "float32"]
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """What chooses the tokens that a token attends to (DeepSeek-V3.2's report, 2512.02556, section 2.1). Up to as many
+    as it chooses, it chooses all: there it changes nothing, and it is not built.
+
+    module:  how the names of its tensors in a layer begin, with `{layer}`, in Hugging Face's files and in SGLang.
+    tensors: how they end. Every layer has them all.
+    chosen, heads, width: the fields of config.json that say how many tokens it chooses, how many heads of queries it
+             has, and how wide these and its keys are.
+    """
+
+    module: str
+    tensors: tuple[str, ...]
+    chosen: str
+    heads: str
+    width: str
 
 
 @dataclass(frozen=True)
@@ -83,14 +102,16 @@ class Family:
     norm_over_heads: queries, and keys, of all heads are normalised as one vector, and not each head by itself.
     needs:        what of the precision is not free.
     server_router: how the rollout engine makes a router's logits.
-    server_shown:  a server has been compared with transformers; False: runs refuse one.
     server_ties:   the rollout engine takes the embedding for the LM head where config.json ties them.
     server_dense:  it has dense layers where config.json has some beside sparse ones.
     server_fields: what it asks of config.json and transformers does not write there, as transformers computes it.
     server_cpu_arguments: of its command line, without which it does not run the family on a CPU.
+    server_gpu_arguments: of its command line, without which it rounds otherwise than the trainer on a GPU.
+    server_on_gpus: what of the family it computes on GPUs only; None: nothing, it has been compared on a CPU.
     without:       fields of every other family's config.json that this one's does not have.
     drafts:        how the names of its multi-token-prediction layers' tensors begin, where they do not stand behind the
                    model's own layers, and config.json need not count them.
+    indexer:       chooses the tokens of attention; None: every token attends to all before it, or in a window.
     joined:       sets of Hugging Face tensors of a layer, names with `{layer}`, that the rollout engine's loader joins
                   within one request and drops where one is missing: they travel together. Each is all that its
                   Megatron parameter becomes.
@@ -106,16 +127,35 @@ class Family:
     norm_over_heads: bool = False
     needs: tuple[Needed, ...] = ()
     server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
-    server_shown: bool = True
     server_ties: bool = False
     server_dense: bool = True
     joined: tuple[tuple[str, ...], ...] = ()
     server_rope_types: tuple[str, ...] | None = None
     server_fields: Callable[[HFConfig], Mapping[str, Any]] = _no_fields
     server_cpu_arguments: tuple[str, ...] = ()
+    server_gpu_arguments: tuple[str, ...] = ()
+    server_on_gpus: str | None = None
     without: tuple[str, ...] = ()
     drafts: str | None = None
+    indexer: Indexer | None = None
     sparse: Sparse | None = None
+
+    def carried(self, hf: HFConfig, names: Iterable[str]) -> list[str]:
+        """Which of a model directory's tensors the trainer does not build: those of multi-token-prediction layers, and
+        of indexers."""
+        names = list(names)
+        return sorted({*draft_tensors(hf, names, self.drafts), *self.indexers(hf).intersection(names)})
+
+    def indexer_modules(self, hf: HFConfig) -> list[str]:
+        """How the names of the tensors of each layer's indexer begin."""
+        if self.indexer is None:
+            return []
+        return [self.indexer.module.format(layer=layer) for layer in range(hf["num_hidden_layers"])]
+
+    def indexers(self, hf: HFConfig) -> set[str]:
+        """Names of the tensors of all layers' indexers."""
+        tensors = self.indexer.tensors if self.indexer else ()
+        return {module + tensor for module in self.indexer_modules(hf) for tensor in tensors}
 
     def joined_set(self, name: str) -> tuple[int, str] | None:
         """(number in `joined`, layer) of the set that a Hugging Face tensor belongs to; None: to none."""

@@ -39,6 +39,5 @@ QWEN3_5_MOE_TEXT = replace(
     moe_layers=lambda hf: range(hf["num_hidden_layers"]),
     unsupported=_unsupported,
     without=("intermediate_size",),
-    server_shown=False,
     server_ties=True,
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from megatron_ext.hf.description import ModelDescription, read_description
 from pipeline.checkpoints.weights_of import NoModelError, model_of_run, weights_of, without_weights
 from pipeline.config import Config
 from pipeline.config.model import TeacherConfig
-from pipeline.config.server import model_context, request_tokens
+from pipeline.config.server import longest_context, request_tokens
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.engine.control import SGLangControl
 from pipeline.engine.keys import ServerKeys
@@ -26,8 +27,9 @@ class TeacherError(SamerouteError):
     exit_code = NOT_STARTED
 
 
-def check_teacher(config: Config, policy: Path) -> None:
-    """Raise TeacherError where there is no teacher, or it is none of this policy. policy: its model directory."""
+def check_teacher(config: Config, policy: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
+    """Raise TeacherError where there is no teacher, or it is none of this policy. policy: its model directory. device:
+    that the run gets."""
     teacher = config.teacher
     if teacher is None:
         return
@@ -43,12 +45,12 @@ def check_teacher(config: Config, policy: Path) -> None:
     if theirs != mine:
         raise TeacherError(f"teacher.path: {folder} has another tokenizer than the policy: {_difference(theirs, mine)}")
     _check_vocabulary(config, model, own, len(mine))
-    if teacher.engine == "server" and model.not_served:
-        raise TeacherError(f"teacher.path: {folder}: {'; '.join(model.not_served)}; set teacher.engine=trainer")
-    needed, longest = score_tokens(config), model_context(model.hf)
+    if teacher.engine == "server" and (reasons := model.not_served(device)):
+        raise TeacherError(f"teacher.path: {folder}: {'; '.join(reasons)}; set teacher.engine=trainer")
+    needed, (longest, field) = score_tokens(config), longest_context(model)
     if needed > longest:
         raise TeacherError(
-            f"teacher.path: {folder} reads {longest} tokens (max_position_embeddings), and the longest prompt and "
+            f"teacher.path: {folder} reads {longest} tokens ({field}), and the longest prompt and "
             f"answer of this run need {needed}; lower data.max_prompt_tokens or {config.longest_from}"
         )
     _check_room(teacher, needed, longest)

@@ -51,6 +51,16 @@ def kv_cache(model: ModelDescription, tp: int = 1) -> int:
     return 2 * max(1, model.kv_heads // tp) * model.head_dim
 
 
+def indexer(model: ModelDescription) -> tuple[int, int]:
+    """What the rollout engine holds of one layer's indexer, whole on every GPU, and the trainer does not build:
+    (elements, in the dtype of the activations; bytes a token in its cache, keys in fp8 with a float32 scale)."""
+    if (one := model.family.indexer) is None:
+        return 0, 0
+    heads, width = model.hf[one.heads], model.hf[one.width]
+    matrices = model.fields["q_lora_rank"] * heads * width + model.hidden * (width + heads)
+    return matrices + 2 * width, width + 4
+
+
 def delta_state(model: ModelDescription, tp: int = 1) -> tuple[int, int]:
     """What the rollout engine keeps of a sequence in its gated delta nets, on one of `tp` GPUs: (elements of states,
     float32; elements of the tokens before the convolutions, in the dtype of the activations)."""

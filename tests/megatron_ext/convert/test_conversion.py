@@ -187,6 +187,36 @@ def test_draft_layers_come_back_bit_for_bit_in_their_own_dtypes_and_the_configur
         assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
 
 
+def test_indexers_come_back_bit_for_bit_in_their_own_dtypes_beside_draft_layers(families, tmp_path):
+    """DeepSeek-V3.2: of its layer that predicts a second token the indexer too."""
+    source, folder = families["deepseek_v32"], tmp_path / "model"
+    chooser, second = "model.layers.1.self_attn.indexer.", "model.layers.4.self_attn.indexer.wk.weight"
+
+    def change(weights):
+        weights[chooser + "wk.weight"] = weights[chooser + "wk.weight"].bfloat16()
+        weights[second] = torch.randn(16, 64)
+
+    with_tensors(source, folder, change)
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    lacking = with_tensors(source, tmp_path / "lacking", lambda weights: weights.pop(chooser + "wq_b.weight"))
+    *answers, refused = convert(
+        [TO_MEGATRON, folder, tmp_path / "it", "--dtype", "bfloat16"],
+        [TO_HF, tmp_path / "it", tmp_path / "back"],
+        [TO_MEGATRON, lacking, tmp_path / "none"],
+    )
+    assert [a.code for a in answers] == [0, 0], answers
+    before, after = tensors(folder), tensors(tmp_path / "back")
+    carried = [name for name in before if ".indexer." in name]
+    assert len(carried) == 4 * 5 + 1
+    assert after.keys() == before.keys()
+    assert same({name: after[name] for name in carried}, {name: before[name] for name in carried})
+    assert all("as they were, in the dtype that they had: 21 tensors that are not trained" in a.text for a in answers)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert refused.code == 2, refused
+    assert f"lacks tensors of deepseek_v32: {chooser}wq_b.weight" in refused.text
+
+
 def test_a_model_that_names_draft_layers_and_has_none_is_written_without(source, tmp_path):
     folder = with_drafts(source, tmp_path / "drafts")
     for name in ("model.safetensors", "LICENSE"):

@@ -36,10 +36,11 @@ def test_a_written_model_loads_in_transformers_with_every_value_that_was_written
     source = tmp_path / "source"
     write_companions(families[family], source, "bfloat16" if dtype == "float32" else "float32")
     edit_config(source, num_nextn_predict_layers=1)
-    random = torch.Generator().manual_seed(1)
+    random, carried = torch.Generator().manual_seed(1), set(Carried(source).names)
     moved = {  # as a trainer leaves them: values that bfloat16 does not hold, where they are float32
         name: t + 1e-4 * torch.randn(t.shape, generator=random)
         for name, t in load_file(families[family] / "model.safetensors").items()
+        if name not in carried
     }
     biases = {name for name in moved if name.endswith("e_score_correction_bias")}  # their dtype is their own
     written = {name: t if name in biases else t.to(DTYPES[dtype]) for name, t in moved.items()}
@@ -52,12 +53,15 @@ def test_a_written_model_loads_in_transformers_with_every_value_that_was_written
     assert model.config.num_hidden_layers == 4
     model.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
-    assert again.keys() == written.keys()
+    assert again.keys() == written.keys() | carried
     for name, tensor in written.items():
         # transformers reads MiniMax-M2's biases in the dtype of all else, and alone these
         read = tensor.to(DTYPES[dtype]) if family == "minimax_m2" else tensor
         assert again[name].dtype == read.dtype, name
         assert torch.equal(again[name], read), name
+    files, before = TensorFiles(out), load_file(families[family] / "model.safetensors")
+    assert all(files[name].dtype == before[name].dtype for name in carried)
+    assert all(torch.equal(files[name], before[name]) for name in carried)
 
 
 FOREIGN = (
@@ -160,6 +164,20 @@ def test_draft_layers_with_names_of_their_own_are_carried_though_the_configurati
     write_companions(source, out, "float32")
     assert Carried(out).names == sorted(drafts)
     assert all(torch.equal(tensor, drafts[name]) for name, tensor in Carried(out).stream())
+
+
+def test_indexers_are_carried_and_a_model_that_lacks_one_is_refused(families, tmp_path):
+    source = families["deepseek_v32"]
+    assert len(Carried(source).names) == 4 * 5
+    weights = load_file(source / "model.safetensors")
+    del weights["model.layers.2.self_attn.indexer.k_norm.bias"]
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"lacks tensors of deepseek_v32: model\.layers\.2\.self_attn\.indexer\.k_norm\.b"
+    ):
+        write_companions(tmp_path, tmp_path / "hf", "float32")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_what_is_carried_in_a_dtype_that_is_not_written_from_here_is_refused(tmp_path):

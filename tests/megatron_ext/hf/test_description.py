@@ -24,6 +24,7 @@ DEMANDS = {
     "glm4_moe": [FLOAT32_ROUTER],
     "deepseek_v3": [LATENT],
     "kimi_k2": [LATENT],
+    "deepseek_v32": [LATENT],
     "glm4_moe_lite": [LATENT, FLOAT32_ROUTER],
     "minimax_m2": [FLOAT32_ROUTER],
 }

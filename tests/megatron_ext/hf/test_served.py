@@ -11,6 +11,7 @@ from megatron_ext.hf.description import describe
 from megatron_ext.hf.families import FAMILIES
 from pipeline.commands.main import main
 from pipeline.config import ConfigError, load_config, load_config_and_model
+from pipeline.config.load_config import check_served
 from tests.support.tiny_families import tiny_config
 
 SGLANG_FILES = {
@@ -22,6 +23,7 @@ SGLANG_FILES = {
     "mixtral": "mixtral.py",
     "deepseek_v3": "deepseek_v2.py",
     "kimi_k2": "deepseek_v2.py",
+    "deepseek_v32": "deepseek_v2.py",
     "glm4_moe": "glm4_moe.py",
     "glm4_moe_lite": "glm4_moe_lite.py",
     "minimax_m2": "minimax_m2.py",
@@ -33,7 +35,9 @@ TIES_NOT_MADE = [
     *("qwen2_moe", "qwen3_moe with dense layers", "mixtral", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss"),
     "qwen3_next",
 ]
-MAY_HAVE_DENSE_LAYERS = ("qwen3_moe", "qwen2_moe", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite", "qwen3_next")
+MAY_HAVE_DENSE_LAYERS = (
+    *("qwen3_moe", "qwen2_moe", "deepseek_v3", "kimi_k2", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "qwen3_next"),
+)
 TIED = {"tie_word_embeddings": True}
 SETTINGS = ["model.tiny=null", "precision.router=fp32", "precision.weights=bfloat16", "precision.kv_cache=same"]
 
@@ -81,7 +85,7 @@ def test_a_stretched_rotary_embedding_that_the_server_does_not_make_is_refused_w
     assert config_of(tiny_config("qwen2_moe") | rope, tmp_path).model.path == tmp_path
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "qwen3_5_moe", "llama", "qwen2", "qwen3"])
 def test_ties_that_the_server_makes_are_no_reason(name, tmp_path):
     assert config_of(tiny_config(name) | TIED, tmp_path).model.path == tmp_path
 
@@ -105,17 +109,50 @@ def test_dense_layers_that_the_server_takes_for_sparse_are_refused_with_a_server
 
 
 def test_dense_layers_that_the_server_has_are_no_reason(tmp_path):
-    for name in ("deepseek_v3", "glm4_moe", "glm4_moe_lite"):
+    for name in ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite"):
         assert describe(tiny_config(name) | {"moe_layer_freq": 1}).moe_layers == (1, 2, 3)
-        assert describe(tiny_config(name)).not_served == []
+        assert describe(tiny_config(name)).not_served() == []
     assert config_of(tiny_config("glm4_moe"), tmp_path).model.path == tmp_path
 
 
-def test_a_family_whose_server_was_not_shown_is_refused_with_a_server_only(tmp_path):
-    hf = tiny_config("qwen3_5_moe")
-    with pytest.raises(ConfigError, match=r"no server of qwen3_5_moe_text has been compared with transformers yet"):
-        config_of(hf, tmp_path)
-    assert config_of(hf, tmp_path, served=False).model.path == tmp_path
+def test_a_family_that_the_server_computes_on_gpus_only_is_refused_with_a_server_on_a_cpu_only(tmp_path):
+    hf, short = tiny_config("deepseek_v32") | {"index_topk": 512}, ["server.context_length=512"]
+    on_gpus = r"SGLang computes the sparse attention of deepseek_v32 on GPUs only; set device=cuda .*--from-dump"
+    with pytest.raises(ConfigError, match=on_gpus):
+        config_of(hf, tmp_path, *short, "device=cpu")
+    assert config_of(hf, tmp_path, *short, "device=cpu", served=False).model.path == tmp_path
+    assert config_of(hf, tmp_path, *short, "device=cpu", "train.steps=0").model.path == tmp_path
+    automatic = config_of(hf, tmp_path, *short, "device=auto")
+    check_served(automatic, "cuda")
+    with pytest.raises(ConfigError, match=on_gpus):
+        check_served(automatic, "cpu")
+
+
+def test_a_server_that_would_lose_its_indexers_is_refused(tmp_path):
+    hf, settings = tiny_config("deepseek_v32") | {"index_topk": 512}, ["device=cuda", "cluster.colocated=true"]
+    with pytest.raises(ConfigError, match=r"no transfer brings the indexers of deepseek_v32; set cluster\.colocated=f"):
+        config_of(hf, tmp_path, *settings)
+    assert config_of(tiny_config("deepseek_v3"), tmp_path, *settings).cluster.colocated
+
+
+def test_more_tokens_than_an_indexer_chooses_are_refused_before_a_run_and_by_the_trainer(tmp_path):
+    hf, settings = (
+        tiny_config("deepseek_v32"),
+        ["device=cuda", "data.max_prompt_tokens=12", "server.context_length=null"],
+    )
+    fits = config_of(hf, tmp_path, *settings, "rollout.max_new_tokens=18")
+    assert fits.server.context_length == 32
+    why = r"need a context of 33 tokens .* model's is 32 \(index_topk, behind which its attention is sparse"
+    with pytest.raises(ConfigError, match=why):
+        config_of(hf, tmp_path, *settings, "rollout.max_new_tokens=19")
+    with pytest.raises(ConfigError, match=r"server\.context_length=64 is more than the model's 32 \(index_topk"):
+        config_of(hf, tmp_path, *settings, "rollout.max_new_tokens=18", "server.context_length=64")
+    model = describe(hf)
+    assert (model.longest, model.too_long(32)) == (32, None)
+    assert model.too_long(33) == (
+        "a sequence of 33 tokens is longer than index_topk=32, behind which the attention of deepseek_v32 is sparse, "
+        "which the trainer does not compute"
+    )
 
 
 def test_the_commands_ask_for_a_server_where_they_start_one(tmp_path, capsys):

@@ -35,6 +35,7 @@ PROJECTIONS = {
     "qwen3_moe with dense layers": ATTENTION | MLP,
     "mixtral": ATTENTION | {"w1", "w2", "w3"},
     "deepseek_v3": LATENT | MLP,
+    "deepseek_v32": LATENT | MLP,
     "moonlight": LATENT - {"q_b_proj", "q_a_proj"} | {"q_proj"} | MLP,
     "glm4_moe": ATTENTION | MLP,
     "glm4_moe_lite": LATENT | MLP,

@@ -30,13 +30,15 @@ PRESETS = sorted(
     if path.parent.name != "parts" and path.name != "base.yaml" and load_config_and_model(path)[0].device == "cuda"
 )  # fmt: skip
 ARCHITECTURES = {"qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral", "glm4_moe": "Glm4Moe",
-                 "deepseek_v3": "DeepseekV3", "gpt_oss": "GptOss", "glm4_moe_lite": "Glm4MoeLite",
-                 "minimax_m2": "MiniMaxM2", "qwen3_next": "Qwen3Next",
+                 "deepseek_v3": "DeepseekV3", "deepseek_v32": "DeepseekV32", "gpt_oss": "GptOss",
+                 "glm4_moe_lite": "Glm4MoeLite", "minimax_m2": "MiniMaxM2", "qwen3_next": "Qwen3Next",
                  "qwen3_5_moe_text": "Qwen3_5Moe"}  # fmt: skip
 ATTENTION = {
     ("H100", "grouped"): ("fa3",),
     ("H100", "latent"): ("fa3",),
     ("H100", "beside delta nets"): ("fa3",),
+    ("H100", "sparse"): ("dsa",),
+    ("B200", "sparse"): ("dsa",),
     ("B200", "grouped"): ("trtllm_mha",),
     ("B200", "latent"): ("trtllm_mla", "flashinfer"),  # the second for GLM-4.7-Flash
     ("B200", "beside delta nets"): ("triton", "trtllm_mha"),  # the second for the text model of Qwen3.5-MoE
@@ -96,7 +98,7 @@ def wrong(gpu: str, hf: dict[str, Any], resolved: dict[str, Any] | str) -> list[
         return [resolved]
     latent = hf["model_type"] in ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
     beside = hf["model_type"] in ("qwen3_next", "qwen3_5_moe_text")
-    kind = "latent" if latent else "beside delta nets" if beside else "grouped"
+    kind = "latent" if latent else "beside delta nets" if beside else "sparse" if "index_topk" in hf else "grouped"
     expected: dict[str, Any] = {
         "attention_backend": ATTENTION[gpu, kind],
         "prefill_attention_backend": (None,),
@@ -120,7 +122,8 @@ def test_a_presets_server_tells_the_routes_and_attends_in_its_dtype(on, gpu, pat
         return  # it is refused, see below
     resolved = on(gpu)[0][str(path)]
     assert wrong(gpu, model.hf, resolved) == []
-    cache = {"same": "auto"}.get(config.precision.kv_cache, config.precision.kv_cache)
+    by_itself = "auto" if model.family.indexer is None else "bfloat16"
+    cache = {"same": by_itself}.get(config.precision.kv_cache, config.precision.kv_cache)
     assert (resolved["tp_size"], resolved["kv_cache_dtype"]) == (config.server.tensor_parallel, cache)
     assert resolved["nnodes"] == nodes_of_server(config.server.tensor_parallel, config.cluster.gpus_per_node)
 

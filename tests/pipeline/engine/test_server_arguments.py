@@ -65,6 +65,9 @@ def test_a_server_is_told_what_its_family_needs(arguments):
     assert told == rope | {"full_attention_interval": 2}
     assert value_of(arguments(model={"model_type": "gpt_oss"}), "--moe-runner-backend") == "triton"
     assert "--moe-runner-backend" not in arguments("cuda", model={"model_type": "gpt_oss"})
+    sparse = {"model_type": "deepseek_v32", "first_k_dense_replace": 3}
+    assert value_of(arguments("cuda", model=sparse), "--kv-cache-dtype") == "bfloat16"
+    assert "--kv-cache-dtype" not in arguments("cuda", model=model | told)
     assert arguments() == arguments(model={"model_type": "of nobody"})
 
 

@@ -12,6 +12,7 @@ from pipeline.plan import memory
 from pipeline.plan.counts import flops, parameters
 from pipeline.plan.hardware import EFFICIENCY, GPUS
 from pipeline.plan.plan import teacher_of
+from pipeline.plan.sampling import server as server_of
 
 BF16 = TrainerPrecision(weights="bfloat16")
 QWEN2_MOE = {
@@ -82,6 +83,46 @@ def test_kimi_k2_has_the_parameters_of_its_published_files_to_the_digit():
     assert parameters.total(model) + biases == 1_026_408_232_448
 
 
+def test_qwen3_5_has_the_parameters_of_the_published_files_text_models_to_the_digit():
+    """What others counted from the files' headers, without the model of pictures and the layer that predicts a second
+    token."""
+    small, large = (published(f"qwen3.5-{name}") for name in ("35b-a3b", "397b-a17b"))
+    assert parameters.total(small) == 34_660_610_688
+    assert parameters.total(large) == 396_346_350_336
+    middle = small.hf | {
+        "num_hidden_layers": 48, "layer_types": small.hf["layer_types"] + small.hf["layer_types"][:8],
+        "hidden_size": 3072, "num_attention_heads": 32, "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024, "linear_num_value_heads": 64,
+    }  # fmt: skip
+    assert parameters.total(describe(middle)) == 122_111_526_912  # Qwen3.5-122B-A10B
+
+
+def test_deepseek_v3_2_has_the_parameters_of_its_published_files_to_the_digit():
+    """685,396,921,376, of which 41,591,584 are scales of fp8. Indexers stand in every layer, and one in the layer that
+    predicts a second token, which also has norms, a projection of both inputs and both matrices at the ends of its own;
+    routing biases count."""
+    model = published("deepseek-v3.2")
+    (chooser, _), h = parameters.indexer(model), model.hidden
+    biases = parameters.rank_count(model, ParallelConfig()).buffers // 2
+    last = parameters.layer(model, 60, ParallelConfig()).parameters + model.num_experts
+    second = last + 2 * h**2 + 3 * h + 2 * model.vocab_size * h
+    total = parameters.total(model) + biases + second + (model.num_layers + 1) * chooser
+    assert total == 685_396_921_376 - 41_591_584
+    assert parameters.indexer(published("deepseek-v3")) == (0, 0)
+
+
+def test_a_server_holds_an_indexer_whole_on_each_gpu_with_a_cache_of_its_keys():
+    """DeepSeek-V3.2's 61 indexers in bfloat16 are 1.6 GiB; its keys take 132 bytes a token and layer, latents 1,152."""
+    v3, v32 = (
+        server_of(published(name), GPUS["b200"], tp=8, weight_bytes=2.0, cache_bytes=2.0, tokens_each=1024.0,
+                  longest=2048, most=64, static=0.93)
+        for name in ("deepseek-v3", "deepseek-v3.2")
+    )  # fmt: skip
+    assert v32.weights - v3.weights == 61 * 2 * 13_959_424
+    assert v32.cache / v32.cache_tokens == pytest.approx(61 * (2 * 576 + 132), rel=1e-4)
+    assert v32.step_s(64, 1024.0) > v3.step_s(64, 1024.0)
+
+
 def test_glm_4_7_flash_has_the_bytes_of_its_published_files_with_its_layer_that_predicts_a_second_token():
     """62.5 GB of bfloat16. Norms, a projection of both inputs and both matrices at the ends are that layer's own."""
     model = published("glm-4.7-flash")
@@ -117,6 +158,9 @@ def test_states_of_gated_delta_nets_take_the_place_of_a_cache_in_most_layers():
         ("glm-4.7-flash", 3e9, 1e9, True),
         ("minimax-m2", 10e9, 1e9, False),
         ("qwen3-next-80b-a3b", 3e9, 1e9, False),
+        ("qwen3.5-35b-a3b", 3e9, 1e9, True),
+        ("qwen3.5-397b-a17b", 17e9, 1e9, True),
+        ("deepseek-v3.2", 37e9, 1e9, True),
         # these two are published without embedding and LM head
         ("glm-4.5-air", 12e9, 1e9, False),
         ("moonlight-16b-a3b", 2.24e9, 0.01e9, False),

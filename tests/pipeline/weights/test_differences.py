@@ -60,6 +60,9 @@ def test_a_name_that_the_server_does_not_know_is_found(client, weights):
 def test_a_parameter_of_the_server_that_no_tensor_reaches_is_found(client, weights):
     del weights["model.layers.2.mlp.gate.weight"]
     assert named(weight_differences(buckets(weights), [client])) == [("model.layers.2.mlp.gate.weight", "unreached")]
+    other, own = "model.layers.1.mlp.gate.", "model.layers.2.mlp.gate."  # of its own: no transfer brings it
+    assert named(weight_differences(buckets(weights), [client], [other])) != []
+    assert weight_differences(buckets(weights), [client], [own]) == []
 
 
 def test_asking_changes_nothing(client, weights):
