@@ -21,10 +21,8 @@ def built() -> dict[str, Any]:
     from megatron_ext.model.build import transformer_config
 
     def config(name: str, parallel: ParallelConfig | None = None, **fields):
-        model = describe(tiny_config(name) | fields)
-        return transformer_config(
-            model, parallel or ParallelConfig(), TrainerConfig(), TrainerPrecision(), replay=False
-        )
+        model, trainer = describe(tiny_config(name) | fields), TrainerConfig(extra={"moe_permute_fusion": False})
+        return transformer_config(model, parallel or ParallelConfig(), trainer, TrainerPrecision(), replay=False)
 
     divided = ParallelConfig(ranks=2, tensor=2, sequence=True, expert_tensor=2)
     found: dict[str, Any] = {"latent epsilon": config("moonlight", rms_norm_eps=1e-5).layernorm_epsilon}
