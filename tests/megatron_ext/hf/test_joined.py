@@ -193,7 +193,7 @@ def different_presets() -> dict[tuple, str]:
 @pytest.mark.slow
 def test_no_preset_cuts_what_the_loader_joins():
     cases = list(different_presets().values())
-    assert len({Path(path).parent for path, _ in cases}) == 12
+    assert len({Path(path).parent for path, _ in cases}) == 13
     (found,) = run_ranks(buckets_of, ParallelConfig(), cases, True)
     assert [cut_sets(path, buckets) for (path, _), buckets in zip(cases, found, strict=True)] == [0] * len(cases)
     assert all(len(buckets) > 1 for buckets in found)

@@ -40,7 +40,7 @@ def test_it_is_short_and_says_why(path):
 
 
 def test_every_model_has_gspo_and_minirl_under_r3_and_an_fp8_option():
-    assert len(MODELS) == 12
+    assert len(MODELS) == 13
     for folder in MODELS:
         gspo, minirl, fp8 = (load_config_and_model(folder / f"{n}.yaml")[0] for n in ("gspo", "minirl", "gspo-fp8"))
         assert (gspo.objective.preset, minirl.objective.preset) == ("gspo", "minirl")
