@@ -21,6 +21,7 @@ from pipeline.engine.fleet import Fleet
 from pipeline.engine.sampling import Sampling
 from pipeline.loop.engines import start_servers
 from pipeline.loop.evaluations import on_own_loop
+from pipeline.loop.inputs import config_device
 from pipeline.rewards import response_text
 from pipeline.rollout.session import Session
 from pipeline.say import to_stderr
@@ -50,6 +51,9 @@ def chat(
     """
     model = model_of_run(run, checkpoint)
     config = load_config(config_of_run(run), ["server.port=null"], served=False)
+    described = read_description(without_weights(model))
+    if reasons := described.not_served(config_device(config)):
+        raise ConfigError(f"{model}: {'; '.join(reasons)}")
     tokenizer = load_tokenizer(without_weights(model), trust_remote_code=config.model.trust_remote_code)
     sampling = Sampling(
         max_new_tokens=max_new_tokens or config.rollout.max_new_tokens,
@@ -62,7 +66,7 @@ def chat(
     with (
         scratch_folder() as logs,
         weights_of(model) as directory,
-        start_servers(config, directory, read_description(directory), logs, most=1) as fleet,
+        start_servers(config, directory, described, logs, most=1) as fleet,
     ):
         for line in _lines() if said is None else said:
             if line.strip() == _NEW:

@@ -163,3 +163,19 @@ def test_the_commands_ask_for_a_server_where_they_start_one(tmp_path, capsys):
         assert "SGLang gives qwen2_moe an LM head of its own" in capsys.readouterr().err
     assert main(["train", *words, "--from-dump", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_talk_is_refused_where_the_server_would_be_of_another_model(tmp_path, capsys):
+    """Of a run that started no server."""
+    folder, base = tmp_path / "hf", Path("configs/quickstart.yaml").resolve()
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"")
+    own = {"model": {"tiny": None, "path": str(folder)}, "precision": {"router": "fp32"}, "train": {"steps": 0}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"base": str(base)} | own))
+    for hf, why in (
+        (tiny_config("qwen2_moe") | TIED, "SGLang gives qwen2_moe an LM head of its own"),
+        (tiny_config("deepseek_v32") | {"index_topk": 4096}, "SGLang computes the sparse attention of deepseek_v32 on"),
+    ):
+        (folder / "config.json").write_text(json.dumps(hf))
+        assert main(["chat", str(tmp_path)]) == 2
+        assert f"{folder}: {why}" in capsys.readouterr().err
