@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.config.server import servers_beside
 from pipeline.errors import FAILED, NOT_STARTED, SamerouteError
 
 if TYPE_CHECKING:
@@ -184,6 +183,8 @@ def _servers(config: Config, job: SlurmJob, nodes: int, gpus: int, rollout_nodes
     if job.job == "sft" or config.cluster.colocated:
         return None
     if size > rollout_gpus:
+        from pipeline.config.server import servers_beside  # the command's help does without pydantic
+
         whole = rollout_nodes or nodes - math.ceil(ranks / gpus)
         try:
             left = servers_beside(whole * rollout_gpus, size, rollout_gpus)

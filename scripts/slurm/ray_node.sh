@@ -9,6 +9,7 @@ set -euo pipefail
 
 node=${SLURMD_NODENAME:-$(hostname)}
 slots=${SLURM_GPUS_ON_NODE:-0}
+: "${SAMEROUTE_OWN_RAY:=}"
 if [ "$slots" = 0 ]; then slots=${SLURM_CPUS_ON_NODE:-$(nproc)}; fi
 kind=trainer
 if grep -qx "$node" <<< "$ROLLOUT_NODES"; then kind=rollout; fi

@@ -10,6 +10,7 @@ _MODULES = (
     "megatron_ext.trainer",
     "megatron_ext.model.attention",
     "megatron_ext.model.torch_spec",
+    "megatron_ext.cpu.row_loops",  # numba
     "megatron.core.models.mimo.optimizer",  # the first optimizer asks for it
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "torch.utils.serialization.config",

@@ -22,7 +22,7 @@ from types import ModuleType
 from pipeline.forks import Forked, serve
 from pipeline.imports import lasting_imports
 
-_ALL = ("numpy", "torch", "torch._dynamo", "aiohttp", "pydantic")
+_ALL = ("numpy", "torch", "torch._dynamo", "aiohttp", "pydantic", "megatron_ext.cpu.row_loops")
 _WORKERS = (
     "pipeline.trainer.losses",
     "pipeline.weights",

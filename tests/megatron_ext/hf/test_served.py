@@ -5,7 +5,9 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from megatron_ext.hf.description import describe
 from megatron_ext.hf.families import FAMILIES
@@ -169,7 +171,7 @@ def test_a_talk_is_refused_where_the_server_would_be_of_another_model(tmp_path, 
     """Of a run that started no server."""
     folder, base = tmp_path / "hf", Path("configs/quickstart.yaml").resolve()
     folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"")
+    save_file({"w": np.zeros(1, np.float32)}, folder / "model.safetensors")
     own = {"model": {"tiny": None, "path": str(folder)}, "precision": {"router": "fp32"}, "train": {"steps": 0}}
     (tmp_path / "config.yaml").write_text(json.dumps({"base": str(base)} | own))
     for hf, why in (

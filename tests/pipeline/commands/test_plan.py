@@ -21,7 +21,7 @@ def test_a_plan_that_fits_ends_with_0_and_adds_up(capsys):
     total = 30_532_122_624
     assert plan["parameters"] == {"total": total, "active": 3_353_032_704, "trained": total}
     parts = plan["trainer_bytes"]
-    held = ("weights", "gradients", "optimizer", "reference_and_critic", "activations", "lm_head", "overhead")
+    held = ("weights", "gradients", "optimizer", "reference_and_critic", "activations", "routes", "lm_head", "overhead")
     assert parts["total"] == pytest.approx(sum(parts[name] for name in held))
     assert parts["total"] < parts["capacity"]
     assert plan["step"]["weight_transfer_bytes"] == 2 * 30_532_122_624
@@ -67,11 +67,12 @@ def test_more_machines_are_proposed_where_nothing_else_helps(capsys):
     assert planned(capsys, *asked, *plan["proposal"]["overrides"])[0] == 0
 
 
-def test_a_model_that_no_server_holds_is_refused_without_a_proposal(capsys):
+def test_a_model_that_no_node_holds_is_proposed_a_server_over_several(capsys):
     code, plan = planned(capsys, "configs/kimi-k2/gspo.yaml", "--gpu", "h100")
     assert code == 1
     assert any("less than one sequence of 9,216" in reason for reason in plan["reasons"])
-    assert "proposal" not in plan
+    assert "server.tensor_parallel=32" in plan["proposal"]["overrides"]
+    assert plan["proposal"]["plan"]["fits"]
 
 
 def test_as_many_servers_are_planned_as_are_configured(capsys):
@@ -136,7 +137,7 @@ def test_a_configuration_of_the_cpu_is_planned_without_gpus(capsys):
     code, plan = planned(capsys, "configs/quickstart.yaml")
     assert (code, plan["gpu"]) == (0, None)
     assert not {"fits", "seconds", "server", "nodes"} & plan.keys()
-    held = ("weights", "gradients", "optimizer", "reference_and_critic", "activations", "lm_head", "overhead")
+    held = ("weights", "gradients", "optimizer", "reference_and_critic", "activations", "routes", "lm_head", "overhead")
     assert plan["trainer_bytes"]["total"] == pytest.approx(sum(plan["trainer_bytes"][name] for name in held))
     assert plan["trainer_bytes"]["weights"] == 4 * 895_808
 
