@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench_scaling.py [--parts packing loss ...] [--axes length sequences ...]
 
 Each part runs alone in a process of its own, once with each size of an axis, the other sizes as BASE has them. A part
-with one axis takes at most three minutes of a processor:
+with one axis takes less than three minutes:
 
     micro-batches  sequences dealt into micro-batches of 16,384 tokens, of 8 data-parallel ranks but for the axis
     packing        all of them as one micro-batch; replay: with their routes
