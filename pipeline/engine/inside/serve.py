@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 import threading
 import time
 from pathlib import Path
 
 from pipeline.engine.keys import ServerKeys
-from pipeline.engine.processes import TOKEN_VARIABLE, remove_server
+from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
 from pipeline.forks import FORKS_VARIABLE, ForkError, ask, end_as
 from pipeline.imports import lasting_imports
 
@@ -30,9 +31,15 @@ if __name__ in ("__main__", "__mp_main__"):  # also in the processes that SGLang
 
 
 def leave() -> None:
-    """End the whole server, this process last."""
+    """End the whole server, this process last. What it has made goes first: SGLang watches its schedulers, and once one
+    of them is gone it ends this process too."""
+    token, scratch = os.environ[TOKEN_VARIABLE], Path(os.environ["TMPDIR"])
     try:
-        remove_server(os.environ[TOKEN_VARIABLE], Path(os.environ["TMPDIR"]), set())
+        shared_memory = shared_memory_of(token)
+        for file in shared_memory:
+            file.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        remove_server(token, scratch, shared_memory)
     finally:
         os._exit(1)
 
