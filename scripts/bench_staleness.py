@@ -12,14 +12,10 @@ Prints the mean reward of the first and the last steps, over seeds, and the last
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config import load_config
-from pipeline.loop.run import train
-from scripts.kept_runs import EDGE, KeptRun, keep, print_table
+from scripts.kept_runs import EDGE, KeptRun, keep_training, print_table
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SETTINGS = {
@@ -34,12 +30,7 @@ def run_of(out: Path, staleness: int, correction: str, seed: int, overrides: lis
     """One run; it is made where it is not there."""
     directory = out / f"staleness_{staleness}_{correction}_seed_{seed}"
     own = [f"run.seed={seed}", f"rollout.max_staleness={staleness}", *overrides, *SETTINGS[correction]]
-
-    def steps() -> Iterator[dict]:
-        train(load_config(CONFIG, [f"run.directory={directory}", *own]))
-        yield from map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-
-    return keep(out / f"{directory.name}.json", own, steps)
+    return keep_training(directory, CONFIG, own)
 
 
 def row_of(runs: list[KeptRun]) -> list[str]:

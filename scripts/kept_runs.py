@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import load_config
 from pipeline.errors import SamerouteError
+from pipeline.loop.run import train
 
 EDGE = 5  # steps of either end that a reward is the mean of
 
@@ -76,6 +78,16 @@ def keep(file: Path, settings: Sequence[str], make: Callable[[], Iterable[dict[s
     half.write_text(json.dumps({"settings": list(settings), "rows": rows, "broken": broken}))
     os.replace(half, file)
     return KeptRun(rows, broken)
+
+
+def keep_training(directory: Path, config: Path, settings: Sequence[str]) -> KeptRun:
+    """A whole run of `sameroute train`, into the directory, and kept beside it."""
+
+    def steps() -> Iterable[dict[str, float]]:
+        train(load_config(config, [f"run.directory={directory}", *settings]))
+        yield from map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+
+    return keep(directory.with_name(f"{directory.name}.json"), settings, steps)
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

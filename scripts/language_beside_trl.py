@@ -1,8 +1,7 @@
 """A dense language model taught sums by sameroute and by TRL's GRPOTrainer: steps, seconds, held-out accuracy.
 
     make language-model
-    uv venv .venv/trl && uv pip install --python .venv/trl/bin/python trl==1.16.0 torch==2.14.1 transformers==5.19.0
-    .venv/bin/python -m scripts.language_beside_trl OUT --trl .venv/trl/bin/python [--steps 20] [--seeds 0 1]
+    .venv/bin/python -m scripts.language_beside_trl OUT [--steps 20] [--seeds 0 1]
 
 The model is models/SmolLM2-135M-Instruct, the task and all settings those of configs/smollm2-moe/arithmetic.yaml but
 the experts: the same questions in the same order, 8 answers each, the same temperature, ratios of sequences, one
@@ -22,6 +21,7 @@ from pathlib import Path
 from pipeline.config import Config, load_config
 from pipeline.data.prompts import PromptSource
 from pipeline.loop.inputs import prompt_source
+from scripts.bench_against_trl import trl_python
 from scripts.kept_runs import print_table
 
 ROOT = Path(__file__).parent.parent
@@ -85,19 +85,19 @@ def theirs(directory: Path, config: Config, trl: Path, threads: int) -> tuple[li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--trl", type=Path, required=True, help="a Python that has TRL")
+    parser.add_argument("--trl", type=Path, help="a Python that has TRL; default: .venv/trl, which is made")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2, help="of TRL")
     options = parser.parse_args()
-    out = options.out.absolute()
+    out, trl = options.out.absolute(), (options.trl or trl_python()).absolute()
     before = held_out(out, "start", MODEL)
     rows = []
     for seed in options.seeds:
         overrides = [f"model.path={MODEL}", "replay=none", f"run.seed={seed}", f"train.steps={options.steps}"]
         config = load_config(CONFIG, overrides)
         runs = {
-            "TRL": (out / f"trl-{seed}", theirs(out / f"trl-{seed}", config, options.trl.absolute(), options.threads)),
+            "TRL": (out / f"trl-{seed}", theirs(out / f"trl-{seed}", config, trl, options.threads)),
             "sameroute": (out / f"own-{seed}", ours(out / f"own-{seed}", seed, options.steps)),
         }
         for name, (directory, (seconds, rewards)) in runs.items():

@@ -15,14 +15,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config import load_config
-from pipeline.loop.run import train
-from scripts.kept_runs import EDGE, KeptRun, keep, look, print_table
+from scripts.kept_runs import EDGE, KeptRun, keep_training, look, print_table
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2-moe" / "arithmetic.yaml"
 SETTINGS = ["evaluate=[]", "rollout.prompts_per_step=4", "checks.first_rollouts=0", "checks.probe_every=0"]
@@ -33,17 +29,6 @@ COLUMNS = ("mean |gap|", "k3", "largest gap", f"first {EDGE}", f"last {EDGE}", f
 def settings_of(rounding: str, replay: str, seed: int, steps: int, overrides: list[str]) -> list[str]:
     own = [f"precision.rollout_weights={rounding}", f"replay={replay}", f"run.seed={seed}", f"train.steps={steps}"]
     return [*SETTINGS, *own, *overrides]
-
-
-def run_of(out: Path, name: str, settings: list[str]) -> KeptRun:
-    """One run; it is made where it is not there."""
-    directory = out / name
-
-    def steps() -> Iterator[dict]:
-        train(load_config(CONFIG, [f"run.directory={directory}", *settings]))
-        yield from map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-
-    return keep(out / f"{name}.json", settings, steps)
 
 
 def row_of(runs: list[KeptRun]) -> list[str]:
@@ -72,7 +57,11 @@ def main() -> None:
     for seed, rounding, replay in itertools.product(options.seeds, options.rounding, options.replay):
         settings = settings_of(rounding, replay, seed, options.steps, options.overrides)
         name = f"{rounding}_{replay}_seed_{seed}"
-        run = look(options.out / f"{name}.json", settings) if options.print else run_of(options.out, name, settings)
+        run = (
+            look(options.out / f"{name}.json", settings)
+            if options.print
+            else keep_training(options.out / name, CONFIG, settings)
+        )
         found.setdefault((rounding, replay), []).extend([run] if run else [])
     print_table(["rollouts", "replay", *COLUMNS], [[*cell, *row_of(runs)] for cell, runs in found.items() if runs])
 

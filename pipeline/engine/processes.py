@@ -46,6 +46,13 @@ def shared_memory_of(token: str) -> set[Path]:
     return {Path(file) for file in files if not file.endswith(" (deleted)")}
 
 
+def remove_files(scratch: Path, shared_memory: set[Path]) -> None:
+    """Its folder and its shared memory; what is open there stays open."""
+    for path in shared_memory:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
 def remove_server(token: str, scratch: Path, shared_memory: set[Path], *, timeout_s: float = 10.0) -> None:
     """Kill every process of the server but the caller's own, then remove its shared memory and its folder.
 
@@ -64,6 +71,4 @@ def remove_server(token: str, scratch: Path, shared_memory: set[Path], *, timeou
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(remaining, timeout=0.2)
-    for path in shared_memory:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove_files(scratch, shared_memory)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.namespaces import end, inside, unshared
 from tests.support.processes import command_line, name_of
 
 _HERE = Path(__file__).parent
-_NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare", "nsenter", "ip")
 
 
@@ -40,10 +40,12 @@ class SlurmCluster:
         conf = self.folder / "slurm.conf"
         lines = [(_HERE / "slurm.conf").read_text().replace("FOLDER", str(self.folder)), *self.settings, ""]
         conf.write_text("\n".join(lines))
-        arguments = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", _HERE / "cluster.sh"]
         with (self.folder / "cluster.out").open("wb") as output:
             self._process = subprocess.Popen(
-                [*arguments, self.folder], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
+                unshared(_HERE / "cluster.sh", self.folder),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
         try:
             self._wait_until_up()
@@ -65,20 +67,13 @@ class SlurmCluster:
             time.sleep(0.1)
 
     def __exit__(self, *_):
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # and with it, --kill-child, the first process of the namespaces
-            self._process.wait()
+        end(self._process)
         shutil.rmtree(self.folder)
 
     def run(self, *command: str | Path, check: bool = True, env: dict[str, str] | None = None) -> str:
         """Run on the control node, in the current folder; its output, errors too."""
-        inside = ["nsenter", "--target", str(self._init), *_NAMESPACES, f"--wdns={Path.cwd()}"]
         done = subprocess.run(
-            [*inside, *map(str, command)],
+            inside(self._init, *command),
             env=self.environment() | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.namespaces import end, inside, unshared
 from tests.support.ray_node import HEAD, PORT
 
 _HERE = Path(__file__).parent
-_NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 
 
 class TwoNodes:
@@ -35,22 +35,15 @@ class TwoNodes:
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "GLOO_SOCKET_IFNAME": "eth0",
             "PYTHONPATH": str(Path.cwd()),
         }  # fmt: skip
-        script = ["bash", _HERE / "two_nodes.sh", sys.executable, self.folder]
+        command = unshared(_HERE / "two_nodes.sh", sys.executable, self.folder)
         with (self.folder / "nodes.out").open("wb") as output:
             self._process = subprocess.Popen(
-                ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", *script],
-                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=self.environment,
-            )  # fmt: skip
+                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=self.environment
+            )
         return self
 
     def __exit__(self, *_):
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # and with it, --kill-child, the first process of the namespaces
-            self._process.wait()
+        end(self._process)
         shutil.rmtree(self.folder)
 
     def node(self, number: int) -> psutil.Process:
@@ -67,10 +60,9 @@ class TwoNodes:
 
     def start(self, output: Path, *command: str | Path) -> subprocess.Popen[bytes]:
         """A command on the first node, in the current folder."""
-        inside = ["nsenter", "--target", str(self.node(1).pid), *_NAMESPACES, f"--wdns={Path.cwd()}"]
         with output.open("wb") as out:
             return subprocess.Popen(
-                [*inside, *map(str, command)], stdout=out, stderr=subprocess.STDOUT, env=self.environment,
+                inside(self.node(1).pid, *command), stdout=out, stderr=subprocess.STDOUT, env=self.environment,
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
 

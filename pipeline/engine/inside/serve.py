@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import sys
 import threading
 import time
 from pathlib import Path
 
 from pipeline.engine.keys import ServerKeys
-from pipeline.engine.processes import TOKEN_VARIABLE, remove_server, shared_memory_of
+from pipeline.engine.processes import TOKEN_VARIABLE, remove_files, remove_server, shared_memory_of
 from pipeline.forks import FORKS_VARIABLE, ForkError, ask, end_as
 from pipeline.imports import lasting_imports
 
@@ -36,9 +35,7 @@ def leave() -> None:
     token, scratch = os.environ[TOKEN_VARIABLE], Path(os.environ["TMPDIR"])
     try:
         shared_memory = shared_memory_of(token)
-        for file in shared_memory:
-            file.unlink(missing_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_files(scratch, shared_memory)
         remove_server(token, scratch, shared_memory)
     finally:
         os._exit(1)

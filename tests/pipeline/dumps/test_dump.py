@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,24 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from megatron_ext.hf.description import describe
-from pipeline.config.model import TinyModelConfig
-from pipeline.config.replay import Replay
 from pipeline.dumps.dump import Dump, dump_path, read_dump, write_dump
-from pipeline.dumps.groups import FINISH_REASONS, DumpError
+from pipeline.dumps.groups import DumpError
 from pipeline.dumps.steps import DumpedSteps
 from pipeline.step import Batch
-from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.types import Episode, Group, Prompt, Rollout
-from tests.support.episodes import graded_group
+from tests.support.dumped_groups import (
+    EXPERTS,
+    LAYERS,
+    TOPK,
+    VOCAB,
+    make_dump,
+    make_group,
+    same,
+)
 
-LAYERS, TOPK, EXPERTS, VOCAB = 3, 2, 8, 50
-SHAPE = describe(
-    {
-        **TinyModelConfig(layers=LAYERS, experts=EXPERTS, topk=TOPK).hf_config(),
-        "vocab_size": VOCAB,
-    }
-)  # fmt: skip
 HEADER = {
     "format": "sameroute.rollouts", "format_version": "2", "step": "1", "weight_version": "1", "temperature": "1.0",
 }  # fmt: skip
@@ -40,31 +35,6 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
-
-
-def make_group(rng, index=0, prompt_length=4, lengths=(3, 1), routes=np.uint8, metadata=None, kept=False, top_k=None):
-    ids = rng.integers(0, VOCAB, prompt_length).astype(np.int32)
-    rollouts = []
-    for n in lengths:
-        shape = (prompt_length + n - 1, LAYERS, EXPERTS)
-        rows = None if routes is None else rng.random(shape).argsort(-1)[..., :TOPK].astype(routes)
-        rollouts.append(
-            Rollout(
-                prompt_ids=ids,
-                response_ids=(ids_of_response := rng.integers(0, VOCAB, n).astype(np.int32)),
-                rollout_logprobs=-rng.random(n).astype(np.float32),
-                routes=None if routes is None else rows.astype(routes),
-                weight_versions=rng.integers(0, 9, n).astype(np.int32),
-                finish_reason=FINISH_REASONS[int(rng.integers(3))],
-                kept=make_kept(rng, ids_of_response) if kept else None,
-                retractions=int(rng.integers(3)),
-                mixed_kv=marks if (marks := rng.random(n) < 0.3).any() else None,
-                teacher=make_scores(rng, n, top_k) if top_k is not None and rng.random() < 0.6 else None,
-            )
-        )
-    prompt = Prompt(ids, f"prompt {index} <|é\u2028", metadata if metadata is not None else {"answer": "1"}, index)
-    rewards = rng.normal(size=len(lengths)).astype(np.float32).tolist()
-    return graded_group(prompt, rollouts, rewards)
 
 
 def make_conversation(rng):
@@ -126,24 +96,6 @@ def test_rewards_of_turns_that_cannot_be_are_named(tmp_path, change, sentence):
         read_dump(file)
 
 
-def make_kept(rng, ids):
-    """Up to four tokens beside each, its own among them."""
-    rows = [rng.permutation(np.unique(np.append(rng.integers(0, VOCAB, rng.integers(5)), i))) for i in ids]
-    out = np.full((len(ids), max(map(len, rows), default=1)), -1, np.int32)
-    for row, tokens in zip(out, rows, strict=True):
-        row[: len(tokens)] = tokens
-    return out
-
-
-def make_scores(rng, n, top_k):
-    """Of a teacher, with its likeliest tokens or without."""
-    logprobs = -rng.random(n).astype(np.float32)
-    if not top_k:
-        return TeacherScores(logprobs)
-    tops = rng.random((n, VOCAB)).argsort(-1)[:, :top_k].astype(np.int32)
-    return TeacherScores(logprobs, tops, -rng.random((n, top_k)).astype(np.float32))
-
-
 @st.composite
 def dumps(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -158,16 +110,6 @@ def dumps(draw):
     return Dump(Batch(draw(st.integers(0, 10**6)), draw(st.integers(0, 10**6)), tuple(groups)), temperature)
 
 
-def same(a, b):
-    if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    if dataclasses.is_dataclass(a):
-        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @settings(max_examples=60, deadline=None)
 @given(dumps())
 def test_any_step_is_read_back_bit_for_bit(tmp_path_factory, dump):
@@ -176,16 +118,6 @@ def test_any_step_is_read_back_bit_for_bit(tmp_path_factory, dump):
     assert file == dump_path(folder, dump.batch.step)
     assert same(read_dump(file), dump)
     assert [f.name for f in folder.iterdir()] == [file.name]
-
-
-@pytest.fixture
-def dump():
-    rng = np.random.default_rng(0)
-    return make_dump(make_group(rng, 0), make_group(rng, 1, 2, (5, 2)))
-
-
-def make_dump(*groups, step=1):
-    return Dump(Batch(step, 1, groups), 1.0)
 
 
 def test_routes_stay_in_their_narrow_type(tmp_path, dump):
@@ -319,93 +251,3 @@ def test_a_file_cut_short_is_refused_before_anything_is_replayed(tmp_path, dump)
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(DumpError, match=r"step_000001\.safetensors is no safetensors file, or not a whole one"):
         DumpedSteps(tmp_path)
-
-
-def test_steps_come_in_order_and_without_a_gap(tmp_path, dump):
-    for step in (9, 10, 8):
-        write_dump(tmp_path, make_dump(*dump.batch.groups, step=step))
-    assert DumpedSteps(tmp_path).steps == [8, 9, 10]
-    assert DumpedSteps(dump_path(tmp_path, 9)).steps == [9]
-    dump_path(tmp_path, 9).unlink()
-    with pytest.raises(DumpError, match="lacks step 9"):
-        DumpedSteps(tmp_path)
-    write_dump(tmp_path, make_dump(*dump.batch.groups, step=9)).rename(tmp_path / "step_copy.safetensors")
-    write_dump(tmp_path, make_dump(*dump.batch.groups, step=9))
-    with pytest.raises(DumpError, match="both of step 9"):
-        DumpedSteps(tmp_path)
-
-
-def test_a_path_without_dumps_says_where_they_might_be(tmp_path, dump):
-    with pytest.raises(DumpError, match="there is no dump"):
-        DumpedSteps(tmp_path / "none")
-    with pytest.raises(DumpError, match=r"debug\.dump_rollouts=true writes"):
-        DumpedSteps(tmp_path)
-    write_dump(tmp_path / "dumps", dump)
-    with pytest.raises(DumpError, match=r"did you mean .*dumps\?"):
-        DumpedSteps(tmp_path)
-
-
-def config(temperature=1.0, max_new_tokens=5, replay=Replay.R3, masks=False):
-    return SimpleNamespace(
-        longest_rollout=max_new_tokens,
-        environment=None,
-        teacher=None,
-        precision=SimpleNamespace(temperature=temperature, masks_sampling=masks),
-        replay=replay,
-    )
-
-
-def test_a_step_is_read_for_the_model_and_the_configuration_that_it_fits(tmp_path, dump):
-    write_dump(tmp_path, dump)
-    assert same(DumpedSteps(tmp_path).read(1, config(), SHAPE), dump)
-
-
-@pytest.mark.parametrize(
-    ("asked", "shape", "message"),
-    [
-        (config(), {"vocab_size": 20}, "outside the model's vocabulary of 20"),
-        (config(temperature=0.5), {}, "set precision.temperature=1.0"),
-        (config(masks=True), {}, "over other tokens; set precision: top_k=-1"),
-        (config(max_new_tokens=4), {}, "set rollout.max_new_tokens=5"),
-        (config(), {"num_layers": 4}, "for 3 layers, top 2; the model has 4, top 2"),
-        (config(), {"num_experts": 3}, r"outside \[0, 3\)"),
-    ],
-)
-def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, dump, asked, shape, message):
-    write_dump(tmp_path, dump)
-    with pytest.raises(DumpError, match=message):
-        DumpedSteps(tmp_path).read(1, asked, dataclasses.replace(SHAPE, **shape))
-
-
-def test_a_step_without_routes_or_without_a_response_cannot_be_replayed_as_if_it_had_them(tmp_path):
-    rng = np.random.default_rng(0)
-    write_dump(tmp_path, make_dump(make_group(rng, routes=None)))
-    with pytest.raises(DumpError, match="no routes; set replay=none"):
-        DumpedSteps(tmp_path).read(1, config(), SHAPE)
-    assert DumpedSteps(tmp_path).read(1, config(replay=Replay.NONE), SHAPE).batch.step == 1
-    write_dump(tmp_path, make_dump(make_group(rng, lengths=(2, 0))))
-    with pytest.raises(DumpError, match="nothing to train on"):
-        DumpedSteps(tmp_path).read(1, config(), SHAPE)
-
-
-@pytest.mark.parametrize(
-    ("had", "asked", "message"),
-    [
-        (None, 0, "a teacher has not scored it; set teacher.engine=trainer"),
-        (4, 0, None),
-        (4, 4, None),
-        (4, 2, r"gave its 4 likeliest tokens; set objective\.distillation\.top_k=4"),
-        (0, 4, r"gave its 0 likeliest tokens; set objective\.distillation\.top_k=0"),
-    ],
-)
-def test_a_step_that_a_teacher_scored_otherwise_says_what_to_change(tmp_path, had, asked, message):
-    rng, group = np.random.default_rng(0), make_group(np.random.default_rng(0), lengths=(2, 2))
-    rollouts = [
-        dataclasses.replace(r, teacher=None if had is None else make_scores(rng, 2, had)) for r in group.rollouts
-    ]
-    write_dump(tmp_path, make_dump(graded_group(group.prompt, rollouts, [0.0, 1.0])))
-    wanted = config()
-    wanted.teacher = SimpleNamespace(engine="server")
-    wanted.objective = SimpleNamespace(composition=lambda: SimpleNamespace(teacher_top=asked))
-    with contextlib.nullcontext() if message is None else pytest.raises(DumpError, match=message):
-        DumpedSteps(tmp_path).read(1, wanted, SHAPE)
