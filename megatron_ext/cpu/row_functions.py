@@ -136,7 +136,7 @@ def install() -> None:
             factors = more[0] if weighted else None
             if bias is not None or any(more[weighted:]) or not plain(x, *([] if factors is None else [factors])):
                 return original(x, bias, *more)
-            return swiglu(x.flatten(0, -2), factors).view(*x.shape[:-1], -1)
+            return swiglu(x.flatten(0, -2), factors).view(*x.shape[:-1], x.shape[-1] // 2)
 
         return activation
 

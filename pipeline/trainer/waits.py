@@ -18,6 +18,8 @@ from pipeline.waiting import START_S, Waiting
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
 _STARTING = ("meeting_point", "build")
+_TOGETHER = ("build", "measure", "update_policy", "update_critic", "update_supervised", "resume")
+"""What ranks compute with one another: where one fails, the others wait for it in a collective, and answer nothing."""
 
 
 class TrainerError(SamerouteError):
@@ -38,6 +40,7 @@ class Ranks:
         self.ranks, self.log_directory = ranks, log_directory
         self.timeout_s = self.weights_timeout_s = timeout_s
         self.watch, self.waiting = watch, Waiting()
+        self._failure: TrainerError | None = None  # after which no call can be answered by all
 
     def log_path(self, rank: int) -> Path:
         """Of a rank."""
@@ -58,21 +61,30 @@ class Ranks:
         self._check_ray()
         return [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
 
-    def _wait(
+    def _wait(self, answers: list[Any], method: str, timeout_s: float | None = None, **how: Any) -> list[Any]:
+        """Wait for all, but not longer than for the first failure, of another thread's call too.
+
+        how: ranks: who was asked, in the order of the answers; None: the first ones. restart: the time begins anew
+        while ranks get on. watched: look after the servers, and say who is waited for.
+        """
+        try:
+            return self._answered(answers, method, timeout_s, **how)
+        except TrainerError as error:
+            if method in _TOGETHER or isinstance(error, RankDiedError):
+                self._failure = self._failure or error
+            raise
+
+    def _answered(
         self,
         answers: list[Any],
         method: str,
-        timeout_s: float | None = None,
+        timeout_s: float | None,
         *,
         restart: bool = False,
         watched: bool = True,
         ranks: Sequence[int] | None = None,
     ) -> list[Any]:
-        """Wait for all, but not longer than for the first failure.
-
-        ranks: who was asked, in the order of the answers; None: the first ones. restart: the time begins anew while
-        ranks get on. watched: look after the servers, and say who is waited for.
-        """
+        """See _wait."""
         timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
         deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
         limit_s = self.weights_timeout_s if restart else timeout_s
@@ -93,6 +105,8 @@ class Ranks:
                     raised = kind("; ".join([words, *silent]))
                     raised.silent = tuple(silent)
                     raise raised from error
+            if pending and (failure := self._failure) is not None:
+                raise type(failure)(str(failure)) from failure
             if watched:
                 self.watch()
             if watched and pending:

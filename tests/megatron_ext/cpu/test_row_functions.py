@@ -94,15 +94,18 @@ def activations_of_megatron(_: ParallelConfig) -> list[bool]:
         return "_SwiGLUBackward" in [node.name() for node in nodes]
 
     x, factors = torch.randn(3, 5, 64, requires_grad=True), torch.rand(15, 1)
+    none = torch.empty(0, 64, requires_grad=True)  # what experts get of which no token wants any
     return [
         is_ours(mlp.bias_swiglu_impl(x, None, False, False)),
         is_ours(shared_experts.bias_swiglu_impl(x, None, False)),
         is_ours(experts.weighted_bias_swiglu_impl(x.flatten(0, 1), None, factors, False)),
         is_ours(mlp.bias_swiglu_impl(x.bfloat16(), None, False, False)),
         is_ours(experts.weighted_bias_swiglu_impl(x.flatten(0, 1).bfloat16(), None, factors.bfloat16(), False)),
+        is_ours(experts.weighted_bias_swiglu_impl(none, None, torch.empty(0, 1), False)),
+        is_ours(mlp.bias_swiglu_impl(none.view(0, 1, 64), None, False, False)),
     ]
 
 
 def test_megatrons_layers_call_them_for_plain_float32_alone():
     (found,) = run_ranks(activations_of_megatron, ParallelConfig())
-    assert found == [True, True, True, False, False]
+    assert found == [True, True, True, False, False, True, True]

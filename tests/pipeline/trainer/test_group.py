@@ -6,7 +6,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.trainer import waits
 from pipeline.trainer.group import TrainerGroup
@@ -32,3 +32,88 @@ def test_of_ranks_that_were_asked_alone_the_one_that_died_is_named(monkeypatch, 
     ranks = waits.Ranks([None] * 4, tmp_path, 1.0, lambda: None)
     with pytest.raises(waits.RankDiedError, match=r"trainer rank 3 died during end_profile; its log: .*rank3\.log"):
         ranks._wait(["answer"], "end_profile", ranks=[3])
+
+
+class CauseError(Exception):
+    """What a rank raised."""
+
+
+def a_rank_failed(method: str) -> RayTaskError:
+    return RayTaskError(method, "", CauseError("no experts"))
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "kind"),
+    [("measure", a_rank_failed("measure"), TrainerError), ("connect", RayActorError(), waits.RankDiedError)],
+    ids=["in a collective", "a death"],
+)
+def test_a_failure_ends_what_another_thread_waits_for(monkeypatch, tmp_path, method, error, kind):
+    """A server that came back is sent weights meanwhile: the ranks that still live never answer that."""
+    ranks, asked = ranks_whose_calls(monkeypatch, tmp_path, fails={"this": error})
+    beside = Beside(lambda: ranks._wait(["no answer"], "send_weights"))
+    asked.wait()
+    with pytest.raises(kind):
+        ranks._wait(["this"], method)
+    assert type(beside.error()) is kind
+    assert beside.error().args == ranks._failure.args
+    with pytest.raises(kind):  # nor is any later call answered
+        ranks._wait(["no answer"], "connect")
+
+
+def test_a_failure_of_what_ranks_do_apart_ends_nothing_else(monkeypatch, tmp_path):
+    """Such as a save on a disk that is full, or a server that does not take weights."""
+    ranks, asked = ranks_whose_calls(monkeypatch, tmp_path, fails={"this": a_rank_failed("begin_save")})
+    beside = Beside(lambda: ranks._wait(["some answer"], "send_weights"))
+    asked.wait()
+    with pytest.raises(TrainerError, match="no experts"):
+        ranks._wait(["this"], "begin_save")
+    answered.set()
+    assert beside.error() is None
+
+
+answered = threading.Event()
+
+
+def ranks_whose_calls(monkeypatch, tmp_path, fails) -> tuple[waits.Ranks, threading.Event]:
+    """Ranks of whose calls "no answer" is never answered, "some answer" once `answered` is set, and `fails` fail; and
+    an event: one is waited for."""
+    asked = threading.Event()
+    answered.clear()
+
+    def wait(pending, **_):
+        asked.set()
+        done = [call for call in pending if call in fails or (call == "some answer" and answered.wait(0.01))]
+        return done, [call for call in pending if call not in done]
+
+    def get(call):
+        if call in fails:
+            raise fails[call]
+        return call
+
+    monkeypatch.setattr(waits, "ended", lambda: "")
+    monkeypatch.setattr(waits, "what_died", lambda: "")
+    monkeypatch.setattr(waits, "ray", SimpleNamespace(wait=wait, get=get))
+    ranks = waits.Ranks([], tmp_path, 60.0, lambda: None)
+    monkeypatch.setattr(ranks, "_positions", lambda of: {})
+    return ranks, asked
+
+
+class Beside:
+    """A call in a thread of its own."""
+
+    def __init__(self, call):
+        self._error, self._call = None, call
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            self._call()
+        except TrainerError as error:
+            self._error = error
+
+    def error(self) -> TrainerError | None:
+        """What it ended with; it must have ended within a minute."""
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self._error
