@@ -43,7 +43,7 @@ OBJECTIVES = {
     "dppo_tv": "{preset: dppo_tv}",
 }
 """Clip and correction of sequences are the quickstart's. minirl and dppo_tv hold mu in their own ratio."""
-WITH_REPLAYS = ("gspo", "minirl")
+WITH_REPLAYS, REPLAYED_AT = ("gspo", "minirl"), (0, 4)
 STEPS, EDGE = 50, 10
 SETTINGS = [f"train.steps={STEPS}", f"train.decay_steps={2 * STEPS}", "rollout.prompts_per_step=16",
             "precision.rollout_weights=int8", "checks.probe_every=0"]  # fmt: skip
@@ -67,7 +67,7 @@ class Cell:
 def cells(objectives: Sequence[str], staleness: Sequence[int]) -> list[Cell]:
     """Of one seed, in their order."""
     chosen = [Cell(name, bound, "r3") for name in objectives for bound in staleness]
-    ends = sorted({min(staleness), max(staleness)})
+    ends = [bound for bound in REPLAYED_AT if bound in staleness]
     replayed = itertools.product([name for name in WITH_REPLAYS if name in objectives], ends, ("none", "r2"))
     return chosen + [Cell(*one) for one in replayed]
 

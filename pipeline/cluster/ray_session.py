@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import auto_init_hook, ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue] - compiled
 from ray.job_config import JobConfig
 
@@ -52,6 +52,8 @@ def ray_session(config: ClusterConfig, *, cpus: int) -> Iterator[None]:
     RayError where it does not start."""
     on_termination = signal.getsignal(signal.SIGTERM)
     leave_out_the_raylets_log()
+    # A thread that comes too late, when this run's Ray has ended, would start another that nobody ends (2.60).
+    auto_init_hook.enable_auto_connect = False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trainer that shares a laptop's cores
     with contextlib.ExitStack() as stack:

@@ -208,6 +208,29 @@ def test_a_router_that_goes_around_replay_is_refused(tiny_model_dir):
     assert "counts the experts of a top-k of its own" in auxiliary
 
 
+def trained_on_the_first_experts(config: ParallelConfig, model: str):
+    """Log-probs after an update in which every token has the same experts; of two ranks the second one's have none."""
+    from dataclasses import replace
+
+    same = np.arange(TOPK, dtype=np.uint8)
+    samples = [
+        replace(s, routes=np.broadcast_to(same, (s.input_length, LAYERS, TOPK))) for s in make_samples(routes=False)
+    ]
+    it = trainer(model, config, recompute="none")
+    it.update(samples, weighted_likelihood)
+    return it.logprobs(samples)
+
+
+def test_a_rank_whose_experts_no_token_has_trains_with_the_others(tiny_model_dir):
+    from megatron_ext.parts import merge_tokens
+
+    alone, apart = (
+        merge_tokens(run_ranks(trained_on_the_first_experts, ParallelConfig(**layout), str(tiny_model_dir)), SAMPLES)[0]
+        for layout in ({}, {"ranks": 2, "expert": 2})
+    )
+    assert max(np.abs(mine - theirs).max() for mine, theirs in zip(apart, alone, strict=True)) < 1e-5
+
+
 def three_models(config: ParallelConfig, model: str):
     """A policy that replays beside a reference and a critic of the same layers, in one process."""
     from megatron_ext.trainer import Trainer

@@ -94,6 +94,8 @@ def test_ray_listens_on_this_machine_only_and_whoever_joins_needs_the_token():
         assert [stranger.returncode for stranger in strangers] == [0, 1, 1], said
         assert "joined 1" in said[0]
         assert all("oken" in text and "Failed to connect" in text for text in said[1:]), said
+    with pytest.raises(ray.exceptions.RaySystemError, match="not been started"):  # nor is another begun
+        ray.put(1)
     changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
     assert not changed & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TMPDIR"}
 
