@@ -8,8 +8,10 @@ TRL has an environment of its own, .venv/trl, which the first call makes (uv, Py
 Without --model it is 4 layers, width 64, 8 experts, top 2, and a step is of 32 prompts x 8 samples; a model of
 `make language-model` is asked for sums, 8 prompts x 8 samples. Both are float32. Both train by ratios of sequences, in
 four micro-batches and one optimizer step. `fixed`: every answer has 16 tokens. `mixed`: 8 to 256, drawn log-uniformly.
-Each pair runs TRL, sameroute in turn with its rollouts, and sameroute one step of staleness behind, one after another,
-each in processes of its own on both cores. Printed are medians over the pairs of the seconds a step, and the ratios.
+Each pair runs TRL, sameroute in turn with its rollouts, the same with a trainer rank and a server a core, and
+sameroute one step of staleness behind, one after another, each in processes of its own on both cores. A real model is
+not split: two ranks and two servers of it are more memory than a laptop has. Printed are medians over the pairs of the
+seconds a step, and the ratios.
 """
 
 from __future__ import annotations
@@ -35,6 +37,12 @@ from scripts.bench_async import CONFIG, draw_lengths
 from scripts.bench_step import SETTINGS
 
 LENGTHS = {"fixed": (16, 16), "mixed": (8, 256)}
+OWN = {
+    "sameroute, rollouts in turn": (0, 1),
+    "the same, a rank and a server a core": (0, 2),
+    "sameroute, max_staleness=1": (1, 1),
+}
+"""Staleness; trainer ranks, and servers."""
 SAMPLES, MICRO_BATCHES = 8, 4
 ROOT = Path(__file__).parent.parent
 LANGUAGE = ROOT / "configs" / "smollm2-moe" / "arithmetic.yaml"
@@ -44,11 +52,13 @@ PACKAGES = ("trl==1.16.0", "torch==2.14.1", "transformers==5.19.0")
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures. model: a Hugging Face directory; None: the tiny one. staleness: of the rollouts."""
+    """What one process measures. model: a Hugging Face directory; None: the tiny one. staleness: of the rollouts.
+    engines: trainer ranks, and servers."""
 
     model: Path | None
     lengths: str
     staleness: int
+    engines: int
     steps: int
 
     @property
@@ -74,6 +84,7 @@ class Case:
             CONFIG if self.model is None else LANGUAGE,
             [*own, f"rollout.prompts_per_step={self.prompts}", f"rollout.max_new_tokens={longest}",
              f"server.context_length={longest + 72}", f"rollout.max_staleness={self.staleness}",
+             f"parallel.ranks={self.engines}", f"server.replicas={self.engines}",
              f"trainer.micro_batch_tokens={tokens if self.model is None else tokens // 2}"],
         )  # fmt: skip
 
@@ -120,10 +131,12 @@ def pair(case: Case, trl: Path, folder: Path) -> dict[str, float]:
     beside = ["scripts/trl_step.py", str(model), "--prompts", str(prompts), "--lengths"]
     beside += [*map(str, LENGTHS[case.lengths]), *(str(x) for pair in numbers.items() for x in pair)]
     found = {"TRL": said([str(trl), *beside])}
-    for staleness in (0, 1):
-        own = ["-m", "scripts.bench_against_trl", "--one", case.lengths, str(staleness), "--steps", str(case.steps)]
-        own += [] if case.model is None else ["--model", str(case.model)]
-        found[f"sameroute, max_staleness={staleness}"] = said([sys.executable, *own])
+    for name, (staleness, engines) in OWN.items():
+        if engines > 1 and case.model is not None:
+            continue
+        own = ["-m", "scripts.bench_against_trl", "--one", case.lengths, str(staleness), str(engines)]
+        own += ["--steps", str(case.steps), *([] if case.model is None else ["--model", str(case.model)])]
+        found[name] = said([sys.executable, *own])
     return found
 
 
@@ -145,20 +158,21 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="timed steps, after some that warm up")
     parser.add_argument("--only", choices=LENGTHS)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # one measurement of ours, as JSON
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # one measurement of ours, as JSON
     options = parser.parse_args()
     model = None if options.model is None else options.model.resolve()
     if model is not None and not (model / "config.json").is_file():
         parser.error(f"--model {options.model} is no Hugging Face directory; `make language-model` makes two")
     if options.one:
-        print(json.dumps({"seconds": ours(Case(model, options.one[0], int(options.one[1]), options.steps))}))
+        lengths, staleness, engines = options.one
+        print(json.dumps({"seconds": ours(Case(model, lengths, int(staleness), int(engines), options.steps))}))
         return
     if options.trl is not None and not options.trl.is_file():
         parser.error(f"--trl {options.trl} is no Python; leave it out, and one with TRL is made")
     trl = options.trl or trl_python()
     print("| answers | | seconds a step | against TRL | of the pairs |\n|---|---|---|---|---|")
     for lengths in [options.only] if options.only else LENGTHS:
-        case = Case(model, lengths, 0, options.steps)
+        case = Case(model, lengths, 0, 1, options.steps)
         with tempfile.TemporaryDirectory() as folder:
             pairs = [pair(case, trl, Path(folder)) for _ in range(options.pairs)]
         for name in pairs[0]:

@@ -5,8 +5,9 @@
 
 The model is models/SmolLM2-135M-Instruct, the task and all settings those of configs/smollm2-moe/arithmetic.yaml but
 the experts: the same questions in the same order, 8 answers each, the same temperature, ratios of sequences, one
-update a step, Adam with the same rate and moments, float32, all cores. Both trained models and the one that they
-began with answer the same held-out questions, by `sameroute evaluate`. What is in OUT already is not made again.
+update a step, Adam with the same moments and a rate that does not decay, float32, all cores. Both trained models and
+the one that they began with answer the same held-out questions, by `sameroute evaluate`. What is in OUT already is not
+made again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scripts.kept_runs import print_table
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 CONFIG = ROOT / "configs" / "smollm2-moe" / "arithmetic.yaml"
+SETTINGS = [f"model.path={MODEL}", "replay=none", "train.decay_steps=null"]
 SAMEROUTE = str(Path(sys.executable).parent / "sameroute")
 TITLES = ("seed", "", "steps", "seconds a step", "of the training", "held-out before", "after", "reward, last 5 steps")
 
@@ -53,8 +55,8 @@ def ours(directory: Path, seed: int, steps: int) -> tuple[list[float], list[floa
     """Seconds and rewards of the steps."""
     metrics = directory / "metrics.jsonl"
     if not (directory / "hf" / "config.json").exists():
-        command(SAMEROUTE, "train", CONFIG, f"model.path={MODEL}", "replay=none", "evaluate=[]", f"run.seed={seed}",
-                f"train.steps={steps}", f"run.directory={directory}")  # fmt: skip
+        command(SAMEROUTE, "train", CONFIG, *SETTINGS, "evaluate=[]", f"run.seed={seed}", f"train.steps={steps}",
+                f"run.directory={directory}")  # fmt: skip
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [row["time/step_s"] for row in rows], [row["reward/mean"] for row in rows]
 
@@ -94,8 +96,7 @@ def main() -> None:
     before = held_out(out, "start", MODEL)
     rows = []
     for seed in options.seeds:
-        overrides = [f"model.path={MODEL}", "replay=none", f"run.seed={seed}", f"train.steps={options.steps}"]
-        config = load_config(CONFIG, overrides)
+        config = load_config(CONFIG, [*SETTINGS, f"run.seed={seed}", f"train.steps={options.steps}"])
         runs = {
             "TRL": (out / f"trl-{seed}", theirs(out / f"trl-{seed}", config, trl, options.threads)),
             "sameroute": (out / f"own-{seed}", ours(out / f"own-{seed}", seed, options.steps)),
