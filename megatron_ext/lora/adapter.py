@@ -213,11 +213,12 @@ class Adapters(torch.nn.Module):
 def grouped_linear(x: Tensor, weights: Tensor, counts: Sequence[int], *, kernel: bool | None = None) -> Tensor:
     """x: [tokens sorted by group, in]; weights: [groups, out, in]; counts: tokens of each. Returns [tokens, out].
 
-    kernel: torch's grouped one, which takes bfloat16 alone and widths of whole 16 bytes; None: where it can on a GPU.
+    kernel: torch's grouped one, which takes bfloat16 alone and widths of whole 16 bytes, and has no gradient of no
+    token; None: where it can on a GPU.
     """
     if kernel is None:
         kernel = x.is_cuda and x.dtype == torch.bfloat16 and not any(n % 8 for n in weights.shape[1:])
-    if kernel:
+    if kernel and len(x):
         ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=x.device)
         return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
     return torch.cat([F.linear(part, w) for part, w in zip(x.split(list(counts)), weights, strict=True)])
