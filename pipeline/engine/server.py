@@ -302,7 +302,10 @@ class SGLangServer:
         SGLang does it after its own warm-up; without one it tries before the port is open, and fails.
         """
         if self.device == "cpu":
-            answer = http.request("POST", f"{self.url}/freeze_gc", key=self.keys.admin, timeout_s=60)
+            try:
+                answer = http.request("POST", f"{self.url}/freeze_gc", key=self.keys.admin, timeout_s=60)
+            except (http.HttpError, TimeoutError) as error:  # it has ended since it answered, or hangs
+                raise ServerError(f"{self.url}/freeze_gc: {error!r}\n{self.log_tail()}") from error
             if answer.status != 200:
                 raise ServerError(f"{self.url}/freeze_gc answered {answer.status}: {answer.text[:1000]}")
 

@@ -20,7 +20,7 @@ from pipeline.engine.client import SGLangClient
 from pipeline.engine.control import SGLangControl
 from pipeline.engine.processes import TOKEN_VARIABLE, processes_of, shared_memory_of
 from pipeline.engine.sampling import Sampling
-from pipeline.engine.server import ServerError, SGLangServer
+from pipeline.engine.server import ServerError, SGLangServer, reserve_port
 from pipeline.forks import FORKS_VARIABLE
 from tests.support.processes import command_line
 from tests.support.sampling import sampling_begins
@@ -109,6 +109,14 @@ def test_a_server_that_logs_a_fatal_error_is_not_waited_for(tiny_model_dir, tmp_
             server.wait_ready(5)
     finally:
         server.stop()
+
+
+def test_a_server_that_ends_as_soon_as_it_has_answered_is_reported_with_its_log(tiny_model_dir, tmp_path):
+    server = make_server(tiny_model_dir, tmp_path)
+    server._port = reserve_port("127.0.0.1", None)
+    server.log_path.write_text("the last words\n")
+    with pytest.raises(ServerError, match=r"/freeze_gc: Client(?s:.)*the last words"):
+        server._freeze_garbage_collection()
 
 
 def test_a_server_that_is_too_slow_is_reported_and_stop_ends_it(tiny_model_dir, tmp_path):
