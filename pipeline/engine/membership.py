@@ -291,22 +291,27 @@ class Membership:
         try:
             while not self._closing.is_set() and not self._started(server):
                 self._closing.wait(_LOOK_S)
-        except ServerError as error:
+        except (ServerError, OSError) as error:
             if not self._closing.is_set():
                 # its log follows where this was the last time
                 self.lose(server, f"did not start again: {str(error).partition('\n')[0]}", losses)
+        except Exception as error:  # a mistake of ours: else all would wait for this server for ever
+            if not self._closing.is_set():
+                self.failure = self.failure or error
         finally:
             with self._lock:
-                if server.state is not ServerState.LOST:
+                if server.losses == losses and server.state is not ServerState.LOST:  # else another thread starts it
                     self._coming.discard(server)
 
     def _started(self, server: FleetServer) -> bool:
-        """False where its node is gone and no other has room, and where none may start now. Raises ServerError where it
-        does not start."""
+        """Whether it has, or was taken out: False where its node is gone and no other has room, and where none may
+        start now. Raises ServerError where it does not start."""
         try:
             with self._starting:
                 if self._closing.is_set() or self._held_back:
                     return False
+                if server.state is ServerState.LEFT:
+                    return True
                 server.state = ServerState.STARTING  # before: what fails from here on is another loss
                 server.process.restart()
             server.process.wait_ready()
@@ -314,6 +319,8 @@ class Membership:
             self._leave(server, error)
             return False
         with self._lock:
+            if server.state is ServerState.LEFT:
+                return True
             server.client.url = server.process.url
             server.state = ServerState.PENDING_WEIGHTS
             self.restarted += 1
@@ -322,7 +329,8 @@ class Membership:
     def _leave(self, server: FleetServer, error: ServerError) -> None:
         """Its node is gone: the others go on without it, until another node has room for it."""
         with self._lock:
-            server.state = ServerState.LOST
+            if server.state is not ServerState.LEFT:
+                server.state = ServerState.LOST
             if server not in self._coming:
                 return
             self._coming.discard(server)
