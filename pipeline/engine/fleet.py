@@ -24,7 +24,7 @@ from pipeline.config.server import ServerConfig
 from pipeline.engine.client import AbortedError, SGLangClient, UnreachableError
 from pipeline.engine.control import ServerAddress, Transfer
 from pipeline.engine.decoder import AnswerError
-from pipeline.engine.interruption import Told, Updates, let_requests_go_on, must_be_current, stop_requests
+from pipeline.engine.interruption import Told, Updates, given_up, let_requests_go_on, must_be_current, stop_requests
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState
 from pipeline.engine.pressure import Load, Pressure
 from pipeline.engine.sampling import OnTokens, Sampling, unheard
@@ -308,7 +308,7 @@ class Fleet:
                     return call.result()
                 except asyncio.CancelledError:
                     call.cancel()
-                    if server.losses == losses or not call.cancelled():
+                    if server.losses == losses or not call.cancelled() or given_up():
                         raise
                 except UnreachableError:
                     tries += 1

@@ -46,6 +46,12 @@ async def _idle(server: FleetServer) -> bool:
     return not any(load["num_running_reqs"] or load["num_waiting_reqs"] for load in loads)
 
 
+def given_up() -> bool:
+    """Whether the task that asks is to end, and not only something that it waits for."""
+    own = asyncio.current_task()
+    return own is not None and own.cancelling() > 0
+
+
 async def let_requests_go_on(server: FleetServer) -> None:
     """After `stop_requests`. Raises ServerError where the server fails."""
     if server.halted:

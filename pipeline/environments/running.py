@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from pipeline.config.rewards.conversations import EnvironmentConfig
+from pipeline.engine.interruption import given_up
 from pipeline.engine.sampling import Sampling
 from pipeline.environments.conversation import Conversation, LimitReached
 from pipeline.environments.endpoint.listener import endpoint_metrics
@@ -214,7 +215,7 @@ async def _run(environment: Environment, conversation: Conversation, prompt: Pro
     except LimitReached:
         return _CUT
     except BaseException as error:  # of a user's code, SystemExit too
-        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+        if isinstance(error, asyncio.CancelledError) and given_up():
             raise
         return Verdict(kind="raised", what=f"raised {describe(error)}")
     try:
@@ -223,12 +224,6 @@ async def _run(environment: Environment, conversation: Conversation, prompt: Pro
         return Verdict(kind="not_a_number", what=str(error))
     except Exception as error:  # of numbers and mappings of the user's own
         return Verdict(kind="not_a_number", what=f"returned what is no reward: {describe(error)}")
-
-
-def _is_cancelled() -> bool:
-    """Whether this task is to end, and not only something that it waited for."""
-    own = asyncio.current_task()
-    return own is not None and own.cancelling() > 0
 
 
 def turn_parser(config: EnvironmentConfig) -> TurnParser:

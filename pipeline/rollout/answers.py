@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.config.run import InterruptMode
 from pipeline.engine.client import AbortedError, UnreachableError
 from pipeline.engine.fleet import Fleet, ServerState
-from pipeline.engine.interruption import HALTS
+from pipeline.engine.interruption import HALTS, given_up
 from pipeline.engine.sampling import Sampling
 from pipeline.rollout.sampler import Attempt, Attempts, of_sample
 from pipeline.rollout.session import Session
@@ -154,7 +154,7 @@ class _SessionAnswer:
             return await self._task
         except asyncio.CancelledError:
             self._task.cancel()
-            if not self._cut:
+            if not self._cut or given_up():
                 raise
         return None if self.rollout is None else replace(self.rollout, finish_reason="time")
 
@@ -194,7 +194,7 @@ class _AttemptAnswer:
             return await self._task
         except asyncio.CancelledError:
             self._task.cancel()
-            if not self._cut:
+            if not self._cut or given_up():
                 raise
         return None
 

@@ -160,6 +160,28 @@ def test_a_caller_that_gives_up_is_not_served_again():
     asyncio.run(run())
 
 
+def test_a_caller_that_gives_up_just_as_its_server_is_lost_is_not_served_again():
+    async def run():
+        a, b = Server("a"), Server("b")
+        fleet = fleet_of(a, b)
+        a.loading.clear()
+        async with fleet:
+            asked = asyncio.create_task(fleet.sample([5], SAMPLING))
+            await until(lambda: a.asked)
+            (call,) = fleet.servers[0].calls
+            fleet.members.lose(fleet.servers[0], "died")
+            call.cancel()  # as the fleet does a tenth of a second later
+            while not call.cancelled():
+                await asyncio.sleep(0)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(asked, 10)
+            assert b.asked == []
+        a.loading.set()
+
+    asyncio.run(run())
+
+
 def test_an_interruption_lets_nothing_through_and_a_transfer_inside_is_of_the_next_version():
     async def run():
         a = Server("a")

@@ -117,6 +117,33 @@ def test_an_answer_that_is_cut_has_what_had_come(parts, tokens):
         assert (len(rollout), rollout.finish_reason) == (tokens, "time")
 
 
+def one_turn(answers):
+    return answers.begin(PROMPT, 0, SAMPLING)
+
+
+def many_turns(answers):
+    answers.attempts = SimpleNamespace(
+        begin=lambda *_: SimpleNamespace(play=lambda: asyncio.sleep(1000), begun=True, moved=0.0)
+    )
+    return answers.begin(PROMPT, 0, SAMPLING)
+
+
+@pytest.mark.parametrize("begin", [one_turn, many_turns])
+def test_who_gives_an_answer_up_that_is_just_being_cut_gets_none(begin):
+    """Else it would be graded, while the run waits for its end."""
+
+    async def cut_and_give_up():
+        answer = begin(FleetAnswers(FakeFleet(part(2, "abort"), None), "abort"))
+        sampled = asyncio.create_task(answer.result())
+        await asyncio.sleep(0.01)
+        answer.cut()
+        sampled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sampled
+
+    asyncio.run(cut_and_give_up())
+
+
 @pytest.mark.parametrize(("how", "begun"), [("abort", False), ("drain", False), ("in_place", True), ("retract", True)])
 def test_a_request_that_stands_still_may_have_tokens_that_one_that_is_cut_has_not(how, begun):
     async def ask():
