@@ -35,6 +35,9 @@ def asynchronous(loop: Loop, steps: int, saved: Saved | None) -> Iterator[None]:
         loop.producer, loop.trainers.watch = producer, watch
         try:
             yield
+        except BaseException as error:
+            loop.trainers.give_up(error)  # a thread may be sending weights to a server that came back
+            raise
         finally:
             loop.producer, loop.trainers.watch = None, others
 

@@ -11,16 +11,19 @@ import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
 from pipeline.rewards import Failures
 from pipeline.rollout.answers import Scored
 from pipeline.rollout.maker import Maker
 from pipeline.rollout.saved import Saved
+from pipeline.say import to_stderr
 from pipeline.types import Ended, Group
 
 POLL_S = 1.0  # how often a call that waits looks at whether the servers live
 _END_S = 30.0  # that tasks and connections may take to end
+_THREADS_S = 300.0  # that asyncio.run waits for its threads: one may be sending weights to a server that came back
 
 T = TypeVar("T")
 
@@ -54,13 +57,20 @@ class Producer:
             raise self._error
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """No thread and no request is left."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """No thread and no request is left; where the block failed, its error counts more than these."""
         with contextlib.suppress(RuntimeError):  # the loop has ended by itself
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(_END_S)
-        if self._thread.is_alive():
-            raise RuntimeError(f"rollouts did not end in {_END_S:g} s")
+        limit_s = _END_S + _THREADS_S if error is None else _END_S
+        self._thread.join(limit_s)
+        if not self._thread.is_alive():
+            return
+        words = f"rollouts did not end in {limit_s:g} s"
+        if error is None:
+            raise RuntimeError(words)
+        to_stderr(f"{words} after the run had failed")
 
     def check(self) -> None:
         """Raise what has gone wrong."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ class Ranks:
         self.timeout_s = self.weights_timeout_s = timeout_s
         self.watch, self.waiting = watch, Waiting()
         self._failure: TrainerError | None = None  # after which no call can be answered by all
+        self._numbers, self._under_way = itertools.count(), set[int]()  # of calls, in the order in which they came
 
     def log_path(self, rank: int) -> Path:
         """Of a rank."""
@@ -61,30 +63,41 @@ class Ranks:
         self._check_ray()
         return [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
 
+    def give_up(self, why: BaseException) -> None:
+        """The run ends, so that nobody reads an answer: what any thread waits for ends too, but saves."""
+        self._failure = self._failure or TrainerError(f"the run has ended: {str(why) or type(why).__name__}")
+
     def _wait(self, answers: list[Any], method: str, timeout_s: float | None = None, **how: Any) -> list[Any]:
         """Wait for all, but not longer than for the first failure, of another thread's call too.
 
-        how: ranks: who was asked, in the order of the answers; None: the first ones. restart: the time begins anew
-        while ranks get on. watched: look after the servers, and say who is waited for.
+        how: ranks: who was asked, in the order of the answers; None: the first ones. restart: the time begins when
+        ranks have answered what came before, and anew while they get on. watched: look after the servers, and say who
+        is waited for; else ranks answer beside all that they do, and whatever has failed there.
         """
+        number = next(self._numbers)
+        if how.get("watched", True):
+            self._under_way.add(number)
         try:
-            return self._answered(answers, method, timeout_s, **how)
+            return self._answered(answers, method, timeout_s, number, **how)
         except TrainerError as error:
             if method in _TOGETHER or isinstance(error, RankDiedError):
                 self._failure = self._failure or error
             raise
+        finally:
+            self._under_way.discard(number)
 
     def _answered(
         self,
         answers: list[Any],
         method: str,
         timeout_s: float | None,
+        number: int,
         *,
         restart: bool = False,
         watched: bool = True,
         ranks: Sequence[int] | None = None,
     ) -> list[Any]:
-        """See _wait."""
+        """See _wait. number: of this call."""
         timeout_s, positions = timeout_s or self.timeout_s, dict[int, int | None]()
         deadline, pending, results = time.monotonic() + timeout_s, list(answers), {}
         limit_s = self.weights_timeout_s if restart else timeout_s
@@ -105,13 +118,15 @@ class Ranks:
                     raised = kind("; ".join([words, *silent]))
                     raised.silent = tuple(silent)
                     raise raised from error
-            if pending and (failure := self._failure) is not None:
+            if pending and watched and (failure := self._failure) is not None:
                 raise type(failure)(str(failure)) from failure
             if watched:
                 self.watch()
             if watched and pending:
                 wait.look(lambda: self._awaited([asked[p] for p in pending]))  # noqa: B023  (called at once)
-            if pending and time.monotonic() > deadline:
+            if restart and min(list(self._under_way)) < number:
+                deadline = time.monotonic() + timeout_s
+            elif pending and time.monotonic() > deadline:
                 before, positions = positions, self._positions([asked[p] for p in pending])
                 if not restart or None in positions.values() or positions == before:
                     raise TrainerError(self._stalled(positions, method, timeout_s, streaming=restart))
@@ -129,7 +144,9 @@ class Ranks:
     def _servers_awaited(self) -> list[str]:
         """What rank 0 has asked of servers that have not answered yet."""
         done, _ = ray.wait(self._ask(self.ranks[:1], "servers_awaited"), timeout=ANSWER_S)
-        return ray.get(done[0]) if done else []
+        with contextlib.suppress(RayActorError):  # it died meanwhile, which who waits for its answer hears
+            return ray.get(done[0]) if done else []
+        return []
 
     def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
         """rank -> its position in the stream of weights, None for one that does not answer at all."""

@@ -51,7 +51,7 @@ def loop_of(*overrides, grading=GRADING):
         objective=resolve(config.objective),
         grading=grading,
         fleet=SimpleNamespace(version=5, check_alive=lambda: None),
-        trainers=SimpleNamespace(watch=lambda: None),
+        trainers=SimpleNamespace(watch=lambda: None, give_up=pytest.fail),
         source=SimpleNamespace(tokenizer="a tokenizer"),
         sampling=Sampling(4, 1.0),
         least_graded=2,
@@ -118,6 +118,16 @@ def test_a_trainer_s_wait_looks_at_the_producer_too_and_no_longer_when_that_has_
         assert producer.watch is loop.fleet.check_alive
     assert loop.producer is None
     assert loop.trainers.watch is others
+
+
+@pytest.mark.parametrize("error", [ValueError("a mistake"), KeyboardInterrupt()])
+def test_where_the_steps_fail_no_thread_waits_for_the_trainer_any_more(error):
+    """One may be sending weights to a server that came back, and the producer waits for it."""
+    loop, given_up = loop_of(*STALE), []
+    loop.trainers.give_up = given_up.append
+    with pytest.raises(type(error)), asynchronous(loop, 4, None):
+        raise error
+    assert given_up == [error]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -192,6 +193,41 @@ def test_who_watches_ends_a_wait():
         made.producer._watch = died
         with pytest.raises(ServerError, match="SGLang server died"):
             made.step()
+
+
+class Leaving(FakeAnswers):
+    """What a thread does for it lasts until it is left, or until `released`."""
+
+    def __init__(self, *, when_left):
+        super().__init__()
+        self.when_left, self.released = when_left, threading.Event()
+
+    async def __aenter__(self):
+        asyncio.get_running_loop().run_in_executor(None, self.released.wait)
+        return await super().__aenter__()
+
+    async def __aexit__(self, *details):
+        await super().__aexit__(*details)
+        if self.when_left:
+            self.released.set()
+
+
+def test_what_a_thread_does_at_the_end_of_a_run_is_waited_for(monkeypatch):
+    """Weights may be on their way to a server that came back."""
+    monkeypatch.setattr("pipeline.rollout.producer._END_S", 0.0)
+    with Made(Leaving(when_left=True)) as made:
+        made.train()
+
+
+def test_what_does_not_end_takes_no_place_of_the_error_that_ended_the_run(monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.rollout.producer._END_S", 0.0)
+    made = Made(Leaving(when_left=False))
+    with pytest.raises(ServerError, match="the SGLang server died"), made.producer:
+        raise ServerError("the SGLang server died")
+    assert "rollouts did not end in 0 s after the run had failed" in capsys.readouterr().err
+    made.answers.released.set()
+    made.producer._thread.join(10)
+    assert not made.producer._thread.is_alive()
 
 
 def test_answers_that_get_no_further_are_cut_and_graded_as_they_are():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -71,18 +74,65 @@ def test_a_failure_of_what_ranks_do_apart_ends_nothing_else(monkeypatch, tmp_pat
     assert beside.error() is None
 
 
+def test_what_threads_wait_for_ends_with_the_run_but_not_a_save(monkeypatch, tmp_path):
+    ranks, asked = ranks_whose_calls(monkeypatch, tmp_path, fails={})
+    beside = Beside(lambda: ranks._wait(["no answer"], "send_weights"))
+    saving = Beside(lambda: ranks._wait(["some answer"], "describe_save", watched=False))
+    asked.wait()
+    ranks.give_up(ValueError("a reward is missing"))
+    assert str(beside.error()) == "the run has ended: a reward is missing"
+    answered.set()
+    assert saving.error() is None
+
+
+def test_a_save_is_described_however_long_that_takes_where_the_ranks_have_failed(monkeypatch, tmp_path):
+    """A checkpoint that is whole counts, whatever the ranks do meanwhile: they are in a collective, and save beside."""
+    ranks, _ = ranks_whose_calls(monkeypatch, tmp_path, fails={"this": a_rank_failed("measure")})
+    with pytest.raises(TrainerError):
+        ranks._wait(["this"], "measure")
+    assert ranks._wait(["third look"], "describe_save", watched=False) == ["third look"]
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_weights_that_wait_for_what_the_ranks_do_before_have_their_time_afterwards(monkeypatch, tmp_path, busy):
+    """A server that comes back gets them beside a long pass over log-probs."""
+    ranks, asked = ranks_whose_calls(monkeypatch, tmp_path, fails={})
+    seconds = itertools.count(0, 10)  # a look at the clock takes ten
+    monkeypatch.setattr(waits, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(ranks, "_positions", lambda of: dict.fromkeys(of, 0))
+    measuring = Beside(lambda: ranks._wait(["some answer"], "measure", 1e9)) if busy else None
+    if busy:
+        asked.wait()
+    with contextlib.nullcontext() if busy else pytest.raises(TrainerError, match="did not finish send_weights in 1 s"):
+        ranks._wait(["third look"], "send_weights", 1.0, restart=True)
+    answered.set()
+    assert measuring is None or measuring.error() is None
+
+
+def test_rank_0_may_die_as_it_is_asked_whom_it_waits_for(monkeypatch, tmp_path):
+    ranks, _ = ranks_whose_calls(monkeypatch, tmp_path, fails={"servers": RayActorError()})
+    monkeypatch.setattr(ranks, "_ask", lambda *_: ["servers"])
+    assert ranks._servers_awaited() == []
+
+
 answered = threading.Event()
 
 
 def ranks_whose_calls(monkeypatch, tmp_path, fails) -> tuple[waits.Ranks, threading.Event]:
-    """Ranks of whose calls "no answer" is never answered, "some answer" once `answered` is set, and `fails` fail; and
-    an event: one is waited for."""
-    asked = threading.Event()
+    """Ranks of whose calls "no answer" is never answered, "some answer" once `answered` is set, "third look" when it is
+    looked for thrice, and `fails` fail; and an event: one is waited for."""
+    asked, looks = threading.Event(), Counter()
     answered.clear()
+
+    def is_there(call):
+        looks[call] += 1
+        if call == "third look":
+            return looks[call] == 3
+        return call in fails or (call == "some answer" and answered.wait(0.01))
 
     def wait(pending, **_):
         asked.set()
-        done = [call for call in pending if call in fails or (call == "some answer" and answered.wait(0.01))]
+        done = list(filter(is_there, pending))
         return done, [call for call in pending if call not in done]
 
     def get(call):
