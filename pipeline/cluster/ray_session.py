@@ -112,8 +112,9 @@ class _StaysLast(list[str]):
 def _of_cluster(folder: Path) -> dict[str, str]:
     """Environment of Ray's processes and workers. They have their temporary files in `folder`: torch's manager of
     shared memory binds a socket among them, and ranks that are killed at the end of a run leave others."""
-    # What torch.compile keeps from run to run stays where it is.
-    cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    # What torch.compile keeps from run to run stays where it is, which is not in a run's own folder.
+    now = Path(tempfile.gettempdir())
+    cache = (now.parent if now.name.startswith("sameroute-") else now) / f"torchinductor_{os.getuid()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     alone = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}

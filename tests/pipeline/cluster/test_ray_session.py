@@ -9,8 +9,9 @@ import psutil
 import pytest
 import ray
 
-from pipeline.cluster.ray_session import RayError, ray_session
+from pipeline.cluster.ray_session import RayError, _of_cluster, ray_session
 from pipeline.config.run import ClusterConfig
+from pipeline.disk.scratch import scratch_folder
 from tests.support import preloaded
 from tests.support.processes import command_line, name_of
 from tests.support.sockets import listening, reachable
@@ -46,6 +47,17 @@ def test_workers_import_the_packages_that_the_driver_has(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     own = [str(Path(name, "__init__.py").resolve()) for name in ("pipeline", "megatron_ext")]
     assert done.stdout.split() == own
+
+
+def test_what_torch_compiles_is_kept_from_run_to_run(monkeypatch):
+    """So it is not in a run's own folder, which is gone when the run begins again."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key != name})
+    with scratch_folder() as folder:
+        _of_cluster(folder)
+    kept = Path(os.environ[name])
+    assert not kept.is_relative_to(folder)
+    assert kept.parent.is_dir()
 
 
 JOIN = """
