@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_ext.batch.routes import check_routes
 from pipeline import http
-from pipeline.engine.control import SGLangControl, cache_key
+from pipeline.engine.control import SGLangControl, UnreachableError, cache_key
 from pipeline.engine.decoder import AnswerError, Decoder
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.sampling import OnTokens, Sampling, unheard
@@ -30,10 +30,6 @@ from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.types import Sampled
 
 _ANSWER_S = 30.0  # in which a server that runs says what it does
-
-
-class UnreachableError(ServerError):
-    """The server was gone before it had answered, or did not get on."""
 
 
 class AbortedError(ServerError):

@@ -24,6 +24,10 @@ VERSION_KEY = "weights "
 """How a key of the prefix cache begins."""
 
 
+class UnreachableError(ServerError):
+    """The server was gone before it had answered, or did not get on."""
+
+
 def cache_key(version: int | str) -> str:
     """SGLang's `extra_key` of a request under these weights: a prefix is found only under the key that it was computed
     under."""
@@ -85,7 +89,8 @@ class SGLangControl:
     def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """POST `body` as JSON and return the answer's JSON ({} when it is none, or null).
 
-        Raises ServerError, with SGLang's own message, when the server refuses or cannot be reached.
+        Raises ServerError, with SGLang's own message, when the server refuses, and UnreachableError when it does not
+        answer.
         """
         return self._call("POST", path, body or {})
 
@@ -97,9 +102,11 @@ class SGLangControl:
         try:
             answer = http.request(method, self.url + path, body=body, key=self._key(path), timeout_s=self.timeout_s)
         except TimeoutError as error:
-            raise ServerError(f"{self.url}{path} did not answer in {self.timeout_s:g} s{self._see_log()}") from error
+            raise UnreachableError(
+                f"{self.url}{path} did not answer in {self.timeout_s:g} s{self._see_log()}"
+            ) from error
         except http.HttpError as error:
-            raise ServerError(f"{self.url}{path} cannot be reached: {error}{self._see_log()}") from error
+            raise UnreachableError(f"{self.url}{path} cannot be reached: {error}{self._see_log()}") from error
         return self._content(path, answer)
 
     def _content(self, path: str, answer: http.Answer) -> dict[str, Any]:

@@ -21,8 +21,8 @@ import numpy as np
 from pipeline.cluster.colocation import Apart, ServerPart, Turns
 from pipeline.config.run import InterruptMode
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import AbortedError, SGLangClient, UnreachableError
-from pipeline.engine.control import ServerAddress, Transfer
+from pipeline.engine.client import AbortedError, SGLangClient
+from pipeline.engine.control import ServerAddress, Transfer, UnreachableError
 from pipeline.engine.decoder import AnswerError
 from pipeline.engine.interruption import Told, Updates, given_up, let_requests_go_on, must_be_current, stop_requests
 from pipeline.engine.membership import FleetServer, Membership, ServerProcess, ServerState

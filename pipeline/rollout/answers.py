@@ -14,7 +14,8 @@ from typing import Protocol, Self
 import numpy as np
 
 from pipeline.config.run import InterruptMode
-from pipeline.engine.client import AbortedError, UnreachableError
+from pipeline.engine.client import AbortedError
+from pipeline.engine.control import UnreachableError
 from pipeline.engine.fleet import Fleet, ServerState
 from pipeline.engine.interruption import HALTS, given_up
 from pipeline.engine.sampling import Sampling

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 
 from megatron_ext.hf.bucket import Bucket
 from pipeline.config.weights import WeightsConfig
-from pipeline.engine.control import ServerAddress
+from pipeline.engine.control import ServerAddress, UnreachableError
 from pipeline.engine.server import ServerError
 from pipeline.weights.board import Meeting
 from pipeline.weights.differences import TensorSum, WeightDifference, compare_sums, tensor_sums
 from pipeline.weights.rounds import Arrived, Sent, make_round, widest_first
-from pipeline.weights.servers import Servers, WeightCheckError
+from pipeline.weights.servers import Servers, WeightCheckError, WeightTransferError
 from pipeline.weights.transports import make_transport
 
 _NAMED = 10  # differing tensors named in an error
@@ -119,6 +119,8 @@ class WeightSender:
     def _compared(self, sums: list[list[TensorSum]]) -> list[WeightDifference]:
         try:
             return compare_sums(sums, self.servers.controls, self.own)
+        except UnreachableError as error:  # it has ended, and what it held with it
+            raise WeightTransferError(f"a server did not say what weights it holds: {error}") from error
         except ServerError as error:
             raise WeightCheckError(
                 f"a server cannot say what weights it holds (weights.checksum_every=0 does not ask): {error}"

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import AbortedError, UnreachableError
+from pipeline.engine.client import AbortedError
+from pipeline.engine.control import UnreachableError
 from pipeline.engine.fleet import Fleet, FleetServer
 from pipeline.engine.keys import ServerKeys
 from pipeline.engine.sampling import Sampling

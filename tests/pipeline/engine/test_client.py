@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.engine.client import SGLangClient, UnreachableError
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.control import UnreachableError
 from pipeline.engine.decoder import AnswerError
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import ServerError

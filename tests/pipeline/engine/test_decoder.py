@@ -9,8 +9,8 @@ import copy
 import numpy as np
 import pytest
 
-from pipeline.engine.client import AbortedError, SGLangClient, UnreachableError
-from pipeline.engine.control import cache_key
+from pipeline.engine.client import AbortedError, SGLangClient
+from pipeline.engine.control import UnreachableError, cache_key
 from pipeline.engine.decoder import AnswerError, Decoder
 from pipeline.engine.sampling import Sampling
 from pipeline.rollout.session import Session

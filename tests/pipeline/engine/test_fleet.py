@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.engine.client import UnreachableError
-from pipeline.engine.control import ServerAddress
+from pipeline.engine.control import ServerAddress, UnreachableError
 from pipeline.engine.decoder import AnswerError
 from pipeline.engine.fleet import Fleet, ServerState
 from pipeline.engine.interruption import Updates, must_be_current

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from pipeline.engine.client import UnreachableError
+from pipeline.engine.control import UnreachableError
 from pipeline.engine.sampling import Piece, Sampling
 from pipeline.types import Sampled
 from tests.support.fake_servers import Server, fleet_of

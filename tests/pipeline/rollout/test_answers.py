@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.engine.client import UnreachableError
+from pipeline.engine.control import UnreachableError
 from pipeline.engine.fleet import ServerState
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.server import ServerError

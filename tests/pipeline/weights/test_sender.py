@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from pipeline.engine.control import ServerAddress
 from pipeline.engine.sampling import Sampling
 from pipeline.weights import FurtherSender, WeightsConfig, WeightSender, WeightTransferError
+from pipeline.weights.servers import WeightCheckError
 from tests.conftest import save_tiny_model
 from tests.support import reference
 from tests.support.sampling import answers
@@ -187,3 +188,11 @@ def test_a_server_that_is_not_there_fails_to_connect_in_time():
     with pytest.raises(WeightTransferError, match=r"127\.0\.0\.1:9"):
         make_sender("http://127.0.0.1:9", timeout_s=5).connect()
     assert time.monotonic() - began < 10
+
+
+def test_a_server_that_ends_before_it_says_what_it_holds_has_failed_the_transfer_and_not_the_comparison():
+    """The fleet then sends to those that are up, where weights that arrived otherwise would end the run."""
+    sender = make_sender("http://127.0.0.1:9", transport="distributed")
+    with pytest.raises(WeightTransferError, match=r"127\.0\.0\.1:9") as raised:
+        sender.differences([[("model.norm.weight", torch.zeros(7))]])
+    assert not isinstance(raised.value, WeightCheckError)

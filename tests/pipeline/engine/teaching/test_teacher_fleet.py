@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.config.server import ServerConfig
-from pipeline.engine.client import AbortedError, UnreachableError
+from pipeline.engine.client import AbortedError
+from pipeline.engine.control import UnreachableError
 from pipeline.engine.fleet import ServerState
 from pipeline.engine.server import ServerError
 from pipeline.engine.teaching.teacher_fleet import TeacherFleet

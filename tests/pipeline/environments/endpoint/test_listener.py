@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from openai import AsyncOpenAI, BadRequestError, InternalServerError
 
-from pipeline.engine.client import UnreachableError
+from pipeline.engine.control import UnreachableError
 from pipeline.environments.endpoint import listener, serve
 from pipeline.environments.endpoint.listener import endpoint_metrics
 from tests.support.served import ASKED, END, TOOL, body, post, served, talk_of
