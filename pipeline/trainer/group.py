@@ -26,7 +26,7 @@ from pipeline.step import PolicyTokens
 from pipeline.trainer.losses import LossRow
 from pipeline.trainer.phases import PhaseSeconds
 from pipeline.trainer.rank import TrainerRank
-from pipeline.trainer.waits import ANSWER_S, POLL_S, Ranks, TrainerError, rank_log
+from pipeline.trainer.waits import ANSWER_S, POLL_S, RankDiedError, Ranks, TrainerError, rank_log
 from pipeline.types import Rollout
 from pipeline.weights.servers import WeightCheckError, WeightTransferError
 
@@ -298,7 +298,8 @@ class TrainerGroup(Ranks):
             call()
         except TrainerError as error:
             cause = error.__cause__.cause if isinstance(error.__cause__, RayTaskError) else None
-            if error.silent:  # servers, too, wait for a rank that sends and stands still
+            # servers, too, wait for a rank that sends and stands still
+            if error.silent or isinstance(error, RankDiedError):
                 raise
             if isinstance(cause, WeightTransferError) and not isinstance(cause, WeightCheckError):
                 raise ServersFailedError(str(error)) from error

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.cluster.ray_processes import ended, what_died
 from pipeline.errors import SamerouteError
@@ -106,18 +106,14 @@ class Ranks:
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
             self._check_ray()
-            # A rank that died leaves the others waiting in a collective: look at what failed first.
+            failed = dict[int, RayError]()
             for answer in done:
                 try:
                     results[answer] = ray.get(answer)
-                except (RayTaskError, RayActorError) as error:
-                    words = self._explain(asked[answer], method, error)
-                    # a collective that timed out fails on those who waited, not on who kept them waiting
-                    silent = self._silent(self._positions([asked[p] for p in pending]))
-                    kind = RankDiedError if isinstance(error, RayActorError) else TrainerError
-                    raised = kind("; ".join([words, *silent]))
-                    raised.silent = tuple(silent)
-                    raise raised from error
+                except RayError as error:
+                    failed[asked[answer]] = error
+            if failed:  # one that died leaves the others waiting in a collective
+                raise self._raised(method, failed, [asked[p] for p in pending])
             if pending and watched and (failure := self._failure) is not None:
                 raise type(failure)(str(failure)) from failure
             if watched:
@@ -134,6 +130,18 @@ class Ranks:
         wait.done()
         return [results[a] for a in answers]
 
+    def _raised(self, method: str, failed: Mapping[int, RayError], pending: Sequence[int]) -> TrainerError:
+        """Of ranks that failed while others have not answered. A collective that timed out, or lost a rank, fails on
+        those who waited, not on who kept them waiting."""
+        died = {rank for rank, error in failed.items() if isinstance(error, RayActorError)}
+        positions = self._positions(pending, died)
+        first, why = min(died, default=next(iter(failed))), next(iter(failed.values()))
+        words = self._explain(first, method, failed.get(first, RayActorError()))
+        silent = tuple(self._silent({rank: at for rank, at in positions.items() if rank not in died}))
+        raised = (RankDiedError if died else TrainerError)("; ".join([words, *silent]))
+        raised.silent, raised.__cause__ = silent, failed.get(first, why)
+        return raised
+
     def _awaited(self, ranks: Sequence[int]) -> str:
         """Ranks that have not answered, which of them answers nothing at all, and which servers these wait for."""
         silent = self._silent(self._positions(ranks))
@@ -148,14 +156,18 @@ class Ranks:
             return ray.get(done[0]) if done else []
         return []
 
-    def _positions(self, ranks: Sequence[int]) -> dict[int, int | None]:
-        """rank -> its position in the stream of weights, None for one that does not answer at all."""
+    def _positions(self, ranks: Sequence[int], died: set[int] | None = None) -> dict[int, int | None]:
+        """rank -> its position in the stream of weights, None for one that does not answer at all. died: gets those of
+        them that will not."""
         asked = dict(zip(self._ask([self.ranks[r] for r in ranks], "position"), ranks, strict=True))
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
         positions: dict[int, int | None] = dict.fromkeys(ranks)
+        died = set() if died is None else died
         for answer in done:
-            with contextlib.suppress(RayActorError):  # it died meanwhile: no answer either
+            try:
                 positions[asked[answer]] = ray.get(answer)
+            except RayActorError:
+                died.add(asked[answer])
         return positions
 
     def _stalled(self, positions: dict[int, int | None], method: str, timeout_s: float, *, streaming: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 from collections import Counter
@@ -14,6 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from pipeline.trainer import waits
 from pipeline.trainer.group import TrainerGroup
 from pipeline.trainer.waits import TrainerError
+from pipeline.weights import WeightTransferError
 
 
 @pytest.mark.parametrize("call", [lambda it: it.load([]), lambda it: it.send_weights(1), lambda it: it.where()])
@@ -41,8 +43,8 @@ class CauseError(Exception):
     """What a rank raised."""
 
 
-def a_rank_failed(method: str) -> RayTaskError:
-    return RayTaskError(method, "", CauseError("no experts"))
+def a_rank_failed(method: str, why: Exception | None = None) -> RayTaskError:
+    return RayTaskError(method, "", why or CauseError("no experts"))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_weights_that_wait_for_what_the_ranks_do_before_have_their_time_afterwar
     ranks, asked = ranks_whose_calls(monkeypatch, tmp_path, fails={})
     seconds = itertools.count(0, 10)  # a look at the clock takes ten
     monkeypatch.setattr(waits, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    monkeypatch.setattr(ranks, "_positions", lambda of: dict.fromkeys(of, 0))
+    monkeypatch.setattr(ranks, "_positions", lambda of, *_: dict.fromkeys(of, 0))
     measuring = Beside(lambda: ranks._wait(["some answer"], "measure", 1e9)) if busy else None
     if busy:
         asked.wait()
@@ -107,6 +109,29 @@ def test_weights_that_wait_for_what_the_ranks_do_before_have_their_time_afterwar
         ranks._wait(["third look"], "send_weights", 1.0, restart=True)
     answered.set()
     assert measuring is None or measuring.error() is None
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [{"0": a_rank_failed("begin_save")}, {"0": a_rank_failed("begin_save"), "1": RayActorError()}],
+    ids=["not known yet", "known"],
+)
+def test_a_rank_that_fails_in_a_collective_because_another_died_has_not_failed(monkeypatch, tmp_path, fails):
+    """A run begins again after a death, also where it was to save; what makes a save fail is met again."""
+    ranks, _ = ranks_whose_calls(monkeypatch, tmp_path, fails=fails | {"of a dead rank": RayActorError()})
+    monkeypatch.setattr(ranks, "_positions", functools.partial(waits.Ranks._positions, ranks))
+    monkeypatch.setattr(ranks, "_ask", lambda asked, *_: ["of a dead rank"] * len(asked))
+    ranks.ranks = [None, None]
+    with pytest.raises(waits.RankDiedError, match=r"^trainer rank 1 died during begin_save; its log: .*rank1\.log$"):
+        ranks._wait(["0", "1"], "begin_save")
+
+
+def test_where_a_rank_died_in_a_transfer_its_servers_have_not_failed():
+    def died():
+        raise waits.RankDiedError("trainer rank 1 died") from a_rank_failed("send_weights", WeightTransferError("left"))
+
+    with pytest.raises(waits.RankDiedError):
+        TrainerGroup._of_servers(died)
 
 
 def test_rank_0_may_die_as_it_is_asked_whom_it_waits_for(monkeypatch, tmp_path):
@@ -144,7 +169,7 @@ def ranks_whose_calls(monkeypatch, tmp_path, fails) -> tuple[waits.Ranks, thread
     monkeypatch.setattr(waits, "what_died", lambda: "")
     monkeypatch.setattr(waits, "ray", SimpleNamespace(wait=wait, get=get))
     ranks = waits.Ranks([], tmp_path, 60.0, lambda: None)
-    monkeypatch.setattr(ranks, "_positions", lambda of: {})
+    monkeypatch.setattr(ranks, "_positions", lambda of, *_: {})
     return ranks, asked
 
 
