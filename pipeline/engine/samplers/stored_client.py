@@ -15,7 +15,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.cluster.placement import on_node
-from pipeline.engine.client import SGLangClient, UnreachableError
+from pipeline.engine.client import SGLangClient
+from pipeline.engine.control import UnreachableError
 from pipeline.engine.samplers.sampler_process import Call, Light, SamplerProcess
 from pipeline.engine.sampling import OnTokens, Sampling, unheard
 from pipeline.say import to_stderr
@@ -25,6 +26,7 @@ from pipeline.types import Sampled
 _CALLS = 100_000  # at once in a sampler process: the servers queue
 _LISTEN_S = 1.0
 _LISTEN_CLOSELY_S = 0.05  # while somebody waits for each token
+_HANGS_S = 150.0  # and as long once more without an answer to that, which is longer than a start: it hangs
 
 
 class Sampler:
@@ -78,11 +80,18 @@ class Sampler:
             self._close.discard(number)
 
     async def _listen(self) -> None:
-        """Hear which calls get on, while there are any."""
+        """Hear which calls get on, while there are any. A process that hangs is ended: their callers hear of that."""
         while self._open:
             await asyncio.sleep(_LISTEN_CLOSELY_S if self._close else _LISTEN_S)
+            actor = self._actor
+            moved = asyncio.ensure_future(actor.moved.remote())
+            for _ in range(2):  # a machine that stood still for the first is no fault of the process
+                if (await asyncio.wait({moved}, timeout=_HANGS_S))[0]:
+                    break
+            else:
+                ray.kill(actor)
             with contextlib.suppress(RayActorError):  # whoever waits for an answer hears of that
-                for number, pieces in (await self._actor.moved.remote()).items():
+                for number, pieces in (await moved).items():
                     for piece in pieces:
                         self._open.get(number, unheard)(piece)
 

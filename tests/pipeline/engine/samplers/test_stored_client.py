@@ -17,6 +17,7 @@ import ray
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config.run import ClusterConfig
 from pipeline.engine.client import SGLangClient
+from pipeline.engine.control import UnreachableError
 from pipeline.engine.decoder import AnswerError
 from pipeline.engine.fleet import Fleet, FleetServer
 from pipeline.engine.samplers.stored_client import through_samplers
@@ -166,6 +167,21 @@ def test_what_a_killed_sampler_had_in_hand_is_sampled_again_and_what_it_had_brou
         assert fleet.sent_again == 1
         assert np.asarray(before.routes).shape == before.routes.shape
     assert "a sampler process died" in capfd.readouterr().err
+
+
+def test_a_sampler_that_stands_still_is_ended_and_another_takes_its_place(ray_up, urls, monkeypatch):
+    monkeypatch.setattr("pipeline.engine.samplers.stored_client._HANGS_S", 0.5)
+
+    async def twice(client):
+        async with client:
+            with pytest.raises(UnreachableError, match=r"the sampler process of .* died"):
+                await client.sample(prompts(1)[0].ids, SAMPLING)
+            monkeypatch.undo()  # the next one takes longer to start
+            return await client.sample(prompts(1)[0].ids, SAMPLING)
+
+    with through_samplers([own_client(urls[0])], 1, [None]) as (client,):
+        os.kill(process_of(client), signal.SIGSTOP)
+        assert len(asyncio.run(asyncio.wait_for(twice(client), 60)).ids)
 
 
 def test_a_call_that_is_given_up_ends_on_the_server_and_progress_is_heard_before(ray_up, server):
