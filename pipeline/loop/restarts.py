@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable
 
 from pipeline.cluster.placement import PlacementError
+from pipeline.cluster.ray_session import RayError
 from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
 from pipeline.restart_budget import RestartBudget
+from pipeline.stored import StoredRoutesLostError
 from pipeline.trainer.spikes import SpikesError
 from pipeline.trainer.waits import RankDiedError, TrainerError
 
-_ENGINE_FAILURES = (TrainerError, ServerError, PlacementError, SpikesError)
+_ENGINE_FAILURES = (TrainerError, ServerError, PlacementError, RayError, StoredRoutesLostError, SpikesError)
 
 
 def engine_failed(error: SamerouteError) -> bool:

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoints.store import CheckpointError, CheckpointStore
+from pipeline.cluster.placement import PlacementError
+from pipeline.cluster.ray_session import RayError
 from pipeline.config import load_config
 from pipeline.engine.server import ServerError
 from pipeline.loop import run as loop_run
 from pipeline.loop.compare import DisagreementError
 from pipeline.loop.restarts import RestartLimitError, Restarts
 from pipeline.loop.stop import StopRequest
+from pipeline.stored import StoredRoutesLostError
 from pipeline.trainer.spikes import SpikesError
 from pipeline.trainer.waits import RankDiedError, TrainerError
 
@@ -71,6 +74,14 @@ def test_a_run_whose_engine_failed_is_resumed(attempts, capsys, tmp_path):
     said = capsys.readouterr().err
     assert f"trainer rank 0 died\nrestart 1 of 3 within 60 minutes, from {tmp_path / 'step_4'}" in said
     assert "the SGLang server died\nrestart 2 of 3" in said
+
+
+@pytest.mark.parametrize(
+    "failure", [PlacementError("3 GPUs are missing"), RayError("Ray did not start"), StoredRoutesLostError("a node")]
+)
+def test_a_run_whose_cluster_failed_is_resumed(attempts, failure):
+    attempts.run(failure)
+    assert attempts.resumed == [False, True]
 
 
 def test_skipped_updates_in_a_row_go_back_and_the_prompts_up_to_them_are_passed_over(attempts):
