@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Self
 
-from pipeline.errors import SamerouteError
 from pipeline.rewards.grader import Grader
 from pipeline.rewards.protocol import Question, Verdict
 
@@ -64,7 +63,7 @@ class Asking:
             if verdicts is None:
                 self._restart()
                 return
-        except SamerouteError as error:
+        except Exception as error:  # a mistake of ours too: else who asked would wait for ever
             self._forget()  # there will be no more
             for _, future in self._open.values():
                 if not future.done():

@@ -16,8 +16,9 @@ import numpy as np
 
 from pipeline.data.pretrained import load_tokenizer
 from pipeline.errors import SamerouteError
-from pipeline.rewards import Asking, Question, Verdict, VerifierError, open_grader, text_of
+from pipeline.rewards import Asking, Question, RewardError, Verdict, VerifierError, open_grader, text_of
 from pipeline.rewards.grader import Surroundings
+from pipeline.rewards.registry import describe
 from pipeline.types import Episode, Prompt
 
 if TYPE_CHECKING:
@@ -60,11 +61,13 @@ class _Open:
         number, (prompt_ids, text, metadata, index, origin), (ids, finish_reason, trained) = pickle.loads(packed)
         response = np.frombuffer(ids, np.int32)
         prompt = Prompt(np.frombuffer(prompt_ids, np.int32), text, metadata, index, origin)
-        read = text_of(response, finish_reason, self._tokenizer)
         try:
+            read = text_of(response, finish_reason, self._tokenizer)
             said = await self.asking.ask(Question(prompt, read, response, finish_reason, trained))
         except SamerouteError as error:
             said = error
+        except Exception as error:  # a mistake of ours: else who asked would wait for ever
+            said = RewardError(f"an answer to prompt {index} cannot be graded beside the servers: {describe(error)}")
         self._said.append((number, said))
         self._changed.set()
 

@@ -87,6 +87,20 @@ def test_a_verifier_that_cannot_be_loaded_is_an_error():
         asyncio.run(ask())
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no verdict"), OSError(12, "Cannot allocate memory")])
+def test_whatever_goes_wrong_between_run_and_supervisor_is_raised_to_who_asked(grader, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    async def ask():
+        async with Asking(grader) as asking:
+            monkeypatch.setattr(grader, "exchange", fail)
+            with pytest.raises(type(error)):
+                await asyncio.wait_for(asking.ask(question()), 10)
+
+    asyncio.run(ask())
+
+
 def test_who_gives_up_leaves_the_others_their_verdicts(grader):
     async def give_up():
         async with Asking(grader) as asking:

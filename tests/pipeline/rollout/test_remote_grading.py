@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from pipeline.config.run import ClusterConfig
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
 from pipeline.rewards import RewardError, VerifierError, grade
 from pipeline.rewards.processes import below, parents
+from pipeline.rollout.grader_process import _Open, pack_answer
 from pipeline.rollout.grading import OwnGraders
 from pipeline.rollout.remote_grading import remote_graders
 from pipeline.types import Episode, Group, Prompt
@@ -91,6 +93,19 @@ def ended(processes, within_s=10.0):
     while (left := set(processes) & parents().keys()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not left
+
+
+def test_an_answer_that_cannot_be_read_there_is_an_error_here(answer):
+    """And none that nobody hears of, for which the run waits."""
+
+    async def said():
+        grader = _Open(None, SimpleNamespace(decode=lambda *_, **__: 1 / 0))
+        grader.grade(pack_answer(7, *answer()))
+        return await asyncio.wait_for(grader.said(), 10)
+
+    ((number, error),) = asyncio.run(said())
+    assert (number, type(error)) == (7, RewardError)
+    assert "an answer to prompt 3 cannot be graded beside the servers: ZeroDivisionError" in str(error)
 
 
 def test_rewards_parts_failures_and_texts_are_those_of_a_grader_of_this_process(graders, tokenizer, answer):
