@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,6 +27,7 @@ _CALLS = 1000  # at once in a grader process
 _GATHER_S = 0.002
 """Answers of so many seconds are asked about together."""
 _END_S = 15.0  # that a grader and its verifiers may take to end
+_HANGS_S = 150.0  # without a verdict, and as long once more without a sign of life: the process hangs
 
 
 class GraderHost:
@@ -198,7 +199,7 @@ class _Line:
     async def _exchange(self, packed: list[bytes]) -> None:
         actor = self._host.actor
         try:
-            self._hear(await actor.exchange.remote(self._key, packed))
+            self._hear(await _while_it_lives(actor, actor.exchange.remote(self._key, packed)))
         except RayTaskError as error:
             raise error.cause from None
         except RayActorError as error:
@@ -230,3 +231,18 @@ class _Line:
         if self._sending is not None:
             self._sending.cancel()
         self._send()
+
+
+async def _while_it_lives[T](actor: Any, call: Awaitable[T]) -> T:
+    """The answer of a grader process to a call, however long that takes. One that hangs is ended, as RayActorError
+    tells who waits."""
+    answer = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait({answer}, timeout=_HANGS_S))[0]:
+            sign = asyncio.ensure_future(actor.lives.remote())
+            sign.add_done_callback(lambda done: done.cancelled() or done.exception())  # who died, `answer` says
+            if not (await asyncio.wait({sign, answer}, timeout=_HANGS_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+                ray.kill(actor)
+        return await answer
+    finally:
+        answer.cancel()

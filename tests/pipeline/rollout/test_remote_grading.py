@@ -23,11 +23,11 @@ from pipeline.cluster.ray_session import ray_session
 from pipeline.config.rewards import ExactMatchReward, FunctionReward, GradingConfig
 from pipeline.config.run import ClusterConfig
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
-from pipeline.rewards import RewardError, VerifierError, grade
+from pipeline.rewards import RewardError, Verdict, VerifierError, grade
 from pipeline.rewards.processes import below, parents
 from pipeline.rollout.grader_process import _Open, pack_answer
 from pipeline.rollout.grading import OwnGraders
-from pipeline.rollout.remote_grading import remote_graders
+from pipeline.rollout.remote_grading import _Line, remote_graders
 from pipeline.types import Episode, Group, Prompt
 from tests.support.episodes import plain_rollout
 from tests.support.hostile import TAG
@@ -106,6 +106,55 @@ def test_an_answer_that_cannot_be_read_there_is_an_error_here(answer):
     ((number, error),) = asyncio.run(said())
     assert (number, type(error)) == (7, RewardError)
     assert "an answer to prompt 3 cannot be graded beside the servers: ZeroDivisionError" in str(error)
+
+
+class Actor:
+    """Of a grader process. verdict: of every answer; None: it hangs, until it is killed."""
+
+    def __init__(self, verdict):
+        loop = asyncio.get_running_loop()
+        self.said, self.signs = loop.create_future(), loop.create_future()
+        self.exchange = SimpleNamespace(remote=lambda key, packed: self.said)
+        self.lives = SimpleNamespace(remote=lambda: self.signs)
+        if verdict is not None:
+            self.said.set_result([(7, verdict)])
+
+    def kill(self):
+        for future in (self.said, self.signs):
+            future.set_exception(RayActorError())
+
+
+def test_a_grader_process_that_hangs_is_ended_and_another_grades_what_it_had(monkeypatch):
+    monkeypatch.setattr("pipeline.rollout.remote_grading._HANGS_S", 0.01)
+    monkeypatch.setattr("pipeline.rollout.remote_grading.ray", SimpleNamespace(kill=Actor.kill))
+
+    async def ask():
+        host = SimpleNamespace(actor=Actor(None), died=lambda actor, _: setattr(host, "actor", Actor(verdict)))
+        return await asyncio.wait_for(_Line(host, 0).ask(7, b"an answer"), 10)
+
+    verdict = Verdict(reward=1.0)
+    assert asyncio.run(ask()) is verdict
+
+
+def test_a_grader_process_that_lives_may_take_its_time(monkeypatch):
+    monkeypatch.setattr("pipeline.rollout.remote_grading._HANGS_S", 0.01)
+    monkeypatch.setattr("pipeline.rollout.remote_grading.ray", SimpleNamespace(kill=pytest.fail))
+
+    async def ask():
+        actor = Actor(None)
+        signs = iter([*[None] * 2, [(7, verdict)]])
+
+        def lives():
+            if (said := next(signs)) is not None:
+                actor.said.set_result(said)
+            (sign := asyncio.get_running_loop().create_future()).set_result(None)
+            return sign
+
+        actor.lives.remote = lives
+        return await asyncio.wait_for(_Line(SimpleNamespace(actor=actor), 0).ask(7, b"an answer"), 10)
+
+    verdict = Verdict(reward=1.0)
+    assert asyncio.run(ask()) is verdict
 
 
 def test_rewards_parts_failures_and_texts_are_those_of_a_grader_of_this_process(graders, tokenizer, answer):
@@ -248,7 +297,7 @@ from pathlib import Path
 from pipeline.cluster.ray_session import ray_session
 from pipeline.config.run import ClusterConfig
 from pipeline.rewards.processes import below, parents
-from pipeline.rollout.remote_grading import remote_graders
+from pipeline.rollout.remote_grading import _Line, remote_graders
 from tests.pipeline.rollout.test_remote_grading import *
 
 async def run(graders, grading, answer):
