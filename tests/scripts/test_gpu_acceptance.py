@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import load_config
+from pipeline.config.load_config import check_precision
+from pipeline.loop.engines import shares_gpus
 from scripts import gpu_acceptance
 from scripts.gpu_acceptance import Step, StepFailed, figures_of_run, left_out, main, run_step, steps_of
 
 
 def row(number: int, **other) -> dict:
     own = {"step": number, "weights/version": float(number), "routing/replayed_fraction": 1.0, "routing/agreement": 0.9}
+    own |= {"sync/senders": 1.0}
     gaps = {"mismatch/abs_logprob": 0.01 * number, "mismatch/max_abs_logprob": 0.1 * number, "mismatch/k3": 1e-4}
     return own | gaps | {"reward/mean": number / 10, "time/step_s": 2.0, "time/sync_s": 0.5} | other
 
@@ -43,6 +48,13 @@ def test_figures_of_a_run(tmp_path):
 def test_a_run_that_did_not_show_it_has_failed(rows, replay, why, tmp_path):
     with pytest.raises(StepFailed, match=why):
         figures_of_run(written(tmp_path, rows), 2, replay=replay)
+
+
+def test_a_run_whose_weights_one_rank_sent_for_all_has_failed(tmp_path):
+    rows = [row(1, **{"sync/senders": 2.0}), row(2)]
+    with pytest.raises(StepFailed, match=r"sent by \[1, 2\] ranks, not by 2"):
+        figures_of_run(written(tmp_path, rows), 2, replay=True, senders=2)
+    assert figures_of_run(written(tmp_path, rows[:1]), 1, replay=True, senders=2)["k3"] == 1e-4
 
 
 def test_a_run_that_wrote_nothing_has_failed(tmp_path):
@@ -122,13 +134,44 @@ def test_a_step_that_is_not_there_is_refused_before_anything_starts(two_steps, c
     assert not (two_steps / "out").exists()
 
 
-def test_what_a_machine_cannot_run_is_left_out_with_the_reason(tmp_path):
+@pytest.mark.parametrize(("given", "seen"), [(None, "0,1"), ("", "0,1"), ("4,5,6", "4,5")])
+def test_gpus_that_engines_are_to_share_are_the_only_ones_that_a_step_sees(given, seen, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    run_step(python("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])", sees=2), tmp_path)
+    assert (tmp_path / "one.log").read_text() == f"{seen}\n"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_configuration_of_every_step_is_one(device, tmp_path):
+    """`sameroute` would take it: what it would refuse on a machine with GPUs is refused here too."""
+    for step in steps_of(tmp_path, device, None, [], "10.0.0.1:6379"):
+        if step.words[3:4] == ["train"]:
+            check_precision(load_config(step.words[4], step.words[5:]), device)
+
+
+def test_engines_share_gpus_where_a_step_says_so_and_no_other_has_too_few(tmp_path):
+    shared = {}
+    for step in steps_of(tmp_path, "cuda", None, []):
+        if step.words[3:4] == ["train"]:
+            shared[step.name] = shares_gpus(load_config(step.words[4], step.words[5:]), step.sees or max(2, step.gpus))
+    assert [name for name, shares in shared.items() if shares] == ["shared_memory", "turns", "servers"]
+
+
+def test_what_a_machine_cannot_run_is_left_out_with_the_reason(tmp_path, monkeypatch):
     steps = {step.name: step for step in steps_of(tmp_path, "cuda", "preset.yaml", [])}
     assert left_out(steps["process_group"], "cuda", 1) == "it takes 2 GPUs, and there are 1"
     assert left_out(steps["process_group"], "cuda", 2) is None
     assert left_out(steps["kernels"], "cuda", 0) == "it takes 1 GPUs, and there are 0"
     assert left_out(steps["kernels"], "cpu", 0) == left_out(steps["preset"], "cpu", 0) == "it needs a GPU"
     assert left_out(steps["turns"], "cpu", 0) is None
+    assert left_out(steps["senders"], "cuda", 3) == "it takes 4 GPUs, and there are 3"
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert left_out(steps["image"], "cuda", 8) == "docker is not installed"
+    assert "machines" not in steps
+    (asked,) = [step for step in steps_of(tmp_path, "cuda", None, [], "10.0.0.1:6379") if step.name == "machines"]
+    assert left_out(asked, "cuda", 2) == "it takes 4 GPUs, and there are 2"
 
 
 @pytest.mark.proof

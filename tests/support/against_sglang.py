@@ -149,23 +149,57 @@ def rotation():
     return max(largest_difference(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-def experts(all_to_one):
+def moe_settings():
+    """SGLang's formula of all experts, and a configuration that it takes."""
     from sglang.srt.layers import activation
     from sglang.srt.layers.moe import fused_moe_native
 
-    from pipeline.engine.inside.cpu.patches import mixture_of_experts
-
     # The class asks SGLang's global configuration at construction; its formula does not.
     fused_moe_native.SiluAndMul = lambda: lambda x: activation.SiluAndMul.forward_native(None, x)  # pyright: ignore
-    layer = SimpleNamespace(num_experts=8, w13_weight=torch.randn(8, 128, 64) / 8, w2_weight=torch.randn(8, 64, 64) / 8)
     config = SimpleNamespace(activation="silu", gemm1_alpha=None, gemm1_clamp_limit=None)
     config.apply_router_weight_on_input = False
+    return fused_moe_native.moe_forward_native, config
+
+
+def experts(all_to_one):
+    from pipeline.engine.inside.cpu.patches import mixture_of_experts
+
+    native, config = moe_settings()
+    layer = SimpleNamespace(num_experts=8, w13_weight=torch.randn(8, 128, 64) / 8, w2_weight=torch.randn(8, 64, 64) / 8)
     logits = torch.randn(50, 8) + (torch.tensor([9.0, 8.0] + [0.0] * 6) if all_to_one else 0.0)
     weights, ids = torch.topk(logits.softmax(-1), 2)
     x, topk = torch.randn(50, 64), (weights, ids.to(torch.int32), None)
-    expected = fused_moe_native.moe_forward_native(layer, x, topk, config)  # pyright: ignore[reportArgumentType]
+    expected = native(layer, x, topk, config)  # pyright: ignore[reportArgumentType]
     ours = mixture_of_experts(None, layer, x, topk, config)  # pyright: ignore[reportArgumentType]
     return largest_difference(ours, expected)
+
+
+def parted_experts(*, biased):
+    """Experts of four ranks, which each have two and are told -1 of the others: summed up, they are one rank's."""
+    from sglang.srt.layers.moe.token_dispatcher.standard import _map_topk_ids_to_local_experts
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from pipeline.engine.inside.cpu.patches import mixture_of_experts
+
+    native, config = moe_settings()
+    whole = {"w13_weight": torch.randn(8, 128, 64) / 8, "w2_weight": torch.randn(8, 64, 64) / 8}
+    if biased:
+        whole |= {"w13_weight_bias": torch.randn(8, 128), "w2_weight_bias": torch.randn(8, 64)}
+    # All tokens want an expert of the first rank, and none wants one of the last.
+    logits = torch.randn(50, 8) + torch.tensor([99.0, 0, 0, 0, 0, 0, -99, -99])
+    weights, ids = torch.topk(logits.softmax(-1), 2)
+    x, ids = torch.randn(50, 64), ids.to(torch.int32)
+    weights = weights + 0.5  # the second is next to nothing else
+    layer = SimpleNamespace(num_experts=8, **whole)
+    expected = native(layer, x, StandardTopKOutput(weights, ids, logits), config)  # pyright: ignore
+    found = torch.zeros_like(x)
+    for first in range(0, 8, 2):
+        held = SimpleNamespace(num_experts=8, **{name: each[first : first + 2] for name, each in whole.items()})
+        places = torch.full((8,), -1, dtype=torch.int32)
+        places[first : first + 2] = torch.arange(2, dtype=torch.int32)
+        topk = StandardTopKOutput(weights, _map_topk_ids_to_local_experts(ids, places), logits)
+        found += mixture_of_experts(native if biased else None, held, x, topk, config)  # pyright: ignore
+    return largest_difference(found, expected)
 
 
 def routers():
@@ -225,6 +259,8 @@ def main():
         "rotation": rotation(),
         "experts": experts(all_to_one=False),
         "experts when all tokens choose the same": experts(all_to_one=True),
+        "experts of several ranks": parted_experts(biased=False),
+        "biased experts of several ranks": parted_experts(biased=True),
         "routers": routers(),
     }
     print(json.dumps(report))

@@ -34,15 +34,15 @@ from tests.support.ray_node import HEAD, PORT
 PROMPTS = [[1, 2, 3], [7] * 30, [*range(100, 260)]]
 
 
-def answers(server: Any) -> list[tuple[Any, ...]]:
-    """Greedy ones: (token ids, log-probs, routes)."""
+def answers(server: Any, prompts: list[list[int]] = PROMPTS) -> list[tuple[Any, ...]]:
+    """Greedy ones, of all prompts at once: (token ids, log-probs, routes)."""
     client = SGLangClient(
         server.url, vocab_size=512, num_layers=4, topk=2, num_experts=8, routes=True, keys=server.keys
     )
 
     async def run() -> list[tuple[Any, ...]]:
         async with client:
-            parts = await asyncio.gather(*(client.sample(prompt, Sampling(12, 0.0)) for prompt in PROMPTS))
+            parts = await asyncio.gather(*(client.sample(prompt, Sampling(12, 0.0)) for prompt in prompts))
             return [(part.ids, part.logprobs, part.routes) for part in parts]
 
     return asyncio.run(run())

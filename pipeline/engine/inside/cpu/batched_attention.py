@@ -179,7 +179,7 @@ class BatchedAttentionBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         rows = forward_batch.req_pool_indices.tolist()
-        if forward_batch.forward_mode.is_decode():
+        if forward_batch.forward_mode.is_decode_or_idle():  # idle: attention is skipped, its padding is none's
             prefixes, queries = (forward_batch.seq_lens - 1).tolist(), [1] * len(rows)
         else:
             assert forward_batch.extend_prefix_lens is not None

@@ -121,21 +121,23 @@ def norm_and_rotate(qkv, heads, kv_heads, query_weight, key_weight, epsilon, cos
 
 @njit("void(i8[:,::1], i8[::1], i8[::1])", cache=True)
 def sort_by_expert(expert_ids, order, starts):
-    """Counting sort of the (token, choice) pairs by expert.
+    """Counting sort of the (token, choice) pairs by expert, those of experts that other ranks hold behind all.
 
-    expert_ids: [tokens, topk]. order: [tokens * topk] flat pairs, expert by expert. starts: [experts + 1].
+    expert_ids: [tokens, topk], -1 of another rank's. order: [tokens * topk] flat pairs, expert by expert.
+    starts: [experts + 2]; the last but one is how many pairs are of this rank's experts.
     """
-    topk = expert_ids.shape[1]
+    topk, others = expert_ids.shape[1], starts.size - 2
     starts[:] = 0
     for t in range(expert_ids.shape[0]):
         for k in range(topk):
-            starts[expert_ids[t, k] + 1] += 1
+            e = expert_ids[t, k]
+            starts[(e if e >= 0 else others) + 1] += 1
     for e in range(starts.size - 1):
         starts[e + 1] += starts[e]
     fill = starts[:-1].copy()
     for t in range(expert_ids.shape[0]):
         for k in range(topk):
-            e = expert_ids[t, k]
+            e = expert_ids[t, k] if expert_ids[t, k] >= 0 else others
             order[fill[e]] = t * topk + k
             fill[e] += 1
 
@@ -144,7 +146,8 @@ def sort_by_expert(expert_ids, order, starts):
 def combine_experts(expert_outputs, order, weights, output):
     """output[t] = sum over k of weights[t, k] * the output of the k-th expert of token t.
 
-    expert_outputs: [tokens * topk, dim] in the order of `sort_by_expert`. weights: [tokens, topk].
+    expert_outputs: [pairs, dim] in the order of `sort_by_expert`. weights: [tokens, topk]. A pair that is not in `order`,
+    for another rank has its expert, adds nothing.
     """
     topk, dim = weights.shape[1], output.shape[1]
     output[:] = 0

@@ -92,17 +92,27 @@ def norm_and_rotate(
 def mixture_of_experts(
     original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any
 ) -> torch.Tensor:
-    """moe_forward_native: sorting, activation and combination once for all experts, not per expert."""
+    """moe_forward_native: sorting, activation and combination once for all experts, not per expert.
+
+    Under expert parallelism SGLang's dispatcher hands over -1 for an expert that another rank has. Its own formula takes
+    that for an expert; here such a choice adds nothing, and ranks are summed up behind.
+    """
     plain = config.activation == "silu" and config.gemm1_alpha is None and not config.apply_router_weight_on_input
     biased = getattr(layer, "w13_weight_bias", None) is not None
-    if not plain or biased or x.dtype != torch.float32:
-        return original(layer, x, topk_output, config)
     weights, expert_ids, _ = topk_output
+    if not plain or biased or x.dtype != torch.float32:
+        elsewhere = expert_ids < 0
+        if elsewhere.any():
+            weightless = weights.masked_fill(elsewhere, 0), expert_ids.masked_fill(elsewhere, 0)
+            topk_output = topk_output._replace(topk_weights=weightless[0], topk_ids=weightless[1])
+        return original(layer, x, topk_output, config)
     order = np.empty(expert_ids.numel(), np.int64)
-    starts = np.empty(layer.num_experts + 1, np.int64)
+    starts = np.empty(layer.w13_weight.shape[0] + 2, np.int64)
     kernels.sort_by_expert(expert_ids.to(torch.int64).numpy(), order, starts)
+    *ends, _ = starts.tolist()
+    order = order[: ends[-1]]
     inputs = x.index_select(0, torch.from_numpy(order // expert_ids.shape[1]))
-    spans = [(e, a, b) for e, (a, b) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)) if a < b]
+    spans = [(e, a, b) for e, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True)) if a < b]
     gate_up = _matmul_per_expert(inputs, layer.w13_weight, spans)
     gate, up = gate_up.chunk(2, dim=1)
     outputs = _matmul_per_expert(F.silu(gate) * up, layer.w2_weight, spans)

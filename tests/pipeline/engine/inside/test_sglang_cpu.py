@@ -17,7 +17,7 @@ COMPARED = [
     "decode", "short prompts", "short prompts after a cached prefix", "a long prompt among short ones",
     "a long prompt after a cached prefix", "threads", "a window", "a window of many tokens", "sinks",
     "a window and sinks", "latents", "norms", "rotation", "experts", "experts when all tokens choose the same",
-    "routers",
+    "experts of several ranks", "biased experts of several ranks", "routers",
 ]  # fmt: skip
 
 

@@ -90,6 +90,26 @@ def test_a_server_over_two_nodes_is_the_one_node_server_takes_weights_and_dies_a
 
 
 @pytest.mark.proof
+def test_experts_and_requests_parted_over_two_nodes_give_the_answers_of_one_rank(two, tiny_model_dir, tmp_path_factory):
+    """Expert parallelism, attention that is data-parallel, and both; before and after a transfer of weights."""
+    other = save_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
+    program = "tests.support.parted_over_two_nodes"
+    driver = two.start(two.folder / "parted.out", sys.executable, "-m", program, tiny_model_dir, other, two.folder)
+    assert driver.wait(240) == 0, two.logs()
+    said = pickle.loads((two.folder / "parted").read_bytes())
+    assert said["nodes"] == 2
+    assert said["differences"] == []
+    for when in ("before", "after"):
+        expected = said[when].pop("alone")
+        assert sorted(said[when]) == ["attention", "both", "experts"]
+        for way, found in said[when].items():
+            for (ids, logprobs, routes), (own_ids, own_logprobs, own_routes) in zip(expected, found, strict=True):
+                np.testing.assert_array_equal(own_ids, ids, err_msg=f"{when} {way}")
+                np.testing.assert_allclose(own_logprobs, logprobs, atol=1e-5, err_msg=f"{when} {way}")
+                np.testing.assert_array_equal(own_routes, routes, err_msg=f"{when} {way}")
+
+
+@pytest.mark.proof
 def test_a_run_goes_on_when_a_part_of_its_only_server_dies(two):
     """A trainer rank on the first node, a server over both."""
     run, output = two.folder / "run", two.folder / "train.out"
