@@ -7,9 +7,9 @@ The steps are those of docs/gpu-acceptance.md, one after another. OUT/acceptance
 OUT/acceptance.md the same as a page, OUT/NAME.log what it said. The same command goes on where it was stopped: a step
 that has passed on this kind of GPU, with these versions of the packages and this commit, is not made again, unless
 --again names it. A step that this machine cannot run is left out, and the reason is told.
---address names a Ray cluster of two machines with four GPUs each for a step that takes both (`machines`); this one is its
-head, and OUT a folder that both see. --device cpu makes the steps of both engines on a machine without a GPU, small: a
-trial of this program.
+--address names a Ray cluster of two machines with four GPUs each for a step that takes both (`machines`); this one is
+its head, and OUT a folder that both see. --device cpu makes the steps of both engines on a machine without a GPU,
+small: a trial of this program.
 Exit code 0: every step that could run has passed. 1: one has failed. 2: none could run.
 """
 
@@ -173,7 +173,8 @@ def steps_of(
         run("turns", "both engines by turns on one GPU", "cluster.colocated=true", sees=1),
         run("servers", "two trainer ranks and two servers on the same two GPUs", *TWO_RANKS, "server.replicas=2",
             gpus=2, sees=2),
-        run("context_parallel", "sequences cut over two trainer ranks", "parallel.ranks=2", "parallel.context=2", gpus=3),
+        run("context_parallel", "sequences cut over two trainer ranks", "parallel.ranks=2", "parallel.context=2",
+            gpus=3),
         run("senders", "two trainer ranks that send to two servers at once, by NCCL", *TWO_RANKS, "server.replicas=2",
             "weights.transport=distributed", gpus=4, senders=2),
         run("parted", "a server of two GPUs with half of the experts and of the requests on each",

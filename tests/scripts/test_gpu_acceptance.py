@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -172,6 +173,18 @@ def test_what_a_machine_cannot_run_is_left_out_with_the_reason(tmp_path, monkeyp
     assert "machines" not in steps
     (asked,) = [step for step in steps_of(tmp_path, "cuda", None, [], "10.0.0.1:6379") if step.name == "machines"]
     assert left_out(asked, "cuda", 2) == "it takes 4 GPUs, and there are 2"
+
+
+def test_the_pages_have_every_step_and_what_has_never_run_names_one(tmp_path):
+    names = [step.name for step in steps_of(tmp_path, "cuda", "preset.yaml", [], "10.0.0.1:6379")]
+    page, on_a_gpu = (Path("docs", name).read_text() for name in ("gpu-acceptance.md", "gpu.md"))
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == names
+    never = [line for line in on_a_gpu.partition("## What has never run")[2].splitlines() if line.startswith("| ")][1:]
+    assert len(never) > 10
+    for line in never:
+        named = re.findall(r"`(\w+)`", line.rpartition(" | ")[2])
+        assert named, line
+        assert set(named) <= set(names), line
 
 
 @pytest.mark.proof

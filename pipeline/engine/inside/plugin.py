@@ -58,22 +58,13 @@ def _after_configuration(result: Any, *args: Any, **kwargs: Any) -> None:
     multiprocessing.set_start_method("fork", force=True)
 
     from sglang.srt import batch_invariant_ops
-    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
-    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.mem_cache.pool_host import common
 
-    from pipeline.engine.inside.cpu import batch_invariance
+    from pipeline.engine.inside.cpu import batch_invariance, parted
 
     register_attention_backend(CPU_ATTENTION_BACKEND)(_create_attention_backend)
-    # Where attention is data-parallel, a rank's batch is made as long as another's by rows that nobody reads. How much
-    # such a row attends to is asked of every backend on a CPU, and only that for AMX says it.
-    AttentionBackend.get_cpu_graph_seq_len_fill_value = lambda _: 1  # pyright: ignore[reportAttributeAccessIssue]
-    # The sum over ranks of which each takes its rows (experts and attention parted alike) is NCCL's, or for deterministic
-    # inference an all-reduce, which there is here.
-    GroupCoordinator.reduce_scatterv = lambda group, rows, output=None, sizes=None: (
-        group._deterministic_reduce_scatterv(rows, output, sizes)
-    )
+    parted.install()
     # The table of routes is page-locked for the GPU by cudaHostRegister; there is none.
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate  # pyright: ignore[reportArgumentType]
     # Deterministic inference replaces matrix products by Triton kernels, which need a GPU.

@@ -146,8 +146,8 @@ def sort_by_expert(expert_ids, order, starts):
 def combine_experts(expert_outputs, order, weights, output):
     """output[t] = sum over k of weights[t, k] * the output of the k-th expert of token t.
 
-    expert_outputs: [pairs, dim] in the order of `sort_by_expert`. weights: [tokens, topk]. A pair that is not in `order`,
-    for another rank has its expert, adds nothing.
+    expert_outputs: [pairs, dim] in the order of `sort_by_expert`. weights: [tokens, topk]. A pair whose expert another
+    rank has is not in `order`, and adds nothing.
     """
     topk, dim = weights.shape[1], output.shape[1]
     output[:] = 0

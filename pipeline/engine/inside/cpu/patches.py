@@ -7,6 +7,7 @@ that a model with other norms, rotations, activations or dtypes runs as SGLang r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,8 +95,7 @@ def mixture_of_experts(
 ) -> torch.Tensor:
     """moe_forward_native: sorting, activation and combination once for all experts, not per expert.
 
-    Under expert parallelism SGLang's dispatcher hands over -1 for an expert that another rank has. Its own formula takes
-    that for an expert; here such a choice adds nothing, and ranks are summed up behind.
+    -1 is an expert that another rank has (`parted.py`), and adds nothing; SGLang sums up the ranks behind.
     """
     plain = config.activation == "silu" and config.gemm1_alpha is None and not config.apply_router_weight_on_input
     biased = getattr(layer, "w13_weight_bias", None) is not None
@@ -112,7 +112,7 @@ def mixture_of_experts(
     *ends, _ = starts.tolist()
     order = order[: ends[-1]]
     inputs = x.index_select(0, torch.from_numpy(order // expert_ids.shape[1]))
-    spans = [(e, a, b) for e, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True)) if a < b]
+    spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(ends)) if a < b]
     gate_up = _matmul_per_expert(inputs, layer.w13_weight, spans)
     gate, up = gate_up.chunk(2, dim=1)
     outputs = _matmul_per_expert(F.silu(gate) * up, layer.w2_weight, spans)
