@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,11 +102,8 @@ def mixture_of_experts(
     biased = getattr(layer, "w13_weight_bias", None) is not None
     weights, expert_ids, _ = topk_output
     if not plain or biased or x.dtype != torch.float32:
-        elsewhere = expert_ids < 0
-        if elsewhere.any():
-            weightless = weights.masked_fill(elsewhere, 0), expert_ids.masked_fill(elsewhere, 0)
-            topk_output = topk_output._replace(topk_weights=weightless[0], topk_ids=weightless[1])
-        return original(layer, x, topk_output, config)
+        whole = (expert_ids >= 0).all()
+        return (original if whole else partial(_of_own_experts, original))(layer, x, topk_output, config)
     order = np.empty(expert_ids.numel(), np.int64)
     starts = np.empty(layer.w13_weight.shape[0] + 2, np.int64)
     kernels.sort_by_expert(expert_ids.to(torch.int64).numpy(), order, starts)
@@ -119,6 +117,20 @@ def mixture_of_experts(
     result = torch.empty_like(x)
     kernels.combine_experts(outputs.numpy(), order, weights.to(torch.float32).contiguous().numpy(), result.numpy())
     return result
+
+
+def _of_own_experts(
+    original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any
+) -> torch.Tensor:
+    """moe_forward_native of the choices whose experts this rank has, each as a token of its own."""
+    weights, expert_ids, _ = topk_output
+    tokens, choices = torch.where(expert_ids >= 0)
+    result = weights.new_zeros(x.shape)
+    if len(tokens):
+        alone = {"topk_weights": weights.new_ones(len(tokens), 1), "topk_ids": expert_ids[tokens, choices, None]}
+        each = original(layer, x[tokens], topk_output._replace(**alone), config)
+        result.index_add_(0, tokens, each.to(weights.dtype) * weights[tokens, choices, None])
+    return result.to(x.dtype)
 
 
 def _matmul_per_expert(x: torch.Tensor, weight: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
