@@ -16,6 +16,8 @@ from pipeline.loop.engines import shares_gpus
 from scripts import gpu_acceptance
 from scripts.gpu_acceptance import Step, StepFailed, figures_of_run, left_out, main, run_step, steps_of
 
+SHOWN = {"k3": 1.5, "|log mu|": 0.25}
+
 
 def row(number: int, **other) -> dict:
     own = {"step": number, "weights/version": float(number), "routing/replayed_fraction": 1.0, "routing/agreement": 0.9}
@@ -64,12 +66,12 @@ def test_a_run_that_wrote_nothing_has_failed(tmp_path):
 
 
 def python(program: str, name: str = "one", **other) -> Step:
-    return Step(name, "what", [sys.executable, "-c", program], other.pop("figures", lambda _: {"k3": 1.5}), **other)
+    return Step(name, "what", [sys.executable, "-c", program], other.pop("figures", lambda _: SHOWN), **other)
 
 
 def test_a_step_that_ends_well_has_its_figures(tmp_path):
     result = run_step(python("print('said')"), tmp_path)
-    assert (result["state"], result["figures"]) == ("passed", {"k3": 1.5})
+    assert (result["state"], result["figures"]) == ("passed", SHOWN)
     assert (tmp_path / "one.log").read_text() == "said\n"
 
 
@@ -118,6 +120,7 @@ def test_the_same_command_goes_on_where_it_was(two_steps, capsys):
     shown = (out / "acceptance.md").read_text()
     assert "| third | what | left out: no such package |" in shown
     assert "| k3 | 1.5 |" in shown
+    assert r"| \|log mu\| | 0.25 |" in shown, "a table of two columns"
 
 
 def test_what_has_passed_with_other_packages_is_made_again(two_steps, monkeypatch):
@@ -189,10 +192,11 @@ def test_the_pages_have_every_step_and_what_has_never_run_names_one(tmp_path):
 
 @pytest.mark.proof
 def test_the_steps_of_both_engines_pass_on_a_cpu(tmp_path):
-    """Two of them, small; the others differ in a setting."""
-    assert main([str(tmp_path), "--device", "cpu", "--only", "kernels", "process_group", "no_replay"]) == 0
+    """Three of them, small; the others differ in a setting."""
+    assert main([str(tmp_path), "--device", "cpu", "--only", "kernels", "no_replay", "senders", "parted"]) == 0
     found = json.loads((tmp_path / "acceptance.json").read_text())
     assert found["kernels"]["state"] == "left out"
-    for name in ("process_group", "no_replay"):
+    for name in ("no_replay", "senders", "parted"):
         assert found[name]["figures"]["mean |log pi_o - log mu|"] < 1e-4
-    assert found["process_group"]["figures"]["routes that agree"] > 0.99
+    for name in ("senders", "parted"):
+        assert found[name]["figures"]["routes that agree"] > 0.99

@@ -19,7 +19,7 @@ def install() -> None:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
     AttentionBackend.get_cpu_graph_seq_len_fill_value = _one  # pyright: ignore[reportAttributeAccessIssue]
-    GroupCoordinator.reduce_scatterv = _own_rows_of_sum
+    GroupCoordinator.reduce_scatterv = _own_rows_of_sum  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _one(backend: Any) -> int:
