@@ -6,18 +6,26 @@ rows:    a rank's batch is made as long as the longest by rows that nobody reads
          asked of every attention backend on a CPU (`ForwardBatch._pad_inputs_to_size`), and that for AMX alone says it.
 sums:    where both are parted, each rank takes its rows of a sum over all, by NCCL. For deterministic inference SGLang
          has the same as an all-reduce, which there is on a CPU.
+sleep:   ranks that part requests ask each other before each batch. One that has none sleeps for a second at a time
+         (`--sleep-on-idle`), and lets the others wait as long for every batch and every transfer's call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
+
+_NAP_MS = 10
 
 
 def install() -> None:
-    """Put both in place; call once, before schedulers are forked."""
+    """Put all in place; call once, before schedulers are forked."""
     from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
 
+    IdleSleeper.maybe_sleep = partialmethod(_sleep, IdleSleeper.maybe_sleep)  # pyright: ignore[reportAttributeAccessIssue]
     AttentionBackend.get_cpu_graph_seq_len_fill_value = _one  # pyright: ignore[reportAttributeAccessIssue]
     GroupCoordinator.reduce_scatterv = _own_rows_of_sum  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -30,3 +38,13 @@ def _one(backend: Any) -> int:
 def _own_rows_of_sum(group: Any, rows: Any, output: Any = None, sizes: list[int] | None = None) -> Any:
     """GroupCoordinator.reduce_scatterv. rows: [tokens of all ranks, ...]. sizes: tokens of each; None: as many."""
     return group._deterministic_reduce_scatterv(rows, output, sizes)
+
+
+def _sleep(sleeper: Any, original: Callable[[Any], None]) -> None:
+    """IdleSleeper.maybe_sleep: until a request comes, and not longer than others may wait."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().attn_dp_size > 1:
+        sleeper.poller.poll(_NAP_MS)
+    else:
+        original(sleeper)
