@@ -7,7 +7,8 @@ rows:    a rank's batch is made as long as the longest by rows that nobody reads
 sums:    where both are parted, each rank takes its rows of a sum over all, by NCCL. For deterministic inference SGLang
          has the same as an all-reduce, which there is on a CPU.
 sleep:   ranks that part requests ask each other before each batch. One that has none sleeps for a second at a time
-         (`--sleep-on-idle`), and lets the others wait as long for every batch and every transfer's call.
+         (`--sleep-on-idle`), and lets the others wait as long for every batch and every transfer's call. And who deals
+         requests out among them asks for one without a pause, which takes a core.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from functools import partialmethod
 from typing import Any
 
 _NAP_MS = 10
+_LOOK_MS = 1000
 
 
 def install() -> None:
     """Put all in place; call once, before schedulers are forked."""
     from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.managers.data_parallel_controller import DataParallelController
     from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
 
     IdleSleeper.maybe_sleep = partialmethod(_sleep, IdleSleeper.maybe_sleep)  # pyright: ignore[reportAttributeAccessIssue]
+    DataParallelController.event_loop = _deal_out
     AttentionBackend.get_cpu_graph_seq_len_fill_value = _one  # pyright: ignore[reportAttributeAccessIssue]
     GroupCoordinator.reduce_scatterv = _own_rows_of_sum  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -48,3 +52,13 @@ def _sleep(sleeper: Any, original: Callable[[Any], None]) -> None:
         sleeper.poller.poll(_NAP_MS)
     else:
         original(sleeper)
+
+
+def _deal_out(controller: Any) -> None:
+    """DataParallelController.event_loop."""
+    from sglang.srt.managers.data_parallel_controller import sock_recv
+
+    while True:
+        controller.soft_watchdog.feed()
+        if controller.recv_from_tokenizer.poll(_LOOK_MS):
+            controller._request_dispatcher(sock_recv(controller.recv_from_tokenizer))

@@ -12,6 +12,7 @@ import pytest
 from pipeline.engine.inside import plugin
 from pipeline.engine.inside.cpu import kernels
 from tests.support.preloaded_servers import run_module
+from tests.support.vendor import lines
 
 COMPARED = [
     "decode", "short prompts", "short prompts after a cached prefix", "a long prompt among short ones",
@@ -69,3 +70,21 @@ def test_the_plugin_imports_light():
     heavy = "[name for name in ('torch', 'sglang', 'numba') if name in sys.modules]"
     code = f"import sys, pipeline.engine.inside.plugin; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "begins"),
+    [
+        ("layers/moe/token_dispatcher/standard.py", 94, "def _map_topk_ids_to_local_experts("),
+        ("model_executor/forward_batch_info.py", 2014, "model_runner.attn_backend.get_cpu_graph_seq_len_fill_value()"),
+        ("distributed/parallel_state.py", 1226, "def _deterministic_reduce_scatterv("),
+        ("managers/scheduler_components/idle_sleeper.py", 37, "self.poller.poll(1000)"),
+        (
+            "managers/data_parallel_controller.py",
+            932,
+            "recv_req = sock_recv(self.recv_from_tokenizer, flags=zmq.NOBLOCK)",
+        ),
+    ],
+)
+def test_what_parted_servers_lack_stands_where_it_was_read(file, line, begins):
+    assert lines(f"sglang/srt/{file}", line, line, begins=begins)
