@@ -78,7 +78,9 @@ class Run:
         words += [f"run.directory={place.directory}", *SMALL, *arguments]
         if limit is not None:
             words = ["bash", "-c", f'ulimit -n {limit} && exec "$@"', "-", *words]
-        environment = os.environ | forks | {"TMPDIR": str(place.temporary), "CHAOS_MARK": self.mark}
+        # What torch compiles is kept from run to run beside their own folders; it is not what a run leaves.
+        kept = {"TORCHINDUCTOR_CACHE_DIR": str(place.folder / "compiled")}
+        environment = os.environ | forks | kept | {"TMPDIR": str(place.temporary), "CHAOS_MARK": self.mark}
         self.begun = time.monotonic()
         with self.output.open("wb") as output:
             # A group of its own, as a terminal gives a command.
