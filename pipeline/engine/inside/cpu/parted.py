@@ -29,7 +29,7 @@ def install() -> None:
     from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
 
     IdleSleeper.maybe_sleep = partialmethod(_sleep, IdleSleeper.maybe_sleep)  # pyright: ignore[reportAttributeAccessIssue]
-    DataParallelController.event_loop = _deal_out
+    DataParallelController.event_loop = _deal_out  # pyright: ignore[reportAttributeAccessIssue]
     AttentionBackend.get_cpu_graph_seq_len_fill_value = _one  # pyright: ignore[reportAttributeAccessIssue]
     GroupCoordinator.reduce_scatterv = _own_rows_of_sum  # pyright: ignore[reportAttributeAccessIssue]
 
