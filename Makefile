@@ -63,7 +63,7 @@ test: $(READY) $(TE)/.ready browser sandbox
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 proofs: $(READY) $(TE)/.ready $(PEFT)/.ready $(SMOLLM2_MOE)/config.json connectors
-	timeout 1800 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof
+	timeout 2400 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
 browser:

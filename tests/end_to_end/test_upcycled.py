@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.commands.main import main
+from pipeline.commands import main as commands
 from pipeline.data.tokenizer import VOCAB_SIZE, write_character_tokenizer
 from pipeline.loop.talk import chat
 from tests.support.command import QUICKSTART, SMALL, Command
@@ -21,22 +23,34 @@ from tests.support.tiny_families import save_family
 
 SOURCES = {
     "mixtral": ("llama", ["--experts", "4", "--topk", "2", "--noise", "0.02"]),
-    "qwen2_moe": ("qwen2", ["--experts", "8", "--topk", "4", "--granularity", "2", "--shared-width", "32"]),
-    "qwen3_moe": ("qwen3", ["--experts", "6", "--topk", "2", "--granularity", "2"]),
 }
 SET = "evaluate=[{name: held, prompts: 4, temperature: 0, every_steps: 9}]"
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "tie_word_embeddings": False}
+"""What SGLang's Mixtral can hold of a Llama; it refuses the others."""
 RUN = [*SMALL, "model.tiny=null", "parallel={ranks: 2, expert: 2}", "rewards=tests.support.verifiers:length",
        "rollout.prompts_per_step=4", "checkpoint.every_steps=1", "debug.dump_rollouts=true", "run.overwrite=false",
-       "data.task.max_digits=3", SET]  # fmt: skip
+       "data.task.min_digits=2", "data.task.max_digits=3", SET]  # fmt: skip
 
 
 def upcycled(family: str, folder: Path) -> Path:
     source, recipe = SOURCES[family]
-    dense = save_family(source, folder / "dense", vocab_size=VOCAB_SIZE)
+    changes = PLAIN if family == "mixtral" else {}
+    dense = save_family(source, folder / "dense", vocab_size=VOCAB_SIZE, **changes)
     write_character_tokenizer(dense)
     assert main(["upcycle", str(dense), str(folder / "moe"), *recipe]) == 0
     assert json.loads((folder / "moe" / "config.json").read_text())["model_type"] == family
     return folder / "moe"
+
+
+def main(words: list[str]) -> int:
+    """The command's exit code; the process is as before: it hides GPUs, and takes SIGTERM."""
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    try:
+        return commands.main(words)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def rows_of(run: Path) -> list[dict]:
@@ -66,9 +80,9 @@ def test_every_command_takes_an_upcycled_model(command, tmp_path, capfd, family)
     assert all(row["routing/replayed_fraction"] == 1 and row["mismatch/max_abs_logprob"] < 1e-4 for row in rows), rows
     assert any(row["train/grad_norm"] > 0 for row in rows)
 
-    replayed = command(*own, "train.steps=2", "--from-dump", str(run / "dumps"))
+    replayed = command(*own, "--from-dump", str(run / "dumps"))
     assert replayed.end(200) == 0, replayed.text()
-    assert [r["reward/mean"] for r in rows_of(replayed.run)] == [r["reward/mean"] for r in rows[:2]]
+    assert [r["reward/mean"] for r in rows_of(replayed.run)] == [r["reward/mean"] for r in rows]
 
     config = [QUICKSTART, *own, f"run.directory={tmp_path / 'other'}"]
     assert main(["evaluate", *config, "--model", str(run / "hf"), "--out", str(tmp_path / "alone")]) == 0
