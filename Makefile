@@ -1,6 +1,6 @@
 # make quickstart: a small mixture-of-experts model learns by reinforcement, on this machine, without a GPU.
 # make test:       the tests that need no GPU; of the longest proofs a sample.
-# make proofs:     these proofs in full (every layout with every pair of settings, every preset, ...); thirty minutes at most.
+# make proofs:     these proofs in full (every layout with every pair of settings, every preset, ...); forty minutes at most.
 #                  It makes the model of `make language-model`, out of a package of 93 MB.
 # make test-gpu:   kernels, and the trainer without Transformer Engine, on one GPU beside the CPU; ten minutes.
 # make test-slurm: the jobs of scripts/slurm/ and 1,000 hostile programs on a real Slurm, started and stopped here; fifteen minutes
