@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -180,8 +181,13 @@ def test_a_sampler_that_stands_still_is_ended_and_another_takes_its_place(ray_up
             return await client.sample(prompts(1)[0].ids, SAMPLING)
 
     with through_samplers([own_client(urls[0])], 1, [None]) as (client,):
-        os.kill(process_of(client), signal.SIGSTOP)
-        assert len(asyncio.run(asyncio.wait_for(twice(client), 60)).ids)
+        stopped = process_of(client)
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            assert len(asyncio.run(asyncio.wait_for(twice(client), 60)).ids)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # here it is no child of the raylet, which would end it
+                os.kill(stopped, signal.SIGKILL)
 
 
 def test_a_call_that_is_given_up_ends_on_the_server_and_progress_is_heard_before(ray_up, server):
