@@ -3,12 +3,28 @@ is cut into pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 Bucket = list[tuple[str, Tensor]]
+
+
+def join_small(buckets: Iterable[Bucket], limit: int) -> Iterator[Bucket]:
+    """The same stream; buckets in a row become one of at most `limit` bytes, which may have several dtypes. No more
+    than that is held beside the bucket that comes."""
+    held: Bucket = []
+    for bucket in buckets:
+        if held and sum(tensor.nbytes for _, tensor in held + bucket) > limit:
+            yield held
+            held = []
+        if held or sum(tensor.nbytes for _, tensor in bucket) <= limit:
+            held = held + bucket
+        else:
+            yield bucket
+    if held:
+        yield held
 
 
 def together[T](items: Sequence[T], set_of: Callable[[T], Hashable]) -> list[list[T]]:

@@ -17,8 +17,8 @@ from pipeline.engine.keys import ServerKeys
 from pipeline.engine.server import ServerError
 
 PauseMode = Literal["abort", "in_place", "retract"]
-HELD_WEIGHTS = "sameroute_held_weights"
-"""The action of /weights_checker that `inside/hooks.py` adds to SGLang's own."""
+HELD_WEIGHTS, ALIVE = "sameroute_held_weights", "sameroute_alive"
+"""The actions of /weights_checker that `inside/hooks.py` adds to SGLang's own."""
 
 VERSION_KEY = "weights "
 """How a key of the prefix cache begins."""
@@ -132,6 +132,11 @@ class SGLangControl:
             return http.request("GET", f"{self.url}/ready", timeout_s=min(5.0, self.timeout_s)).status == 200
         except (http.HttpError, TimeoutError):
             return False
+
+    def ask_schedulers(self) -> None:
+        """Nothing but an answer of each of its ranks, a fifth of the time of `server_info`. The process for HTTP alone
+        answers other calls for a scheduler that hangs. Raises ServerError."""
+        self.post("/weights_checker", {"action": ALIVE, "selector": "target"})
 
     def model_info(self) -> dict[str, Any]:
         """What is served: model_path, weight_version, architectures, ..."""

@@ -120,12 +120,12 @@ class FleetServer:
             self.released = tuple(other for other in self.released if other != part)
 
     def answers(self, timeout_s: float) -> bool:
-        """Whether its process runs and its scheduler answers: the process for HTTP alone does so for a wedged one."""
+        """Whether its process runs and its schedulers answer."""
         control = self.control(timeout_s)
         for _ in range(2):  # a machine that stood still for the first is no fault of the server
             try:
                 if self.process.alive():
-                    control.server_info()
+                    control.ask_schedulers()
                     return True
             except ServerError:
                 continue
@@ -172,13 +172,8 @@ class Membership:
         while True:
             self.check()
             members = [s for s in self.servers if s.state in UP]
-            for server in members:
-                losses = server.losses
-                named = f"the server {server.process.url} (log: {server.process.log_path})"
-                with self.waits.during("the probe before a transfer", lambda named=named: named):
-                    answers = server.answers(self._config.probe_timeout_s)
-                if not answers:
-                    self.lose(server, "does not answer", losses)
+            with ThreadPoolExecutor(max(1, len(members))) as threads:
+                list(threads.map(self._probe, members))
             members = [s for s in members if s.state in UP]
             if members:
                 return members
@@ -186,6 +181,15 @@ class Membership:
             if not self._coming:
                 raise ServerError(self.none_serves())
             time.sleep(0.1)
+
+    def _probe(self, server: FleetServer) -> None:
+        """Lose it where it does not answer now."""
+        losses = server.losses
+        named = f"the server {server.process.url} (log: {server.process.log_path})"
+        with self.waits.during("the probe before a transfer", lambda: named):
+            answers = server.answers(self._config.probe_timeout_s)
+        if not answers:
+            self.lose(server, "does not answer", losses)
 
     def none_serves(self) -> str:
         """Why no request can be made."""

@@ -22,7 +22,8 @@ STREAM_END = b"data: [DONE]\n\n"
 _EACH = ("rid", "input_ids", "sampling_params", "extra_key")
 _JOINED = ("output_token_logprobs", "output_token_sampling_mask", "output_token_sampling_logprobs")
 _INTERVAL = {"stream_interval": 256}
-"""Tokens of an answer between two pieces; no token is sent twice (`--incremental-streaming-output`)."""
+"""Tokens of a piece of an answer, but for its last (`inside/intervals.py`); no token is sent twice
+(`--incremental-streaming-output`)."""
 
 
 @dataclass(eq=False)

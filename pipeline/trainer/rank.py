@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.trainer.losses import LossRow
     from pipeline.weights import FurtherSender, Meeting, WeightDifference, WeightsConfig, WeightSender
 
+_SMALL = 1 << 24  # bytes of weights that are worth no call of their own
 _NO_MASK = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 
@@ -270,8 +271,11 @@ class TrainerRank:
 
     def _rounds(self) -> Iterator[list[Bucket]]:
         """What this rank sends of the weights, as the servers are to hold them; with one sender it is rank 0."""
+        from megatron_ext.hf.bucket import join_small
+
         if self.senders is None:
-            return ([bucket] for bucket in self._sent())
+            limit = min(_SMALL, self.trainer.exporter.bucket_bytes)
+            return ([bucket] for bucket in join_small(self._sent(), limit))
         return (list(self._rounded(buckets)) for buckets in self.trainer.share(self.senders))
 
     def _sent(self) -> Iterator[Bucket]:

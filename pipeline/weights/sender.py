@@ -1,7 +1,8 @@
 """The trainer's weights to the running servers, from trainer rank 0.
 
-    begin on every server; each bucket, as the transport takes it; end; flush the prefix cache (it belongs to the old
-    weights); name the version; now and then, compare what the servers hold with what was sent.
+    begin on every server, while the first bucket is made; each bucket, as the transport takes it; then, side by side, end,
+    flush the prefix cache (it belongs to the old weights), name the version; now and then, compare what the servers
+    hold with what was sent.
 
 Weights travel under their Hugging Face names; the caller bounds the bytes of a bucket. Other ranks may send at the same
 time (`further_sender.py`); this one waits in each round for what they have ready, and says it to the servers with its
@@ -11,6 +12,8 @@ own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 from megatron_ext.hf.bucket import Bucket
 from pipeline.config.weights import WeightsConfig
@@ -70,19 +73,25 @@ class WeightSender:
         sums: list[list[TensorSum]] = []
         self.transfers += 1
         with self.transport.told(), self.sent.measured():
-            self.servers.call("/begin_weight_update")
+            begun = self.servers.ask("/begin_weight_update")
             try:
-                self._send_all(rounds, version, sums)
+                self._send_all(rounds, version, sums, begun)
             finally:
                 self.transport.release()
-        self.servers.call("/end_weight_update")
-        if flush:
-            self.servers.call("/flush_cache")
-        self.servers.call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        last = self.servers.ask("/end_weight_update") + (self.servers.ask("/flush_cache") if flush else [])
+        last += self.servers.ask("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self.servers.answers(last)
         if sums:
             self._check(sums, version)
 
-    def _send_all(self, rounds: Iterable[Sequence[Bucket]], version: int, sums: list[list[TensorSum]]) -> None:
+    def _send_all(
+        self,
+        rounds: Iterable[Sequence[Bucket]],
+        version: int,
+        sums: list[list[TensorSum]],
+        begun: Sequence[Future[Any]],
+    ) -> None:
+        """begun: after which the servers take buckets. sums: gets the checksums of what is sent, where that is asked."""
         senders = self.transport.senders
         arrived = Arrived(self.names if len(senders) > 1 else frozenset())
         for number, buckets in enumerate(rounds):
@@ -91,11 +100,13 @@ class WeightSender:
             for rank, each in zip(senders, everyone, strict=True):
                 arrived.add(rank, each, version)
                 sums += [list(each.sums)] if each.sums else []
+            self.servers.answers(begun)
             for turn in range(max(len(each.buckets) for each in everyone)):
                 others = [(n, e.buckets[turn]) for n, e in enumerate(everyone) if n and turn < len(e.buckets)]
                 bucket = widest_first(buckets[turn]) if turn < len(buckets) else []
                 self.transport.send(bucket, others)
                 self.sent.add(bucket)
+        self.servers.answers(begun)
         arrived.all()
 
     def awaited(self) -> list[str]:

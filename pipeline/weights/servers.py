@@ -10,6 +10,8 @@ from pipeline.engine.control import ServerAddress, SGLangControl
 from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
 
+_CALLS = 3  # of a server at once, at most
+
 
 class WeightTransferError(SamerouteError):
     """A server did not take the weights, or holds others; the message names it."""
@@ -25,12 +27,12 @@ class Servers:
     def __init__(self, addresses: Sequence[ServerAddress], *, timeout_s: float):
         self.timeout_s = timeout_s
         self.controls = [SGLangControl(a.url, keys=a.keys, timeout_s=timeout_s, log_path=a.log_path) for a in addresses]
-        self._threads = ThreadPoolExecutor(max_workers=len(addresses))
+        self._threads = ThreadPoolExecutor(max_workers=_CALLS * len(addresses))
         self._under_way: list[SGLangControl] = []
 
-    def call(self, path: str, body: dict[str, Any] | None = None) -> None:
-        """POST the same to every server and wait for all. Raises WeightTransferError for the first that refuses."""
-        self.answers([self.later(control, path, body or {}) for control in self.controls])
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> list[Future[Any]]:
+        """POST the same to every server, in the background; `answers` waits for all."""
+        return [self.later(control, path, body or {}) for control in self.controls]
 
     def later(self, control: SGLangControl, path: str, body: dict[str, Any]) -> Future[Any]:
         """POST in the background."""
@@ -54,7 +56,8 @@ class Servers:
 
     def awaited(self) -> list[str]:
         """A sentence for each server that has been asked and has not answered; from any thread."""
-        return [f"the server {c.url} has not answered; its log: {c.log_path}" for c in list(self._under_way)]
+        waiting = {c.url: c.log_path for c in list(self._under_way)}
+        return [f"the server {url} has not answered; its log: {log}" for url, log in waiting.items()]
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ext.meeting import tcp_store
-from pipeline.engine.control import HELD_WEIGHTS
-from pipeline.engine.inside import interruptions, joined_answers, many_groups
+from pipeline.engine.control import ALIVE, HELD_WEIGHTS
+from pipeline.engine.inside import interruptions, intervals, joined_answers, many_groups
 from pipeline.engine.inside.held_weights import held_checksums
 
 KEYS = ("api_key", "admin_api_key")
@@ -22,6 +22,7 @@ def install() -> None:
 
     interruptions.install()
     many_groups.install()
+    intervals.install()
     joined_answers.install()
     updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
     HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", tell_held, HookType.AROUND)
@@ -37,8 +38,10 @@ def install() -> None:
 
 
 def tell_held(original: Callable[..., Any], checker: Any, action: str, *args: Any, **kwargs: Any) -> Any:
-    """WeightChecker.handle: answers one more action. skip_tensor_list: one text, JSON of [[name, dtype, shape], ...];
-    of no tensors, the answer has the names of all parameters."""
+    """WeightChecker.handle: answers two more actions. ALIVE: nothing. HELD_WEIGHTS: skip_tensor_list is one text, JSON
+    of [[name, dtype, shape], ...]; of no tensors, the answer has the names of all parameters."""
+    if action == ALIVE:
+        return None
     if action != HELD_WEIGHTS:
         return original(checker, action, *args, **kwargs)
     (text,) = kwargs["skip_tensor_list"]

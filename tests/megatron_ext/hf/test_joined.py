@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_ext.config import ParallelConfig, TrainerConfig
-from megatron_ext.hf.bucket import cut, together
+from megatron_ext.hf.bucket import cut, join_small, together
 from megatron_ext.hf.families import FAMILIES
 from pipeline.config import load_config_and_model
 from tests.support.ranks import run_ranks
@@ -37,6 +37,24 @@ def test_a_set_is_never_cut_and_keeps_the_place_of_its_first_member():
     assert pieces == [["a", "q1", "kv1"], ["b", "c"], ["q2", "kv2"]]  # the last is larger than a piece by itself
     with pytest.raises(ValueError, match="several dtypes"):
         list(cut(names, lambda n: (1, torch.int8 if n == "q1" else torch.int16), 10, set_of))
+
+
+def test_small_buckets_in_a_row_become_one_and_a_large_one_stays_alone():
+    def bucket(*sizes):
+        return [(f"{size} bytes", torch.zeros(size, dtype=torch.int8)) for size in sizes]
+
+    came = []
+
+    def stream():
+        for each in (bucket(2, 1), bucket(4), bucket(5), bucket(20), bucket(1), bucket(9)):
+            came.append(each)
+            yield each
+
+    joined = join_small(stream(), 10)
+    assert next(joined) == came[0] + came[1]
+    assert len(came) == 3  # no more than the next is held
+    assert [[name for name, _ in each] for each in joined] == [["5 bytes"], ["20 bytes"], ["1 bytes", "9 bytes"]]
+    assert list(join_small(iter([]), 10)) == []
 
 
 def test_names_of_a_set_are_found_by_layer_and_others_are_in_none():

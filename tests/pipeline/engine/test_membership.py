@@ -42,6 +42,14 @@ def test_a_server_that_does_not_answer_is_no_part_of_a_transfer():
     b.loading.set()
 
 
+def test_all_servers_are_asked_at_once_before_a_transfer(monkeypatch):
+    together = threading.Barrier(3, timeout=60)
+    monkeypatch.setattr(Member, "answers", lambda self, timeout_s: together.wait() >= 0)
+    fleet, trainers = fleet_of(Server("a"), Server("b"), Server("c")), Trainers()
+    fleet.transfer(trainers)
+    assert trainers.sent == [(1, ["http://a", "http://b", "http://c"], True)]
+
+
 def test_a_server_that_takes_long_to_answer_before_a_transfer_is_named_meanwhile(monkeypatch):
     monkeypatch.setattr(waiting, "FIRST_S", 0.02)
     said, a = [], Server("a")

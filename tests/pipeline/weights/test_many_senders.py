@@ -149,6 +149,10 @@ def test_bytes_by_sender_fall_as_senders_are_added_and_every_tensor_arrives_once
         assert max(sent) < 1.25 * total / number if number != 3 else max(sent) < 0.6 * total
         assert {server.version for server in servers} == {str(number)}
         assert max(servers[0].together) == number
+        begin, *updates = [c for c in servers[0].calls if c != "/weights_checker" and not c.endswith("_group")]
+        assert begin == "/begin_weight_update"
+        assert set(updates[:-3]) == {"/update_weights_from_distributed"}
+        assert set(updates[-3:]) == {"/end_weight_update", "/flush_cache", "/update_weight_version"}
         whole(servers, original)
 
 
