@@ -1,8 +1,8 @@
 """The trainer's weights to the running servers, from trainer rank 0.
 
-    begin on every server, while the first bucket is made; each bucket, as the transport takes it; then, side by side, end,
-    flush the prefix cache (it belongs to the old weights), name the version; now and then, compare what the servers
-    hold with what was sent.
+    begin on every server, while the first bucket is made; each bucket, as the transport takes it; then, side by side,
+    end, flush the prefix cache (it belongs to the old weights), name the version; now and then, compare what the
+    servers hold with what was sent.
 
 Weights travel under their Hugging Face names; the caller bounds the bytes of a bucket. Other ranks may send at the same
 time (`further_sender.py`); this one waits in each round for what they have ready, and says it to the servers with its
@@ -91,7 +91,7 @@ class WeightSender:
         sums: list[list[TensorSum]],
         begun: Sequence[Future[Any]],
     ) -> None:
-        """begun: after which the servers take buckets. sums: gets the checksums of what is sent, where that is asked."""
+        """begun: after which servers take buckets. sums: gets the checksums of what is sent, where that is asked."""
         senders = self.transport.senders
         arrived = Arrived(self.names if len(senders) > 1 else frozenset())
         for number, buckets in enumerate(rounds):
