@@ -23,7 +23,7 @@ def network_of(config: ParallelConfig, experts: int, *, steps: int):
     from megatron_ext.hf.description import describe
     from megatron_ext.network import Network
 
-    shape = TinyModelConfig(layers=2, hidden=16, heads=2, kv_heads=1, head_dim=8, experts=experts, moe_intermediate=16)  # pyright: ignore[reportCallIssue]
+    shape = TinyModelConfig(layers=2, hidden=16, heads=2, kv_heads=1, head_dim=8, experts=experts, moe_intermediate=16)
     torch.manual_seed(experts)
     network = Network(describe(shape.hf_config()), config, TrainerConfig(), TrainerPrecision(), replay=False)
     network.restart_optimizer(OptimizerConfig(lr=1e-3))
