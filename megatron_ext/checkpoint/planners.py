@@ -30,6 +30,8 @@ from megatron_ext.mcore import MCoreLoadPlanner, MCoreSavePlanner, ShardedTensor
 Resolve = Callable[[Tensor], Tensor]
 Chunks = Sequence[ChunkStorageMetadata]
 """Shards of one tensor: their offsets and sizes in it."""
+Place = tuple[int, ...]
+"""Offsets on some axes."""
 
 
 def torch_state(shards: dict[str, list[Any]], *, loading: bool = False) -> dict[str, Any]:
@@ -56,20 +58,18 @@ def _whole(shard: ShardedTensor, loading: bool) -> ShardedTensor:
     return replace(shard, data=shard.data.detach().view(shape), local_shape=shape, prepend_axis_num=0)
 
 
-def by_place(*lists: Chunks) -> list[dict[tuple[int, ...], list[int]]]:
-    """Numbers of the chunks of each list, by their offsets on the axes on which all chunks are one element wide.
+def unit_axes(chunks: Iterable[ChunkStorageMetadata]) -> tuple[int, ...]:
+    """Axes on which all chunks are one element wide. Chunks that lie elsewhere on one have no element in common."""
+    sizes = {tuple(chunk.sizes) for chunk in chunks}
+    return tuple(axis for axis, lengths in enumerate(zip(*sizes, strict=True)) if set(lengths) == {1})
 
-    Those at different places have no element in common.
-    """
-    every = [chunk for chunks in lists for chunk in chunks]
-    axes = [axis for axis in range(len(every[0].offsets)) if all(chunk.sizes[axis] == 1 for chunk in every)]
-    found: list[dict[tuple[int, ...], list[int]]] = []
-    for chunks in lists:
-        places: dict[tuple[int, ...], list[int]] = {}
-        for number, chunk in enumerate(chunks):
-            places.setdefault(tuple(chunk.offsets[axis] for axis in axes), []).append(number)
-        found.append(places)
-    return found
+
+def by_place(chunks: Chunks, axes: tuple[int, ...]) -> dict[Place, list[int]]:
+    """Numbers of the chunks by their offsets on these axes."""
+    places: dict[Place, list[int]] = {}
+    for number, chunk in enumerate(chunks):
+        places.setdefault(tuple(chunk.offsets[axis] for axis in axes), []).append(number)
+    return places
 
 
 class SavePlanner(MCoreSavePlanner):
@@ -110,7 +110,7 @@ def _misplaced(metadata: Metadata) -> Iterator[str]:
             ends = zip(chunk.offsets, chunk.sizes, stored.size, strict=True)
             if any(at < 0 or at + n > whole for at, n, whole in ends):
                 yield f"{key}: {chunk} lies outside of {list(stored.size)}"
-        for numbers in by_place(stored.chunks)[0].values():
+        for numbers in by_place(stored.chunks, unit_axes(stored.chunks)).values():
             for one, other in _overlapping([stored.chunks[number] for number in numbers]):
                 yield f"{key}: {one} and {other} overlap"
 
@@ -159,8 +159,9 @@ class LoadPlanner(MCoreLoadPlanner):
 
 def _reads(key: str, stored: TensorStorageMetadata, mine: Chunks) -> Iterator[ReadItem]:
     """What is to be read of a stored tensor for these chunks of it."""
-    there, here = by_place(stored.chunks, mine)
-    for place, numbers in here.items():
+    axes = unit_axes([*stored.chunks, *mine])
+    there = by_place(stored.chunks, axes)
+    for place, numbers in by_place(mine, axes).items():
         saved = [stored.chunks[number] for number in there.get(place, ())]
         part = TensorStorageMetadata(stored.properties, stored.size, saved)
         for item in create_read_items_for_chunk_list(key, part, [mine[number] for number in numbers]):
