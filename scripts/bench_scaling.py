@@ -16,7 +16,7 @@ with one axis takes less than three minutes:
     merge          what the ranks say of an update's tokens made one
     shares         which of 8 senders sends which weights
     checkpoint     a trainer of one rank, after a step, written; resume: read
-    plan           where gates and ups of 48 layers, of Qwen3-30B-A3B's sizes, are written and read, without data
+    plan           where Qwen3-30B-A3B's gates and ups, of 12 times the layers, are written and read, without data
 
 Seconds are processor time, the least of some turns, so other work on the machine counts little. Memory is what the
 process held at most beside what it held before. The exponent is the slope of log seconds over log size in the upper
