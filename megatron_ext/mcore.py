@@ -16,12 +16,20 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.strategies.torch import (
+    _replace_sharded_keys_with_state_dict_keys as replace_sharded_keys_with_keys,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys as replace_keys_with_sharded_keys,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    _restore_dict_types as restore_dict_types,
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import (

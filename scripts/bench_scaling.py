@@ -15,7 +15,8 @@ with one axis takes less than three minutes:
     road           answers of all sequences asked of simulated servers, decoded, checked and made the trainer's samples
     merge          what the ranks say of an update's tokens made one
     shares         which of 8 senders sends which weights
-    checkpoint     a trainer of one rank, written
+    checkpoint     a trainer of one rank, after a step, written; resume: read
+    plan           where Qwen3-30B-A3B's gates and ups, of 12 times the layers, are written and read, without data
 
 Seconds are processor time, the least of some turns, so other work on the machine counts little. Memory is what the
 process held at most beside what it held before. The exponent is the slope of log seconds over log size in the upper
@@ -34,6 +35,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +123,6 @@ def packing(sizes: dict[str, int], _: Path, *, routed: bool = False):
     made, model = samples(sizes, routed=routed), description(sizes) if routed else None
     layout = TokenLayout(tuple(s.input_length for s in made))
     yield lambda: make_micro_batch(range(len(made)), made, replace(layout), torch.device("cpu"), model)
-
-
-def replay(sizes: dict[str, int], folder: Path):
-    yield from packing(sizes, folder, routed=True)
 
 
 def router(sizes: dict[str, int], _: Path):
@@ -249,8 +247,9 @@ def shares(sizes: dict[str, int], _: Path):
     yield lambda: assign(units, places, choose_senders(places, 8))
 
 
-def checkpoint(sizes: dict[str, int], folder: Path):
+def checkpoint(sizes: dict[str, int], folder: Path, *, read: bool = False):
     from megatron_ext import parallel
+    from megatron_ext.batch.layout import Sample
     from megatron_ext.config import OptimizerConfig, ParallelConfig, TrainerConfig
     from megatron_ext.trainer import Trainer
     from pipeline.config.model import TinyModelConfig
@@ -261,19 +260,48 @@ def checkpoint(sizes: dict[str, int], folder: Path):
     config = ParallelConfig()  # pyright: ignore[reportCallIssue]
     parallel.initialize(config, rank=0, init_method=f"file://{folder}/meeting")
     trainer = Trainer(model, config, TrainerConfig(), OptimizerConfig(), replay=True)  # pyright: ignore[reportCallIssue]
-    turns = iter(range(1000))
+    # Adam has moments after a step
+    trainer.policy.step([Sample(np.arange(3, 40, dtype=np.int32), 1)], lambda _, q: (q[0].sum(), {}), "native")
 
-    def save():
-        target = folder / f"checkpoint{next(turns)}"
-        target.mkdir()
+    def save() -> Path:
+        target = Path(tempfile.mkdtemp(dir=folder))
         saved = trainer.begin_save(target)
         saved.written(wait=True)
         saved.describe([saved.part()])
+        return target
 
-    yield save
+    yield partial(trainer.resume, save()) if read else save
     parallel.shutdown()
 
 
+def plan(sizes: dict[str, int], folder: Path):
+    from megatron_ext import parallel
+    from megatron_ext.checkpoint.planners import LoadPlanner, SavePlanner, torch_state
+    from megatron_ext.config import ParallelConfig
+    from megatron_ext.mcore import ShardedTensor
+
+    parallel.initialize(ParallelConfig(), rank=0, init_method=f"file://{folder}/meeting")  # pyright: ignore[reportCallIssue]
+    half, shape = torch.empty(768, 2048, device="meta"), (12 * sizes["layers"], sizes["experts"], 2)
+    places = [tuple(zip(range(3), at, shape, strict=True)) for at in np.ndindex(shape)]
+
+    def state() -> dict:
+        return torch_state(
+            {"fc1": [ShardedTensor.from_rank_offsets("fc1", half, *p, prepend_axis_num=2) for p in places]}
+        )
+
+    def save_and_load():
+        saving, loading = SavePlanner(), LoadPlanner([])
+        saving.set_up_planner(state(), is_coordinator=True)
+        loading.metadata = saving.create_global_plan([saving.create_local_plan()])[1]
+        loading.state_dict = state()
+        loading.create_local_plan()
+
+    yield save_and_load
+    parallel.shutdown()
+
+
+replay, resume = partial(packing, routed=True), partial(checkpoint, read=True)
+MEETING = (checkpoint, resume, plan)  # joining a group of ranks, once in a process
 PARTS: dict[str, tuple[Part, tuple[str, ...]]] = {
     "micro-batches": (micro_batches, ("sequences", "ranks")),
     "packing": (packing, ("length", "sequences")),
@@ -287,6 +315,8 @@ PARTS: dict[str, tuple[Part, tuple[str, ...]]] = {
     "merge": (merge, ("sequences", "ranks")),
     "shares": (shares, ("layers", "experts", "ranks")),
     "checkpoint": (checkpoint, ("layers", "experts")),
+    "resume": (resume, ("layers", "experts")),
+    "plan": (plan, ("layers", "experts")),
 }
 
 
@@ -299,7 +329,7 @@ def status(name: str) -> int:
 def measured(part: Part, sizes: dict[str, int]) -> tuple[float, float]:
     """(processor seconds, bytes at most beside those before)."""
     torch.set_num_threads(1)
-    if part is not checkpoint:  # what a first call makes for good is not the part's; two trainers are too many
+    if part not in MEETING:  # what a first call makes for good is not the part's
         with tempfile.TemporaryDirectory() as folder:
             for run in part(SMALL, Path(folder)):
                 run()

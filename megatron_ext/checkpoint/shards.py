@@ -7,34 +7,34 @@ checkpoint written without a GPU loads with one, and the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.futures import Future
 
 from megatron_ext.checkpoint.names import CheckpointError
 from megatron_ext.checkpoint.plain import plain_data, read_metadata
+from megatron_ext.checkpoint.planners import LoadPlanner, Resolve, SavePlanner, torch_state
 from megatron_ext.checkpoint.rank_file import RankFileWriter
 from megatron_ext.mcore import (
     GPTModel,
-    MCoreSavePlanner,
     ShardedTensor,
+    TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
     load_preprocess,
-    mcore_to_pyt_state_dict,
     parallel_state,
     replace_keys_with_sharded_keys,
+    replace_sharded_keys_with_keys,
+    restore_dict_types,
 )
 
 _MODEL = {"embedding", "decoder", "output_layer", "mtp", "adapters"}  # what a key of the model begins with
-Resolve = Callable[[Tensor], Tensor]
 
 
 def sharded_state(chunks: Sequence[GPTModel], *, trained: bool = False) -> dict[str, dict[str, Any]]:
@@ -77,7 +77,7 @@ def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
     check_files(path)
     check_model(path, [entry for chunk in state.values() for entry in chunk.values()])
     with plain_data(path):
-        loaded = dist_checkpointing.load(state, str(path))
+        loaded = dist_checkpointing.load(state, str(path), LoadInPlace())
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # without _extra_state; check_model was strict
 
@@ -136,7 +136,7 @@ def shards_of(entries: Sequence[Any]) -> list[ShardedTensor]:
 def _leaves(state: Any) -> list[ShardedTensor]:
     if isinstance(state, ShardedTensor):
         return [state]
-    values = state.values() if isinstance(state, dict) else state
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
     return [leaf for value in values for leaf in _leaves(value)]
 
 
@@ -153,20 +153,24 @@ class _SaveOneByOne(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict, checkpoint_dir):
         state, _, _ = replace_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        planner = SavePlanner(self.resolve)
-        dcp.save(mcore_to_pyt_state_dict(state), storage_writer=_Writer(checkpoint_dir), planner=planner)
+        dcp.save(torch_state(state), storage_writer=_Writer(checkpoint_dir), planner=SavePlanner(self.resolve))
 
 
-class SavePlanner(MCoreSavePlanner):
-    """Megatron-Core's, with the values of a tensor asked for when they are written."""
+class LoadInPlace(TorchDistLoadShardedStrategy):
+    """Megatron-Core's format, read into the tensors of the state, with the plan of `planners.py`."""
 
-    def __init__(self, resolve: Resolve = lambda tensor: tensor):
-        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.resolve = resolve
-
-    def resolve_data(self, write_item):
-        data = super().resolve_data(write_item)
-        return self.resolve(data) if isinstance(data, Tensor) else data
+    def load(self, sharded_state_dict, checkpoint_dir, async_strategy="mcore"):
+        shards, paths, names = replace_keys_with_sharded_keys(sharded_state_dict)
+        state = torch_state(shards, loading=True)
+        planner = LoadPlanner(_leaves(shards))
+        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint_dir), planner=planner, no_dist=True)
+        read = {
+            key: [one.data.detach() for one in held] if isinstance(held[0], ShardedTensor) else state[key]
+            for key, held in shards.items()
+        }
+        loaded = replace_sharded_keys_with_keys(read, paths, names)
+        restore_dict_types(loaded, sharded_state_dict)
+        return loaded
 
 
 class _Writer(RankFileWriter):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_ext.checkpoint.planners import SavePlanner, torch_state
 from megatron_ext.checkpoint.rank_file import RankFileWriter, Sums
-from megatron_ext.checkpoint.shards import SavePlanner
 from megatron_ext.mcore import (
     AsyncRequest,
     CheckpointingConfig,
     TorchDistSaveShardedStrategy,
     dist_checkpointing,
-    mcore_to_pyt_state_dict,
     replace_keys_with_sharded_keys,
     save_config,
     save_state_dict_async_plan,
@@ -102,8 +102,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
     def async_save(self, sharded_state_dict, checkpoint_dir, async_strategy="mcore"):
         state, _, _ = replace_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        pytorch = mcore_to_pyt_state_dict(state)
-        planned, *_ = save_state_dict_async_plan(pytorch, self.writer, None, planner=SavePlanner())
+        planned, *_ = save_state_dict_async_plan(torch_state(state), self.writer, None, planner=SavePlanner())
         self.metadata = planned[1]
         return AsyncRequest(None, (), [])
 
@@ -117,13 +116,13 @@ class _Writer(RankFileWriter):
         super().__init__(path)
         self.live = live
         self.sums: Sums = {}
-        self._items: list[tuple[Any, Tensor | io.BytesIO]] = []
+        self._items: deque[tuple[Any, Tensor | io.BytesIO]] = deque()
         self._results: list[WriteResult] = []
 
     def prepare_write_data(self, plan, planner) -> None:
         """Copy what training will change."""
         self._name = self.name_of(plan)
-        self._items = [(item, self._kept(data)) for item, data in self.resolved(plan, planner)]
+        self._items = deque((item, self._kept(data)) for item, data in self.resolved(plan, planner))
 
     def _kept(self, data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
         if not isinstance(data, Tensor):
@@ -138,7 +137,7 @@ class _Writer(RankFileWriter):
 
     def _drained(self) -> Iterator[tuple[Any, Tensor | io.BytesIO]]:
         while self._items:
-            yield self._items.pop(0)
+            yield self._items.popleft()
 
     def retrieve_write_results(self) -> list[WriteResult]:
         return self._results

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megatron_ext import cpu
 from megatron_ext.checkpoint.names import CHECKSUMS, CheckpointError
 from megatron_ext.checkpoint.plain import plain_data
-from megatron_ext.checkpoint.shards import check_files, check_model, sharded_state
+from megatron_ext.checkpoint.shards import LoadInPlace, check_files, check_model, sharded_state
 from megatron_ext.checkpoint.staged_save import StagedSave
 from megatron_ext.lora.origin import LORA, Origin, read_origin, write_origin
 from megatron_ext.mcore import (
@@ -100,7 +100,7 @@ def load(path: Path, networks: Networks) -> None:
         counts = common["networks"][name]
         state[name], _ = _network_state(name, network, loading=True, stepped=bool(counts.get("adam_steps")))
     with plain_data(path):
-        loaded = dist_checkpointing.load(state, str(path))
+        loaded = dist_checkpointing.load(state, str(path), LoadInPlace())
     for name, network in networks.items():
         _restore_network(network, loaded[name], common["networks"][name])
     if same_layout:

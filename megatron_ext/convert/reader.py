@@ -10,6 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megatron_ext.checkpoint.names import CheckpointError
 from megatron_ext.checkpoint.plain import explained, read_metadata
+from megatron_ext.checkpoint.planners import Place, by_place, unit_axes
 from megatron_ext.mcore import ShardedTensor
 
 _FOLDER = 0x10  # of MS-DOS's attributes of a file
@@ -32,14 +34,14 @@ class CheckpointReader:
         self.path = path
         metadata = read_metadata(path)
         self.storage = metadata.storage_data
-        # A key's boxes by where they begin and end on the first axis, the layer's where there is one: few share it.
-        self.boxes: dict[str, dict[tuple[int, int], list[Box]]] = {}
+        # A key's boxes by layer and expert, where it has them: few share these.
+        self.boxes: dict[str, tuple[tuple[int, ...], dict[Place, list[Box]]]] = {}
         for key, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
-                by_first = self.boxes.setdefault(key, {})
-                for chunk in stored.chunks:
-                    begin, length = chunk.offsets[0], chunk.sizes[0]
-                    by_first.setdefault((begin, begin + length), []).append((tuple(chunk.offsets), tuple(chunk.sizes)))
+                axes = unit_axes(stored.chunks)
+                boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in stored.chunks]
+                places = by_place(stored.chunks, axes)
+                self.boxes[key] = axes, {place: [boxes[n] for n in numbers] for place, numbers in places.items()}
 
     def fill(self, tensor: ShardedTensor) -> None:
         """Read the values of `tensor.data`. Raises CheckpointError where a part is damaged or not there."""
@@ -56,11 +58,11 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path} holds {filled} of {data.numel()} values of {tensor.key} at {offsets}")
 
     def _overlapping(self, key: str, box: Box) -> Iterator[Box]:
-        for (begin, end), boxes in self.boxes[key].items():
-            if begin < box[0][0] + box[1][0] and box[0][0] < end:
-                for at, size in boxes:
-                    if all(a < b + m and b < a + n for a, n, b, m in zip(*box, at, size, strict=True)):
-                        yield at, size
+        axes, places = self.boxes[key]
+        for place in product(*(range(box[0][axis], box[0][axis] + box[1][axis]) for axis in axes)):
+            for at, size in places.get(place, ()):
+                if all(a < b + m and b < a + n for a, n, b, m in zip(*box, at, size, strict=True)):
+                    yield at, size
 
     def _load(self, key: str, at: tuple[int, ...]) -> Tensor:
         stored = self.storage[MetadataIndex(key, torch.Size(at))]

@@ -103,6 +103,12 @@ def sparse_config(dense: ModelDescription, recipe: Recipe) -> dict[str, Any]:
             + (", which has no shared expert; leave --shared-width out" if alike and not with_shared else "")
         )
     name, sparse = next(iter(fit.items()))
+    if not FAMILIES[name].server_heads and dense.head_dim != (width := dense.hidden // dense.heads):
+        raise UnsupportedModel(
+            f"head_dim={dense.head_dim}: a {dense.model_type} becomes {name}, to which SGLang gives heads of "
+            f"hidden_size / num_attention_heads = {width}: no server would hold it; take a dense model with such "
+            "heads, or a qwen3, whose qwen3_moe may have any"
+        )
     kept = {key: dense.hf[key] for key in _KEPT if key in dense.hf}
     own = {
         "architectures": [sparse.architecture],

@@ -162,6 +162,11 @@ def _wrong_rope(hf: dict[str, Any]) -> Iterator[str]:
                 "rope_parameters and rope_scaling are both there and differ (transformers would take rope_scaling); "
                 "leave one out"
             )
+    for where in given:
+        for name in ("rope_theta", "partial_rotary_factor"):
+            flat, nested = hf.get(name), hf[where].get(name)
+            if flat is not None and nested is not None and flat != nested:
+                yield f"{name} is {flat}, and {nested} in {where}; leave one out"
     rope = rope_settings(hf)
     if rope["rope_type"] == "llama3" and (missing := [name for name in LLAMA3_ROPE if rope.get(name) is None]):
         yield f"rope_type llama3 lacks {', '.join(missing)}; write what the model was trained with"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,10 @@ from megatron_ext.hf.config_json import num_experts, read_hf_config, rope_settin
 from megatron_ext.hf.families import FAMILIES
 from megatron_ext.hf.families.family import Family
 from megatron_ext.hf.transforms import DeltaHeads
+
+_SERVER_ALONE = {"final_logit_softcapping": None, "use_fope": False, "video_rope": False}
+"""What `Family.server_alone` says, of every family: SGLang 0.5.23, layers/logits_processor.py:490, and of the rotary
+embedding layers/rotary_embedding/factory.py."""
 
 
 class UnsupportedModel(ValueError):
@@ -80,7 +86,25 @@ class ModelDescription:
                 f"SGLang gives {self.model_type} a plain rotary embedding, whatever rope_type={kind} says; take "
                 "another model, or train on dumped steps (--from-dump), which need no server"
             )
-        return reasons
+        if not self.family.server_heads and self.head_dim != (width := self.hidden // self.heads):
+            reasons.append(
+                f"SGLang gives {self.model_type} heads of hidden_size / num_attention_heads = {width}, whatever "
+                f"head_dim={self.head_dim} says; take another model, or train on dumped steps (--from-dump), which "
+                "need no server"
+            )
+        return [*reasons, *self._read_otherwise()]
+
+    def _read_otherwise(self) -> Iterator[str]:
+        """Fields with which SGLang computes another model than the trainer, a sentence each."""
+        written = self.rope | self.hf
+        for name, same in (_SERVER_ALONE | dict(self.family.server_alone(self.hf))).items():
+            if (value := written.get(name)) is not None and value != same:
+                instead = f"leave {name} out" if same is None else f"write {name}={json.dumps(same)}"
+                yield (
+                    f"with {name}={json.dumps(value)} SGLang computes another {self.model_type} than the trainer; "
+                    f"{instead} if the model was trained so, else take another model, or train on dumped steps "
+                    "(--from-dump), which need no server"
+                )
 
     @property
     def longest(self) -> int | None:
@@ -241,8 +265,8 @@ def _described(hf: dict[str, Any], name: str) -> ModelDescription:
     if reasons := _reasons(hf, FAMILIES[name]):
         raise UnsupportedModel(f"{name} with {'; with '.join(reasons)} is not built here")
     moe_layers = tuple(FAMILIES[name].moe_layers(hf))
-    if moe_layers and not num_experts(hf):
-        raise KeyError("the number of experts (num_experts, num_local_experts or n_routed_experts)")
+    if moe_layers and not any(hf.get(field) for field in FAMILIES[name].experts):
+        raise KeyError(f"the number of experts ({' or '.join(FAMILIES[name].experts)})")
     model = ModelDescription(
         hf=hf,
         model_type=name,
@@ -267,6 +291,8 @@ def _reasons(hf: dict[str, Any], family: Family) -> list[str]:
     reasons = list(family.unsupported(hf))
     if (rope := rope_settings(hf)["rope_type"]) not in family.rope_types:
         reasons.append(f"rope_type {rope!r}")
+    if not family.rotates_parts and (part := rope_settings(hf).get("partial_rotary_factor", 1.0)) != 1.0:
+        reasons.append(f"partial_rotary_factor={part}")
     if hf.get("use_sliding_window"):
         reasons.append("use_sliding_window=true")
     if hf.get("hidden_act", "silu") != "silu":

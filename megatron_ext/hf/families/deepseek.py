@@ -7,7 +7,7 @@ SGLang; transformers takes 1e-6 there whatever the config says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_ext.hf.config_json import rope_settings
@@ -93,16 +93,28 @@ def latent_unsupported(hf: HFConfig) -> Iterator[str]:
             yield "YaRN with one of mscale and mscale_all_dim"
 
 
+YARN_ALONE = {"attn_factor": 1, "extrapolation_factor": 1}
+"""What SGLang 0.5.23 (layers/rotary_embedding/factory.py) reads of YaRN's settings beyond transformers."""
+
+
+def server_alone(hf: HFConfig) -> Mapping[str, Any]:
+    """SGLang 0.5.23, models/deepseek_v2.py:514, 711, 762, 765, 894 and 3059."""
+    none = ("swiglu_limit", "llama_4_scaling", "router_fp32", "routing_method_type")
+    return YARN_ALONE | dict.fromkeys(none) | {"num_hash_layers": 0}
+
+
 LATENT_CACHE = Needed("kv_cache", "same", "the cache of latent attention holds latents, not keys")
 DEEPSEEK_V3 = Family(
     (*ENDS, *LATENT_ATTENTION, *DENSE_MLP, *BIASED_MOE),
     latent_fields,
     dense_first,
     latent_unsupported,
+    experts=("n_routed_experts", "num_local_experts"),
     rope_types=("default", "yarn"),
     needs=(LATENT_CACHE,),
     server_router=ServerRouter("deepseek_v2.MoEGate", "own"),
     server_ties=True,
+    server_alone=server_alone,
     server_fields=lambda hf: {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     # SGLang 0.5.23, models/deepseek_common/deepseek_weight_loader.py:438, where there is a query latent
     joined=((_HF_MLA + "q_a_proj.weight", _HF_MLA + "kv_a_proj_with_mqa.weight"),),

@@ -96,7 +96,9 @@ class Family:
     fields:      fields of Megatron-Core's TransformerConfig beyond those that every model has.
     moe_layers:  which layers have a router, counted from 0.
     unsupported: reasons why a model of the family is not built here, a sentence each.
+    experts:     fields of config.json that say how many experts a layer has, in transformers' class too.
     rope_types:  kinds of rotary embedding that are built.
+    rotates_parts: config.json may say that a part of each head is rotated.
     server_rope_types: of these, the kinds that the rollout engine builds; None: all.
     quantization: kinds of quantized weights that are read.
     norm_over_heads: queries, and keys, of all heads are normalised as one vector, and not each head by itself.
@@ -104,6 +106,9 @@ class Family:
     server_router: how the rollout engine makes a router's logits.
     server_ties:   the rollout engine takes the embedding for the LM head where config.json ties them.
     server_dense:  it has dense layers where config.json has some beside sparse ones.
+    server_heads:  it takes a head_dim; else heads are hidden_size / num_attention_heads wide, whatever it says.
+    server_alone:  fields of config.json, or of its rotary embedding, that it alone reads, or reads in its own way, and
+                   the value of each with which it computes what the trainer does.
     server_fields: what it asks of config.json and transformers does not write there, as transformers computes it.
     server_cpu_arguments: of its command line, without which it does not run the family on a CPU.
     server_gpu_arguments: of its command line, without which it rounds otherwise than the trainer on a GPU.
@@ -122,13 +127,17 @@ class Family:
     fields: Callable[[HFConfig], dict[str, Any]]
     moe_layers: Callable[[HFConfig], Iterable[int]] = _none
     unsupported: Callable[[HFConfig], Iterable[str]] = _none
+    experts: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = ("default",)
+    rotates_parts: bool = False
     quantization: tuple[str, ...] = ()
     norm_over_heads: bool = False
     needs: tuple[Needed, ...] = ()
     server_router: ServerRouter = ServerRouter("linear.ReplicatedLinear", "linear")
     server_ties: bool = False
     server_dense: bool = True
+    server_heads: bool = True
+    server_alone: Callable[[HFConfig], Mapping[str, Any]] = _no_fields
     joined: tuple[tuple[str, ...], ...] = ()
     server_rope_types: tuple[str, ...] | None = None
     server_fields: Callable[[HFConfig], Mapping[str, Any]] = _no_fields

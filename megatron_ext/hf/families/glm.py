@@ -37,6 +37,8 @@ GLM4_MOE = Family(
     _fields,
     lambda hf: dense_first(hf | {"moe_layer_freq": 1}),  # neither transformers nor SGLang knows moe_layer_freq here
     _unsupported,
+    experts=("n_routed_experts", "num_local_experts"),
+    rotates_parts=True,
     needs=(Needed("router", "fp32", "GLM's routers are float32 in SGLang whatever is asked for"),),
     server_router=ServerRouter("glm4_moe.Glm4MoeGate", "float32"),
 )

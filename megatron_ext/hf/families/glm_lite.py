@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_ext.hf.config_json import rope_settings
 from megatron_ext.hf.families.deepseek import DEEPSEEK_V3, LATENT_CACHE, latent_unsupported
 from megatron_ext.hf.families.family import HFConfig, Needed, ServerRouter, dense_first
 
@@ -34,8 +33,6 @@ def layers_unsupported(hf: HFConfig) -> Iterator[str]:
 def _unsupported(hf: HFConfig) -> Iterator[str]:
     yield from latent_unsupported(hf)
     yield from layers_unsupported(hf)
-    if (part := rope_settings(hf).get("partial_rotary_factor", 1.0)) != 1.0:
-        yield f"partial_rotary_factor={part}"
 
 
 GLM4_MOE_LITE = replace(
@@ -46,5 +43,6 @@ GLM4_MOE_LITE = replace(
     needs=(LATENT_CACHE, Needed("router", "fp32", "GLM's routers are float32 in SGLang whatever is asked for")),
     server_router=ServerRouter("glm4_moe_lite.Glm4MoeLiteGate", "float32"),
     server_ties=False,
+    server_alone=lambda hf: {},
     server_fields=lambda hf: {"first_k_dense_replace": dense_layers(hf)},
 )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_ext.hf.config_json import rope_settings
+from megatron_ext.hf.families.deepseek import YARN_ALONE
 from megatron_ext.hf.families.family import Family, HFConfig, Needed, own_head_dim, own_rope_theta
 from megatron_ext.hf.tables import ATTENTION, ENDS, HF_LAYER, LAYER, MOE_NORM, Row
 from megatron_ext.hf.transforms import AlternatingGateUp, Replicated, Split, Transposed
@@ -93,10 +94,12 @@ GPT_OSS = Family(
     _fields,
     moe_layers=lambda hf: range(hf["num_hidden_layers"]),
     unsupported=_unsupported,
+    experts=("num_local_experts", "num_experts"),
     rope_types=("default", "yarn"),
     quantization=("mxfp4",),
     # On a GPU, where SGLang keeps sinks in bfloat16, no model has float32 weights.
     needs=(Needed("weights", "float32", "on a CPU gpt-oss is sampled with float32 weights alone", "cpu"),),
+    server_alone=lambda hf: YARN_ALONE | {"hidden_act_alpha": _ALPHA},  # SGLang 0.5.23, models/gpt_oss.py:219
     # Its default expects experts transposed, and it keeps windows in a cache of their own: both for GPUs.
     server_cpu_arguments=("--moe-runner-backend", "triton", "--disable-hybrid-swa-memory"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_ext.hf.config_json import rope_settings
@@ -18,9 +18,14 @@ def _unsupported(hf: HFConfig) -> Iterator[str]:
     for name in ("attention_bias", "mlp_bias"):
         if hf.get(name):
             yield f"{name}=true"
-    rope = rope_settings(hf)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        yield f"partial_rotary_factor={rope['partial_rotary_factor']}"
+
+
+def _server_alone(hf: HFConfig) -> Mapping[str, Any]:
+    """SGLang 0.5.23, models/llama.py:329 and 335 to 341."""
+    stretched = rope_settings(hf).get("original_max_position_embeddings")
+    return {"bias": False, "rope_is_neox_style": True} | (
+        {"original_max_position_embeddings": stretched} if stretched is not None else {}
+    )
 
 
 LLAMA = Family(
@@ -29,4 +34,5 @@ LLAMA = Family(
     unsupported=_unsupported,
     rope_types=("default", "llama3"),
     server_ties=True,
+    server_alone=_server_alone,
 )

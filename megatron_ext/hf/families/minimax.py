@@ -57,6 +57,8 @@ MINIMAX_M2 = Family(
     _fields,
     moe_layers=lambda hf: range(hf["num_hidden_layers"]),
     unsupported=_unsupported,
+    experts=("num_local_experts", "num_experts"),
+    rotates_parts=True,
     norm_over_heads=True,
     needs=(Needed("router", "fp32", "MiniMax-M2's routers are float32 in SGLang whatever is asked for"),),
     server_fields=_server_fields,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_ext.hf.config_json import rope_settings
 from megatron_ext.hf.families.family import ExpertShape, Family, HFConfig, Sparse, own_rope_theta
 from megatron_ext.hf.tables import ATTENTION, ENDS, HF_LAYER, LAYER, MOE_NORM, Row, gated_mlp
 from megatron_ext.hf.transforms import Replicated
@@ -20,6 +21,11 @@ def _fields(hf: HFConfig) -> dict[str, Any]:
 def _unsupported(hf: HFConfig) -> Iterator[str]:
     if hf.get("sliding_window") is not None:
         yield "sliding_window"
+
+
+def _server_alone(hf: HFConfig) -> Mapping[str, Any]:
+    """SGLang 0.5.23, models/mixtral.py:174, rounds the base down."""
+    return {"rope_theta": int(rope_settings(hf)["rope_theta"])}
 
 
 def _sparse(shape: ExpertShape, qkv_biased: bool) -> HFConfig:
@@ -43,7 +49,10 @@ MIXTRAL = Family(
     _fields,
     moe_layers=lambda hf: range(hf["num_hidden_layers"]),
     unsupported=_unsupported,
+    experts=("num_local_experts", "num_experts"),
     rope_types=("default", "llama3"),
     server_rope_types=("default",),  # SGLang 0.5.23, models/mixtral.py:174, hands on the base alone
+    server_heads=False,  # models/mixtral.py:150
+    server_alone=_server_alone,
     sparse=Sparse("MixtralForCausalLM", _sparse),
 )

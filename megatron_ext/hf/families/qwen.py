@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_ext.hf.families.family import ExpertShape, Family, HFConfig, Sparse, own_head_dim, softmax_router
@@ -47,6 +47,17 @@ def _output_bias(hf: HFConfig) -> Iterator[str]:
         yield "attention_bias=true (a bias of the attention's output)"
 
 
+def _chunked(hf: HFConfig) -> Mapping[str, Any]:
+    """SGLang's attention in chunks (Qwen2.5-1M): transformers knows none."""
+    return {"dual_chunk_attention_config": None}
+
+
+def _server_alone_qwen2(hf: HFConfig) -> Mapping[str, Any]:
+    """SGLang 0.5.23, models/qwen2.py:275 and 426."""
+    width = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return dict(_chunked(hf)) | {"original_num_attention_heads": hf["hidden_size"] // width, "scale_emb": 1}
+
+
 def _sparse(shape: ExpertShape) -> HFConfig:
     return {
         "moe_intermediate_size": shape.width,
@@ -67,21 +78,26 @@ def _sparse_qwen3(shape: ExpertShape, qkv_biased: bool) -> HFConfig:
     return _sparse(shape) | {"attention_bias": False}
 
 
-QWEN2 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen2, server_ties=True)
+QWEN2 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen2, server_ties=True, server_alone=_server_alone_qwen2)
 QWEN3 = Family((*ENDS, *ATTENTION, *DENSE_MLP), _qwen3, unsupported=_output_bias, server_ties=True)
 QWEN3_MOE = Family(
     (*ENDS, *ATTENTION, *DENSE_MLP, *MOE),
     _qwen3_moe,
     sparse_layers,
     _output_bias,
+    experts=("num_experts", "num_local_experts"),
     server_dense=False,
+    server_alone=_chunked,
     sparse=Sparse("Qwen3MoeForCausalLM", _sparse_qwen3, qk_norm=True),
 )
 QWEN2_MOE = Family(
     (*ENDS, *ATTENTION, *DENSE_MLP, *MOE, *SHARED_EXPERT),
     _qwen2_moe,
     sparse_layers,
+    experts=("num_experts",),
     rope_types=("default", "llama3"),
     server_dense=False,
+    server_heads=False,  # SGLang 0.5.23, models/qwen2_moe.py:917
+    server_alone=_chunked,
     sparse=Sparse("Qwen2MoeForCausalLM", _sparse_qwen2, qkv_biased=(False, True), shared=True),
 )

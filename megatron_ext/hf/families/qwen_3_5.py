@@ -40,4 +40,5 @@ QWEN3_5_MOE_TEXT = replace(
     unsupported=_unsupported,
     without=("intermediate_size",),
     server_ties=True,
+    server_alone=lambda hf: {"is_causal": True},  # SGLang 0.5.23, models/qwen3_5.py:1363
 )

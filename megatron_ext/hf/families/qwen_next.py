@@ -95,6 +95,8 @@ QWEN3_NEXT = Family(
     _fields,
     sparse_layers,
     _unsupported,
+    experts=("num_experts",),
+    rotates_parts=True,
     server_dense=False,
     server_fields=_server_fields,
     drafts="mtp.",

@@ -45,8 +45,9 @@ def the_process_is_as_before():
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """family -> directory."""
+    changes = {"llama, untied": {"head_dim": 16}}
     return {
-        name: save_family(name, tmp_path_factory.mktemp("dense"))
+        name: save_family(name, tmp_path_factory.mktemp("dense"), **changes.get(name, {}))
         for name in ("llama", "llama, untied", "qwen2", "qwen3")
     }
 
@@ -175,6 +176,30 @@ def test_what_does_not_go_together_is_a_sentence_and_nothing_is_begun(
     assert main(["upcycle", str(dense[source]), str(tmp_path / "out"), *recipe]) == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "shared", "family"),
+    [
+        ("llama", [], "mixtral"),
+        ("llama", ["--shared-width", "64"], "qwen2_moe"),
+        ("qwen2", ["--shared-width", "64"], "qwen2_moe"),
+    ],
+)
+def test_heads_of_another_width_than_a_server_gives_are_refused_before_anything_is_read(
+    dense, tmp_path, capsys, source, shared, family
+):
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir()
+    hf = json.loads((dense[source] / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(hf | {"head_dim": 32}))
+    assert main(["upcycle", str(own), str(out), *TWO, *shared]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"head_dim=32: a {source} becomes {family}, to which SGLang gives heads of hidden_size / num_attention" in said
+    )
+    assert "= 16: no server would hold it; take a dense model with such heads, or a qwen3" in said
+    assert not out.exists()
 
 
 def test_a_mixture_a_directory_without_a_model_and_a_damaged_one_are_refused(dense, sparse, tmp_path, capsys):

@@ -120,6 +120,8 @@ def test_a_stretched_rotary_embedding_is_not_the_one_that_megatron_core_has_by_d
             "config.json: rope_type llama3 lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
         ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true"),
         ("qwen2", {"rope_parameters": tiny_config("llama")["rope_parameters"]}, "rope_type 'llama3'"),
     ],

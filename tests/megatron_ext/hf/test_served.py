@@ -37,9 +37,31 @@ TIES_NOT_MADE = [
     *("qwen2_moe", "qwen3_moe with dense layers", "mixtral", "glm4_moe", "glm4_moe_lite", "minimax_m2", "gpt_oss"),
     "qwen3_next",
 ]
+HAVE_HEADS_OF_ONE_WIDTH = (
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "qwen2_moe",
+        "mixtral",
+        "glm4_moe",
+        "minimax_m2",
+        "gpt_oss",
+        "qwen3_next",
+    ),
+)
 MAY_HAVE_DENSE_LAYERS = (
     *("qwen3_moe", "qwen2_moe", "deepseek_v3", "kimi_k2", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "qwen3_next"),
 )
+WITHOUT_A_DIFFERENCE = {
+    *("architectures", "__class__", "pad_token_id", "text_config", "encoder_only", "layers_block_type", "mla"),
+    *("linear_num_key_heads_cpu", "linear_num_value_heads_cpu"),  # SGLang's own, of the heads that divide over ranks
+    *("enable_lm_head_fp32", "enable_lm_head_output_fp32"),  # how the LM head rounds
+    *("mla_nope", "target_hidden_size", "original_intermediate_size"),  # drafts, and MXFP4 weights
+    "indexer_rope_interleave",  # of the indexer, which chooses all tokens here
+}
+"""Fields that SGLang reads of a config, and that make no other model of it."""
 TIED = {"tie_word_embeddings": True}
 SETTINGS = ["model.tiny=null", "precision.router=fp32", "precision.weights=bfloat16", "precision.kv_cache=same"]
 
@@ -60,6 +82,8 @@ def test_a_family_says_of_the_server_what_sglangs_source_says(name):
         assert "rope_scaling" not in source
     elif "llama3" in FAMILIES[name].rope_types:
         assert "rope_scaling=rope_scaling" in source
+    if name in HAVE_HEADS_OF_ONE_WIDTH:
+        assert FAMILIES[name].server_heads == (re.search(r'config(\.|,\s*")head_dim\b', source) is not None)
     if name in MAY_HAVE_DENSE_LAYERS:
         assert FAMILIES[name].server_dense == (re.search(r"(    |self\.)is_layer_sparse = True\n", source) is None)
 
@@ -85,6 +109,74 @@ def test_a_stretched_rotary_embedding_that_the_server_does_not_make_is_refused_w
         config_of(hf, tmp_path)
     assert config_of(hf, tmp_path, served=False).model.path == tmp_path
     assert config_of(tiny_config("qwen2_moe") | rope, tmp_path).model.path == tmp_path
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_heads_of_another_width_than_the_server_gives_are_refused_with_a_server_only(name, tmp_path):
+    hf = tiny_config(name) | {"tie_word_embeddings": False, "head_dim": 32}
+    with pytest.raises(
+        ConfigError, match=rf"SGLang gives {name} heads of hidden_size / num_attention_heads = 16, .* head_dim=32 says"
+    ):
+        config_of(hf, tmp_path)
+    assert config_of(hf, tmp_path, served=False).model.path == tmp_path
+    assert config_of(hf | {"head_dim": 16}, tmp_path).model.path == tmp_path
+    assert config_of(tiny_config("qwen3_moe with dense layers") | {"mlp_only_layers": []}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "instead"),
+    [
+        ("llama", "bias", True, "write bias=false"),
+        ("llama", "rope_is_neox_style", False, "write rope_is_neox_style=true"),
+        ("llama", "original_max_position_embeddings", 64, "write original_max_position_embeddings=40"),
+        ("qwen2", "scale_emb", 12, "write scale_emb=1"),
+        ("qwen2", "original_num_attention_heads", 2, "write original_num_attention_heads=4"),
+        *(
+            (name, "dual_chunk_attention_config", {"chunk_size": 8}, "leave dual_chunk_attention_config out")
+            for name in ("qwen2", "qwen2_moe", "qwen3_moe with dense layers")
+        ),
+        ("mixtral", "rope_parameters.rope_theta", 9999.5, "write rope_theta=9999"),
+        ("deepseek_v3", "swiglu_limit", 7.0, "leave swiglu_limit out"),
+        ("deepseek_v3", "num_hash_layers", 1, "write num_hash_layers=0"),
+        ("deepseek_v3", "rope_parameters.attn_factor", 2.0, "write attn_factor=1"),
+        ("moonlight", "router_fp32", True, "leave router_fp32 out"),
+        ("gpt_oss", "rope_parameters.extrapolation_factor", 2.0, "write extrapolation_factor=1"),
+        ("gpt_oss", "hidden_act_alpha", 1.5, "write hidden_act_alpha=1.702"),
+        ("qwen3_5_moe", "is_causal", False, "write is_causal=true"),
+        ("glm4_moe", "final_logit_softcapping", 30.0, "leave final_logit_softcapping out"),
+        ("minimax_m2", "rope_parameters.use_fope", True, "write use_fope=false"),
+    ],
+    ids=str,
+)
+def test_a_field_that_the_server_reads_in_its_own_way_is_refused_with_a_server_only(
+    name, field, value, instead, tmp_path
+):
+    hf = tiny_config(name) | {"tie_word_embeddings": False, "mlp_only_layers": []}
+    assert describe(hf).not_served() == []
+    section, _, last = field.rpartition(".")
+    changed = hf | ({section: hf[section] | {last: value}} if section else {last: value})
+    (reason,) = describe(changed).not_served()
+    assert reason.startswith(f"with {last}={json.dumps(value)} SGLang computes another {hf['model_type']} than")
+    assert f"; {instead} if the model was trained so" in reason
+    other = ["precision.weights=float32"] if name == "gpt_oss" else []
+    with pytest.raises(ConfigError, match=f"with {last}=.* SGLang computes another"):
+        config_of(changed, tmp_path, *other)
+    assert config_of(changed, tmp_path, *other, served=False).model.path == tmp_path
+
+
+@pytest.mark.parametrize("name", sorted({*FAMILIES, "logits_processor"} - {"kimi_k2", "deepseek_v32"}))
+def test_no_field_that_sglangs_source_reads_is_unheard_of_here(name):
+    """A new one asks whether the trainer reads it so too."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "srt"
+    file = folder / "models" / SGLANG_FILES[name] if name in SGLANG_FILES else folder / "layers" / f"{name}.py"
+    source = file.read_text()
+    of_it = r"(?:\w+\.)?(?:hf_|text_|hf_text_)?config"
+    read = {*re.findall(r"\bconfig\.(\w+)", source), *re.findall(rf'tattr\(\s*{of_it},\s*"(\w+)"', source)}
+    here = " ".join(file.read_text() for file in Path("megatron_ext/hf").rglob("*.py"))
+    assert read - set(re.findall(r'"(\w+)"', here)) <= WITHOUT_A_DIFFERENCE
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "qwen3_5_moe", "llama", "qwen2", "qwen3"])
