@@ -8,9 +8,9 @@ TRL has an environment of its own, .venv/trl, which the first call makes (uv, Py
 Without --model it is 4 layers, width 64, 8 experts, top 2, and a step is of 32 prompts x 8 samples; a model of
 `make language-model` is asked for sums, 8 prompts x 8 samples. Both are float32. Both train by ratios of sequences, in
 four micro-batches and one optimizer step. `fixed`: every answer has 16 tokens. `mixed`: 8 to 256, drawn log-uniformly.
-Each pair runs TRL, sameroute in turn with its rollouts, the same with a trainer rank and a server a core, and
-sameroute one step of staleness behind, one after another, each in processes of its own on both cores. A real model is
-not split: two ranks and two servers of it are more memory than a laptop has. Printed are medians over the pairs of the
+Each pair runs TRL, sameroute in turn with its rollouts and one step of staleness behind, and both of these with a
+trainer rank and a server a core, one after another, each in processes of its own on both cores. A real model is not
+split: two ranks and two servers of it are more memory than a laptop has. Printed are medians over the pairs of the
 seconds a step, and the ratios.
 """
 
@@ -41,6 +41,7 @@ OWN = {
     "sameroute, rollouts in turn": (0, 1),
     "the same, a rank and a server a core": (0, 2),
     "sameroute, max_staleness=1": (1, 1),
+    "max_staleness=1, a rank and a server a core": (1, 2),
 }
 """Staleness; trainer ranks, and servers."""
 SAMPLES, MICRO_BATCHES = 8, 4

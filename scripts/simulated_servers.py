@@ -78,6 +78,7 @@ def _runner(shape: Shape) -> web.AppRunner:
     app = web.Application(client_max_size=1 << 30)
     app.router.add_post("/generate", made.generate)
     app.router.add_post("/abort_request", _nothing)
+    app.router.add_post("/weights_checker", _nothing)
     app.router.add_get("/server_info", _info)
     app.router.add_get("/v1/loads", _loads)
     return web.AppRunner(app, access_log=None)
@@ -121,7 +122,7 @@ class _Answers:
         logprobs = (-rng.random(tokens, np.float32)).astype(float).tolist()
         pairs = [[value, token, None] for value, token in zip(logprobs, ids, strict=True)]
         pieces = []
-        for start, end in itertools.pairwise([0, 1, *range(interval, tokens, interval), tokens]):
+        for start, end in itertools.pairwise([0, *range(interval, tokens, interval), tokens]):
             meta: dict[str, Any] = {
                 "id": "RID",
                 "finish_reason": None,
