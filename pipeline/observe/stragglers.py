@@ -69,12 +69,13 @@ def server_seconds(rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:
 
 def table_of(ranks: Mapping[str, Mapping[str, Sequence[float]]], servers: Mapping[str, Mapping[str, float]]) -> Table:
     """Of a record, what can be held against each other: of ranks their own seconds, but for the transfer, in which they
-    do different things; of servers the seconds that a token of theirs took, in those of the mean server."""
+    do different things; of servers the seconds that a token of theirs took, in those of the slowest, which a step's
+    rollout ends with."""
     alike = {phase: own["own"] for phase, own in ranks.items() if phase != "sync"}
     table = {phase: {f"trainer rank {i}": s for i, s in enumerate(own)} for phase, own in alike.items()}
     paces = {f"server {n}": own["seconds"] / own["tokens"] for n, own in servers.items() if own["tokens"]}
-    if paces and (mean := sum(paces.values()) / len(paces)) > 0:
-        table[SAMPLING] = {name: pace / mean for name, pace in paces.items()}
+    if (slowest := max(paces.values(), default=0.0)) > 0:
+        table[SAMPLING] = {name: pace / slowest for name, pace in paces.items()}
     return table
 
 

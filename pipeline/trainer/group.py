@@ -88,7 +88,7 @@ class TrainerGroup(Ranks):
 
     def load(self, samples: Sequence[Sample]) -> None:
         """Hand the samples to every rank, through the object store once."""
-        self._call("load", self._put(list(samples)))
+        self._call("load", [self._put(list(samples))])
         self._loaded = len(samples)
 
     def logprobs(

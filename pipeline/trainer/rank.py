@@ -107,9 +107,10 @@ class TrainerRank:
         self.trainer = Trainer(model_path, parallel_config, trainer, optimizer, seed=seed, **settings)
 
     @timed("load")
-    def load(self, samples: list[Sample]) -> None:
-        """Keep the samples that everything up to the next `load` works on."""
-        self.samples = samples
+    def load(self, samples: Sequence[ray.ObjectRef]) -> None:
+        """Keep the samples that everything up to the next `load` works on. samples: one reference to the list: Ray
+        fetches what stands in a list only here, so that a rank which is late to have them is seen to be."""
+        (self.samples,) = ray.get(list(samples))
 
     def route(self, routes: list[np.ndarray]) -> None:
         """Give every loaded sample these routes."""

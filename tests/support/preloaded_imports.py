@@ -88,7 +88,10 @@ def _program(forked: Forked) -> int:
 def _worker(forked: Forked) -> int:
     import runpy
 
+    from tests.support import planted
+
     forked.follow(lambda: os._exit(1))
+    planted.in_rank()
     sys.argv = forked.arguments
     runpy.run_path(sys.argv[0], run_name="__main__")
     return 0

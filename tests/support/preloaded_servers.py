@@ -16,6 +16,7 @@ from pipeline.engine.inside import preloaded, serve
 from pipeline.engine.server import SGLangServer
 from pipeline.forks import FORKS_VARIABLE, ROOM, end_as, ended, request
 from pipeline.forks import serve as fork_children
+from tests.support import planted
 
 _MODULE = "-m"
 
@@ -52,6 +53,7 @@ def main() -> None:
     forked = fork_children(Path(sys.argv[1]), int(sys.argv[2]), preloaded._import, preloaded._READ)
     if forked.arguments[0] != _MODULE:
         forked.follow(serve.leave)
+        planted.in_server()
         serve.serve(forked.arguments)
         return
     forked.follow(lambda: os._exit(1))

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from pipeline.observe.stragglers import STEPS, WINDOW, Stragglers, rank_seconds, table_of
 from pipeline.types import Prompt
@@ -44,6 +45,8 @@ def test_a_server_that_sleeps_is_named():
     said, metrics = watch([{"paces": (0.01, 0.05)}] * WINDOW)
     assert "server 1 is slow: sampling takes it 5.0 times as long" in said[0]
     assert metrics[-1]["straggler/server"] == 1.0
+    # a step's rollout, here the whole second, would have taken a fifth of it
+    assert metrics[-1]["straggler/server_lost_s"] == pytest.approx(0.8)
 
 
 def test_noisy_cores_name_nobody():

@@ -1,0 +1,99 @@
+"""Faults in the engines of a run whose processes are forked for tests: a trainer rank, or a server, that sleeps.
+
+They are put around the engines' own methods from outside, while a run goes on: a file of the folder that `FOLDER`
+names is a fault, until it is gone. Its name says where, "trainer rank 1 update" or "server 0"; its text how long that
+one sleeps before each call: so many times as long as its last calls took it themselves, or `HELD`, as long as the file
+is there. No fault depends on how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+FOLDER = "SAMEROUTE_PLANTED"
+HELD = "held"
+_PHASES = {"logprobs": "logprobs", "update": "update"}  # of a rank's Trainer: method -> phase
+_LAST = 8  # calls
+
+
+@contextmanager
+def fault(folder: Path, where: str, how: float | str) -> Iterator[None]:
+    """While it lasts, `where` sleeps."""
+    file = folder / where
+    file.with_suffix(".new").write_text(str(how))
+    file.with_suffix(".new").rename(file)
+    try:
+        yield
+    finally:
+        file.unlink()
+
+
+def in_rank() -> None:
+    """In a process that is to be a trainer rank, where a test may plant something."""
+    if FOLDER in os.environ:
+        from megatron_ext.trainer import Trainer
+        from pipeline.trainer.phases import waited
+
+        for method, phase in _PHASES.items():
+            _around(Trainer, method, functools.partial(_rank, phase), waited)
+
+
+def in_server() -> None:
+    """In a process that is to be a server: its scheduler is forked from it."""
+    if FOLDER in os.environ:
+        from sglang.srt.managers.scheduler import Scheduler
+
+        _around(Scheduler, "run_batch", _server, lambda: 0.0)
+
+
+def _rank(phase: str) -> str:
+    from torch.distributed import get_rank
+
+    return f"trainer rank {get_rank()} {phase}"
+
+
+def _server() -> str:
+    """By its log, which its standard output goes to."""
+    number = re.search(r"sglang_(\d+)\.log", os.readlink("/proc/self/fd/1"))
+    return f"server {number[1] if number else 0}"
+
+
+def _around(kind: type, name: str, where: Callable[[], str], waited: Callable[[], float]) -> None:
+    method, last = getattr(kind, name), deque[float](maxlen=_LAST)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _sleep(where(), median(last) if last else 0.0)
+        began, before = time.perf_counter(), waited()
+        result = method(*args, **kwargs)
+        last.append(time.perf_counter() - began - (waited() - before))
+        return result
+
+    setattr(kind, name, call)
+
+
+def _sleep(where: str, usual_s: float) -> None:
+    file = Path(os.environ[FOLDER], where)
+    try:
+        how = file.read_text()
+    except FileNotFoundError:
+        return
+    if how == HELD:
+        hold(file)
+    else:
+        time.sleep(float(how) * usual_s)
+
+
+def hold(file: Path) -> None:
+    """As long as it is there."""
+    while file.exists():
+        time.sleep(0.05)
