@@ -1,4 +1,4 @@
-"""Real engines of which one sleeps: the run names it, on its console, in its metrics and in its report, and nobody else.
+"""Real engines of which one sleeps: the run names it, and nobody else, on its console, in its metrics, in its report.
 
 One run of two trainer ranks and two servers, in which faults come and go (`support.planted`). All that is slow is so by
 a multiple of what the same calls took before. A busy machine makes a rank slow now and then: what is waited for is that
