@@ -30,7 +30,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
-.PHONY: setup quickstart language-model language test proofs test-gpu test-slurm test-image hostile chaos pins start-times slurm browser sandbox connectors lint format lock clean
+.PHONY: setup quickstart language-model language test proofs proof-tools test-gpu test-slurm test-image hostile chaos pins start-times slurm browser sandbox connectors lint format lock clean
 
 setup: $(READY) $(TE)/.ready
 
@@ -62,8 +62,11 @@ language: language-model
 test: $(READY) $(TE)/.ready browser sandbox
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-proofs: $(READY) $(TE)/.ready $(PEFT)/.ready $(SMOLLM2_MOE)/config.json connectors
+proofs: $(READY) $(TE)/.ready proof-tools
 	timeout 2400 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m proof
+
+# What the proofs need beside the tests' environment.
+proof-tools: $(PEFT)/.ready $(SMOLLM2_MOE)/config.json connectors
 
 # The report is tested in a browser; where none can be installed here, its tests say what to install.
 browser:
@@ -83,8 +86,10 @@ sandbox:
 	    || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y --no-install-recommends bubblewrap >/dev/null; } \
 	    || echo "bubblewrap was not found and not installed"
 
-test-slurm: $(READY) slurm
-	timeout 900 $(BIN)/pytest -m slurm tests/slurm
+# Two files at a time, each with a cluster of its own: much of a job is waiting. Hostile programs are timed, and alone.
+test-slurm: $(READY) slurm sandbox
+	timeout 500 $(BIN)/pytest -n 2 --dist loadfile -m slurm tests/slurm/test_jobs.py tests/slurm/test_lost_nodes.py
+	timeout 400 $(BIN)/pytest -m slurm tests/slurm/test_hostile_in_a_job.py
 
 # A controller, a daemon and munge; nothing is started but by the tests.
 slurm:

@@ -63,9 +63,10 @@ def pytest_collection_finish():
         torch.set_num_threads(1)  # workers share the cores: a second thread spins while it waits for the first
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Dear files first: no worker is left with one when the others have finished."""
-    items.sort(key=lambda item: -costs.of(item.path))
+    proofs = config.option.markexpr == "proof"
+    items.sort(key=lambda item: -costs.of(item.path, proofs))
 
 
 def start_shared_memory():

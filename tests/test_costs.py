@@ -1,7 +1,10 @@
-"""The table by which files are ordered names files that there are."""
+"""The tables by which files are ordered name files that there are."""
 
-from tests.support.costs import SECONDS, TESTS
+import pytest
+
+from tests.support.costs import PROOFS, SECONDS, TESTS
 
 
-def test_every_file_of_the_table_is_there():
-    assert [name for name in SECONDS if not (TESTS / name).is_file()] == []
+@pytest.mark.parametrize("table", [SECONDS, PROOFS], ids=["make test", "make proofs"])
+def test_every_file_of_the_table_is_there(table):
+    assert [name for name in table if not (TESTS / name).is_file()] == []

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ SMALL = (
 )  # fmt: skip
 START_S = 180.0  # until words of a start are there, on a busy machine
 GONE_S = 30.0  # until the last process of a killed run is gone
+_over = threading.Event()
+_places: list[Place] = []
 
 
 class Place:
@@ -49,11 +52,13 @@ class Place:
         self._stack.callback(shutil.rmtree, self.temporary, ignore_errors=True)
         self.directory = self.folder / "run"
         self.runs: list[Run] = []
+        _places.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         for run in self.runs:
             run.kill()
+        _places.remove(self)
         self._stack.close()
 
     def mount(self, size: str, options: str = "") -> Path:
@@ -63,9 +68,22 @@ class Place:
         return disk
 
     def start(self, *arguments: str, limit: int | None = None, forked: bool = True) -> Run:
-        """`sameroute train`, small. limit: on open files. forked: false for all of it as a user has it."""
-        self.runs.append(Run(self, arguments, limit, self.forks if forked else {}))
-        return self.runs[-1]
+        """`sameroute train`, small. limit: on open files. forked: false for all of it as a user has it. Raises
+        AssertionError behind `end_all`."""
+        assert not _over.is_set(), "the chaos is over"
+        run = Run(self, arguments, limit, self.forks if forked else {})
+        self.runs.append(run)
+        if _over.is_set():  # meanwhile
+            run.kill()
+        return run
+
+
+def end_all() -> None:
+    """From now on no place starts a run, and those that go on are killed: whoever waits for one has AssertionError."""
+    _over.set()
+    for place in list(_places):
+        for run in list(place.runs):
+            run.kill()
 
 
 class Run:

@@ -191,8 +191,9 @@ def test_the_pages_have_every_step_and_what_has_never_run_names_one(tmp_path):
 
 
 @pytest.mark.proof
+@pytest.mark.usefixtures("preloaded")
 def test_the_steps_of_both_engines_pass_on_a_cpu(tmp_path):
-    """Three of them, small; the others differ in a setting."""
+    """Three of them, small; the others differ in a setting. Servers and ranks are forked, which a user's are not."""
     assert main([str(tmp_path), "--device", "cpu", "--only", "kernels", "no_replay", "senders", "parted"]) == 0
     found = json.loads((tmp_path / "acceptance.json").read_text())
     assert found["kernels"]["state"] == "left out"

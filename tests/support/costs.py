@@ -1,4 +1,4 @@
-"""What files of tests cost, so that the dear ones begin first."""
+"""What files of tests cost, in `make test` and in `make proofs`, so that the dear ones begin first."""
 
 from __future__ import annotations
 
@@ -78,8 +78,43 @@ SECONDS = {
 }
 """Of a processor, children included, on an EPYC of 2.4 GHz; files of less than five are left out."""
 
+PROOFS = {
+    "end_to_end/test_environments.py": 390,
+    "end_to_end/test_families.py": 210,
+    "megatron_ext/batch/test_replay_layouts.py": 150,
+    "pipeline/engine/nodes/test_member.py": 140,
+    "end_to_end/test_teacher.py": 125,
+    "end_to_end/test_language.py": 115,
+    "end_to_end/test_upcycled.py": 105,
+    "end_to_end/test_learning.py": 100,
+    "megatron_ext/hf/test_families.py": 95,
+    "end_to_end/test_long_context.py": 95,
+    "end_to_end/test_presets.py": 90,
+    "end_to_end/test_lora.py": 65,
+    "pipeline/engine/test_server.py": 60,
+    "end_to_end/test_turns_over_http.py": 55,
+    "megatron_ext/model/test_transformer_engine.py": 50,
+    "megatron_ext/lora/test_families.py": 50,
+    "scripts/test_gpu_acceptance.py": 45,
+    "end_to_end/test_connectors.py": 45,
+    "end_to_end/test_servers.py": 40,
+    "megatron_ext/test_trainer.py": 40,
+    "end_to_end/test_turns.py": 35,
+    "end_to_end/test_endings.py": 35,
+    "end_to_end/test_four_senders.py": 35,
+    "megatron_ext/lora/test_convert.py": 35,
+    "end_to_end/test_first_run.py": 30,
+    "end_to_end/test_asynchronous.py": 30,
+    "pipeline/engine/inside/test_served_families.py": 30,
+    "pipeline/weights/test_many_senders.py": 30,
+    "pipeline/engine/test_on_gpus.py": 20,
+    "end_to_end/test_colocated.py": 20,
+    "megatron_ext/convert/test_conversion.py": 20,
+}
+"""Of a worker, of the proofs alone, where two workers share two such cores; files of less than twenty are left out."""
+
 
 @functools.cache
-def of(path: Path) -> int:
-    """Seconds of the file at `path`; 0 for one that is not in the table."""
-    return SECONDS.get(str(path.relative_to(TESTS)), 0)
+def of(path: Path, proofs: bool = False) -> int:
+    """Seconds of the file at `path`, of its proofs or of its other tests; 0 for one that is not in that table."""
+    return (PROOFS if proofs else SECONDS).get(str(path.relative_to(TESTS)), 0)

@@ -3,7 +3,8 @@
     python -m tests.support.ray_node 1|2 FOLDER
 
 The first is the head and has room for a trainer rank; both have room for one process of a server. Servers are forked
-from a process of the node's own, which has made SGLang's imports, for one elsewhere has another network.
+from a process of the node's own, which has made SGLang's imports, for one elsewhere has another network; FOLDER/forks1
+or forks2 says where it listens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from pipeline.config.server import ServerConfig
 from pipeline.engine.inside.preloaded import importing
+from pipeline.forks import FORKS_VARIABLE
 
 HEAD, PORT = "10.78.0.11", 6379
 
@@ -32,6 +34,9 @@ def main() -> None:
                f"--node-ip-address=10.78.0.1{number}", f"--temp-dir={place}", "--num-cpus=2",
                f"--resources={str(roles).replace(chr(39), chr(34))}", "--object-store-memory=150000000"]  # fmt: skip
     with importing(ServerConfig(cpu_threads=1)):  # pyright: ignore[reportCallIssue]
+        unfinished = folder / f"forks{number}.partial"
+        unfinished.write_text(os.environ[FORKS_VARIABLE])
+        unfinished.rename(folder / f"forks{number}")
         while subprocess.run(command).returncode and number != 1:  # the head is not there yet
             time.sleep(0.5)
 

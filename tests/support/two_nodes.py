@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.forks import FORKS_VARIABLE
 from tests.support.namespaces import end, inside, unshared
 from tests.support.ray_node import HEAD, PORT
 
@@ -59,11 +60,16 @@ class TwoNodes:
         raise TimeoutError(self.logs())
 
     def start(self, output: Path, *command: str | Path) -> subprocess.Popen[bytes]:
-        """A command on the first node, in the current folder."""
+        """A command on the first node, in the current folder; servers that it starts are forked as others there."""
+        node, forks, deadline = self.node(1), self.folder / "forks1", time.monotonic() + 30
+        while not forks.exists():
+            assert self._process.poll() is None, self.logs()
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.05)
         with output.open("wb") as out:
             return subprocess.Popen(
-                inside(self.node(1).pid, *command), stdout=out, stderr=subprocess.STDOUT, env=self.environment,
-                stdin=subprocess.DEVNULL,
+                inside(node.pid, *command), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=self.environment | {FORKS_VARIABLE: forks.read_text()},
             )  # fmt: skip
 
     def logs(self) -> str:
