@@ -7,7 +7,7 @@
 #                  at most. Needs root, and installs Debian's.
 # make test-image: the steps of the Dockerfile's CPU image and 1,000 hostile programs, run here without Docker; needs root; ten
 #                  minutes at most.
-# make hostile:    1,000 hostile programs among 1,000 right ones in the sandbox of code; six minutes at most.
+# make hostile:    1,000 hostile programs among 1,000 right ones in the sandbox of code; six minutes at most. PROGRAMS=100: fewer.
 # make chaos:      faults (kills, stops, full disks, ...) tried on the quickstart; fifteen minutes at most. Root tries disks too.
 # make pins:       whether every pinned package can be had.
 # make start-times: seconds of the commands that start no engine, and to a run's first step; two minutes at most.
@@ -28,6 +28,7 @@ PEFT := .venv/peft
 # Compiled modules are kept, whatever the environment says: tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
+PROGRAMS := 1000
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 
 .PHONY: setup quickstart language-model language test proofs proof-tools test-gpu test-slurm test-image hostile chaos pins start-times slurm browser sandbox connectors lint format lock clean
@@ -103,7 +104,7 @@ test-image: $(READY)
 	timeout 600 $(BIN)/python scripts/image_steps.py --env UV_COMPILE_BYTECODE=0 --env PYTHONPYCACHEPREFIX=/tmp/pycache
 
 hostile: $(READY) sandbox
-	timeout 360 $(BIN)/python -m tests.hostile
+	timeout 360 $(BIN)/python -m tests.hostile --programs $(PROGRAMS)
 
 chaos: $(READY)
 	timeout 900 $(BIN)/python -m tests.chaos
