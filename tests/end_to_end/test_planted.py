@@ -146,6 +146,6 @@ def test_one_that_sleeps_on_is_who_everybody_waits_for_with_its_line(watched):
         r"its scheduler is in hold \(tests/support/planted.py:(\d+)\)",
     }.items():
         with watched.fault(**{where: planted.HELD}) as told:
-            found = told.until(lambda: re.search(words, told.console))  # noqa: B023  (called at once)
+            found = told.until(lambda told=told, words=words: re.search(words, told.console))
             assert line < int(found[1]) <= line + 3
         told.steps(2)
