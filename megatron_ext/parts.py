@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+
+from megatron_ext.joined import join, split
 
 Kind = Literal["mean", "sum", "max"]
 Metrics = dict[str, tuple[float, float, Kind]]
@@ -44,6 +46,15 @@ class TokenPart:
     quantities: tuple[dict[int, np.ndarray], ...] = ()
     routing: dict[int, tuple[int, ...]] = field(default_factory=dict)
     routes: RecordedRoutes = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its arrays travel as few large ones."""
+        rows = [(list(each), join(list(each.values()))) for each in self.quantities]
+        return vars(self) | {"quantities": rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rows = [dict(zip(keys, split(arrays), strict=True)) for keys, arrays in state["quantities"]]
+        vars(self).update(state | {"quantities": tuple(rows)})
 
 
 @dataclass(frozen=True)

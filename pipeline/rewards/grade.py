@@ -91,7 +91,7 @@ def settle(
     for episode, verdict in zip(group.episodes, verdicts, strict=True):
         reason = ""
         if verdict.kind is not None:
-            reason = _reason(verdict, group.prompt, episode)
+            reason = _reason(verdict, group.prompt)
             if on_failure == "stop":
                 raise RewardError(reason)
             kinds[verdict.kind] += 1
@@ -131,12 +131,12 @@ def text_of(ids: np.ndarray, finish_reason: FinishReason, tokenizer: PreTrainedT
 
 def _graded(episode: Episode, verdict: Verdict, reason: str, *, zero: bool) -> Episode:
     parts = {name: part.reward for name, part in verdict.parts.items() if part.reward is not None}
-    episode = dataclasses.replace(episode, parts=parts, grade_s=verdict.seconds, answer=verdict.response)
-    if verdict.kind is None:
-        return dataclasses.replace(episode, reward=verdict.reward, failure=None)
-    if zero and episode.trained_tokens:  # else there is nothing that could have a reward
-        return dataclasses.replace(episode, reward=0.0, failure=None)
-    return dataclasses.replace(episode, reward=None, failure=reason)
+    reward, failure = verdict.reward, None
+    if verdict.kind is not None:  # of an episode without tokens there is nothing that could have a reward
+        reward, failure = (0.0, None) if zero and episode.trained_tokens else (None, reason)
+    return dataclasses.replace(
+        episode, parts=parts, grade_s=verdict.seconds, answer=verdict.response, reward=reward, failure=failure
+    )
 
 
 def _without_rewards(group: Group, why: str) -> Group:
@@ -146,8 +146,8 @@ def _without_rewards(group: Group, why: str) -> Group:
     return dataclasses.replace(group, episodes=tuple(episodes))
 
 
-def _reason(verdict: Verdict, prompt: Prompt, episode: Episode) -> str:
-    who = "the environment" if episode.verdict is not None else f"the verifier {verdict.verifier!r}"
+def _reason(verdict: Verdict, prompt: Prompt) -> str:
+    who = f"the verifier {verdict.verifier!r}" if verdict.verifier else "the environment"
     return (
         f"{who} {verdict.what}, on prompt {prompt.index} ({prompt.text[:200]!r}), response {verdict.response[:200]!r}"
     )

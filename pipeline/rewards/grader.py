@@ -167,16 +167,26 @@ class Grader:
         own = [self.components[number] for number in self._graders(question)]
         pairs = list(zip(own, verdicts, strict=True))
         named = [replace(verdict, verifier=component.title) for component, verdict in pairs]
-        parts = {component.name: verdict for (component, _), verdict in zip(pairs, named, strict=True)}
-        seconds = max(verdict.seconds for verdict in verdicts)
-        all_ = Verdict(seconds=seconds, verifier=named[0].verifier, parts=parts, response=question.response_text)
+        reward, kind, what, verifier = (
+            math.fsum(c.weight * v.reward for c, v in pairs if v.reward is not None),
+            None,
+            "",
+            "",
+        )
         if (failed := next((v for v in named if v.kind is not None), None)) is not None:
-            return replace(all_, kind=failed.kind, what=failed.what, verifier=failed.verifier)
-        reward = math.fsum(c.weight * v.reward for c, v in pairs if v.reward is not None)
-        if abs(reward) <= LARGEST:
-            return replace(all_, reward=reward, verifier="")
-        what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
-        return replace(all_, kind="not_a_number", what=what)
+            reward, kind, what, verifier = None, failed.kind, failed.what, failed.verifier
+        elif not abs(reward) <= LARGEST:
+            what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
+            reward, kind, verifier = None, "not_a_number", named[0].verifier
+        return Verdict(
+            reward,
+            kind,
+            what,
+            max(verdict.seconds for verdict in verdicts),
+            verifier,
+            {component.name: verdict for component, verdict in zip(own, named, strict=True)},
+            question.response_text,
+        )
 
     def exchange(self, outbox: bytearray) -> list[tuple[int, Verdict]] | None:
         """Without waiting: send what the socket takes of the outbox, and take what has come. None where the supervisor

@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from megatron_ext.batch.layout import Sample
 from megatron_ext.batch.routes import route_dtype
 from megatron_ext.config import OptimizerConfig, ParallelConfig
+from megatron_ext.joined import JoinedRows
 from megatron_ext.parts import NotFinite, TokenPart, merge_routes, merge_routing, merge_tokens, merge_update
 from pipeline.cluster.colocation import Apart, TrainerPart, Turns
 from pipeline.cluster.placement import on_node
@@ -71,6 +72,7 @@ class TrainerGroup(Ranks):
         self._held: int | None = None  # version of the weights, while they are those that were sent last
         self._sending = threading.RLock()
         self.turns: Turns = Apart()
+        self._loading: list[ray.ObjectRef] = []  # answers of ranks that take samples
         resources: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0, "max_restarts": 0}
         if environment:  # none: a runtime environment of its own would start other workers
             resources["runtime_env"] = {"env_vars": dict(environment)}
@@ -87,8 +89,9 @@ class TrainerGroup(Ranks):
         self._call("build", meeting_point, str(Path(model_path).resolve()), self.parallel, *args, **kwargs)
 
     def load(self, samples: Sequence[Sample]) -> None:
-        """Hand the samples to every rank, through the object store once."""
-        self._call("load", [self._put(list(samples))])
+        """Hand the samples to every rank, through the object store once. They take them while this process goes on, and
+        their next call raises what went wrong."""
+        self._loading = self._ask(self.ranks, "load", [self._put(JoinedRows(list(samples)))])
         self._loaded = len(samples)
 
     def logprobs(
@@ -128,15 +131,18 @@ class TrainerGroup(Ranks):
     ) -> tuple[dict[str, float], PolicyTokens]:
         """One optimizer step on some of the loaded samples, each with its row; see Trainer.update. Returns metrics, and
         what `logprobs` would have said of these samples before it."""
-        parts = self._call("update_policy", objective, denominators, self._put(rows), skip_above)
+        parts = self._call("update_policy", objective, denominators, *self._put_rows(rows), skip_above)
         return merge_update(parts), self._policy([p.seen for p in parts], list(rows))
 
     def update_critic(
         self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
     ) -> dict[str, float]:
         """One optimizer step of the critic; its metrics, under critic/."""
-        metrics = merge_update(self._call("update_critic", objective, denominators, self._put(rows)))
+        metrics = merge_update(self._call("update_critic", objective, denominators, *self._put_rows(rows)))
         return {f"critic/{name.rpartition('/')[2]}": value for name, value in metrics.items()}
+
+    def _put_rows(self, rows: dict[int, LossRow]) -> tuple[list[int], ray.ObjectRef]:
+        return list(rows), self._put(JoinedRows(list(rows.values())))
 
     def _policy(self, parts: list[TokenPart], indices: Sequence[int] | None) -> PolicyTokens:
         count = self._loaded if indices is None else len(indices)
@@ -145,7 +151,7 @@ class TrainerGroup(Ranks):
 
     def update_supervised(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One supervised step; metrics."""
-        return merge_update(self._call("update_supervised", self._put(list(samples))))
+        return merge_update(self._call("update_supervised", self._put(JoinedRows(list(samples)))))
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A new phase of training begins: its own settings, no moments of the last."""
@@ -324,6 +330,9 @@ class TrainerGroup(Ranks):
             if method in _CHANGING:
                 self._held = None
             answers = self._ask(self.ranks, method, *args, **kwargs)
+        loading, self._loading = self._loading, []
+        if loading:
+            self._wait(loading, "load")
         return self._wait(answers, method)
 
 

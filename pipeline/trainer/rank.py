@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
     from megatron_ext.checkpoint.staged_save import Part, StagedSave
     from megatron_ext.hf.bucket import Bucket
+    from megatron_ext.joined import JoinedRows
     from pipeline.cluster.colocation import TrainerPart
     from pipeline.engine.control import ServerAddress
     from pipeline.trainer.losses import LossRow
@@ -110,7 +111,9 @@ class TrainerRank:
     def load(self, samples: Sequence[ray.ObjectRef]) -> None:
         """Keep the samples that everything up to the next `load` works on. samples: one reference to the list: Ray
         fetches what stands in a list only here, so that a rank which is late to have them is seen to be."""
-        (self.samples,) = ray.get(list(samples))
+        self.samples = []  # where they do not come, nothing is made with those of before
+        (joined,) = ray.get(list(samples))
+        self.samples = joined.rows
 
     def route(self, routes: list[np.ndarray]) -> None:
         """Give every loaded sample these routes."""
@@ -124,33 +127,38 @@ class TrainerRank:
 
     @timed("update")
     def update_policy(
-        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow], skip_above: float
+        self,
+        objective: ObjectiveConfig,
+        denominators: Denominators,
+        indices: list[int],
+        rows: JoinedRows[LossRow],
+        skip_above: float,
     ) -> UpdatePart:
-        """One optimizer step on some of the loaded samples. rows: sample index -> what the loss reads of it.
-        skip_above: see Trainer.update."""
+        """One optimizer step on some of the loaded samples. rows: what the loss reads of each. skip_above: see
+        Trainer.update."""
         from pipeline.trainer.losses import policy_loss
 
-        loss = policy_loss(resolve(objective), denominators, list(rows))
-        return self.trainer.update(self._with(rows), loss, skip_above)
+        loss = policy_loss(resolve(objective), denominators, indices)
+        return self.trainer.update(self._with(indices, rows), loss, skip_above)
 
     @timed("critic")
     def update_critic(
-        self, objective: ObjectiveConfig, denominators: Denominators, rows: dict[int, LossRow]
+        self, objective: ObjectiveConfig, denominators: Denominators, indices: list[int], rows: JoinedRows[LossRow]
     ) -> UpdatePart:
         """The same for the critic."""
         from pipeline.trainer.losses import critic_loss
 
-        loss = critic_loss(resolve(objective), denominators, list(rows))
-        return self.trainer.update_critic(self._with(rows), loss)
+        loss = critic_loss(resolve(objective), denominators, indices)
+        return self.trainer.update_critic(self._with(indices, rows), loss)
 
-    def _with(self, rows: dict[int, LossRow]) -> list[Sample]:
-        return [replace(self.samples[i], row=row) for i, row in rows.items()]
+    def _with(self, indices: list[int], rows: JoinedRows[LossRow]) -> list[Sample]:
+        return [replace(self.samples[i], row=row) for i, row in zip(indices, rows.rows, strict=True)]
 
-    def update_supervised(self, samples: list[Sample]) -> UpdatePart:
+    def update_supervised(self, samples: JoinedRows[Sample]) -> UpdatePart:
         """One optimizer step on the likelihood of the samples' responses."""
         from pipeline.trainer.losses import supervised_loss
 
-        return self.trainer.update(samples, supervised_loss(sum(s.response_length for s in samples)))
+        return self.trainer.update(samples.rows, supervised_loss(sum(s.response_length for s in samples.rows)))
 
     def begin_profile(self) -> None:
         """Trace what this rank computes from now on."""

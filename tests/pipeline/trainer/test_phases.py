@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_ext.joined import JoinedRows
 from pipeline.trainer import phases
 from pipeline.trainer import rank as ranks
 
@@ -22,13 +23,24 @@ def clock(monkeypatch):
 def test_a_rank_that_gets_its_samples_late_spends_that_time_in_its_load(clock, monkeypatch):
     def get(references):
         clock.now += 3.0
-        return [[reference] for reference in references]
+        return [JoinedRows([reference]) for reference in references]
 
     rank = SimpleNamespace(seconds={}, samples=[])
     monkeypatch.setattr(ranks.ray, "get", get)
     ranks.TrainerRank.load(rank, ["sample"])
     assert rank.samples == ["sample"]
     assert rank.seconds == {"load": (3.0, 0.0)}
+
+
+def test_of_samples_that_do_not_come_nothing_is_made_with_those_of_before(clock, monkeypatch):
+    def get(references):
+        raise OSError("no room")
+
+    rank = SimpleNamespace(seconds={}, samples=["of before"])
+    monkeypatch.setattr(ranks.ray, "get", get)
+    with pytest.raises(OSError, match="no room"):
+        ranks.TrainerRank.load(rank, ["sample"])
+    assert rank.samples == []
 
 
 def test_what_a_rank_waits_for_others_is_not_its_own(clock):
