@@ -152,7 +152,11 @@ class Trainer:
     def not_finite(self, samples: Sequence[Sample]) -> list[NotFinite]:
         """This rank's weights that are not finite, and of a forward pass of the policy the first output that is not."""
         found = first_output_not_finite(self.policy, samples, self._routing)
-        return [*parameters_not_finite(self.policy), *([] if found is None else [found])]
+        return [*self.weights_not_finite(), *([] if found is None else [found])]
+
+    def weights_not_finite(self) -> list[NotFinite]:
+        """Of this rank's part of the policy; from any thread."""
+        return parameters_not_finite(self.policy)
 
     def update(self, samples: Sequence[Sample], loss: LossFunction, skip_above: float = math.inf) -> UpdatePart:
         """One optimizer step of the policy on all samples: forward, backward, reduction, clipping, Adam.

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayTaskError
+
 from megatron_ext.batch.layout import Sample
 from megatron_ext.exchange import Exchange
 from megatron_ext.hf.description import ModelDescription
@@ -35,6 +37,7 @@ from pipeline.rollout.teacher import Teacher
 from pipeline.step import Batch, StepResult
 from pipeline.trainer.group import TrainerGroup, to_sample
 from pipeline.trainer.spikes import GradientSpikes
+from pipeline.trainer.waits import TrainerError
 from pipeline.types import Ended, Group, Rollout
 from pipeline.waiting import Waiting
 
@@ -109,7 +112,8 @@ class Loop:
                     result = self.update(batch, timer)
             if why := self.spikes.ended():
                 self.say(f"step {number}: an update was skipped, {why}; {self._keep(batch)}")
-            self.transfer(timer)
+            with self._kept_where_it_fails(batch):
+                self.transfer(timer)
         read = sum(len(r.prompt_ids) + len(r) for r in batch.rollouts)
         metrics |= result.metrics | batch_metrics(batch) | self.fleet.metrics() | self.trainers.sent_metrics()
         metrics |= {} if self.environments is None else self.environments.metrics()
@@ -137,10 +141,14 @@ class Loop:
 
     @contextlib.contextmanager
     def _kept_where_it_fails(self, batch: Batch) -> Iterator[None]:
+        """Where numbers are wrong, or a rank raises, the batch is kept, and weights that are not finite are named."""
         try:
             yield
-        except DisagreementError:
-            self.say(f"step {batch.step}: {self._keep(batch)}")
+        except (DisagreementError, TrainerError) as error:
+            if isinstance(error, DisagreementError) or isinstance(error.__cause__, RayTaskError):
+                said = self.trainers.weights_not_finite()
+                for words in [*said, self._keep(batch)]:
+                    self.say(f"step {batch.step}: {words}")
             raise
 
     @property

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _COMPUTING = ("build", "measure", "update_policy", "update_critic", "update_supervised", "restart_optimizer",
               "keep_reference", "begin_save", "resume")  # fmt: skip
+_NAMED = 5  # weights in a sentence
 _CHANGING = ("build", "resume", "update_policy", "update_supervised")  # the weights
 
 
@@ -211,6 +212,16 @@ class TrainerGroup(Ranks):
         """Of every rank, see Trainer.not_finite, of all loaded samples."""
         return self._call("not_finite")
 
+    def weights_not_finite(self) -> list[str]:
+        """A sentence for each rank that has some, of those that answer at once: one has failed, others may hang."""
+        found = dict[int, list[NotFinite]]()
+        with contextlib.suppress(TrainerError):  # Ray itself is gone
+            asked = dict(zip(self._ask(self.ranks, "weights_not_finite"), range(len(self.ranks)), strict=True))
+            for answer in ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)[0]:
+                with contextlib.suppress(RayError):
+                    found[asked[answer]] = ray.get(answer)
+        return [f"weights of trainer rank {rank} are not finite: {_listed(own)}" for rank, own in found.items() if own]
+
     def take_seconds(self) -> list[PhaseSeconds]:
         """Of every rank by phase, since it was asked last."""
         return self._call("take_seconds")
@@ -256,8 +267,8 @@ class TrainerGroup(Ranks):
         """The current weights to these servers, or to those that are connected, under this version. flush: they empty
         their prefix caches.
 
-        Raises TrainerError where a rank gets no further for `weights.timeout_s`, naming it, and ServersFailedError
-        where a server does not.
+        Raises TrainerError where a rank gets no further for `weights.timeout_s`, naming it, or has weights that
+        are not finite, and ServersFailedError where a server does not take part.
         """
         with self._sending:
             self._held = None
@@ -334,6 +345,11 @@ class TrainerGroup(Ranks):
         if loading:
             self._wait(loading, "load")
         return self._wait(answers, method)
+
+
+def _listed(wrong: Sequence[NotFinite]) -> str:
+    more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+    return ", ".join(f"{one.name} ({one.wrong:,} of {one.of:,} numbers)" for one in wrong[:_NAMED]) + more
 
 
 def to_sample(rollout: Rollout) -> Sample:

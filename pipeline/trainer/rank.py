@@ -179,6 +179,11 @@ class TrainerRank:
         """See Trainer.not_finite, of all loaded samples."""
         return self.trainer.not_finite(self.samples)
 
+    @ray.method(concurrency_group="watch")
+    def weights_not_finite(self) -> list[NotFinite]:
+        """See Trainer.weights_not_finite; answered while another method runs, or waits in a collective."""
+        return self.trainer.weights_not_finite() if hasattr(self, "trainer") else []
+
     def take_seconds(self) -> PhaseSeconds:
         """By phase, since it was asked last."""
         seconds, self.seconds = self.seconds, {}
@@ -279,13 +284,21 @@ class TrainerRank:
         return []
 
     def _rounds(self) -> Iterator[list[Bucket]]:
-        """What this rank sends of the weights, as the servers are to hold them; with one sender it is rank 0."""
+        """What this rank sends of the weights, as the servers are to hold them; with one sender it is rank 0. Raises
+        NotFiniteWeightsError at its end."""
         from megatron_ext.hf.bucket import join_small
+        from pipeline.weights import FiniteWeights
 
+        finite = FiniteWeights()
         if self.senders is None:
             limit = min(_SMALL, self.trainer.exporter.bucket_bytes)
-            return ([bucket] for bucket in join_small(self._sent(), limit))
-        return (list(self._rounded(buckets)) for buckets in self.trainer.share(self.senders))
+            sent = self._rounded(finite.passing(self.trainer.export(everywhere=False)))
+            yield from ([bucket] for bucket in join_small(sent, limit))
+        else:
+            for buckets in self.trainer.share(self.senders):
+                yield list(self._rounded(finite.passing(buckets)))
+        if self.sender is not None:
+            finite.check()
 
     def _sent(self) -> Iterator[Bucket]:
         """On rank 0, the weights as the servers are to hold them."""

@@ -11,7 +11,7 @@ from pipeline.config.run import TrainConfig
 from pipeline.errors import SamerouteError
 
 LAST, LEAST = 50, 5
-"""Updates that the median is over, and those that it needs."""
+"""Updates with a gradient that the median is over, and those that it needs."""
 
 
 class SpikesError(SamerouteError):
@@ -42,10 +42,11 @@ class GradientSpikes:
         return limit
 
     def took(self, metrics: Mapping[str, float]) -> None:
-        """An update, as `merge_update` tells of it. A norm that was skipped does not move the median."""
+        """An update, as `merge_update` tells of it. A norm that was skipped does not move the median, nor does one of
+        0: where most batches teach nothing, those that do would all be spikes."""
         norm, limit = metrics["train/grad_norm"], self.limit
         if not metrics.get("train/skipped_updates"):
-            self._norms.append(norm)
+            self._norms.extend([norm] if norm > 0 else [])
         elif math.isfinite(limit) and norm > limit:
             usual = f", the median of the last {len(self._norms)} is {median(self._norms):.3g}" if self._norms else ""
             self.said = f"its gradient norm, {norm:.3g}, is above {limit:.3g}{usual}"

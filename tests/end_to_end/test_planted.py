@@ -1,4 +1,5 @@
 """Real engines of which one sleeps: the run names it, and nobody else, on its console, in its metrics, in its report.
+Then a gradient spikes, and at last a weight is NaN.
 
 One run of two trainer ranks and two servers, in which faults come and go (`support.planted`). All that is slow is so by
 a multiple of what the same calls took before. A busy machine makes a rank slow now and then: what is waited for is that
@@ -11,9 +12,11 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
+from pipeline.dumps.dump import read_dump
 from pipeline.observe.report import slowest
 from pipeline.observe.report.page import write_report
 from pipeline.observe.report.run_files import read_run
@@ -92,7 +95,9 @@ class Told:
 def watched(preloaded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     (folder / "faults").mkdir()
-    settings = ["supervised.steps=0", "train.steps=9999", "debug.stall_s=2", "run.rollouts_shown=0"]
+    settings = ["supervised.steps=0", "train.steps=9999", "debug.stall_s=2", "run.rollouts_shown=0",
+                "rewards=tests.support.verifiers:share_of_evens", "train.skip_grad_norm_times=1000",
+                "train.mini_batches=1"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(planted.FOLDER, str(folder / "faults"))
         command = Command(folder, *SMALL, *settings, "parallel={ranks: 2, expert: 2}", "server.replicas=2")
@@ -149,3 +154,35 @@ def test_one_that_sleeps_on_is_who_everybody_waits_for_with_its_line(watched):
             found = told.until(lambda told=told, words=words: re.search(words, told.console))
             assert line < int(found[1]) <= line + 3
         told.steps(2)
+
+
+@pytest.mark.proof
+def test_a_gradient_that_spikes_makes_no_update_and_leaves_its_batch(watched):
+    skipped = re.compile(r"step (\d+): an update was skipped, its gradient norm, .*, is above .*; its batch is (\S+)")
+    with watched.fault() as told:
+        told.steps(2)
+        assert skipped.search(told.console) is None
+    with watched.fault(trainer_rank_1_update=planted.SPIKE) as told:
+        step, batch = told.until(lambda: skipped.search(told.console)).groups()
+    assert read_dump(Path(batch)).batch.step == int(step)
+    row = told.until(lambda: next((row for row in told.rows if row["step"] == int(step)), None))
+    assert row["train/skipped_updates"] > 0
+    told.until(lambda: told.rows[-1]["train/steps_skipped_in_a_row"] == 0)  # the next ones are made
+
+
+@pytest.mark.proof
+def test_a_number_of_an_expert_that_is_nan_is_named_before_a_server_has_it(watched):
+    """The last one: it ends the run. Rank 1 has the experts from 4 on."""
+    with watched.fault(trainer_rank_1_update=planted.NAN) as told:
+        watched.command.process.wait(LIMIT_S)
+    assert watched.command.process.poll() == 1
+    one = r"\(1 of [\d,]+ numbers\)"
+    expert = rf"model\.layers\.1\.mlp\.experts\.7\.gate_proj\.weight {one}"
+    assert re.search(
+        rf"NotFiniteWeightsError: the trainer's weights are not finite: {expert}\. No server", told.console
+    )
+    own = rf"weights of trainer rank 1 are not finite: decoder\.layers\.1\.mlp\.experts\.linear_fc1\.weight7 {one}"
+    (step,) = re.findall(rf"step (\d+): {own}", told.console)
+    assert read_dump(watched.command.run / "dumps" / f"step_{int(step):06}.safetensors").batch.step == int(step)
+    assert "started again" not in told.console  # as a server is that has died
+    assert [row["step"] for row in read_run(watched.command.run).metrics if row["step"] >= int(step)] == []

@@ -64,6 +64,7 @@ CODES = {
     "pipeline.trainer.group.ServersFailedError": 1,
     "pipeline.trainer.waits.TrainerError": 1,
     "pipeline.trainer.spikes.SpikesError": 1,
+    "pipeline.weights.all_finite.NotFiniteWeightsError": 1,
     "pipeline.weights.servers.WeightCheckError": 1,
     "pipeline.weights.servers.WeightTransferError": 1,
 }

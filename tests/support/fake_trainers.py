@@ -20,6 +20,7 @@ class FakeTrainers:
         self.updates: list[tuple[object, dict]] = []
         self.loaded = []
         self.sent: list[int] = []
+        self.wrong: list[str] = []
         self.norms: list[float] = []
         self.seconds: list[dict[str, tuple[float, float]]] = []
 
@@ -38,6 +39,9 @@ class FakeTrainers:
 
     def take_seconds(self):
         return self.seconds
+
+    def weights_not_finite(self):
+        return self.wrong
 
     def sent_metrics(self):
         return {}

@@ -1,9 +1,11 @@
-"""Faults in the engines of a run whose processes are forked for tests: a trainer rank, or a server, that sleeps.
+"""Faults in the engines of a run whose processes are forked for tests: a trainer rank, or a server, that sleeps; a rank
+whose gradient spikes, or one of whose experts has a NaN.
 
 They are put around the engines' own methods from outside, while a run goes on: a file of the folder that `FOLDER`
 names is a fault, until it is gone. Its name says where, "trainer rank 1 update" or "server 0"; its text how long that
 one sleeps before each call: so many times as long as its last calls took it themselves, or `HELD`, as long as the file
-is there. No fault depends on how fast the machine is.
+is there. No fault depends on how fast the machine is. `SPIKE` makes the gradient of an update a million times as long;
+after an update with `NAN` one number of one expert is not one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from statistics import median
 from typing import Any
 
 FOLDER = "SAMEROUTE_PLANTED"
-HELD = "held"
+HELD, SPIKE, NAN = "held", "spike", "nan"
 _PHASES = {"logprobs": "logprobs", "update": "update"}  # of a rank's Trainer: method -> phase
 _LAST = 8  # calls
 
@@ -72,25 +74,49 @@ def _around(kind: type, name: str, where: Callable[[], str], waited: Callable[[]
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        _sleep(where(), median(last) if last else 0.0)
+        how = _how(where())
+        _sleep(where(), how, median(last) if last else 0.0)
+        if how == SPIKE:
+            trainer, samples, loss, *more = args
+            args = trainer, samples, lambda batch: _larger(loss(batch)), *more
         began, before = time.perf_counter(), waited()
         result = method(*args, **kwargs)
         last.append(time.perf_counter() - began - (waited() - before))
+        if how == NAN:
+            _no_number(args[0])
         return result
 
     setattr(kind, name, call)
 
 
-def _sleep(where: str, usual_s: float) -> None:
-    file = Path(os.environ[FOLDER], where)
+def _how(where: str) -> str | None:
+    """What is planted there now."""
     try:
-        how = file.read_text()
+        return Path(os.environ[FOLDER], where).read_text()
     except FileNotFoundError:
-        return
+        return None
+
+
+def _sleep(where: str, how: str | None, usual_s: float) -> None:
     if how == HELD:
-        hold(file)
-    else:
+        hold(Path(os.environ[FOLDER], where))
+    elif how not in (None, SPIKE, NAN):
         time.sleep(float(how) * usual_s)
+
+
+def _larger(loss: tuple[Any, Any]) -> tuple[Any, Any]:
+    return 1e6 * loss[0], loss[1]
+
+
+def _no_number(trainer: Any) -> None:
+    """In the first matrix of the second layer's last expert that this rank has: of a weight, and of what the optimizer
+    keeps of it."""
+    import torch
+
+    named = dict(trainer.policy.chunks[0].named_parameters())
+    name = max(n for n in named if ".layers.1.mlp.experts.linear_fc1.weight" in n)
+    with torch.no_grad():
+        named[name].view(-1)[0] = torch.nan
 
 
 def hold(file: Path) -> None:

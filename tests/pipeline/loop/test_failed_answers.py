@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.exceptions import RayTaskError
 
 from pipeline.config import load_config
 from pipeline.data.tokenizer import load_tokenizer, write_character_tokenizer
@@ -24,6 +25,7 @@ from pipeline.observe.step_record import shown_rollouts, step_record
 from pipeline.rewards import Grader, RewardError
 from pipeline.rollout.grading import OwnGrading
 from pipeline.step import Batch
+from pipeline.trainer.waits import TrainerError
 from pipeline.types import Group, Prompt
 from tests.support.episodes import plain_rollout
 from tests.support.fake_trainers import FakeTrainers
@@ -210,8 +212,25 @@ def test_an_update_within_its_limit_is_made_and_leaves_nothing(make_loop):
 
 def test_a_step_whose_engines_disagree_leaves_its_batch(make_loop):
     loop = make_loop(SOUND)
-    loop.trainers.gap = math.nan
+    loop.trainers.gap, loop.trainers.wrong = math.nan, ["weights of trainer rank 1 are not finite: w (1 of 9 numbers)"]
     with pytest.raises(DisagreementError):
         loop.step(1)
     assert dump_path(loop.dumps, 1).is_file()
-    assert loop.said == [f"step 1: its batch is {dump_path(loop.dumps, 1)}"]
+    assert loop.said == [f"step 1: {loop.trainers.wrong[0]}", f"step 1: its batch is {dump_path(loop.dumps, 1)}"]
+
+
+@pytest.mark.parametrize("raised", [True, False], ids=["a rank raised", "a rank was lost"])
+@pytest.mark.parametrize("call", ["update_policy", "send_weights"])
+def test_a_batch_on_which_a_rank_raises_is_kept_but_not_that_of_a_lost_rank(make_loop, monkeypatch, call, raised):
+    cause = RayTaskError("update", "", ValueError("no")) if raised else None
+
+    def fail(*_, **__):
+        raise TrainerError("trainer rank 1 failed") from cause
+
+    loop = make_loop(SOUND)
+    monkeypatch.setattr(loop.trainers, call, fail)
+    monkeypatch.setattr(loop.fleet, "transfer", lambda trainers: trainers.send_weights(1))
+    with pytest.raises(TrainerError):
+        loop.step(1)
+    assert dump_path(loop.dumps, 1).is_file() == raised
+    assert loop.said == ([f"step 1: its batch is {dump_path(loop.dumps, 1)}"] if raised else [])

@@ -43,6 +43,15 @@ def test_the_median_needs_some_updates_and_is_not_moved_by_what_was_skipped():
     assert spikes.in_a_row == 2
 
 
+def test_updates_without_a_gradient_make_no_spike_of_those_that_have_one():
+    """Of a task that is rarely solved most batches teach nothing."""
+    spikes, said = after(*[0.0] * 20, 1.0, *[0.0] * 20, 2.0, 1.0, 0.0, 2.0, skip_grad_norm_times=10)
+    assert spikes.limit == math.inf
+    assert not any(said)
+    spikes, said = after(*[1.0, 0.0, 0.0] * LEAST, 9.0, 11.0, skip_grad_norm_times=10)
+    assert [bool(words) for words in said[-2:]] == [False, True]
+
+
 def test_the_smaller_of_two_bounds_holds():
     assert after(*[1.0] * LEAST, skip_grad_norm_times=10, skip_grad_norm_above=3)[0].limit == 3
     assert after(*[1.0] * LEAST, skip_grad_norm_times=2, skip_grad_norm_above=3)[0].limit == 2

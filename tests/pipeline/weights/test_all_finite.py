@@ -1,0 +1,40 @@
+"""Weights that are not finite are named, each, behind a stream that goes to its end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.weights import FiniteWeights, NotFiniteWeightsError
+
+
+def passed(*buckets):
+    seen = FiniteWeights()
+    assert list(seen.passing(buckets)) == list(buckets)
+    return seen
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_that_is_none_is_named_with_its_tensor(number, dtype):
+    wrong = torch.ones(3, 4, dtype=dtype)
+    wrong[1, 2] = number
+    seen = passed([("a", torch.ones(2))], [("b", torch.ones(5)), ("c", wrong)], [("d", torch.ones(1))])
+    with pytest.raises(NotFiniteWeightsError, match=r"are not finite: c \(1 of 12 numbers\)\. No server"):
+        seen.check()
+
+
+def test_infinities_of_both_signs_do_not_cancel_out():
+    with pytest.raises(NotFiniteWeightsError, match=r"a \(2 of 2 numbers\)"):
+        passed([("a", torch.tensor([torch.inf, -torch.inf]))]).check()
+
+
+def test_of_many_the_first_are_named_and_the_others_counted():
+    with pytest.raises(NotFiniteWeightsError, match=r"t0 \(.*t4 \(9 of 9 numbers\) and 2 more\. "):
+        passed([(f"t{i}", torch.full((9,), torch.nan)) for i in range(7)]).check()
+
+
+def test_finite_weights_of_any_kind_pass():
+    """Also those whose sum is not finite, whole numbers, and nothing."""
+    large = torch.full((4,), torch.finfo(torch.float32).max)
+    passed([], [("a", large), ("b", torch.arange(3)), ("c", torch.ones(0)), ("d", torch.ones(2).half())]).check()
