@@ -155,8 +155,8 @@ class Trainer:
         return [*self.weights_not_finite(), *([] if found is None else [found])]
 
     def weights_not_finite(self) -> list[NotFinite]:
-        """Of this rank's part of the policy; from any thread."""
-        return parameters_not_finite(self.policy)
+        """Of this rank's part of the policy; from any thread. None while it is on the host."""
+        return [] if self._host["weights"].away else parameters_not_finite(self.policy)
 
     def update(self, samples: Sequence[Sample], loss: LossFunction, skip_above: float = math.inf) -> UpdatePart:
         """One optimizer step of the policy on all samples: forward, backward, reduction, clipping, Adam.

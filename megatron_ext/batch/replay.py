@@ -91,7 +91,7 @@ class LayerReplay(RouterReplay):
 
     def _count(self, given: Tensor, native: Tensor, missing: Tensor, refused: Tensor) -> None:
         assert self.counted is not None
-        same = (given[:, :, None] == native[:, None, :]).any(-1).all(-1)  # neither names an expert twice
+        same = (native[:, :, None] == given[:, None, :]).any(-1).all(-1)  # native names no expert twice
         replayed = self.counted & ~missing
         kinds = (replayed, replayed & same, self.counted & missing, self.counted & refused)
         counts = torch.stack([kind.sum() for kind in kinds])

@@ -133,7 +133,9 @@ class TrainConfig(OptimizerConfig):
         "dumped; null: no such bound",
     )
     skip_grad_norm_times: float | None = Field(
-        None, gt=1, description="the same above so many times the median norm of the last 50 updates (5 at least)"
+        None,
+        gt=1,
+        description="the same above so many times the median norm of the last 50 updates with a gradient (5 at least)",
     )
 
 

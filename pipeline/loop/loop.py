@@ -22,6 +22,7 @@ from pipeline.dumps.dump import Dump, dump_path, write_dump
 from pipeline.engine.fleet import Fleet
 from pipeline.engine.sampling import Sampling
 from pipeline.environments.running import Environments
+from pipeline.errors import SamerouteError
 from pipeline.loop.compare import DisagreementError, compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.evaluations import on_own_loop
 from pipeline.loop.update import Update, teaches
@@ -147,7 +148,11 @@ class Loop:
         except (DisagreementError, TrainerError) as error:
             if isinstance(error, DisagreementError) or isinstance(error.__cause__, RayTaskError):
                 said = self.trainers.weights_not_finite()
-                for words in [*said, self._keep(batch)]:
+                try:
+                    said += [self._keep(batch)]
+                except (OSError, SamerouteError) as why:
+                    said += [f"its batch could not be dumped: {why}"]
+                for words in said:
                     self.say(f"step {batch.step}: {words}")
             raise
 

@@ -215,7 +215,7 @@ class TrainerGroup(Ranks):
     def weights_not_finite(self) -> list[str]:
         """A sentence for each rank that has some, of those that answer at once: one has failed, others may hang."""
         found = dict[int, list[NotFinite]]()
-        with contextlib.suppress(TrainerError):  # Ray itself is gone
+        with contextlib.suppress(TrainerError, RayError):  # Ray itself is gone
             asked = dict(zip(self._ask(self.ranks, "weights_not_finite"), range(len(self.ranks)), strict=True))
             for answer in ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)[0]:
                 with contextlib.suppress(RayError):

@@ -53,7 +53,7 @@ class TrainerRank:
         for descriptor in (1, 2):
             os.dup2(log, descriptor)
         self.rank, self.threads = rank, threads
-        self.samples: list[Sample] = []
+        self.samples: Any = []  # a list of Sample
         self.seconds: PhaseSeconds = {}
         self.sender: WeightSender | FurtherSender | None = None
         self.save: StagedSave | None = None
@@ -111,7 +111,7 @@ class TrainerRank:
     def load(self, samples: Sequence[ray.ObjectRef]) -> None:
         """Keep the samples that everything up to the next `load` works on. samples: one reference to the list: Ray
         fetches what stands in a list only here, so that a rank which is late to have them is seen to be."""
-        self.samples = []  # where they do not come, nothing is made with those of before
+        self.samples = None  # where they do not come, whatever asks for some fails
         (joined,) = ray.get(list(samples))
         self.samples = joined.rows
 

@@ -19,8 +19,9 @@ from pipeline.waiting import START_S, Waiting
 POLL_S = 1.0  # how often a waiting call looks at whether everything still lives
 ANSWER_S = 5.0  # in which a rank that is busy, but runs, says where it is
 _STARTING = ("meeting_point", "build")
-_TOGETHER = ("build", "measure", "update_policy", "update_critic", "update_supervised", "resume")
-"""What ranks compute with one another: where one fails, the others wait for it in a collective, and answer nothing."""
+_TOGETHER = ("build", "load", "measure", "update_policy", "update_critic", "update_supervised", "resume")
+"""What ranks compute with one another, or what comes just before: where one fails, the others wait for it in a
+collective, and answer nothing."""
 
 
 class TrainerError(SamerouteError):

@@ -1,4 +1,7 @@
-"""Weights that are no numbers reach no server, which would die of them, and no checkpoint."""
+"""Weights that are no numbers: no server samples from them, which it would die of, and no later checkpoint has them.
+
+A transfer that brought some ends with their names, before its servers are told to go on.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ class FiniteWeights:
             more = f" and {len(self.wrong) - _NAMED} more" if len(self.wrong) > _NAMED else ""
             raise NotFiniteWeightsError(
                 f"the trainer's weights are not finite: {', '.join(self.wrong[:_NAMED])}{more}. No server samples from "
-                "them, and no checkpoint has them; run.max_restarts goes back to the newest one, and train.lr down, or "
-                "precision.weights=float32, shows whether the update has made them"
+                "them, and no checkpoint is written; run.max_restarts goes back to the newest one, and train.lr down, "
+                "or precision.weights=float32, shows whether the update has made them"
             )
 
 

@@ -171,7 +171,7 @@ def test_a_gradient_that_spikes_makes_no_update_and_leaves_its_batch(watched):
 
 
 @pytest.mark.proof
-def test_a_number_of_an_expert_that_is_nan_is_named_before_a_server_has_it(watched):
+def test_a_number_of_an_expert_that_is_nan_is_named_before_a_server_samples(watched):
     """The last one: it ends the run. Rank 1 has the experts from 4 on."""
     with watched.fault(trainer_rank_1_update=planted.NAN) as told:
         watched.command.process.wait(LIMIT_S)

@@ -109,8 +109,7 @@ def _larger(loss: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _no_number(trainer: Any) -> None:
-    """In the first matrix of the second layer's last expert that this rank has: of a weight, and of what the optimizer
-    keeps of it."""
+    """In the first matrix of the second layer's last expert that this rank has."""
     import torch
 
     named = dict(trainer.policy.chunks[0].named_parameters())

@@ -210,6 +210,18 @@ def test_an_update_within_its_limit_is_made_and_leaves_nothing(make_loop):
     assert not loop.dumps.exists()
 
 
+def test_a_batch_that_cannot_be_kept_does_not_hide_what_went_wrong(make_loop, monkeypatch):
+    def no_room(*_):
+        raise OSError("no space left")
+
+    loop = make_loop(SOUND)
+    loop.trainers.gap = math.nan
+    monkeypatch.setattr("pipeline.loop.loop.write_dump", no_room)
+    with pytest.raises(DisagreementError):
+        loop.step(1)
+    assert loop.said == ["step 1: its batch could not be dumped: no space left"]
+
+
 def test_a_step_whose_engines_disagree_leaves_its_batch(make_loop):
     loop = make_loop(SOUND)
     loop.trainers.gap, loop.trainers.wrong = math.nan, ["weights of trainer rank 1 are not finite: w (1 of 9 numbers)"]

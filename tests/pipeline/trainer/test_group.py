@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
+from megatron_ext.parts import NotFinite
+from pipeline.cluster.colocation import Apart
 from pipeline.trainer import waits
 from pipeline.trainer.group import TrainerGroup
 from pipeline.trainer.waits import TrainerError
@@ -192,3 +194,37 @@ class Beside:
         self._thread.join(60)
         assert not self._thread.is_alive()
         return self._error
+
+
+def test_samples_are_waited_for_by_the_call_that_follows_and_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainerGroup, "_put", lambda self, value: value)
+    monkeypatch.setattr(TrainerGroup, "_ask", lambda self, ranks, method, *args, **how: [f"answer to {method}"])
+    waited = []
+    monkeypatch.setattr(TrainerGroup, "_wait", lambda self, answers, method: waited.append((method, answers)))
+    group = TrainerGroup.__new__(TrainerGroup)
+    group.ranks, group.turns, group._loading = [object()], Apart(), []
+    group._sending = threading.RLock()
+    group.load([])
+    assert waited == []
+    group._call("measure")
+    group._call("where")
+    assert waited == [(name, [f"answer to {name}"]) for name in ("load", "measure", "where")]
+
+
+def test_weights_that_are_not_finite_are_told_by_rank_and_of_those_that_answer(monkeypatch):
+    wrong = [NotFinite("weight", f"w{i}", 0, None, 1, 9) for i in range(7)]
+    answers = {"sound": [], "wrong": wrong, "died": RayActorError()}
+
+    def get(answer):
+        if isinstance(answers[answer], Exception):
+            raise answers[answer]
+        return answers[answer]
+
+    monkeypatch.setattr(TrainerGroup, "_ask", lambda self, ranks, method: list(ranks))
+    fake = SimpleNamespace(wait=lambda asked, **_: ([a for a in asked if a in answers], []), get=get)
+    monkeypatch.setattr("pipeline.trainer.group.ray", fake)
+    group = TrainerGroup.__new__(TrainerGroup)
+    group.ranks = ["sound", "died", "hangs", "wrong"]
+    (said,) = group.weights_not_finite()
+    assert said.startswith("weights of trainer rank 3 are not finite: w0 (1 of 9 numbers), w1 (1 of 9 numbers), ")
+    assert said.endswith("w4 (1 of 9 numbers) and 2 more")

@@ -40,7 +40,8 @@ def test_of_samples_that_do_not_come_nothing_is_made_with_those_of_before(clock,
     monkeypatch.setattr(ranks.ray, "get", get)
     with pytest.raises(OSError, match="no room"):
         ranks.TrainerRank.load(rank, ["sample"])
-    assert rank.samples == []
+    with pytest.raises(TypeError):
+        ranks.TrainerRank.measure(rank, "logprobs", [0])
 
 
 def test_what_a_rank_waits_for_others_is_not_its_own(clock):

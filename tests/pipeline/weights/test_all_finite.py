@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from pipeline.trainer.rank import TrainerRank
 from pipeline.weights import FiniteWeights, NotFiniteWeightsError
 
 
@@ -38,3 +41,32 @@ def test_finite_weights_of_any_kind_pass():
     """Also those whose sum is not finite, whole numbers, and nothing."""
     large = torch.full((4,), torch.finfo(torch.float32).max)
     passed([], [("a", large), ("b", torch.arange(3)), ("c", torch.ones(0)), ("d", torch.ones(2).half())]).check()
+
+
+BUCKETS = [[("a", torch.ones(2, 2))], [("b", torch.full((2, 2), torch.nan))], [("c", torch.ones(3))]]
+
+
+def rank(senders, sender="some"):
+    """A trainer rank that streams the buckets."""
+    made = TrainerRank.__new__(TrainerRank)
+    made.senders, made.sender, made.rollout_weights = senders, sender, "int8"
+    made.trainer = SimpleNamespace(
+        exporter=SimpleNamespace(bucket_bytes=1),
+        export=lambda everywhere: iter(BUCKETS),
+        share=lambda senders: ([bucket] for bucket in BUCKETS),
+        policy=SimpleNamespace(model=SimpleNamespace(family=SimpleNamespace(kept_whole=()))),
+    )
+    return made
+
+
+@pytest.mark.parametrize("senders", [None, (0, 1)], ids=["one sender", "two"])
+def test_a_rank_that_sends_ends_its_stream_with_the_names_and_not_before(senders):
+    rounds = rank(senders)._rounds()
+    came = [name for _ in BUCKETS for bucket in next(rounds) for name, _ in bucket]
+    assert came == ["a", "b", "c"]
+    with pytest.raises(NotFiniteWeightsError, match=r"b \(4 of 4 numbers\)"):
+        next(rounds)
+
+
+def test_a_rank_that_sends_nothing_walks_to_the_end():
+    assert len(list(rank(None, sender=None)._rounds())) == len(BUCKETS)
