@@ -52,12 +52,8 @@ class JoinedRows[T]:
     def __getstate__(self) -> tuple[Any, int, dict[str, Arrays]]:
         if not self.rows:
             return None, 0, {}
-        names = vars(self.rows[0])
-        return (
-            type(self.rows[0]),
-            len(self.rows),
-            {name: join([vars(row)[name] for row in self.rows]) for name in names},
-        )
+        fields = {name: join([vars(row)[name] for row in self.rows]) for name in vars(self.rows[0])}
+        return type(self.rows[0]), len(self.rows), fields
 
     def __setstate__(self, state: tuple[Any, int, dict[str, Arrays]]) -> None:
         kind, count, fields = state

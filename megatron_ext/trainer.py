@@ -155,7 +155,7 @@ class Trainer:
         return [*self.weights_not_finite(), *([] if found is None else [found])]
 
     def weights_not_finite(self) -> list[NotFinite]:
-        """Of this rank's part of the policy; from any thread. None while it is on the host."""
+        """Of this rank's part of the policy; from any thread. Nothing is said while it is on the host."""
         return [] if self._host["weights"].away else parameters_not_finite(self.policy)
 
     def update(self, samples: Sequence[Sample], loss: LossFunction, skip_above: float = math.inf) -> UpdatePart:

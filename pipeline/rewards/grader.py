@@ -167,25 +167,20 @@ class Grader:
         own = [self.components[number] for number in self._graders(question)]
         pairs = list(zip(own, verdicts, strict=True))
         named = [replace(verdict, verifier=component.title) for component, verdict in pairs]
-        reward, kind, what, verifier = (
-            math.fsum(c.weight * v.reward for c, v in pairs if v.reward is not None),
-            None,
-            "",
-            "",
-        )
-        if (failed := next((v for v in named if v.kind is not None), None)) is not None:
-            reward, kind, what, verifier = None, failed.kind, failed.what, failed.verifier
-        elif not abs(reward) <= LARGEST:
-            what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
-            reward, kind, verifier = None, "not_a_number", named[0].verifier
+        reward, said = None, next((verdict for verdict in named if verdict.kind is not None), Verdict())
+        if said.kind is None:
+            reward = math.fsum(c.weight * v.reward for c, v in pairs if v.reward is not None)
+            if not abs(reward) <= LARGEST:
+                what = f"with its weight makes the reward {reward:g}, which is no finite number of float32"
+                reward, said = None, Verdict(kind="not_a_number", what=what, verifier=named[0].verifier)
         return Verdict(
-            reward,
-            kind,
-            what,
-            max(verdict.seconds for verdict in verdicts),
-            verifier,
-            {component.name: verdict for component, verdict in zip(own, named, strict=True)},
-            question.response_text,
+            reward=reward,
+            kind=said.kind,
+            what=said.what,
+            seconds=max(verdict.seconds for verdict in verdicts),
+            verifier=said.verifier,
+            parts={component.name: verdict for component, verdict in zip(own, named, strict=True)},
+            response=question.response_text,
         )
 
     def exchange(self, outbox: bytearray) -> list[tuple[int, Verdict]] | None:
