@@ -150,3 +150,6 @@ class NotFinite:
     of: int
     depth: int = 0
     order: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.wrong:,} of {self.of:,} numbers)"

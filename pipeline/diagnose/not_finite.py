@@ -16,7 +16,7 @@ def where_not_finite(found: Sequence[Sequence[NotFinite]]) -> str:
     bad = ""
     if weights:
         more = f" and {len(weights) - 8} more" if len(weights) > 8 else ""
-        bad = f"Weights that are not finite: {', '.join(map(_counted, weights[:8]))}{more}."
+        bad = f"Weights that are not finite: {', '.join(map(str, weights[:8]))}{more}."
     if not outputs:
         return (
             f"{bad} All outputs of the forward pass are finite: no token met them."
@@ -27,8 +27,4 @@ def where_not_finite(found: Sequence[Sequence[NotFinite]]) -> str:
     where = "" if first.layer is None else f", layer {first.layer}"
     where += "" if first.expert is None else f", expert {first.expert}"
     cause = bad or "All weights are finite: its inputs are too large, or it computes wrongly."
-    return f"The first output that is not finite is made by trainer rank {rank}{where}: {_counted(first)}. {cause}"
-
-
-def _counted(one: NotFinite) -> str:
-    return f"{one.name} ({one.wrong:,} of {one.of:,} numbers)"
+    return f"The first output that is not finite is made by trainer rank {rank}{where}: {first}. {cause}"

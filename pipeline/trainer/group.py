@@ -349,7 +349,7 @@ class TrainerGroup(Ranks):
 
 def _listed(wrong: Sequence[NotFinite]) -> str:
     more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-    return ", ".join(f"{one.name} ({one.wrong:,} of {one.of:,} numbers)" for one in wrong[:_NAMED]) + more
+    return ", ".join(map(str, wrong[:_NAMED])) + more
 
 
 def to_sample(rollout: Rollout) -> Sample:
