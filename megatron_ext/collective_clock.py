@@ -1,4 +1,4 @@
-"""Seconds that this process has waited for other ranks: the time inside `Work.wait` of torch's collectives.
+"""Seconds that this process has waited for others: inside `Work.wait` of torch's collectives, and in `waiting`.
 
 A rank that is slow makes all others wait in the next collective, so that all are done at the same time. What a call
 took less what it waited is the rank's own share, and tells who was slow.
@@ -10,8 +10,10 @@ current stream itself is not seen there; the sum is then a lower bound.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,6 +43,17 @@ def install() -> None:
                     _state["events"].append((before, _event()))
 
     Work.wait = timed_wait
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Around a wait of this process for others that is no collective of torch, and holds none."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        with _lock:
+            _state["seconds"] += time.perf_counter() - began
 
 
 def waited() -> float:

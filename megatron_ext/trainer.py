@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,8 +155,17 @@ class Trainer:
         return [*self.weights_not_finite(), *([] if found is None else [found])]
 
     def weights_not_finite(self) -> list[NotFinite]:
-        """Of this rank's part of the policy; from any thread. Nothing is said while it is on the host."""
-        return [] if self._host["weights"].away else parameters_not_finite(self.policy)
+        """Of this rank's parts of the policy and of all models beside it; from any thread. Nothing is said while they
+        are on the host."""
+        if self._host["weights"].away:
+            return []
+        beside = {"critic": self.critic, "reference": self.reference, "teacher": self.teacher}
+        return parameters_not_finite(self.policy) + [
+            replace(found, name=f"{found.name} of the {whose}")
+            for whose, network in beside.items()
+            if network is not None
+            for found in parameters_not_finite(network)
+        ]
 
     def update(self, samples: Sequence[Sample], loss: LossFunction, skip_above: float = math.inf) -> UpdatePart:
         """One optimizer step of the policy on all samples: forward, backward, reduction, clipping, Adam.

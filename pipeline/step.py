@@ -10,6 +10,9 @@ import numpy as np
 
 from pipeline.types import Ended, Episode, Group, Rollout
 
+BETWEEN = "between"
+"""The phase of a rank's seconds that belong to no other: those until its next call comes, and what it does in them."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -79,7 +82,7 @@ class StepResult:
     current_logprobs: [N] float32 a rollout, log pi at the start of the mini-batch that trained on it.
     advantages:       a number, or [N] float32, a rollout.
     ended:            groups that ended since the step before, and that no step trains on.
-    ranks:            of each trainer rank by phase, seconds (own, waited for other ranks).
+    ranks:            of each trainer rank by phase, seconds (own, waited for others); BETWEEN among them.
     """
 
     metrics: dict[str, float]

@@ -25,7 +25,7 @@ from pipeline.environments.running import Environments
 from pipeline.errors import SamerouteError
 from pipeline.loop.compare import DisagreementError, compare, compare_scored, replay_probe, scored_rollouts
 from pipeline.loop.evaluations import on_own_loop
-from pipeline.loop.update import Update, teaches
+from pipeline.loop.update import NotFiniteError, Update, teaches
 from pipeline.objectives import resolve
 from pipeline.observe.metrics import Timer, batch_metrics, lag_metrics
 from pipeline.rewards import Failures, RewardError, grade
@@ -145,8 +145,8 @@ class Loop:
         """Where numbers are wrong, or a rank raises, the batch is kept, and weights that are not finite are named."""
         try:
             yield
-        except (DisagreementError, TrainerError) as error:
-            if isinstance(error, DisagreementError) or isinstance(error.__cause__, RayTaskError):
+        except (DisagreementError, NotFiniteError, TrainerError) as error:
+            if not isinstance(error, TrainerError) or isinstance(error.__cause__, RayTaskError):
                 said = self.trainers.weights_not_finite()
                 try:
                     said += [self._keep(batch)]

@@ -12,6 +12,7 @@ import torch
 from pipeline.arrays import padded
 from pipeline.config import Config
 from pipeline.config.replay import Replay
+from pipeline.errors import SamerouteError
 from pipeline.loop.compare import compare
 from pipeline.objectives import (
     Denominators,
@@ -29,6 +30,10 @@ from pipeline.teaching.teacher_scores import TeacherScores
 from pipeline.trainer.losses import ON_POLICY, LossRow
 from pipeline.trainer.spikes import GradientSpikes
 from pipeline.types import Episode, Group, Rollout
+
+
+class NotFiniteError(SamerouteError):
+    """What a model beside the policy says of a batch is not finite; the message names the model."""
 
 
 class Trainers(Protocol):
@@ -81,7 +86,8 @@ class Update:
     spikes: GradientSpikes
 
     def __call__(self, batch: Batch, timer: Timer) -> StepResult:
-        """Train on a batch. Raises DisagreementError where its rollouts are not of the trainer's weights.
+        """Train on a batch. Raises DisagreementError where its rollouts are not of the trainer's weights, and
+        NotFiniteError, see `measure`.
 
         With one mini-batch the policy of the update is the proximal one, so that no forward pass of its own is spent
         on pi_o unless something else reads it; the comparison with mu is then made after the step, and stops the run
@@ -125,23 +131,27 @@ class Update:
         )
 
     def measure(self, batch: Batch) -> Measured:
-        """The passes before the first optimizer step that this objective and this replay ask for."""
+        """The passes before the first optimizer step that this objective and this replay ask for. Raises
+        NotFiniteError for what the critic, the reference or the teacher says."""
         proximal = None
         if self.replay.from_proximal:
             proximal = self.trainers.record_routes(self.model.num_layers, self.model.num_experts)
         elif self.config.proximal_pass(self.replay):
             proximal = self.trainers.logprobs()
+        reference = self.trainers.reference_logprobs() if self.objective.needs_reference else None
+        values = self.trainers.values() if self.objective.needs_critic else None
+        check_finite("log-probs of the reference", reference or ())
+        check_finite("values of the critic", values or ())
         return Measured(
-            proximal,
-            self.trainers.reference_logprobs() if self.objective.needs_reference else None,
-            self.trainers.values() if self.objective.needs_critic else None,
-            self.teacher(batch.rollouts) if self.objective.needs_teacher else None,
+            proximal, reference, values, self.teacher(batch.rollouts) if self.objective.needs_teacher else None
         )
 
     def teacher(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
-        """What the teacher says of each: the trainer's now, or what its servers have said."""
+        """What the teacher says of each: the trainer's now, or what its servers have said. Raises NotFiniteError."""
         if self.config.teacher is not None and self.config.teacher.engine == "trainer":
-            return [TeacherScores(row) for row in self.trainers.teacher_logprobs()]
+            rows = self.trainers.teacher_logprobs()
+            check_finite("log-probs of the teacher", rows)
+            return [TeacherScores(row) for row in rows]
         return scores_of(rollouts)
 
     def compare(self, batch: Batch, proximal: PolicyTokens) -> dict[str, float]:
@@ -168,6 +178,13 @@ class Update:
         if self.objective.needs_critic:
             metrics |= self.trainers.update_critic(self.config.objective, denominators, rows)
         return metrics, seen
+
+
+def check_finite(what: str, rows: Sequence[np.ndarray]) -> None:
+    """rows: [N] a rollout. Raises NotFiniteError for numbers that are none."""
+    wrong = sum(not np.isfinite(row).all() for row in rows)
+    if wrong:
+        raise NotFiniteError(f"{what} are not finite, in {wrong} of {len(rows)} rollouts; nothing is trained on them")
 
 
 def mini_batches(batch: Batch, count: int) -> list[list[int]]:

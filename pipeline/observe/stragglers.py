@@ -1,9 +1,10 @@
 """Who is slow: the trainer rank, or the server, that takes longer than its like, step after step.
 
-A rank's own seconds are those in which it did not wait for other ranks (`megatron_ext.collective_clock`). A server's
-are those of its requests, by token. One is a straggler in a phase where in STEPS of the last WINDOW steps it took at
-least TIMES as long as the median of the others, and more than SHARE of the step longer. A noisy core makes now this
-rank slow and now that one; nobody is named for it.
+A rank's own seconds are those in which it did not wait for others (`megatron_ext.collective_clock`). Between phases
+all wait for the next call; who is later than the first of them has lost that time itself. A server's seconds are those
+of its requests, by token. One is a straggler in a phase where in STEPS of the last WINDOW steps it took at least TIMES
+as long as the median of the others, and more than SHARE of the step longer. A noisy core makes now this rank slow and
+now that one; nobody is named for it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
+from pipeline.step import BETWEEN
 from pipeline.types import Rollout
 
 if TYPE_CHECKING:
@@ -40,20 +42,25 @@ class Straggler:
     lost_s: float
 
     def __str__(self) -> str:
+        phase = f"its own work with what it does {BETWEEN} phases" if self.phase == BETWEEN else self.phase
         return (
-            f"{self.who} is slow: {self.phase} takes it {self.times:.1f} times as long as the others, {self.lost_s:.2g}"
+            f"{self.who} is slow: {phase} takes it {self.times:.1f} times as long as the others, {self.lost_s:.2g}"
             f" s more a step, in {STEPS} of the last {WINDOW} steps"
         )
 
 
 def rank_seconds(ranks: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, dict[str, list[float]]]:
-    """phase -> {own, waited}: [ranks] seconds each."""
+    """phase -> {own, waited}: [ranks] seconds each; between phases, those more than the rank that had fewest."""
 
     def column(phase: str, k: int) -> list[float]:
         return [round(rank.get(phase, (0.0, 0.0))[k], 4) for rank in ranks]
 
     phases = dict.fromkeys(phase for rank in ranks for phase in rank)
-    return {phase: {"own": column(phase, 0), "waited": column(phase, 1)} for phase in phases}
+    found = {phase: {"own": column(phase, 0), "waited": column(phase, 1)} for phase in phases}
+    if BETWEEN in found:
+        idle = found[BETWEEN]["own"]
+        found[BETWEEN]["own"] = [round(s - min(idle), 4) for s in idle]
+    return found
 
 
 def server_seconds(rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:
@@ -68,15 +75,25 @@ def server_seconds(rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:
 
 
 def table_of(ranks: Mapping[str, Mapping[str, Sequence[float]]], servers: Mapping[str, Mapping[str, float]]) -> Table:
-    """Of a record, what can be held against each other: of ranks their own seconds, but for the transfer, in which they
-    do different things; of servers the seconds that a token of theirs took, in those of the slowest, which a step's
-    rollout ends with."""
-    alike = {phase: own["own"] for phase, own in ranks.items() if phase != "sync"}
-    table = {phase: {f"trainer rank {i}": s for i, s in enumerate(own)} for phase, own in alike.items()}
+    """Of a record, what can be held against each other: of ranks their own seconds, of those that have the phase, in
+    the transfer senders (sync) apart from the others (gather); between phases, what they lost there beside the usual
+    work of a step; of servers the seconds that a token of theirs took, in those of the slowest, which a step's rollout
+    ends with."""
+    table = {phase: _of_ranks(by) for phase, by in ranks.items()}
+    if BETWEEN in table:
+        work = [sum(own) for own in zip(*(by["own"] for phase, by in ranks.items() if phase != BETWEEN), strict=True)]
+        lost = ranks[BETWEEN]["own"]
+        table[BETWEEN] = {f"trainer rank {i}": s + median(work or [0.0]) for i, s in enumerate(lost)}
     paces = {f"server {n}": own["seconds"] / own["tokens"] for n, own in servers.items() if own["tokens"]}
     if (slowest := max(paces.values(), default=0.0)) > 0:
         table[SAMPLING] = {name: pace / slowest for name, pace in paces.items()}
     return table
+
+
+def _of_ranks(by: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Own seconds of the ranks that took part in a phase."""
+    both = enumerate(zip(by["own"], by["waited"], strict=True))
+    return {f"trainer rank {i}": own for i, (own, waited) in both if own or waited}
 
 
 class Stragglers:

@@ -19,7 +19,7 @@ from pipeline.cluster.threads import thread_environment
 from pipeline.config.precision import RolloutWeights
 from pipeline.imports import lasting_imports
 from pipeline.objectives import Denominators, ObjectiveConfig, resolve
-from pipeline.trainer.phases import PhaseSeconds, timed
+from pipeline.trainer.phases import PhaseClock, PhaseSeconds, timed
 
 if TYPE_CHECKING:
     from megatron_ext.batch.layout import Sample
@@ -54,7 +54,7 @@ class TrainerRank:
             os.dup2(log, descriptor)
         self.rank, self.threads = rank, threads
         self.samples: Any = []  # a list of Sample
-        self.seconds: PhaseSeconds = {}
+        self.clock = PhaseClock()
         self.sender: WeightSender | FurtherSender | None = None
         self.save: StagedSave | None = None
 
@@ -119,7 +119,7 @@ class TrainerRank:
         """Give every loaded sample these routes."""
         self.samples = [replace(s, routes=r) for s, r in zip(self.samples, routes, strict=True)]
 
-    @timed("{}")
+    @timed(lambda rank, method, *_: method)
     def measure(self, method: str, indices: Sequence[int] | None, *args: Any) -> TokenPart:
         """`logprobs`, those of the reference or a teacher, or `values` of loaded samples, all of them by default."""
         samples = self.samples if indices is None else [self.samples[i] for i in indices]
@@ -186,8 +186,7 @@ class TrainerRank:
 
     def take_seconds(self) -> PhaseSeconds:
         """By phase, since it was asked last."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+        return self.clock.take()
 
     def restart_optimizer(self, optimizer: OptimizerConfig) -> None:
         """A new phase of training begins: its own settings, no moments of the last."""
@@ -226,7 +225,7 @@ class TrainerRank:
         if self.sender is not None:
             self.sender.connect()
 
-    @timed("sync")
+    @timed(lambda rank, *_: "gather" if rank.sender is None else "sync")
     def send_weights(self, version: int, flush: bool) -> tuple[int, float]:
         """Stream the weights to the servers. Every rank takes part in gathering; senders send. Returns the bytes that
         this rank sent, and the seconds that it took."""

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_ext.collective_clock import waiting
+
 POLL_S = 0.0005
 
 
@@ -83,7 +85,8 @@ def wait(done: Callable[[], bool], watch: Callable[[], None]) -> None:
     """Until `done` says so, or `watch` raises."""
     while not done():
         watch()
-        time.sleep(POLL_S)
+        with waiting():
+            time.sleep(POLL_S)
 
 
 def _beside[T](call: Callable[[], T], watch: Callable[[], None]) -> T:

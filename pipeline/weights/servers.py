@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from megatron_ext.collective_clock import waiting
 from pipeline.engine.control import ServerAddress, SGLangControl
 from pipeline.engine.server import ServerError
 from pipeline.errors import SamerouteError
@@ -41,8 +42,9 @@ class Servers:
     @staticmethod
     def answers(futures: Sequence[Future[Any]]) -> None:
         """Wait for calls. Raises WeightTransferError for the first that failed."""
-        for future in futures:
-            future.result()
+        with waiting():
+            for future in futures:
+                future.result()
 
     def guard(self, control: SGLangControl, call: Callable[[], Any]) -> Any:
         """`call()`, its failure a WeightTransferError that names the server."""

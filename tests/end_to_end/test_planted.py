@@ -25,7 +25,11 @@ from tests.support import planted
 from tests.support.command import SMALL, Command
 
 LIMIT_S = 120
-NAMED = re.compile(r"((?:trainer rank|server) \d) is slow: (\w+) takes it (\d+\.\d) times as long", re.IGNORECASE)
+NAMED = re.compile(
+    r"((?:trainer rank|server) \d) is slow: (?:its own work with what it does )?(\w+)(?: phases)? takes it "
+    r"(\d+\.\d) times as long",
+    re.IGNORECASE,
+)
 
 
 class Watched:
@@ -100,7 +104,8 @@ def watched(preloaded, tmp_path_factory):
                 "train.mini_batches=1"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(planted.FOLDER, str(folder / "faults"))
-        command = Command(folder, *SMALL, *settings, "parallel={ranks: 2, expert: 2}", "server.replicas=2")
+        command = Command(folder, *SMALL, *settings, "parallel={ranks: 2, expert: 2}", "server.replicas=2",
+                          "weights={transport: distributed, senders: 2}")  # fmt: skip
     try:
         command.wait_for(f"step {WINDOW:>4}/9999")
         yield Watched(command, folder / "faults")
@@ -139,6 +144,16 @@ def test_one_phase_that_is_twice_as_slow_on_one_rank_is_named_with_it_and_no_oth
         assert ("trainer rank 0", "update") in told.named
         told.until(lambda: told.row_naming(rank=0))
         assert len(told.rows) >= STEPS
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("phase", ["between", "sync"])
+def test_one_that_is_late_between_its_phases_or_sends_its_weights_late_is_named_with_it(watched, phase):
+    with watched.fault(**{f"trainer_rank_1_{phase}": 2}) as told:
+        told.until_named(("trainer rank 1", phase))
+        assert ("trainer rank 1", phase) in told.named
+        row = told.until(lambda: told.row_naming(rank=1))
+        assert 0 < row["straggler/rank_lost_s"] < row["time/train_s" if phase == "between" else "time/sync_s"]
 
 
 @pytest.mark.proof

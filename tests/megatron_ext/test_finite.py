@@ -52,5 +52,26 @@ def test_a_nan_in_one_expert_is_named(broken, layout):
     assert f"Weights that are not finite: decoder.layers.{LAYER}.mlp.experts.linear_fc1.weight{EXPERT} (1 of" in words
 
 
+def _beside(config, model, broken):
+    """Runs on a rank: what it has that is not finite, its critic and a teacher among it."""
+    from megatron_ext.trainer import Trainer
+
+    it = Trainer(
+        model, config, TrainerConfig(), OptimizerConfig(), replay=False, critic=OptimizerConfig(), teacher=broken
+    )
+    head = dict(it.critic.chunks[-1].named_parameters())["output_layer.weight"]
+    with torch.no_grad():
+        head.view(-1)[0] = torch.inf
+    return [str(found) for found in it.weights_not_finite()]
+
+
+def test_models_beside_the_policy_are_named_as_such(tiny_model_dir, broken):
+    (found,) = run_ranks(_beside, ParallelConfig(), str(tiny_model_dir), str(broken))
+    assert len(found) == 2
+    assert found[0].startswith("output_layer.weight of the critic (1 of ")
+    expert = f"decoder.layers.{LAYER}.mlp.experts.linear_fc1.weight{EXPERT} of the teacher (1 of "
+    assert found[1].startswith(expert)
+
+
 def test_a_sound_model_has_none(tiny_model_dir):
     assert run_ranks(_found, ParallelConfig(), str(tiny_model_dir)) == [[]]

@@ -49,6 +49,7 @@ CODES = {
     "pipeline.cluster.limits.LimitError": 2,
     "pipeline.loop.loop.DisagreementError": 1,
     "pipeline.loop.loop.NothingToLearnError": 1,
+    "pipeline.loop.update.NotFiniteError": 1,
     "pipeline.loop.restarts.RestartLimitError": 1,
     "pipeline.loop.teaching.teacher_model.TeacherError": 2,
     "pipeline.loop.stop.Stopped": 75,

@@ -3,9 +3,10 @@ whose gradient spikes, or one of whose experts has a NaN.
 
 They are put around the engines' own methods from outside, while a run goes on: a file of the folder that `FOLDER`
 names is a fault, until it is gone. Its name says where, "trainer rank 1 update" or "server 0"; its text how long that
-one sleeps before each call: so many times as long as its last calls took it themselves, or `HELD`, as long as the file
-is there. No fault depends on how fast the machine is. `SPIKE` makes the gradient of an update a million times as long;
-after an update with `NAN` one number of one expert is not one.
+one sleeps before each call: so many times as long as its last calls took it themselves (in the transfer and between
+phases, as its last updates did), or `HELD`, as long as the file is there. No fault depends on how fast the machine is.
+`SPIKE` makes the gradient of an update a million times as long; after an update with `NAN` one number of one expert is
+not one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any
 
 FOLDER = "SAMEROUTE_PLANTED"
 HELD, SPIKE, NAN = "held", "spike", "nan"
-_PHASES = {"logprobs": "logprobs", "update": "update"}  # of a rank's Trainer: method -> phase
 _LAST = 8  # calls
+_updates = deque[float](maxlen=_LAST)
 
 
 @contextmanager
@@ -44,9 +45,12 @@ def in_rank() -> None:
     if FOLDER in os.environ:
         from megatron_ext.trainer import Trainer
         from pipeline.trainer.phases import waited
+        from pipeline.trainer.rank import TrainerRank
 
-        for method, phase in _PHASES.items():
-            _around(Trainer, method, functools.partial(_rank, phase), waited)
+        _around(Trainer, "logprobs", functools.partial(_rank, "logprobs"), waited)
+        _around(Trainer, "update", functools.partial(_rank, "update"), waited, _updates)
+        for kind, method, phase in ((Trainer, "share", "sync"), (TrainerRank, "update_policy", "between")):
+            _before(kind, method, functools.partial(_rank, phase))
 
 
 def in_server() -> None:
@@ -69,8 +73,27 @@ def _server() -> str:
     return f"server {number[1] if number else 0}"
 
 
-def _around(kind: type, name: str, where: Callable[[], str], waited: Callable[[], float]) -> None:
-    method, last = getattr(kind, name), deque[float](maxlen=_LAST)
+def _before(kind: type, name: str, where: Callable[[], str]) -> None:
+    """A method of which only the beginning can be late."""
+    method = getattr(kind, name)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _sleep(where(), _how(where()), median(_updates) if _updates else 0.0)
+        return method(*args, **kwargs)
+
+    setattr(kind, name, call)
+
+
+def _around(
+    kind: type,
+    name: str,
+    where: Callable[[], str],
+    waited: Callable[[], float],
+    last: deque[float] | None = None,
+) -> None:
+    """last: gets the seconds of each call."""
+    method, last = getattr(kind, name), deque[float](maxlen=_LAST) if last is None else last
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -31,8 +31,8 @@ def figures(run: Run) -> list[Figure]:
         Figure(
             "slowest",
             "Trainer ranks and servers by phase",
-            f"Mean of the last {len(last)} steps. Of a rank, the seconds that it worked itself, and what it waited for "
-            "other ranks. Of a server, what a token took, waiting included.",
+            f"Mean of the last {len(last)} steps. Of a rank, the seconds that it worked itself, those that it lost "
+            "between its phases, and what it waited for others. Of a server, what a token took, waiting included.",
             "Equal rows.",
             f"A rank, or a server, that takes {TIMES:g} times as long as the median of the others, and more than "
             f"{SHARE:.0%} of the step longer, in {STEPS} of {WINDOW} steps: all others wait for it.",

@@ -12,7 +12,15 @@ import torch
 from pipeline.config import load_config
 from pipeline.config.replay import Replay
 from pipeline.loop.compare import DisagreementError
-from pipeline.loop.update import Measured, Update, loss_rows, mini_batches, teaches, turns_of
+from pipeline.loop.update import (
+    Measured,
+    NotFiniteError,
+    Update,
+    loss_rows,
+    mini_batches,
+    teaches,
+    turns_of,
+)
 from pipeline.objectives import PRESETS, ObjectiveConfig, resolve
 from pipeline.observe.metrics import Timer
 from pipeline.step import Batch, PolicyTokens
@@ -173,6 +181,37 @@ def test_a_teacher_beside_the_policy_is_asked_in_the_step_and_one_that_said_noth
     assert result.metrics["teacher/kl"] == pytest.approx(2.0)
     with pytest.raises(ValueError, match="scored 0 of 8 rollouts"):
         run(*teacher())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "named"),
+    [
+        ("values", ["objective={preset: ppo}"], "values of the critic"),
+        (
+            "reference_logprobs",
+            ["objective={preset: grpo, kl: {estimator: k3, beta: 0.1, place: loss}}"],
+            "log-probs of the reference",
+        ),
+        ("teacher_logprobs", teacher("trainer"), "log-probs of the teacher"),
+    ],
+)
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_a_model_beside_the_policy_that_says_no_number_is_named_before_anything_is_trained(
+    monkeypatch, method, settings, named, number
+):
+    asked = []
+
+    def broken(trainers):
+        rows = [np.zeros(len(rollout), np.float32) for rollout in trainers.rollouts]
+        rows[1][-1] = rows[6][-1] = number
+        asked.append(trainers)
+        return rows
+
+    monkeypatch.setattr(FakeTrainers, method, broken)
+    with pytest.raises(NotFiniteError, match=f"^{named} are not finite, in 2 of 8 rollouts; nothing is trained on"):
+        run(*settings)
+    (trainers,) = asked
+    assert "update_policy" not in trainers.calls
 
 
 def test_a_second_moment_asks_for_the_proximal_pass_and_counts_what_it_drops():

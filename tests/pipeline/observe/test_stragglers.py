@@ -13,8 +13,9 @@ from pipeline.types import Prompt
 from tests.support.episodes import graded_group, plain_rollout, step_result
 
 
-def step(number, ranks=(), paces=()):
-    """A step of 1 s. ranks: seconds of each in the update; paces: of each server, seconds a token."""
+def step(number, ranks=(), paces=(), between=(), sync=(), gather=()):
+    """A step of 1 s. ranks: seconds of each in the update, and likewise of the other phases, None of one that has no
+    part in it; paces: of each server, seconds a token."""
     rollouts = [
         plain_rollout(range(4), np.zeros(4), servers=(server,), seconds=4 * pace) for server, pace in enumerate(paces)
     ] or [plain_rollout(range(4), np.zeros(4))]
@@ -22,7 +23,11 @@ def step(number, ranks=(), paces=()):
     rows = [r.rollout_logprobs for r in rollouts]
     result = step_result(number, [group], rows, rows, rows, [0.0] * len(rows), np.zeros((0, 3)))
     result.metrics["time/step_s"] = 1.0
-    return replace(result, ranks=[{"update": (own, 0.5 - own)} for own in ranks])
+    seconds = [{"update": (own, 0.5 - own)} for own in ranks]
+    for phase, of_each in {"between": between, "sync": sync, "gather": gather}.items():
+        for rank, own in zip(seconds, of_each or [None] * len(seconds), strict=True):
+            rank |= {} if own is None else {phase: (own, 0.0)}
+    return replace(result, ranks=seconds)
 
 
 def watch(steps):
@@ -74,5 +79,38 @@ def test_seconds_are_a_row_a_phase():
     }
 
 
-def test_the_rank_that_sends_the_weights_is_not_slow_for_it():
-    assert set(table_of({"sync": {"own": [0.9, 0.1]}, "update": {"own": [1.0, 1.0]}}, {})) == {"update"}
+def test_a_rank_that_is_late_for_its_calls_is_named_and_what_all_wait_for_is_nobodys():
+    alike = {"ranks": (0.2, 0.2, 0.2, 0.2), "between": (0.3, 0.3, 0.3, 0.3)}
+    assert watch([alike] * 8)[0] == []
+    said, metrics = watch([alike | {"between": (0.3, 0.3, 0.7, 0.3)}] * 8)
+    words = "trainer rank 2 is slow: its own work with what it does between phases takes it 3.0 times as long"
+    assert len(said) == 1
+    assert said[0].startswith(f"step {STEPS}: {words} as the others, 0.4 s more")
+    assert metrics[-1] == pytest.approx({"straggler/rank": 2, "straggler/rank_times": 3, "straggler/rank_lost_s": 0.4})
+
+
+def test_a_rank_that_is_slow_in_a_phase_is_not_named_for_what_lies_between():
+    said, _ = watch([{"ranks": (0.2, 0.6), "between": (0.5, 0.1)}] * 8)  # the others wait inside of it
+    assert len(said) == 2
+    assert "trainer rank 1 is slow: update" in said[0]
+
+
+def test_those_that_send_weights_are_held_against_one_another_and_the_others_likewise():
+    alike = {"ranks": (0.1, 0.1, 0.1, 0.1), "sync": (0.3, 0.3, None, None), "gather": (None, None, 0.1, 0.1)}
+    assert watch([alike] * 8)[0] == []
+    (slow,) = watch([alike | {"sync": (0.3, 0.6, None, None)}] * 8)[0]
+    assert "trainer rank 1 is slow: sync takes it 2.0 times" in slow
+    (slow,) = watch([alike | {"gather": (None, None, 0.3, 0.1)}] * 8)[0]
+    assert "trainer rank 2 is slow: gather takes it 3.0 times" in slow
+
+
+def test_one_that_sends_alone_is_slow_beside_nobody():
+    assert watch([{"ranks": (0.1, 0.1), "sync": (0.5, None), "gather": (None, 0.1)}] * 8)[0] == []
+
+
+def test_the_table_has_the_ranks_of_each_phase_with_what_they_lost_between_beside_the_usual_work():
+    seconds = [{"update": (1.0, 0.5), "between": (2.0, 0.0)}, {"update": (1.0, 0.0), "between": (2.5, 0.0)}]
+    record = rank_seconds(seconds)
+    assert record["between"] == {"own": [0.0, 0.5], "waited": [0.0, 0.0]}
+    first, second = "trainer rank 0", "trainer rank 1"
+    assert table_of(record, {}) == {"update": {first: 1.0, second: 1.0}, "between": {first: 1.0, second: 1.5}}

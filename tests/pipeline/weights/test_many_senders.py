@@ -44,10 +44,11 @@ def transfers(config: ParallelConfig, model: str, cases: list[Case]) -> list[tup
     import torch.distributed as dist
 
     from megatron_ext.trainer import Trainer
+    from pipeline.trainer.phases import PhaseClock
     from pipeline.trainer.rank import TrainerRank
 
     rank = TrainerRank.__new__(TrainerRank)
-    rank.rank, rank.sender, rank.seconds = dist.get_rank(), None, {}
+    rank.rank, rank.sender, rank.clock = dist.get_rank(), None, PhaseClock()
     rank.trainer = Trainer(model, config, TrainerConfig(), OptimizerConfig(), replay=False)
     out = []
     for number, case in enumerate(cases):
