@@ -53,6 +53,7 @@ SETTINGS = [
     f"rollout.samples_per_prompt={SAMPLES}",
     f"rollout.max_new_tokens={ANSWER}",
     "server.context_length=128",
+    "server.prefix_cache=true",
     "train.mini_batches=1",
     "train.decay_steps=null",
     "train.lr=1e-6",
@@ -170,7 +171,9 @@ def of_server(config: Config, model: ModelDescription, path: Path, logs: Path, r
     with start_servers(config, path, model, logs) as fleet:
         for number in range(repeat + 1):
             for tokens, taken in ((1, first), (ANSWER, whole)):
-                prompts = source.take(PROMPTS)  # others each time: none is cached
+                prompts = source.take(PROMPTS)
+                for server in fleet.servers:  # as after an update: not even the template is cached
+                    server.client.post("/flush_cache", {})
                 lengths += [len(p.ids) for p in prompts]
                 began = time.perf_counter()
                 sample_groups_sync(fleet, prompts, SAMPLES, Sampling(tokens, temperature=1.0, ignore_eos=True))

@@ -84,7 +84,9 @@ class ServerConfig(Frozen):
         "its own choice may not",
     )
     prefix_cache: bool | None = Field(
-        None, description="keep the KV cache of finished prompts; null: on GPUs only, where prefill costs more than it"
+        None,
+        description="keep keys and values of prompts, which the answers to one prompt then read once; null: on GPUs "
+        "only, since on a CPU it costs a small model more than it saves",
     )
     cpu_threads: int | None = Field(
         None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ext.meeting import tcp_store
 from pipeline.engine.control import ALIVE, HELD_WEIGHTS
-from pipeline.engine.inside import interruptions, intervals, joined_answers, many_groups
+from pipeline.engine.inside import interruptions, intervals, joined_answers, many_groups, own_keys, shared_prompts
 from pipeline.engine.inside.held_weights import held_checksums
 
 KEYS = ("api_key", "admin_api_key")
@@ -24,6 +24,8 @@ def install() -> None:
     many_groups.install()
     intervals.install()
     joined_answers.install()
+    own_keys.install()
+    shared_prompts.install()
     updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
     HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", tell_held, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_tensor", refuse, HookType.AROUND)
