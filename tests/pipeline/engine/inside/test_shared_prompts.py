@@ -111,7 +111,11 @@ def test_a_long_prompt_that_is_read_in_parts_is_waited_for():
     assert held_back(scheduler(other, chunked=reading)) == [other]
 
 
-@pytest.mark.parametrize("last", [[request(1, finished=True)], [request(1, said=[4])], [request(2)], None], ids=str)
+@pytest.mark.parametrize(
+    "last",
+    [[request(1, finished=True)], [request(1, said=[4])], [request(2)], None],
+    ids=["it has ended", "it has read it", "it reads another", "none"],
+)
 def test_nobody_waits_for_one_that_is_not_reading_the_prompt(last):
     assert held_back(scheduler(request(1), last=last)) == []
 
