@@ -58,9 +58,16 @@ def rank_seconds(ranks: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str
     phases = dict.fromkeys(phase for rank in ranks for phase in rank)
     found = {phase: {"own": column(phase, 0), "waited": column(phase, 1)} for phase in phases}
     if BETWEEN in found:
-        idle = found[BETWEEN]["own"]
-        found[BETWEEN]["own"] = [round(s - min(idle), 4) for s in idle]
+        early = [_early(found, rank) for rank in range(len(ranks))]
+        late = [s - e for s, e in zip(found[BETWEEN]["own"], early, strict=True)]
+        found[BETWEEN]["own"] = [round(s - min(late), 4) for s in late]
     return found
+
+
+def _early(found: Mapping[str, Mapping[str, Sequence[float]]], rank: int) -> float:
+    """Seconds that it was done before the slowest rank, in phases at whose end no rank waits for another."""
+    apart = [by["own"] for phase, by in found.items() if phase != BETWEEN and not any(by["waited"]) and all(by["own"])]
+    return sum(max(own) - own[rank] for own in apart)
 
 
 def server_seconds(rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:

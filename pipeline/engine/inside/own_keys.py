@@ -13,11 +13,10 @@ from typing import Any
 
 
 def install() -> None:
-    """Register the hooks; call while SGLang loads its plugins."""
+    """Register the hook; call while SGLang loads its plugins. It reaches every module that has the function."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for module in ("scheduler", "scheduler_components.batch_result_processor"):
-        HookRegistry.register(f"sglang.srt.managers.{module}.checkpoint_kv_cache", keep_own, HookType.AROUND)
+    HookRegistry.register("sglang.srt.mem_cache.common.checkpoint_kv_cache", keep_own, HookType.AROUND)
 
 
 def keep_own(original: Callable[..., None], request: Any, cache: Any) -> None:
@@ -32,10 +31,12 @@ def keep_own(original: Callable[..., None], request: Any, cache: Any) -> None:
 
 
 def _cached(request: Any, cache: Any) -> int:
-    """Of the tokens that it has computed, those at the front that the cache has."""
+    """Of the tokens that it has computed, those at the front that the cache has, be it without a window's or a
+    recurrent state."""
     from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
     ids = request.full_untruncated_fill_ids[: request.extend_end]
     key = RadixKey(token_ids=ids, extra_key=request.extra_key, cache_salt=request.cache_salt)
-    return cache.match_prefix(MatchPrefixParams(key=key)).device_prefix_len
+    found = cache.match_prefix(MatchPrefixParams(key=key))
+    return max(found.device_prefix_len, found.full_kv_hit_length)

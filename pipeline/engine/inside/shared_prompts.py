@@ -13,7 +13,7 @@ import numpy as np
 WORTH = 2
 """Tokens of a prompt that are not in the prefix cache, from which on others wait: its last is computed by each."""
 
-_PROMPT, _WAITED = "_sameroute_prompt", "_sameroute_waited"
+_IDS, _WAITED = "_sameroute_ids", "_sameroute_waited"
 
 
 def install() -> None:
@@ -42,7 +42,7 @@ def one_reads(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs
 
 
 def held_back(scheduler: Any) -> list[Any]:
-    """Requests that wait while another one reads their prompt, or is about to; each for one reader at most, since not
+    """Requests that wait while another one reads their prompt, or is about to. Those that have waited go together: not
     every model's cache finds a whole prompt again."""
     waiting = {id(request) for request in scheduler.waiting_queue}
     batch = scheduler.last_batch
@@ -55,24 +55,23 @@ def held_back(scheduler: Any) -> list[Any]:
             continue
         prompt = _prompt(request)
         if prompt not in waits:
-            waits[prompt] = False if getattr(request, _WAITED, False) else None
+            waits[prompt] = False if getattr(request, _WAITED, None) == prompt else None
             continue
         if waits[prompt] is None:
             waits[prompt] = _unread(request, scheduler.tree_cache) >= WORTH
         if waits[prompt]:
-            setattr(request, _WAITED, True)
+            setattr(request, _WAITED, prompt)
             held.append(request)
     return held
 
 
 def _prompt(request: Any) -> Any:
-    """Equal for those whose keys and values are the same."""
-    prompt = getattr(request, _PROMPT, None)
-    if prompt is None:
+    """Equal for those whose keys and values are the same; another after a change of weights."""
+    ids = getattr(request, _IDS, None)
+    if ids is None:
         ids = np.asarray(request.origin_input_ids, np.int64).tobytes()
-        prompt = (ids, request.extra_key, request.cache_salt, request.lora_id)
-        setattr(request, _PROMPT, prompt)
-    return prompt
+        setattr(request, _IDS, ids)
+    return ids, request.extra_key, request.cache_salt, request.lora_id
 
 
 def _unread(request: Any, tree: Any) -> int:
