@@ -1,6 +1,7 @@
-"""Of requests with one prompt that come together one reads it; the others follow when its keys and values are there.
+"""Of requests that come together and begin alike one reads that; the others follow when its keys and values are there.
 
-SGLang 0.5.23 puts all of them in one prefill, where each computes the whole prompt: n times the work.
+SGLang 0.5.23 puts all of them in one prefill, where each computes its whole prompt: n times the work. And of what two
+compute at once the cache can have but one copy (`own_keys.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ WORTH = 2
 """Tokens of a prompt that are not in the prefix cache, from which on others wait: its last is computed by each."""
 
 _IDS, _WAITED = "_sameroute_ids", "_sameroute_waited"
+_BYTES = np.dtype(np.int64).itemsize
 
 
 def install() -> None:
@@ -26,9 +28,8 @@ def install() -> None:
 
 def one_reads(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """_get_new_batch_prefill_raw: sees those alone that need not wait; all keep their places."""
-    before = scheduler.waiting_queue
-    cached = not getattr(scheduler.tree_cache, "disable", True)
-    held = set(map(id, held_back(scheduler))) if cached and before else set[int]()
+    before, cached = scheduler.waiting_queue, not getattr(scheduler.tree_cache, "disable", True)
+    held = set(map(id, held_back(scheduler))) if cached and before and not _full(scheduler) else set[int]()
     if not held:
         return original(scheduler, *args, **kwargs)
     scheduler.waiting_queue = [request for request in before if id(request) not in held]
@@ -41,42 +42,57 @@ def one_reads(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs
         scheduler.waiting_queue = [request for request in before if id(request) in left] + new
 
 
+def _full(scheduler: Any) -> bool:
+    """Whether SGLang takes nobody in now, so that nobody need be looked at."""
+    others = scheduler.enable_priority_preemption or scheduler.is_hybrid_swa or scheduler.chunked_req is not None
+    return scheduler.running_batch.batch_is_full and not scheduler.running_batch.is_empty() and not others
+
+
 def held_back(scheduler: Any) -> list[Any]:
-    """Requests that wait while another one reads their prompt, or is about to. Those that have waited go together: not
-    every model's cache finds a whole prompt again."""
+    """Requests whose next unread token another one reads that begins alike, or is about to. When that has read it, the
+    rest of a prompt may have another reader; but not where the cache does not find what was read, as with some models.
+    """
     waiting = {id(request) for request in scheduler.waiting_queue}
     batch = scheduler.last_batch
     under_way = [scheduler.chunked_req, *(() if batch is None else batch.reqs)]
-    reading = [r for r in under_way if r is not None and id(r) not in waiting and not r.output_ids and not r.finished()]
-    waits: dict[Any, bool | None] = dict.fromkeys(map(_prompt, reading), True)
+    readers = {
+        _head(request, request.kv.cache_protected_len): id(request)
+        for request in under_way
+        if request is not None and id(request) not in waiting and not request.output_ids and not request.finished()
+    }
+    known: dict[Any, int] = {}
     held = []
     for request in scheduler.waiting_queue:
         if request.output_ids:  # it was under way before
             continue
-        prompt = _prompt(request)
-        if prompt not in waits:
-            waits[prompt] = False if getattr(request, _WAITED, None) == prompt else None
+        length = len(request.origin_input_ids)
+        prompt = _head(request, length)
+        if prompt not in known:
+            known[prompt] = _cached(request, scheduler.tree_cache)
+        cached = known[prompt]
+        if length - cached < WORTH:
             continue
-        if waits[prompt] is None:
-            waits[prompt] = _unread(request, scheduler.tree_cache) >= WORTH
-        if waits[prompt]:
-            setattr(request, _WAITED, prompt)
+        reader = readers.setdefault(_head(request, cached), id(request))
+        before = getattr(request, _WAITED, None)  # for whom, and what the cache had then
+        if reader != id(request) and (
+            before is None or before[0] == reader or before[1] != (cached, request.extra_key)
+        ):
+            setattr(request, _WAITED, (reader, (cached, request.extra_key)))
             held.append(request)
     return held
 
 
-def _prompt(request: Any) -> Any:
-    """Equal for those whose keys and values are the same; another after a change of weights."""
+def _head(request: Any, cached: int) -> Any:
+    """Equal for those that read the same token next, after as many and the same in the cache under the same weights."""
     ids = getattr(request, _IDS, None)
     if ids is None:
         ids = np.asarray(request.origin_input_ids, np.int64).tobytes()
         setattr(request, _IDS, ids)
-    return ids, request.extra_key, request.cache_salt, request.lora_id
+    return ids[: (cached + 1) * _BYTES], request.extra_key, request.cache_salt, request.lora_id
 
 
-def _unread(request: Any, tree: Any) -> int:
-    """Tokens of its prompt that are not in the prefix cache."""
+def _cached(request: Any, tree: Any) -> int:
+    """Tokens of its prompt that are in the prefix cache."""
     from sglang.srt.mem_cache.common import match_kv_cache
 
-    found = match_kv_cache(request, tree, request.origin_input_ids)
-    return len(request.origin_input_ids) - found.device_prefix_len
+    return match_kv_cache(request, tree, request.origin_input_ids).device_prefix_len
