@@ -8,7 +8,7 @@ records.jsonl holds an object a step:
                    which a floor refused an expert
     ratios         name -> {level, counts, nonfinite, bounds}, "proximal/rollout" and "current/proximal":
                    counts of log-ratios by BIN_EDGES, over tokens or over sequences (their mean log-ratio)
-    ranks          phase -> {own, waited}, each [trainer ranks] seconds
+    ranks          phase -> {own, waited}, each [trainer ranks] seconds, see `stragglers.rank_seconds`
     servers        number -> {tokens, seconds}: sampled, and what its requests took
 
 and rollouts/step_000012.json a list of the rollouts that step_000012.txt shows, token by token.

@@ -32,6 +32,7 @@ from tests.support.episodes import graded_group, plain_rollout
 from tests.support.fake_trainers import FakeTrainers
 
 QUICKSTART = "configs/quickstart.yaml"
+KL = "objective={preset: grpo, kl: {estimator: k1, beta: 0.1, place: reward}}"
 MODEL = SimpleNamespace(num_layers=4, num_experts=8)
 LENGTHS = ((3, 1), (2, 4), (1, 1), (5, 2))
 
@@ -122,8 +123,7 @@ def test_routing_is_of_the_proximal_pass_under_r3_and_of_the_updates_otherwise()
 
 
 def test_a_reference_and_a_critic_are_asked_where_the_objective_has_them():
-    kl = "objective={preset: grpo, kl: {estimator: k1, beta: 0.1, place: reward}}"
-    trainers, result = run("train.mini_batches=1", kl)
+    trainers, result = run("train.mini_batches=1", KL)
     assert trainers.calls == ["logprobs None", "reference_logprobs", "update_policy"]
     assert result.metrics["kl/reference"] == pytest.approx(1.0)
     trainers, result = run("train.mini_batches=1", "objective={preset: ppo}")
@@ -187,11 +187,7 @@ def test_a_teacher_beside_the_policy_is_asked_in_the_step_and_one_that_said_noth
     ("method", "settings", "named"),
     [
         ("values", ["objective={preset: ppo}"], "values of the critic"),
-        (
-            "reference_logprobs",
-            ["objective={preset: grpo, kl: {estimator: k3, beta: 0.1, place: loss}}"],
-            "log-probs of the reference",
-        ),
+        ("reference_logprobs", [KL], "log-probs of the reference"),
         ("teacher_logprobs", teacher("trainer"), "log-probs of the teacher"),
     ],
 )
@@ -243,8 +239,7 @@ def test_the_reference_is_compared_on_sampled_tokens():
             return found
 
     batch = batch_with_holes()
-    kl = "objective={preset: grpo, kl: {estimator: k1, beta: 0.1, place: reward}}"
-    config = load_config(QUICKSTART, ["train.mini_batches=1", kl])
+    config = load_config(QUICKSTART, ["train.mini_batches=1", KL])
     trainers, spikes = Reference(batch.rollouts), GradientSpikes(config.train)
     result = Update(config, resolve(config.objective), trainers, MODEL, Replay.NONE, spikes)(batch, Timer())
     assert result.metrics["kl/reference"] == pytest.approx(1.0)
