@@ -89,7 +89,7 @@ def other_attention(*, window=None, sinks=False, value_dim=None):
 
 
 def on_threads():
-    """The same batch on one thread and on three, which each must have a share."""
+    """The same batch on one thread and on three."""
     from pipeline.engine.inside.cpu import batched_attention as batched
 
     lengths, prefixes = [1, 100, 40, 90, 7], [0, 99, 10, 2, 0]
@@ -100,7 +100,6 @@ def on_threads():
         patch.setattr(batched, "_WORTH_THREADS", 0)
         for threads in (1, 3):
             patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            assert len(batched._shares(plan, HEADS * DIM, threads)) == threads
             found.append(batched.attend(query, keys, values, table, plan, DIM**-0.5))
     return 0.0 if torch.equal(*found) else 1.0
 
@@ -159,6 +158,73 @@ def moe_settings():
     config = SimpleNamespace(activation="silu", gemm1_alpha=None, gemm1_clamp_limit=None)
     config.apply_router_weight_on_input = False
     return fused_moe_native.moe_forward_native, config
+
+
+def rotation_alone():
+    """The same bits as SGLang's, of queries and keys that lie in one tensor; and other kinds are left to SGLang."""
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+    from pipeline.engine.inside.cpu.patches import rotate
+
+    def refuse(*_):
+        raise AssertionError("the replacement fell back to the original")
+
+    positions, x = torch.randint(0, 512, (9,)), torch.randn(9, (HEADS + KV_HEADS) * DIM)
+    query, key = x.split([HEADS * DIM, KV_HEADS * DIM], dim=-1)
+    whole = RotaryEmbedding(DIM, DIM, 512, 10000.0, True, torch.float32)
+    pairs = zip(rotate(refuse, whole, positions, query, key), whole.forward_native(positions, query, key), strict=True)
+    same = all(torch.equal(*pair) for pair in pairs)
+    for other in ((DIM, DIM // 2, 512, 10000.0, True), (DIM, DIM, 512, 10000.0, False)):  # in part; in pairs
+        rotary = RotaryEmbedding(*other, torch.float32)
+        same = same and rotate(lambda *_: "SGLang's", rotary, positions, query, key) == "SGLang's"
+    return 0.0 if same and rotate(lambda *_, **__: 1, whole, positions, query, key, offsets=positions) == 1 else 1.0
+
+
+def storing():
+    """Keys and values are where SGLang puts them, and those of half precision are left to it."""
+    from sglang.srt.mem_cache import memory_pool
+
+    from pipeline.engine.inside.cpu.patches import store
+
+    def refuse(*_, **__):
+        raise AssertionError("the replacement fell back to the original")
+
+    given, places = torch.randn(2, 9, 3 * DIM), torch.randperm(20)[:9]
+    k, v = given[0, :, :DIM].view(9, 2, -1), given[1, :, DIM:].unflatten(1, (2, -1))[..., ::2]
+    caches = [torch.zeros(2, 20, 2, DIM // 2) for _ in range(2)]
+    theirs = [cache.clone() for cache in caches]
+    for write, (keys, values) in ((lambda *a, **n: store(refuse, *a, **n), caches), (None, theirs)):
+        for i in range(2):
+            (write or memory_pool._set_kv_buffer_impl)(
+                k, v, keys[i], values[i], places, row_dim=DIM, v_row_dim=2 * DIM,
+                store_dtype=torch.float32, device_module=None, size_limit=20,
+            )  # fmt: skip
+    called = []
+    half = [t.bfloat16() for t in (k, v, caches[0][0], caches[1][0])]
+    store(lambda *_, **__: called.append(1), *half, places)
+    return 0.0 if called and all(torch.equal(*pair) for pair in zip(caches, theirs, strict=True)) else 1.0
+
+
+def large_experts(own):
+    """Of which some have few rows, one many, and one none. own: whether products of a few rows may be our own."""
+    from pipeline.engine.inside.cpu import few_rows
+    from pipeline.engine.inside.cpu.patches import mixture_of_experts
+
+    native, config = moe_settings()
+    w13, w2 = torch.randn(6, 1024, 512) / 512**0.5, torch.randn(6, 512, 512) / 512**0.5
+    layer = SimpleNamespace(num_experts=6, w13_weight=w13, w2_weight=w2)
+    logits = torch.randn(80, 6) + torch.tensor([9.0, 1, 0, 0, 0, -99])
+    weights, ids = torch.topk(logits.softmax(-1), 2)
+    counts = torch.bincount(ids.flatten(), minlength=6)
+    assert counts[0] > few_rows.MOST_ROWS > counts[2] > 0 == counts[5]
+    x, topk = torch.randn(80, 512), (weights, ids.to(torch.int32), None)
+    expected = native(layer, x, topk, config)  # pyright: ignore[reportArgumentType]
+    with pytest.MonkeyPatch.context() as patch:
+        called, original = [], few_rows.experts
+        patch.setattr(few_rows, "experts", lambda *a: called.append(1) or original(*a))
+        ours = mixture_of_experts(None, layer, x, topk, config, own=own)  # pyright: ignore[reportArgumentType]
+        assert bool(called) == own
+    return largest_difference(ours, expected)
 
 
 def experts(all_to_one):
@@ -257,6 +323,10 @@ def main():
         "latents": other_attention(value_dim=20),
         "norms": norms(),
         "rotation": rotation(),
+        "rotation alone": rotation_alone(),
+        "storing": storing(),
+        "large experts": large_experts(own=True),
+        "large experts in the library's order": large_experts(own=False),
         "experts": experts(all_to_one=False),
         "experts when all tokens choose the same": experts(all_to_one=True),
         "experts of several ranks": parted_experts(biased=False),

@@ -81,5 +81,5 @@ def _create_attention_backend(runner: Any) -> Any:
     from pipeline.engine.inside.cpu import patches
     from pipeline.engine.inside.cpu.batched_attention import BatchedAttentionBackend
 
-    patches.install()
+    patches.install(same_bits=runner.server_args.enable_deterministic_inference)
     return BatchedAttentionBackend(runner)

@@ -9,10 +9,9 @@ Results differ from `torch_native` by the order of sums in float32.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from pipeline.engine.inside.cpu import kernels
+from pipeline.engine.inside.cpu.threads import together
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -78,30 +78,6 @@ def make_plan(slot_table: torch.Tensor, rows: list[int], prefixes: list[int], qu
     return Plan(np.repeat(np.array(rows, np.int64), counts), positions, single_tokens, long_queries)
 
 
-def _shares(plan: Plan, width: int, threads: int) -> list[np.ndarray]:
-    """The single tokens, dealt to so many threads where that is worth their start. width: numbers of a key of all
-    heads of a query."""
-    tokens = plan.single_tokens
-    if threads == 1 or len(tokens) < threads or int((plan.positions[tokens] + 1).sum()) * width < _WORTH_THREADS:
-        return [tokens] if len(tokens) else []
-    # not in halves: a prompt's tokens see more and more keys
-    return [np.ascontiguousarray(tokens[thread::threads]) for thread in range(threads)]
-
-
-def _on_threads(work: Callable[[np.ndarray], None], shares: list[np.ndarray]) -> None:
-    """The first share on this thread, each of the others on one of its own."""
-    others = [_pool().submit(work, share) for share in shares[1:]]
-    for share in shares[:1]:
-        work(share)
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), "sameroute attention")
-
-
 def attend(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -127,10 +103,12 @@ def attend(
     no_sinks = torch.full((query.shape[1],), -torch.inf)
     before = (query.numpy(), key_cache.numpy(), value_cache.numpy(), slot_table.numpy())
     behind = (np.float32(scale), window, (no_sinks if sinks is None else sinks.detach()).numpy(), output.numpy())
-    _on_threads(
-        lambda tokens: kernels.causal_attention(*before, tokens, plan.rows, plan.positions, *behind),
-        _shares(plan, query.shape[1] * query.shape[2], torch.get_num_threads()),
-    )
+    counters, tokens = np.zeros(2, np.int64), plan.single_tokens
+    work = partial(kernels.causal_attention, *before, tokens, plan.rows, plan.positions, *behind, counters)
+    if int((plan.positions[tokens] + 1).sum()) * query.shape[1] * query.shape[2] < _WORTH_THREADS:
+        work(True)
+    else:
+        together(work)
     for part in plan.long_queries:
         for block in part.blocks(window):
             q = query[block.start : block.end].transpose(0, 1)

@@ -10,16 +10,21 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from pipeline.engine.inside.cpu.inlined import exp, look, take
+
 # Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning.
 _FAST = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "cache": True}
 
 
 @njit(
-    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i4[:,::1], i8[::1], i8[::1], i8[::1], f4, i8, f4[::1], f4[:,:,::1])",
-    nogil=True,  # threads share the tokens of a large batch
+    "void(f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i4[:,::1], i8[::1], i8[::1], i8[::1], f4, i8, f4[::1], f4[:,:,::1],"
+    "i8[::1], b1)",
+    nogil=True,
     **_FAST,
 )
-def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, positions, scale, window, sinks, output):
+def causal_attention(
+    query, key_cache, value_cache, slot_table, tokens, rows, positions, scale, window, sinks, output, counters, leads
+):
     """Attention of single tokens over a paged KV cache: no gathering, no padding, no mask.
 
     query:          [tokens of the batch, heads, dim]; output: the same, with the values' dim.
@@ -29,6 +34,7 @@ def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, po
     slot_table:     [requests, positions] slot of every position of every request.
     tokens:         the tokens to compute; the others' output is left alone.
     rows, positions: [tokens of the batch] row in the slot table, and position; keys 0 .. position are attended to.
+    counters:       [2] zeros, shared by threads, which take tokens by turns. leads: this one returns when all is done.
     """
     kv_heads, dim, value_dim = key_cache.shape[1], key_cache.shape[2], output.shape[2]
     group = query.shape[1] // kv_heads
@@ -36,7 +42,12 @@ def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, po
     for t in tokens:
         longest = max(longest, positions[t] + 1)
     weights = np.empty(longest, np.float32)
-    for t in tokens:
+    to_next, to_done = counters.ctypes.data, counters.ctypes.data + 8
+    while True:
+        number = take(to_next)
+        if number >= tokens.size:
+            break
+        t = tokens[number]
         slots = slot_table[rows[t]]
         length = positions[t] + 1
         first = max(0, positions[t] - window)
@@ -53,7 +64,7 @@ def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, po
                 largest = max(largest, score)
             total = np.exp(sinks[head] - largest)
             for j in range(first, length):
-                weights[j] = np.exp(weights[j] - largest)
+                weights[j] = exp(weights[j] - largest)
                 total += weights[j]
             for d in range(value_dim):
                 output[t, head, d] = 0
@@ -62,6 +73,9 @@ def causal_attention(query, key_cache, value_cache, slot_table, tokens, rows, po
                 weight = weights[j] / total
                 for d in range(value_dim):
                     output[t, head, d] += weight * value_cache[slot, kv_head, d]
+        take(to_done)
+    while leads and look(to_done) < tokens.size:
+        pass
 
 
 @njit("void(f4[:,::1], f4[::1], f4, f4[:,::1])", **_FAST)
@@ -117,6 +131,27 @@ def norm_and_rotate(qkv, heads, kv_heads, query_weight, key_weight, epsilon, cos
                 cos, sin = cos_sin[position, d], cos_sin[position, half + d]
                 row[d] = normed[d] * cos - normed[half + d] * sin
                 row[half + d] = normed[half + d] * cos + normed[d] * sin
+
+
+@njit("void(f4[:,:], i8, f4[:,:], i8[::1], f4[:,::1])", cache=True)
+def rotate(x, dim, cos_sin, positions, output):
+    """Every head of `x`, halves and not pairs. x, output: [tokens, heads * dim]. cos_sin: [positions, dim], cosines
+    first. positions: [tokens]."""
+    half = dim // 2
+    for t in range(x.shape[0]):
+        angles = cos_sin[positions[t]]
+        for start in range(0, x.shape[1], dim):
+            row, out = x[t, start : start + dim], output[t, start : start + dim]
+            for d in range(half):
+                out[d] = row[d] * angles[d] - row[half + d] * angles[half + d]
+                out[half + d] = row[half + d] * angles[d] + row[d] * angles[half + d]
+
+
+@njit("void(f4[:,:,:], f4[:,:,:], i8[:])", cache=True)
+def store_rows(rows, cache, places):
+    """cache[places[t]] = rows[t]. rows: [tokens, heads, dim]. cache: [slots, heads, dim]. places: [tokens]."""
+    for t in range(rows.shape[0]):
+        cache[places[t]] = rows[t]
 
 
 @njit("void(i8[:,::1], i8[::1], i8[::1])", cache=True)

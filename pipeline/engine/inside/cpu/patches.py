@@ -18,20 +18,27 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ext.cpu.freed_memory import keep_freed_memory
-from pipeline.engine.inside.cpu import kernels
+from pipeline.engine.inside.cpu import few_rows, kernels
 
 
-def install() -> None:
-    """Put all replacements in place; call once, in the scheduler's process."""
-    from sglang.srt.layers import layernorm, sampler
+def install(*, same_bits: bool) -> None:
+    """Put all replacements in place; call once, in the scheduler's process.
+
+    same_bits: what a row becomes must not depend on how many there are beside it, so a product of few rows is left to
+    the library as one of many is (`batch_invariance.py`).
+    """
+    from sglang.srt.layers import layernorm, rotary_embedding, sampler
     from sglang.srt.layers.moe import fused_moe_native
     from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
+    from sglang.srt.mem_cache import memory_pool
     from sglang.srt.models import qwen3_moe
 
     keep_freed_memory()
     _replace(layernorm.RMSNorm, "forward_native", rms_norm)
     _replace(qwen3_moe.Qwen3MoeAttention, "apply_qk_norm_rope", norm_and_rotate)
-    _replace(fused_moe_native, "moe_forward_native", mixture_of_experts)
+    _replace(fused_moe_native, "moe_forward_native", partial(mixture_of_experts, own=not same_bits))
+    _replace(rotary_embedding.base.RotaryEmbedding, "forward_native", rotate)
+    _replace(memory_pool, "_set_kv_buffer_impl", store)
     _replace(sampler, "sampling_from_probs_torch", sample)
     _replace(SchedulerBatchResultProcessor, "_maybe_collect_routed_experts", collect_routes)
 
@@ -91,10 +98,52 @@ def norm_and_rotate(
     return qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
 
 
+def rotate(
+    original: Callable[..., Any],
+    rotary: Any,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *others: Any,
+    **named: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RotaryEmbedding.forward_native of whole heads: thirty operations become two passes."""
+    cache = getattr(rotary, "cos_sin_cache", None)
+    plain = not others and not any(value is not None for value in named.values()) and rotary.is_neox_style
+    plain = plain and rotary.rotary_dim == rotary.head_size and not hasattr(rotary, "sin_cos_cache")
+    kept = plain and cache is not None and all(t.dtype == torch.float32 for t in (cache, query, key))
+    if not kept or query.dim() != 2 or key.dim() != 2 or positions.dim() != 1:
+        return original(rotary, positions, query, key, *others, **named)
+    rotated = query.new_empty(query.shape), key.new_empty(key.shape)
+    for given, output in zip((query, key), rotated, strict=True):
+        kernels.rotate(given.numpy(), rotary.head_size, cache.numpy(), positions.numpy(), output.numpy())
+    return rotated
+
+
+def store(
+    original: Callable[..., Any],
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    indices: torch.Tensor,
+    *others: Any,
+    **named: Any,
+) -> None:
+    """memory_pool._set_kv_buffer_impl: a row is copied, where torch's indexing costs more to begin than to do."""
+    given = (k, v, k_cache, v_cache)
+    if not all(t.dtype == torch.float32 and t.dim() == 3 for t in given) or indices.dtype != torch.int64:
+        original(*given, indices, *others, **named)
+        return
+    kernels.store_rows(k.numpy(), k_cache.numpy(), indices.numpy())
+    kernels.store_rows(v.numpy(), v_cache.numpy(), indices.numpy())
+
+
 def mixture_of_experts(
-    original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any
+    original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any, *, own: bool = True
 ) -> torch.Tensor:
-    """moe_forward_native: sorting, activation and combination once for all experts, not per expert.
+    """moe_forward_native: sorting, activation and combination once for all experts, not per expert; and of experts
+    that few rows go to, products of our own.
 
     -1 is an expert that another rank has (`parted.py`), and adds nothing; SGLang sums up the ranks behind.
     """
@@ -109,11 +158,17 @@ def mixture_of_experts(
     kernels.sort_by_expert(expert_ids.to(torch.int64).numpy(), order, starts)
     *ends, _ = starts.tolist()
     order = order[: ends[-1]]
-    inputs = x.index_select(0, torch.from_numpy(order // expert_ids.shape[1]))
-    spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(ends)) if a < b]
-    gate_up = _matmul_per_expert(inputs, layer.w13_weight, spans)
-    gate, up = gate_up.chunk(2, dim=1)
-    outputs = _matmul_per_expert(F.silu(gate) * up, layer.w2_weight, spans)
+    rows = order // expert_ids.shape[1]
+    own = own and few_rows.fits(layer.w13_weight) and few_rows.fits(layer.w2_weight)
+    if own:
+        outputs = few_rows.experts(x, rows, layer.w13_weight, layer.w2_weight, starts[:-1])
+    else:
+        outputs = x.new_empty(len(rows), x.shape[1])
+    for expert, (start, end) in enumerate(itertools.pairwise(ends)):
+        if end - start > (few_rows.MOST_ROWS if own else 0):
+            inputs = x.index_select(0, torch.from_numpy(rows[start:end]))
+            gate, up = torch.mm(inputs, layer.w13_weight[expert].t()).chunk(2, dim=1)
+            torch.mm(F.silu(gate) * up, layer.w2_weight[expert].t(), out=outputs[start:end])
     result = torch.empty_like(x)
     kernels.combine_experts(outputs.numpy(), order, weights.to(torch.float32).contiguous().numpy(), result.numpy())
     return result
@@ -131,14 +186,6 @@ def _of_own_experts(
         each = original(layer, x[tokens], topk_output._replace(**alone), config)
         result.index_add_(0, tokens, each.to(weights.dtype) * weights[tokens, choices, None])
     return result.to(x.dtype)
-
-
-def _matmul_per_expert(x: torch.Tensor, weight: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
-    """x: [rows, in], expert e owning the rows of its span. weight: [experts, out, in]. Returns [rows, out]."""
-    result = x.new_empty(x.shape[0], weight.shape[1])
-    for expert, start, end in spans:
-        torch.mm(x[start:end], weight[expert].t(), out=result[start:end])
-    return result
 
 
 def sample(

@@ -17,7 +17,8 @@ from tests.support.vendor import lines
 COMPARED = [
     "decode", "short prompts", "short prompts after a cached prefix", "a long prompt among short ones",
     "a long prompt after a cached prefix", "threads", "a window", "a window of many tokens", "sinks",
-    "a window and sinks", "latents", "norms", "rotation", "experts", "experts when all tokens choose the same",
+    "a window and sinks", "latents", "norms", "rotation", "rotation alone", "storing",
+    "large experts", "large experts in the library's order", "experts", "experts when all tokens choose the same",
     "experts of several ranks", "biased experts of several ranks", "routers",
 ]  # fmt: skip
 
