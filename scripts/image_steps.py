@@ -28,6 +28,7 @@ from string import Template
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["supervised.steps=5", "supervised.decay_steps=null", "supervised.warmup_steps=0", "train.decay_steps=null",
          "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "train.steps=2"]  # fmt: skip
+ROOM = 15e9  # bytes: packages are copied into the image, 12 GB
 KEPT = ("PIP_", "UV_", "SSL_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 
 _PIVOT = 'cd "$1" && shift && mkdir -p .outside && pivot_root . .outside && umount -l /.outside && exec "$@"'
@@ -221,6 +222,14 @@ def main() -> int:
     if arguments.folder is not None:
         build(arguments)
         return 0
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < ROOM:
+        print(
+            f"image_steps: {tempfile.gettempdir()} has {free / 1e9:.0f} GB free, and an image takes up to "
+            f"{ROOM / 1e9:.0f}: make room, or name another place in TMPDIR",
+            file=sys.stderr,
+        )
+        return 2
     folder = Path(tempfile.mkdtemp(prefix="image-"))
     namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
     try:

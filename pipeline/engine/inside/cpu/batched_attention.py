@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from pipeline.engine.inside.cpu import kernels
-from pipeline.engine.inside.cpu.threads import together
+from pipeline.engine.inside.cpu.together import together
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner

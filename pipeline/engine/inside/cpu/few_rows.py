@@ -19,11 +19,10 @@ import torch
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
-from pipeline.engine.inside.cpu.inlined import exp, look, take
-from pipeline.engine.inside.cpu.threads import together
+from pipeline.engine.inside.cpu.inlined import exp, intrinsic, look, take
+from pipeline.engine.inside.cpu.together import together
 
 MOST_ROWS = 48
 """Of a matrix; for more the library is as fast."""

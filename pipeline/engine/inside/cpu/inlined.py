@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import extending, njit, types
+
+intrinsic: Any = extending.intrinsic
+"""What it makes is called by compiled code, without `typing`."""
 
 _INT = ir.IntType(64)
 

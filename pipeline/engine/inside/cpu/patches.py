@@ -27,8 +27,9 @@ def install(*, same_bits: bool) -> None:
     same_bits: what a row becomes must not depend on how many there are beside it, so a product of few rows is left to
     the library as one of many is (`batch_invariance.py`).
     """
-    from sglang.srt.layers import layernorm, rotary_embedding, sampler
+    from sglang.srt.layers import layernorm, sampler
     from sglang.srt.layers.moe import fused_moe_native
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
     from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
     from sglang.srt.mem_cache import memory_pool
     from sglang.srt.models import qwen3_moe
@@ -37,7 +38,7 @@ def install(*, same_bits: bool) -> None:
     _replace(layernorm.RMSNorm, "forward_native", rms_norm)
     _replace(qwen3_moe.Qwen3MoeAttention, "apply_qk_norm_rope", norm_and_rotate)
     _replace(fused_moe_native, "moe_forward_native", partial(mixture_of_experts, own=not same_bits))
-    _replace(rotary_embedding.base.RotaryEmbedding, "forward_native", rotate)
+    _replace(RotaryEmbedding, "forward_native", rotate)
     _replace(memory_pool, "_set_kv_buffer_impl", store)
     _replace(sampler, "sampling_from_probs_torch", sample)
     _replace(SchedulerBatchResultProcessor, "_maybe_collect_routed_experts", collect_routes)
@@ -108,15 +109,15 @@ def rotate(
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RotaryEmbedding.forward_native of whole heads: thirty operations become two passes."""
-    cache = getattr(rotary, "cos_sin_cache", None)
     plain = not others and not any(value is not None for value in named.values()) and rotary.is_neox_style
-    plain = plain and rotary.rotary_dim == rotary.head_size and not hasattr(rotary, "sin_cos_cache")
-    kept = plain and cache is not None and all(t.dtype == torch.float32 for t in (cache, query, key))
-    if not kept or query.dim() != 2 or key.dim() != 2 or positions.dim() != 1:
+    plain = plain and rotary.rotary_dim == rotary.head_size
+    plain = plain and hasattr(rotary, "cos_sin_cache") and not hasattr(rotary, "sin_cos_cache")
+    shaped = query.dim() == key.dim() == 2 and positions.dim() == 1
+    if not plain or not shaped or any(t.dtype != torch.float32 for t in (rotary.cos_sin_cache, query, key)):
         return original(rotary, positions, query, key, *others, **named)
     rotated = query.new_empty(query.shape), key.new_empty(key.shape)
     for given, output in zip((query, key), rotated, strict=True):
-        kernels.rotate(given.numpy(), rotary.head_size, cache.numpy(), positions.numpy(), output.numpy())
+        kernels.rotate(given.numpy(), rotary.head_size, rotary.cos_sin_cache.numpy(), positions.numpy(), output.numpy())
     return rotated
 
 

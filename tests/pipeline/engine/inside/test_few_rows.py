@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.engine.inside.cpu import few_rows, inlined, kernels
-from pipeline.engine.inside.cpu.threads import together
+from pipeline.engine.inside.cpu.together import together
 
 HIDDEN, INNER, EXPERTS = 512, 560, 3  # a row is no whole number of blocks, nor a matrix of what a thread takes
 
