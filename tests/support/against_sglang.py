@@ -7,6 +7,7 @@ of torch and transformers.
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,7 +90,7 @@ def other_attention(*, window=None, sinks=False, value_dim=None):
 
 
 def on_threads():
-    """The same batch on one thread and on three."""
+    """The same batch on one thread and on three, of which two are let before the one that waits for all."""
     from pipeline.engine.inside.cpu import batched_attention as batched
 
     lengths, prefixes = [1, 100, 40, 90, 7], [0, 99, 10, 2, 0]
@@ -100,8 +101,30 @@ def on_threads():
         patch.setattr(batched, "_WORTH_THREADS", 0)
         for threads in (1, 3):
             patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            if threads > 1:
+                taken = helpers_first(patch, batched, lambda work: work.args[-1][0])
             found.append(batched.attend(query, keys, values, table, plan, DIM**-0.5))
-    return 0.0 if torch.equal(*found) else 1.0
+    return 0.0 if torch.equal(*found) and taken[0] > 0 else 1.0
+
+
+def helpers_first(patch, module, parts_taken):
+    """`together` of a module, so that others have begun before this thread does. Returns a list of how many parts they
+    had taken then."""
+    together, taken = module.together, []
+
+    def waiting(work):
+        def late(leads):
+            if leads:
+                until = time.monotonic() + 30
+                while not parts_taken(work) and time.monotonic() < until:
+                    time.sleep(1e-3)
+                taken.append(int(parts_taken(work)))
+            work(leads)
+
+        together(late)
+
+    patch.setattr(module, "together", waiting)
+    return taken
 
 
 def norms():
@@ -240,7 +263,7 @@ def experts(all_to_one):
     return largest_difference(ours, expected)
 
 
-def parted_experts(*, biased):
+def parted_experts(*, biased=False, width=64):
     """Experts of four ranks, which each have two and are told -1 of the others: summed up, they are one rank's."""
     from sglang.srt.layers.moe.token_dispatcher.standard import _map_topk_ids_to_local_experts
     from sglang.srt.layers.moe.topk import StandardTopKOutput
@@ -248,13 +271,14 @@ def parted_experts(*, biased):
     from pipeline.engine.inside.cpu.patches import mixture_of_experts
 
     native, config = moe_settings()
-    whole = {"w13_weight": torch.randn(8, 128, 64) / 8, "w2_weight": torch.randn(8, 64, 64) / 8}
+    scale = width**-0.5
+    whole = {"w13_weight": torch.randn(8, 2 * width, width) * scale, "w2_weight": torch.randn(8, width, width) * scale}
     if biased:
-        whole |= {"w13_weight_bias": torch.randn(8, 128), "w2_weight_bias": torch.randn(8, 64)}
+        whole |= {"w13_weight_bias": torch.randn(8, 2 * width), "w2_weight_bias": torch.randn(8, width)}
     # All tokens want an expert of the first rank, and none wants one of the last.
     logits = torch.randn(50, 8) + torch.tensor([99.0, 0, 0, 0, 0, 0, -99, -99])
     weights, ids = torch.topk(logits.softmax(-1), 2)
-    x, ids = torch.randn(50, 64), ids.to(torch.int32)
+    x, ids = torch.randn(50, width), ids.to(torch.int32)
     weights = weights + 0.5  # the second is next to nothing else
     layer = SimpleNamespace(num_experts=8, **whole)
     expected = native(layer, x, StandardTopKOutput(weights, ids, logits), config)  # pyright: ignore
@@ -329,7 +353,8 @@ def main():
         "large experts in the library's order": large_experts(own=False),
         "experts": experts(all_to_one=False),
         "experts when all tokens choose the same": experts(all_to_one=True),
-        "experts of several ranks": parted_experts(biased=False),
+        "experts of several ranks": parted_experts(),
+        "large experts of several ranks": parted_experts(width=512),
         "biased experts of several ranks": parted_experts(biased=True),
         "routers": routers(),
     }

@@ -112,7 +112,8 @@ def rotate(
     plain = not others and not any(value is not None for value in named.values()) and rotary.is_neox_style
     plain = plain and rotary.rotary_dim == rotary.head_size
     plain = plain and hasattr(rotary, "cos_sin_cache") and not hasattr(rotary, "sin_cos_cache")
-    shaped = query.dim() == key.dim() == 2 and positions.dim() == 1
+    shaped = query.dim() == key.dim() == 2 and positions.shape == query.shape[:1] == key.shape[:1]
+    shaped = shaped and positions.dtype == torch.int64 and positions.is_contiguous()
     if not plain or not shaped or any(t.dtype != torch.float32 for t in (rotary.cos_sin_cache, query, key)):
         return original(rotary, positions, query, key, *others, **named)
     rotated = query.new_empty(query.shape), key.new_empty(key.shape)
@@ -133,7 +134,8 @@ def store(
 ) -> None:
     """memory_pool._set_kv_buffer_impl: a row is copied, where torch's indexing costs more to begin than to do."""
     given = (k, v, k_cache, v_cache)
-    if not all(t.dtype == torch.float32 and t.dim() == 3 for t in given) or indices.dtype != torch.int64:
+    shaped = indices.dtype == torch.int64 and indices.shape == k.shape[:1] == v.shape[:1]
+    if not shaped or not all(t.dtype == torch.float32 and t.dim() == 3 for t in given):
         original(*given, indices, *others, **named)
         return
     kernels.store_rows(k.numpy(), k_cache.numpy(), indices.numpy())

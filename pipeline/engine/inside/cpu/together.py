@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import traceback
 from collections.abc import Callable
@@ -36,3 +37,6 @@ def _calls(threads: int) -> SimpleQueue[Callable[[bool], None]]:
     for number in range(threads):
         threading.Thread(target=take, daemon=True, name=f"sameroute products {number}").start()
     return calls
+
+
+os.register_at_fork(after_in_child=_calls.cache_clear)  # threads are not forked

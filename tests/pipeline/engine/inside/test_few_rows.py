@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 
 from pipeline.engine.inside.cpu import few_rows, inlined, kernels
 from pipeline.engine.inside.cpu.together import together
+from tests.support.against_sglang import helpers_first
 
 HIDDEN, INNER, EXPERTS = 512, 560, 3  # a row is no whole number of blocks, nor a matrix of what a thread takes
 
@@ -43,6 +47,47 @@ def test_products_of_a_few_rows(weights, monkeypatch, threads, count):
     x = torch.randn(60, HIDDEN)
     found, expected = of_experts(weights, x, rows, counts), in_float64(weights, x, rows, counts)
     assert (found - expected).abs().max() < 1e-5
+
+
+def products_of_a_helper():
+    """Again and again, by a thread that has begun before the one that waits for all."""
+    weights = torch.randn(EXPERTS, 2 * INNER, HIDDEN) / HIDDEN**0.5, torch.randn(EXPERTS, HIDDEN, INNER) / INNER**0.5
+    x, rows = torch.randn(40, HIDDEN), np.arange(40)
+    expected = in_float64(weights, x, rows, [13, 20, 7])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        taken = helpers_first(patch, few_rows, lambda work: work.args[-1][0, 0])
+        for _ in range(20):
+            assert (of_experts(weights, x, rows, [13, 20, 7]) - expected).abs().max() < 1e-5
+        assert len(taken) == 20
+        assert min(taken) > 0
+
+
+def test_threads_do_not_use_each_others_memory():
+    """Where they have it from one heap, as those of a process with many threads have."""
+    program = f"from {__name__} import products_of_a_helper; products_of_a_helper()"
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_nobody_waits_for_a_thread_that_failed(weights, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ended, original = threading.Event(), few_rows.together
+
+    def fails(work):
+        def broken(leads):
+            if leads:
+                raise MemoryError
+            work(False)
+            ended.set()
+
+        original(broken)
+
+    monkeypatch.setattr(few_rows, "together", fails)
+    with pytest.raises(MemoryError):
+        of_experts(weights, torch.randn(9, HIDDEN), np.arange(9), [3, 3, 3])
+    assert ended.wait(30)
 
 
 def test_an_expert_of_too_many_rows_is_left_to_others(weights):
