@@ -27,6 +27,8 @@ PEFT := .venv/peft
 
 # Compiled modules are kept, whatever the environment says: tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
+# Memory in large pages: on a machine with busy neighbours finding a small one can take longer than reading what it holds.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 PROGRAMS := 1000
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)

@@ -91,7 +91,7 @@ def address():
 
 def played(tokenizer, address, *said, function=FUNCTION, reset=None, options=None, **settings):
     """The episode of a policy that says this."""
-    given = {"address": address, "call_timeout_s": 1.0, "largest_message": 1_000_000} | (options or {})
+    given = {"address": address, "call_timeout_s": 3.0, "largest_message": 1_000_000} | (options or {})
     config = EnvironmentConfig(function=function, options=given, threads=1, max_tokens=3000, **settings)
     prompt, _ = prompt_of(tokenizer, metadata={} if reset is None else {"reset": reset})
     engine = Scripted(tokenizer, [text + END for text in said])
@@ -125,7 +125,7 @@ def test_a_conversation_is_a_session_of_its_own_and_each_step_rewards_its_turn(t
         ("junk", "said what OpenEnv does not have: 'no JSON'"),
         ("strange", "dance"),
         ("flood", "went away in step"),
-        ("hang", r"step took more than 1 s \(environment.options.call_timeout_s\)"),
+        ("hang", r"step took more than 3 s \(environment.options.call_timeout_s\)"),
         ("boom", "failed with EXECUTION_ERROR: it broke"),
         ("full", "lower environment.at_once"),
         ("not a number", "not finite"),

@@ -16,7 +16,7 @@ from pipeline.rewards.sandbox import Program, open_sandbox
 from tests.support.programs import HOSTILE, LIMITS, RIGHT, Watch, question, running, verifier
 from tests.support.unprivileged import as_nobody
 
-SHORT = {"wall_s": 1.5, "total_s": 1.5}
+SHORT = {"wall_s": 3.0, "total_s": 3.0}
 
 
 @pytest.fixture(scope="module")
