@@ -11,26 +11,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
+from bench_language import seconds
 
 from pipeline.engine.inside.cpu import few_rows
 
 LAYERS, EXPERTS, HIDDEN, INNER = 30, 4, 576, 1536
-
-
-def seconds(work: Callable[[], object], repeat: int) -> float:
-    """Of the fastest call."""
-    work()
-    taken = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
 
 
 def of_library(x: torch.Tensor, rows: np.ndarray, gate_up: torch.Tensor, down: torch.Tensor, starts: list[int]) -> None:

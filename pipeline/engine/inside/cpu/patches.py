@@ -167,14 +167,27 @@ def mixture_of_experts(
         outputs = few_rows.experts(x, rows, layer.w13_weight, layer.w2_weight, starts[:-1])
     else:
         outputs = x.new_empty(len(rows), x.shape[1])
-    for expert, (start, end) in enumerate(itertools.pairwise(ends)):
-        if end - start > (few_rows.MOST_ROWS if own else 0):
-            inputs = x.index_select(0, torch.from_numpy(rows[start:end]))
-            gate, up = torch.mm(inputs, layer.w13_weight[expert].t()).chunk(2, dim=1)
-            torch.mm(F.silu(gate) * up, layer.w2_weight[expert].t(), out=outputs[start:end])
+    least = few_rows.MOST_ROWS if own else 0
+    spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(ends)) if b - a > least]
+    if spans:
+        _by_library(x, rows, layer, spans, outputs)
     result = torch.empty_like(x)
     kernels.combine_experts(outputs.numpy(), order, weights.to(torch.float32).contiguous().numpy(), result.numpy())
     return result
+
+
+def _by_library(
+    x: torch.Tensor, rows: np.ndarray, layer: Any, spans: list[tuple[int, int, int]], outputs: torch.Tensor
+) -> None:
+    """outputs[start:end] = what an expert makes of x[rows[start:end]]. spans: (expert, start, end)."""
+    sizes = [end - start for _, start, end in spans]
+    inputs = x.index_select(0, torch.from_numpy(np.concatenate([rows[start:end] for _, start, end in spans])))
+    gate_up = x.new_empty(len(inputs), layer.w13_weight.shape[1])
+    for (expert, _, _), part, out in zip(spans, inputs.split(sizes), gate_up.split(sizes), strict=True):
+        torch.mm(part, layer.w13_weight[expert].t(), out=out)
+    gate, up = gate_up.chunk(2, dim=1)
+    for (expert, start, end), part in zip(spans, (F.silu(gate) * up).split(sizes), strict=True):
+        torch.mm(part, layer.w2_weight[expert].t(), out=outputs[start:end])
 
 
 def _of_own_experts(
