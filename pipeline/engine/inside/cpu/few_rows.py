@@ -25,9 +25,10 @@ from pipeline.engine.inside.cpu.inlined import exp, intrinsic, look, take
 from pipeline.engine.inside.cpu.together import together
 
 MOST_ROWS = 48
-"""Of a matrix; for more the library is as fast."""
+"""Of a large matrix; for more the library is as fast."""
 
-_FEWEST_WEIGHTS = 2**18  # of a matrix; a smaller one may well lie in a cache
+_MOST_OF_SMALL = 4 * MOST_ROWS
+_LARGE = 2**18  # numbers of a matrix; a smaller one stays in a cache, and can be read again for every MOST_ROWS rows
 _GROUP = 16  # rows of a matrix whose sums are made together
 _BLOCK = 192  # numbers of a row that are multiplied at a time
 _AHEAD = 4  # pairs of rows by which a block is asked for before its turn
@@ -217,49 +218,68 @@ def _silu_and_multiply(gate_up, output):
             out[j] = gate[j] / (np.float32(1) + exp(-gate[j])) * up[j]
 
 
-@njit("void(f4[:,::1], i8[::1], f4[:,:,::1], i8[::1], f4[:,::1], i8[::1], b1, b1)", nogil=True, cache=True)
-def _products(x, rows, weight, starts, output, counters, leads, waits):
-    """output[i] = weight[e] x[rows[i]] where starts[e] <= i < starts[e + 1], of experts e of MOST_ROWS rows or fewer.
+@njit("UniTuple(i8[::1], 2)(i8[::1], i8)", cache=True)
+def _spans(starts, most):
+    """`spans` and `of` of `_products` where an expert's rows are those from its start to the next expert's: MOST_ROWS
+    at a time, or all at once where they are more than `most`, and so the library's."""
+    spans, of = [starts[0]], [0]
+    for e in range(len(starts) - 1):
+        count = starts[e + 1] - starts[e]
+        step = MOST_ROWS if count <= most else count
+        for start in range(starts[e], starts[e + 1], step):
+            spans.append(min(start + step, starts[e + 1]))
+            of.append(e)
+    return np.array(spans), np.array(of)[1:]
+
+
+_PRODUCTS = "void(f4[:,::1], i8[::1], f4[:,:,::1], i8[::1], i8[::1], f4[:,::1], i8[::1], b1, b1)"
+
+
+@njit(_PRODUCTS, nogil=True, cache=True)
+def _products(x, rows, weight, spans, of, output, counters, leads, waits):
+    """output[i] = weight[of[s]] x[rows[i]] where spans[s] <= i < spans[s + 1], of spans s of MOST_ROWS rows or fewer.
     Where x is twice as wide as that takes: of `_silu_and_multiply` of x[i].
 
     counters: [2] zeros, shared by threads, which take parts of the weights by turns. leads: this thread does the last
     by itself, so that the others are gone, and have had Python's lock, when it wants that. waits: until all is done.
     """
-    experts, outs, inner = weight.shape
+    outs, inner = weight.shape[1:]
     gated = x.shape[1] == 2 * inner
     sums, packed = _lines(_GROUP * (MOST_ROWS + _TILE) * _LANES), _lines((MOST_ROWS + _TILE) * inner)
     held = np.empty((MOST_ROWS if gated else 0, inner), np.float32)
-    own = np.arange(MOST_ROWS)
+    each = np.arange(MOST_ROWS)
     to_sums, to_x, to_weight, to_output = sums.ctypes.data, packed.ctypes.data, weight.ctypes.data, output.ctypes.data
     to_next, to_done = counters.ctypes.data, counters.ctypes.data + 8
     pairs = _GROUP // _OUTS
     part = max(1, _PART // (_GROUP * inner)) * _GROUP
     parts = (outs + part - 1) // part
+    total = len(of) * parts
     packed_of, height, tiles, count = -1, 0, 0, 0
-    mine = max(0, experts * parts - _LAST)
+    mine = max(0, total - _LAST)
     shared = mine
     number = take(to_next)
     while True:
         if number >= shared:
-            if not leads or mine >= experts * parts:
+            if not leads or mine >= total:
                 break
             number, mine = mine, mine + 1
         following = min(take(to_next), mine)  # known before it is begun, so that its weights can be asked for
-        after = to_weight + 4 * (following // parts * outs + following % parts * part) * inner
-        e, first = number // parts, number % parts * part
-        last = min(outs, first + part)
-        if e != packed_of:
-            packed_of, count = e, starts[e + 1] - starts[e]
+        after = 0
+        if following < total:
+            after = to_weight + 4 * (of[following // parts] * outs + following % parts * part) * inner
+        span, first = number // parts, number % parts * part
+        start, own, last = spans[span], to_weight + 4 * of[span] * outs * inner, min(outs, first + part)
+        if span != packed_of:
+            packed_of, count = span, spans[span + 1] - start
             if count > MOST_ROWS:
-                count = 0  # another's
+                count = 0  # the library's
             tiles = (count + _TILE - 1) // _TILE
             height = (count + tiles - 1) // max(1, tiles)
-            end = starts[e] + count
             if count and gated:
-                _silu_and_multiply(x[starts[e] : end], held[:count])
-                _pack(held, own[:count], height, packed)
+                _silu_and_multiply(x[start : start + count], held[:count])
+                _pack(held, each[:count], height, packed)
             elif count:
-                _pack(x, rows[starts[e] : end], height, packed)
+                _pack(x, rows[start : start + count], height, packed)
         size = _OUTS * height * _LANES
         for n in range(first, last if count else first, _GROUP):
             for k in range(0, inner, _BLOCK):
@@ -272,54 +292,59 @@ def _products(x, rows, weight, starts, output, counters, leads, waits):
                         if next_k >= inner:
                             next_k = 0
                             next_n += _GROUP
-                    ahead = to_weight + 4 * ((e * outs + next_n + _OUTS * next_pair) * inner + next_k)
+                    ahead = own + 4 * ((next_n + _OUTS * next_pair) * inner + next_k)
                     if next_n >= last:
-                        ahead = after + 4 * _OUTS * next_pair * inner if following < experts * parts else 0
-                    here = to_weight + 4 * ((e * outs + n + _OUTS * pair) * inner + k)
+                        ahead = after + 4 * _OUTS * next_pair * inner if after else 0
+                    here = own + 4 * ((n + _OUTS * pair) * inner + k)
                     for tile in range(tiles):
                         sum_, x_ = (pair * tiles + tile) * size, height * (tiles * k + tile * width)
                         asks = ahead if tile == 0 else 0
                         _add_products(height, to_sums + 4 * sum_, to_x + 4 * x_, here, inner, width, asks, k == 0)
             for tile in range(tiles):
                 for r in range(min(height, count - tile * height)):
-                    i = starts[e] + tile * height + r
+                    i = start + tile * height + r
                     for o in range(0, _GROUP, _LANES):
                         place = to_sums + 4 * ((o // _OUTS * tiles + tile) * size + r * _LANES)
                         _add_lanes(place, tiles * size, height * _LANES, to_output + 4 * (i * outs + n + o))
         take(to_done)
         number = following
-    while waits and look(to_done) < experts * parts:  # a moment
+    while waits and look(to_done) < total:  # a moment
         pass
     sums[0] = 0  # numba frees an array behind its last use, and an address is none
 
 
-_OF_EXPERTS = "void(f4[:,::1], i8[::1], f4[:,:,::1], f4[:,:,::1], i8[::1], f4[:,::1], f4[:,::1], i8[:,::1], b1)"
+_OF_EXPERTS = (
+    "void(f4[:,::1], i8[::1], f4[:,:,::1], f4[:,:,::1], i8[::1], i8[::1], f4[:,::1], f4[:,::1], i8[:,::1], b1)"
+)
 
 
 @njit(_OF_EXPERTS, nogil=True, cache=True)
-def _gated_products(x, rows, gate_up, down, starts, between, output, counters, leads):
-    _products(x, rows, gate_up, starts, between, counters[0], leads, True)
-    _products(between, rows, down, starts, output, counters[1], leads, leads)
+def _gated_products(x, rows, gate_up, down, spans, of, between, output, counters, leads):
+    _products(x, rows, gate_up, spans, of, between, counters[0], leads, True)
+    _products(between, rows, down, spans, of, output, counters[1], leads, leads)
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether `experts` is for such matrices. weight: [experts, out, in]."""
-    outs, inner = weight.shape[1:]
-    shaped = outs % _GROUP == 0 and inner % _GROUP == 0 and outs * inner >= _FEWEST_WEIGHTS
-    return shaped and weight.dtype == torch.float32 and weight.is_contiguous()
+def most_rows(*weights: Tensor) -> int:
+    """Of an expert that `experts` multiplies. weights: its matrices, each with those of the other experts,
+    [experts, out, in]. 0: it does not fit them."""
+    for weight in weights:
+        outs, inner = weight.shape[1:]
+        shaped = outs % _GROUP == 0 and inner % _GROUP == 0
+        if not shaped or weight.dtype != torch.float32 or not weight.is_contiguous():
+            return 0
+    return MOST_ROWS if max(weight[0].numel() for weight in weights) >= _LARGE else _MOST_OF_SMALL
 
 
 def experts(x: Tensor, rows: np.ndarray, gate_up: Tensor, down: Tensor, starts: np.ndarray) -> Tensor:
     """Of expert e, for i from starts[e] to starts[e + 1]: down[e] (silu(g) u), where [g, u] = gate_up[e] x[rows[i]].
 
     x: [tokens, hidden] float32. rows: [n] int64. gate_up: [experts, 2 inner, hidden]. down: [experts, hidden, inner].
-    Both `fits`. starts: [experts + 1] int64. Returns [n, hidden], of experts with more than MOST_ROWS rows whatever
-    memory holds.
+    starts: [experts + 1] int64. Returns [n, hidden], of experts with more than `most_rows` rows whatever memory holds.
     """
     between, output = x.new_empty(len(rows), gate_up.shape[1]), x.new_empty(len(rows), x.shape[1])
-    weights = gate_up.detach().numpy(), down.detach().numpy()
-    counters = np.zeros((2, 2), np.int64)
-    arrays = (x.contiguous().numpy(), rows, *weights, starts, between.numpy(), output.numpy(), counters)
+    spans, of = _spans(starts, most_rows(gate_up, down))
+    weights, counters = (gate_up.detach().numpy(), down.detach().numpy()), np.zeros((2, 2), np.int64)
+    arrays = (x.contiguous().numpy(), rows, *weights, spans, of, between.numpy(), output.numpy(), counters)
     try:
         together(partial(_gated_products, *arrays))
     except BaseException:

@@ -154,6 +154,38 @@ def store_rows(rows, cache, places):
         cache[places[t]] = rows[t]
 
 
+@njit("void(f4[:,::1], b1, f4, f4[:,::1], i8[:,::1])", **_FAST)
+def top_of_softmax(logits, renormalize, epsilon, weights, experts):
+    """The largest of each row's softmax, largest first, and which they are; of equal ones the first.
+
+    logits: [tokens, experts]. weights, experts: [tokens, topk], the result; with `renormalize` divided by their sum,
+    to which epsilon is added. All weights of a row with a NaN are NaN.
+    """
+    topk = weights.shape[1]
+    for t in range(logits.shape[0]):
+        row, best, at = logits[t], weights[t], experts[t]
+        found = 0
+        for e in range(row.size):
+            value = row[e]
+            if found == topk and value <= best[topk - 1]:
+                continue
+            k = min(found, topk - 1)
+            while k > 0 and value > best[k - 1]:
+                best[k], at[k] = best[k - 1], at[k - 1]
+                k -= 1
+            best[k], at[k] = value, e
+            found = min(found + 1, topk)
+        largest, total, share = best[0], np.float32(0), np.float32(0)
+        for e in range(row.size):
+            total += exp(row[e] - largest)
+        for k in range(topk):
+            best[k] = exp(best[k] - largest) / total
+            share += best[k]
+        if renormalize:
+            for k in range(topk):
+                best[k] /= share + epsilon
+
+
 @njit("void(i8[:,::1], i8[::1], i8[::1])", cache=True)
 def sort_by_expert(expert_ids, order, starts):
     """Counting sort of the (token, choice) pairs by expert, those of experts that other ranks hold behind all.

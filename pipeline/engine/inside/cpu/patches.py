@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from megatron_ext.cpu.freed_memory import keep_freed_memory
 from pipeline.engine.inside.cpu import few_rows, kernels
 
+_EPSILON = np.float32(1e-20)  # SGLang's _RENORMALIZE_SUM_EPSILON
+
 
 def install(*, same_bits: bool) -> None:
     """Put all replacements in place; call once, in the scheduler's process.
@@ -28,7 +30,7 @@ def install(*, same_bits: bool) -> None:
     the library as one of many is (`batch_invariance.py`).
     """
     from sglang.srt.layers import layernorm, sampler
-    from sglang.srt.layers.moe import fused_moe_native
+    from sglang.srt.layers.moe import fused_moe_native, topk
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
     from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
     from sglang.srt.mem_cache import memory_pool
@@ -37,6 +39,7 @@ def install(*, same_bits: bool) -> None:
     keep_freed_memory()
     _replace(layernorm.RMSNorm, "forward_native", rms_norm)
     _replace(qwen3_moe.Qwen3MoeAttention, "apply_qk_norm_rope", norm_and_rotate)
+    _replace(topk, "fused_topk_native", top_of_softmax)
     _replace(fused_moe_native, "moe_forward_native", partial(mixture_of_experts, own=not same_bits))
     _replace(RotaryEmbedding, "forward_native", rotate)
     _replace(memory_pool, "_set_kv_buffer_impl", store)
@@ -142,6 +145,26 @@ def store(
     kernels.store_rows(v.numpy(), v_cache.numpy(), indices.numpy())
 
 
+def top_of_softmax(
+    original: Callable[..., Any],
+    hidden_states: torch.Tensor,
+    gating_output: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    correction_bias: torch.Tensor | None = None,
+    scoring_func: str = "softmax",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fused_topk_torch_native of a softmax: eight operations become one."""
+    plain = scoring_func == "softmax" and correction_bias is None and gating_output.dtype == torch.float32
+    if not plain or not 0 < topk <= gating_output.shape[1]:
+        return original(hidden_states, gating_output, topk, renormalize, correction_bias, scoring_func)
+    shape = (gating_output.shape[0], topk)
+    weights, experts = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
+    logits = gating_output.contiguous()
+    kernels.top_of_softmax(logits.numpy(), renormalize, _EPSILON, weights.numpy(), experts.numpy())
+    return weights, experts
+
+
 def mixture_of_experts(
     original: Callable[..., Any], layer: Any, x: torch.Tensor, topk_output: Any, config: Any, *, own: bool = True
 ) -> torch.Tensor:
@@ -162,13 +185,12 @@ def mixture_of_experts(
     *ends, _ = starts.tolist()
     order = order[: ends[-1]]
     rows = order // expert_ids.shape[1]
-    own = own and few_rows.fits(layer.w13_weight) and few_rows.fits(layer.w2_weight)
-    if own:
+    most = few_rows.most_rows(layer.w13_weight, layer.w2_weight) if own else 0
+    if most:
         outputs = few_rows.experts(x, rows, layer.w13_weight, layer.w2_weight, starts[:-1])
     else:
         outputs = x.new_empty(len(rows), x.shape[1])
-    least = few_rows.MOST_ROWS if own else 0
-    spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(ends)) if b - a > least]
+    spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(ends)) if b - a > most]
     if spans:
         _by_library(x, rows, layer, spans, outputs)
     result = torch.empty_like(x)
