@@ -250,14 +250,54 @@ def large_experts(own):
     return largest_difference(ours, expected)
 
 
-def experts(all_to_one):
+def largest_of_softmax():
+    """SGLang's own choice, of few experts and of many, some equally likely; and other kinds are left to SGLang."""
+    from sglang.srt.layers.moe.topk import fused_topk_torch_native
+
+    from pipeline.engine.inside.cpu.patches import top_of_softmax
+
+    def refuse(*_):
+        raise AssertionError("the replacement fell back to the original")
+
+    largest = 0.0
+    for tokens, number, topk, renormalize in (
+        (1, 4, 1, False),
+        (90, 8, 2, True),
+        (33, 128, 8, True),
+        (20, 6, 6, False),
+    ):
+        logits = 4 * torch.randn(tokens, number)
+        weights, ids = top_of_softmax(refuse, logits, logits, topk, renormalize)
+        expected, chosen = fused_topk_torch_native(logits, logits, topk, renormalize)
+        assert torch.equal(ids, chosen)
+        assert (weights.dtype, ids.dtype) == (expected.dtype, chosen.dtype)
+        largest = max(largest, largest_difference(weights, expected))
+    equal = torch.tensor([[0.0, 5, -1, 5, 5, -torch.inf, 0, 0], [-torch.inf] * 7 + [1.0]])
+    weights, ids = top_of_softmax(refuse, equal, equal, 2, True)
+    assert ids[0].tolist() == [1, 3]
+    assert ids[1, 0] == 7
+    largest = max(largest, largest_difference(weights, torch.tensor([[0.5, 0.5], [1, 0]])))
+    for place in range(4):
+        logits = torch.randn(3, 4)
+        logits[1, place] = torch.nan
+        weights, ids = top_of_softmax(refuse, logits, logits, 2, True)
+        assert weights.isnan().all(1).tolist() == [False, True, False]
+        assert sorted({*ids[1].tolist()} & {*range(4)}) == sorted(ids[1].tolist())
+    called = []
+    for more in ((torch.zeros(4), "softmax"), (None, "sigmoid")):
+        top_of_softmax(lambda *given: called.append(given[-2:]), logits, logits, 2, True, *more)
+    top_of_softmax(lambda *_: called.append(1), logits, logits.bfloat16(), 2, True)
+    return largest if len(called) == 3 else 1.0
+
+
+def experts(all_to_one, tokens=50):
     from pipeline.engine.inside.cpu.patches import mixture_of_experts
 
     native, config = moe_settings()
     layer = SimpleNamespace(num_experts=8, w13_weight=torch.randn(8, 128, 64) / 8, w2_weight=torch.randn(8, 64, 64) / 8)
-    logits = torch.randn(50, 8) + (torch.tensor([9.0, 8.0] + [0.0] * 6) if all_to_one else 0.0)
+    logits = torch.randn(tokens, 8) + (torch.tensor([9.0, 6.0] + [0.0] * 6) if all_to_one else 0.0)
     weights, ids = torch.topk(logits.softmax(-1), 2)
-    x, topk = torch.randn(50, 64), (weights, ids.to(torch.int32), None)
+    x, topk = torch.randn(tokens, 64), (weights, ids.to(torch.int32), None)
     expected = native(layer, x, topk, config)  # pyright: ignore[reportArgumentType]
     ours = mixture_of_experts(None, layer, x, topk, config)  # pyright: ignore[reportArgumentType]
     return largest_difference(ours, expected)
@@ -353,6 +393,8 @@ def main():
         "large experts in the library's order": large_experts(own=False),
         "experts": experts(all_to_one=False),
         "experts when all tokens choose the same": experts(all_to_one=True),
+        "experts of many rows and of few": experts(all_to_one=True, tokens=300),
+        "largest of a softmax": largest_of_softmax(),
         "experts of several ranks": parted_experts(),
         "large experts of several ranks": parted_experts(width=512),
         "biased experts of several ranks": parted_experts(biased=True),

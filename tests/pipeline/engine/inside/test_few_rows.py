@@ -1,4 +1,4 @@
-"""Products of a few rows with large matrices, against float64; and how threads share them out."""
+"""Products of a few rows, against float64; and how threads share them out."""
 
 from __future__ import annotations
 
@@ -111,10 +111,30 @@ def test_what_is_not_finite_stays_so_and_with_its_row(weights):
     assert finite.logical_not().nonzero().flatten().tolist() == [3, 11]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("counts", [[few_rows.MOST_ROWS + 1, 0, 3], [0, 97, 144], [4 * few_rows.MOST_ROWS, 1, 0]])
+def test_small_matrices_are_read_again_for_more_rows(monkeypatch, threads, counts):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    small = torch.randn(3, 96, 64) / 8, torch.randn(3, 64, 48) / 7
+    assert few_rows.most_rows(*small) == 4 * few_rows.MOST_ROWS
+    rows, x = np.random.default_rng(0).integers(0, 60, sum(counts)), torch.randn(60, 64)
+    assert (of_experts(small, x, rows, counts) - in_float64(small, x, rows, counts)).abs().max() < 1e-5
+
+
+def test_small_matrices_too_are_left_to_others_for_too_many_rows():
+    small = torch.randn(3, 96, 64) / 8, torch.randn(3, 64, 48) / 7
+    counts = [60, few_rows.most_rows(*small) + 1, 7]
+    rows, x = np.random.default_rng(0).integers(0, 60, sum(counts)), torch.randn(60, 64)
+    off = (of_experts(small, x, rows, counts) - in_float64(small, x, rows, counts)).abs()
+    assert max(off[:60].max(), off[-7:].max()) < 1e-5
+    spans, of = few_rows._spans(np.concatenate([[0], np.cumsum(counts)]), few_rows.most_rows(*small))
+    assert np.diff(spans).tolist() == [48, 12, counts[1], 7]  # one of too many rows is passed by
+    assert of.tolist() == [0, 0, 1, 2]
+
+
 @pytest.mark.parametrize(
     "weight",
     [
-        torch.empty(2, 256, 256),  # lies in a cache
         torch.empty(2, 1024, 520),
         torch.empty(2, 1032, 512),
         torch.empty(2, 1024, 512, dtype=torch.bfloat16),
@@ -122,8 +142,9 @@ def test_what_is_not_finite_stays_so_and_with_its_row(weights):
     ],
 )
 def test_other_matrices_are_left_to_the_library(weight):
-    assert few_rows.fits(torch.empty(2, 1024, 512))
-    assert not few_rows.fits(weight)
+    large = torch.empty(2, 1024, 512)
+    assert few_rows.most_rows(large, large) == few_rows.most_rows(large, large[:, :16]) == few_rows.MOST_ROWS
+    assert few_rows.most_rows(large, weight) == few_rows.most_rows(weight, large) == 0
 
 
 def test_every_thread_takes_part_and_nobody_waits_for_one_that_comes_late(monkeypatch):

@@ -19,6 +19,7 @@ COMPARED = [
     "a long prompt after a cached prefix", "threads", "a window", "a window of many tokens", "sinks",
     "a window and sinks", "latents", "norms", "rotation", "rotation alone", "storing",
     "large experts", "large experts in the library's order", "experts", "experts when all tokens choose the same",
+    "experts of many rows and of few", "largest of a softmax",
     "experts of several ranks", "large experts of several ranks", "biased experts of several ranks", "routers",
 ]  # fmt: skip
 
