@@ -1,9 +1,10 @@
-"""Products of a few rows with matrices that lie in no cache: a decoding step's. float32, compiled by numba.
+"""Products of a few rows, a decoding step's, with all experts of a layer. float32, compiled by numba.
 
 A library lays a matrix out anew before it multiplies, which pays where many rows share it. Here each thread reads its
-part of the matrix once, as it lies, asks for what comes next while it multiplies, and keeps the inputs in its nearest
-cache (`scripts/bench_few_rows.py` measures both). What a row becomes does not depend on how many there are beside it,
-but differs from the library's by the order of sums.
+part of the matrix as it lies, asks for what comes next while it multiplies, and keeps the inputs in its nearest cache
+(`scripts/bench_few_rows.py` measures both): a large one once; a small one, of which a library's call costs more than
+its work, once for every MOST_ROWS rows. What a row becomes does not depend on how many there are beside it, but differs
+from the library's by the order of sums.
 
 The inner loops are written as LLVM's code, since its own choice keeps fewer sums in registers and reads more. There an
 address is an integer, of float32 numbers, and the vectors are as long as this processor's.
@@ -27,7 +28,7 @@ from pipeline.engine.inside.cpu.together import together
 MOST_ROWS = 48
 """Of a large matrix; for more the library is as fast."""
 
-_MOST_OF_SMALL = 4 * MOST_ROWS
+_MOST_OF_SMALL = 4 * MOST_ROWS  # rows of a small one, the same
 _LARGE = 2**18  # numbers of a matrix; a smaller one stays in a cache, and can be read again for every MOST_ROWS rows
 _GROUP = 16  # rows of a matrix whose sums are made together
 _BLOCK = 192  # numbers of a row that are multiplied at a time
