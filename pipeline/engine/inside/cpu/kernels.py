@@ -154,12 +154,12 @@ def store_rows(rows, cache, places):
         cache[places[t]] = rows[t]
 
 
-@njit("void(f4[:,::1], b1, f4, f4[:,::1], i8[:,::1])", **_FAST)
-def top_of_softmax(logits, renormalize, epsilon, weights, experts):
+@njit("void(f4[:,::1], b1, f4[:,::1], i8[:,::1])", **_FAST)
+def top_of_softmax(logits, renormalize, weights, experts):
     """The largest of each row's softmax, largest first, and which they are; of equal ones the first.
 
-    logits: [tokens, experts]. weights, experts: [tokens, topk], the result; with `renormalize` divided by their sum,
-    to which epsilon is added. All weights of a row with a NaN are NaN.
+    logits: [tokens, experts]. weights, experts: [tokens, topk], the result; with `renormalize` divided by their sum.
+    SGLang adds 1e-20 to that, which no sum of the largest feels. All weights of a row with a NaN are NaN.
     """
     topk = weights.shape[1]
     for t in range(logits.shape[0]):
@@ -183,7 +183,7 @@ def top_of_softmax(logits, renormalize, epsilon, weights, experts):
             share += best[k]
         if renormalize:
             for k in range(topk):
-                best[k] /= share + epsilon
+                best[k] /= share
 
 
 @njit("void(i8[:,::1], i8[::1], i8[::1])", cache=True)

@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from megatron_ext.cpu.freed_memory import keep_freed_memory
 from pipeline.engine.inside.cpu import few_rows, kernels
 
-_EPSILON = np.float32(1e-20)  # SGLang's _RENORMALIZE_SUM_EPSILON
-
 
 def install(*, same_bits: bool) -> None:
     """Put all replacements in place; call once, in the scheduler's process.
@@ -161,7 +159,7 @@ def top_of_softmax(
     shape = (gating_output.shape[0], topk)
     weights, experts = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
     logits = gating_output.contiguous()
-    kernels.top_of_softmax(logits.numpy(), renormalize, _EPSILON, weights.numpy(), experts.numpy())
+    kernels.top_of_softmax(logits.numpy(), renormalize, weights.numpy(), experts.numpy())
     return weights, experts
 
 
@@ -187,7 +185,7 @@ def mixture_of_experts(
     rows = order // expert_ids.shape[1]
     most = few_rows.most_rows(layer.w13_weight, layer.w2_weight) if own else 0
     if most:
-        outputs = few_rows.experts(x, rows, layer.w13_weight, layer.w2_weight, starts[:-1])
+        outputs = few_rows.experts(x, rows, layer.w13_weight, layer.w2_weight, starts[:-1], most)
     else:
         outputs = x.new_empty(len(rows), x.shape[1])
     spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(ends)) if b - a > most]

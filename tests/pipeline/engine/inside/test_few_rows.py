@@ -26,7 +26,8 @@ def weights():
 
 
 def of_experts(weights, x, rows, counts):
-    return few_rows.experts(x, rows, *weights, np.concatenate([[0], np.cumsum(counts)]))
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    return few_rows.experts(x, rows, *weights, starts, few_rows.most_rows(*weights))
 
 
 def in_float64(weights, x, rows, counts):
